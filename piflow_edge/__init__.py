@@ -1,0 +1,48 @@
+"""Few-step flow-matching generators: distil with pi-Flow, export, and run without PyTorch.
+
+Names load on first use, so that `import piflow_edge` and `piflow-edge --help` cost next to nothing and
+never bring in torch, onnx, onnxruntime or tensorrt.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it. The same list, for type checkers, stands below.
+_HOMES = {
+    "warp": "schedule",
+    "unwarp": "schedule",
+    "Schedule": "schedule",
+    "Segment": "schedule",
+    "GMPolicy": "policies",
+    "DXPolicy": "policies",
+    "rollout": "integrator",
+    "philox_normal": "noise",
+    "load": "sampling",
+    "Generator": "sampling",
+    "Result": "sampling",
+    "PiFlowError": "errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from .errors import PiFlowError
+    from .integrator import rollout
+    from .noise import philox_normal
+    from .policies import DXPolicy, GMPolicy
+    from .sampling import Generator, Result, load
+    from .schedule import Schedule, Segment, unwarp, warp
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'piflow_edge' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value  # the next access does not come through here
+    return value
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Training: the teacher, the student and the imitation loss that ties them."""

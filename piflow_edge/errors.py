@@ -1,0 +1,45 @@
+"""Every error raised on purpose, under one root, so that one `except` clause catches them all."""
+
+
+class PiFlowError(Exception):
+    """Root of the tree. `exit_code` is what the command line exits with when it reaches the top."""
+
+    exit_code = 2
+
+
+class ScheduleError(PiFlowError, ValueError):
+    """Noise levels, substep counts or schedule settings that make no sense."""
+
+
+class ShapeError(PiFlowError, ValueError):
+    """An array whose shape, dtype or content does not fit what it is used for."""
+
+
+class LabelError(PiFlowError, ValueError):
+    """A class id or name the model does not know."""
+
+
+class DataError(PiFlowError, ValueError):
+    """Training or evaluation images that cannot be used."""
+
+
+class BundleError(PiFlowError, ValueError):
+    """An exported folder that is incomplete, altered, or of another version."""
+
+
+class CheckpointError(PiFlowError, ValueError):
+    """A training checkpoint that is incomplete, altered, or of another architecture."""
+
+
+class EngineError(PiFlowError, RuntimeError):
+    """A backend or kernel that was asked for and cannot run here."""
+
+
+class MissingExtraError(PiFlowError, ImportError):
+    """A command or engine needs a package that is not installed."""
+
+
+class CheckFailedError(PiFlowError, RuntimeError):
+    """The work was done but did not pass its check: parity, verification, finite values."""
+
+    exit_code = 1

@@ -1,0 +1,250 @@
+"""Student output -> velocity: the two policies of pi-Flow, written once for every array library.
+
+Noise levels are host numbers (a float, or one float64 per sample); states, means and grids stay in the library,
+device and precision they came in, float32 at least. The formulas are those of the paper's section on policies.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+from array_api_compat import array_namespace, device, is_numpy_namespace, to_device
+
+from .errors import ScheduleError, ShapeError
+from .schedule import unwarp
+
+Array = Any  # an array of any library that follows the array API standard
+
+
+class Policy(Protocol):
+    """A velocity field that holds from the noise level of one student call down to the next."""
+
+    def velocity(self, x_t: Array, sigma_t) -> Array:
+        """u_t = dx/dsigma at state `x_t` and noise level `sigma_t`, a float or (B,); shape of `x_t`."""
+        ...
+
+
+class GMPolicy:
+    """A Gaussian mixture for every position: the posterior mean of x_0 given the state, in closed form.
+
+    The student says, at `(x_src, sigma_src)`, how x_0 is distributed; Bayes' rule carries that to any other state
+    and noise level. At the source itself the velocity is the weighted mean of `means`.
+
+    Args:
+        means: component means as velocities, (B, K, C, H, W); a frame axis before H, W is allowed.
+        logweights: log-weights of the components at each position, (B, K, 1, H, W); need not be normalised.
+        logstds: log of the components' standard deviation in velocity units, (B, 1, 1, 1, 1).
+        x_src: state at which the student was called, (B, C, H, W), latent units.
+        sigma_src: its noise level, in (0, 1], a float or (B,).
+        eps: floor under noise levels and denominators, above 0.
+
+    Raises:
+        ShapeError: arrays that do not fit each other, or are not floating point.
+        ScheduleError: a noise level outside [0, 1].
+
+    Source: Chen et al., pi-Flow, arXiv:2510.14974; `GMFlowPolicy` in Lakonik/piFlow.
+    """
+
+    def __init__(self, means: Array, logweights: Array, logstds: Array, x_src: Array, sigma_src, *, eps: float = 1e-4):
+        xp = array_namespace(means, logweights, logstds, x_src)
+        batch, *state = x_src.shape
+        num_components = means.shape[1] if means.ndim > 1 else 0
+        ones = (1,) * (len(state) - 1)
+        _check_shape("means", means, (batch, num_components, *state))
+        _check_shape("logweights", logweights, (batch, num_components, 1, *state[1:]))
+        _check_shape("logstds", logstds, (batch, 1, 1, *ones))
+        means, logweights, logstds, x_src = (
+            _as_real(name, a, xp)
+            for name, a in dict(means=means, logweights=logweights, logstds=logstds, x_src=x_src).items()
+        )
+        sigma = _noise_levels(sigma_src, batch)
+        self.x_src, self.sigma_src, self.eps = x_src, sigma, eps
+        spread = _per_sample(sigma, means, xp)
+        # Velocities -> x_0 space, where the mixture does not depend on the noise level.
+        self.x_0_means = xp.expand_dims(x_src, axis=1) - spread * means
+        self.x_0_variance = xp.exp(2 * logstds) * spread**2
+        self.logweights = logweights - xp.max(logweights, axis=1, keepdims=True)
+        self._half_squares = xp.sum(self.x_0_means**2, axis=2, keepdims=True) * 0.5
+
+    def velocity(self, x_t: Array, sigma_t) -> Array:
+        """u_t = (x_t - E[x_0 | x_t]) / sigma_t, shape of `x_t`; `sigma_t` a float or (B,), may be 0."""
+        xp = array_namespace(x_t, self.x_src)
+        x_t = _state(x_t, self.x_src, xp)
+        floor_src = np.maximum(self.sigma_src, self.eps)
+        floor_t = np.maximum(_noise_levels(sigma_t, x_t.shape[0]), self.eps)
+        # Precision and mean of what x_t says about x_0 beyond what x_src said. Both are exactly 0 at the source,
+        # where the formula is therefore the plain weighted mean: no special case needed.
+        zeta = ((1 - floor_t) / floor_t) ** 2 - ((1 - floor_src) / floor_src) ** 2
+        nu = (
+            _per_sample((1 - floor_t) / floor_t**2, x_t, xp) * x_t
+            - _per_sample((1 - floor_src) / floor_src**2, x_t, xp) * self.x_src
+        )
+        nu = xp.expand_dims(nu, axis=1)
+        zeta = _per_sample(zeta, self.x_0_means, xp)
+        denominator = xp.clip(self.x_0_variance * zeta + 1, min=self.eps)
+        evidence = xp.sum(self.x_0_means * nu, axis=2, keepdims=True) - zeta * self._half_squares
+        weights = _softmax(self.logweights + evidence / denominator, xp)
+        mean = xp.sum(weights * self.x_0_means, axis=1, keepdims=True)
+        x_0 = xp.squeeze((self.x_0_variance * nu + mean) / denominator, axis=1)
+        return (x_t - x_0) / _per_sample(floor_t, x_t, xp)
+
+    def tempered(self, temperature: float) -> "GMPolicy":
+        """The policy with a sharper mixture: weights to the power 1/T, variance times T. No change for T >= 1.
+
+        Raises:
+            ScheduleError: `temperature` is negative or not a number.
+        """
+        if not temperature >= 0:
+            raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
+        if temperature >= 1:
+            return self
+        temperature = max(float(temperature), self.eps)
+        return self._with(logweights=self.logweights / temperature, x_0_variance=self.x_0_variance * temperature)
+
+    def dropped(self, uniforms: Array, p: float) -> "GMPolicy":
+        """The policy without the components whose uniform number, (B, K), lies below `p`.
+
+        A sample that would lose all its components keeps them. Used in training only; no change for `p` outside (0, 1).
+        """
+        if not 0 < p < 1:
+            return self
+        xp = array_namespace(uniforms, self.x_src)
+        gone = uniforms < p
+        gone = gone & ~xp.all(gone, axis=1, keepdims=True)
+        gone = xp.reshape(gone, (*gone.shape, *(1,) * (self.logweights.ndim - 2)))
+        return self._with(logweights=xp.where(gone, -xp.inf, self.logweights))
+
+    def detached(self) -> "GMPolicy":
+        """The policy cut off from torch's graph, sharing its memory."""
+        return self._with(
+            **{k: v.detach() for k, v in vars(self).items() if hasattr(v, "detach")},
+        )
+
+    def _with(self, **changes) -> "GMPolicy":
+        policy = object.__new__(GMPolicy)
+        policy.__dict__.update(vars(self) | changes)
+        return policy
+
+
+class DXPolicy:
+    """A grid of x_0 predictions over the segment, or a polynomial in raw time through it.
+
+    Args:
+        grid: velocities at the source, (B, N, C, H, W); a frame axis before H, W is allowed. For "grid", node 0
+            belongs to the segment's end (low noise) and node N-1 to its source; for "polynomial", entry i is the
+            coefficient of the i-th power of raw time since the source.
+        x_src: state at which the student was called, (B, C, H, W), latent units.
+        sigma_src: its noise level, in (0, 1], a float or (B,).
+        segment_size: length the grid spans in raw time; fixed when the student is trained.
+        shift: shift of the raw time the grid is even in; fixed when the student is trained.
+        mode: "grid" (linear interpolation, held constant outside the segment) or "polynomial".
+        eps: floor under noise levels and the segment's length, above 0.
+
+    Raises:
+        ShapeError: arrays that do not fit each other, or are not floating point.
+        ScheduleError: a noise level outside [0, 1], an unknown mode, or a segment that is not longer than 0.
+
+    Source: Chen et al., pi-Flow, arXiv:2510.14974; `DXPolicy` in Lakonik/piFlow.
+    """
+
+    def __init__(
+        self,
+        grid: Array,
+        x_src: Array,
+        sigma_src,
+        *,
+        segment_size: float,
+        shift: float = 1.0,
+        mode: str = "grid",
+        eps: float = 1e-4,
+    ):
+        xp = array_namespace(grid, x_src)
+        batch, *state = x_src.shape
+        _check_shape("grid", grid, (batch, grid.shape[1] if grid.ndim > 1 else 0, *state))
+        if mode not in ("grid", "polynomial"):
+            raise ScheduleError(f"mode is 'grid' or 'polynomial'; got {mode!r}")
+        if not segment_size > 0:
+            raise ScheduleError(f"segment_size is above 0, in raw time; got {segment_size!r}")
+        grid, x_src = _as_real("grid", grid, xp), _as_real("x_src", x_src, xp)
+        sigma = _noise_levels(sigma_src, batch)
+        self.x_src, self.sigma_src, self.eps = x_src, sigma, eps
+        self.segment_size, self.shift, self.mode = float(segment_size), float(shift), mode
+        self.x_0_grid = xp.expand_dims(x_src, axis=1) - _per_sample(sigma, grid, xp) * grid
+
+    def basis(self, sigma_t) -> np.ndarray:
+        """Weights of the N grid entries in x_0 at a noise level, float64: (N,) for a float, else (B, N)."""
+        raw_t_src = np.asarray(unwarp(self.sigma_src, self.shift))[..., None]
+        raw_t = np.asarray(unwarp(np.asarray(sigma_t, np.float64), self.shift))[..., None]
+        nodes = np.arange(self.x_0_grid.shape[1])
+        if self.mode == "polynomial":
+            return (raw_t_src - raw_t) ** nodes
+        raw_t_dst = np.maximum(raw_t_src - self.segment_size, 0.0)
+        length = np.maximum(raw_t_src - raw_t_dst, self.eps)
+        position = np.clip((raw_t - raw_t_dst) / length, 0.0, 1.0) * (len(nodes) - 1)
+        return np.maximum(1 - np.abs(position - nodes), 0.0)  # hat functions: linear interpolation
+
+    def velocity(self, x_t: Array, sigma_t) -> Array:
+        """u_t = (x_t - x_0(sigma_t)) / sigma_t, shape of `x_t`; `sigma_t` a float or (B,), may be 0."""
+        xp = array_namespace(x_t, self.x_src)
+        x_t = _state(x_t, self.x_src, xp)
+        sigma = _noise_levels(sigma_t, x_t.shape[0])
+        weights = self.basis(sigma)
+        weights = xp.asarray(weights, dtype=self.x_0_grid.dtype, device=device(self.x_0_grid))
+        weights = xp.reshape(weights, (-1, weights.shape[-1], *(1,) * (self.x_0_grid.ndim - 2)))
+        x_0 = xp.sum(weights * self.x_0_grid, axis=1)
+        return (x_t - x_0) / _per_sample(np.maximum(sigma, self.eps), x_t, xp)
+
+    def detached(self) -> "DXPolicy":
+        """The policy cut off from torch's graph, sharing its memory."""
+        policy = object.__new__(DXPolicy)
+        policy.__dict__.update(vars(self))
+        policy.x_src, policy.x_0_grid = self.x_src.detach(), self.x_0_grid.detach()
+        return policy
+
+
+def _softmax(logits, xp):
+    weights = xp.exp(logits - xp.max(logits, axis=1, keepdims=True))
+    return weights / xp.sum(weights, axis=1, keepdims=True)
+
+
+def _as_real(name, array, xp):
+    """`array` in float32 or better: half precision loses the last substeps."""
+    if not xp.isdtype(array.dtype, "real floating"):
+        raise ShapeError(f"{name} must be floating point; got {array.dtype}")
+    return array if array.dtype == xp.float64 else xp.astype(array, xp.float32, copy=False)
+
+
+def _state(x_t, x_src, xp):
+    _check_shape("x_t", x_t, x_src.shape)
+    return _as_real("x_t", x_t, xp)
+
+
+def _check_shape(name, array, shape) -> None:
+    if tuple(array.shape) != tuple(shape) or 0 in shape:
+        raise ShapeError(f"{name} must have the shape {_text(shape)}, none of it 0; got {_text(array.shape)}")
+
+
+def _text(shape) -> str:
+    return "(" + ", ".join(map(str, shape)) + ")"
+
+
+def _noise_levels(sigma, batch):
+    """One noise level as a float, or one per sample as a float64 host array (B,)."""
+    if not isinstance(sigma, (int, float)):
+        sigma = np.asarray(sigma if isinstance(sigma, np.ndarray) else to_device(sigma, "cpu"), np.float64)
+        if sigma.ndim and sigma.shape != (batch,):
+            raise ShapeError(f"a noise level is one number or one per sample, ({batch},); got {_text(sigma.shape)}")
+    inside = 0 <= sigma <= 1 if isinstance(sigma, (int, float)) else bool(np.all((sigma >= 0) & (sigma <= 1)))
+    if not inside:
+        raise ScheduleError(f"noise levels lie in [0, 1]; got {sigma}")
+    return sigma if isinstance(sigma, np.ndarray) and sigma.ndim else float(sigma)
+
+
+def _per_sample(value, like, xp):
+    """A host number, or one number per sample shaped to broadcast against `like`, in its dtype and place."""
+    if np.ndim(value) == 0:
+        return float(value)  # a NumPy scalar would lift a float32 state to float64
+    if not is_numpy_namespace(xp):
+        value = xp.asarray(value, dtype=like.dtype, device=device(like))
+    else:
+        value = value.astype(like.dtype)
+    return xp.reshape(value, (-1, *(1,) * (like.ndim - 1)))

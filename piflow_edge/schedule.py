@@ -1,0 +1,187 @@
+"""Time: raw time and noise level, where the network is called, and re-noising between calls.
+
+Everything here is host arithmetic in float64 on a handful of numbers; states never pass through.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .errors import ScheduleError
+
+Array = Any  # an array of any library that follows the array API standard
+
+# Floor under the divisions of the re-noising rule; the value of the authors' FlowMapSDEScheduler.
+_RENOISE_EPS = 1e-6
+
+
+def warp(raw_t, shift: float):
+    """Noise level at a raw time: `sigma = s tau / (1 + (s - 1) tau)`.
+
+    Args:
+        raw_t: raw time in [0, 1], a float or an array of any shape.
+        shift: s, above 0. 1 leaves time as it is; above 1 spends more substeps at high noise.
+
+    Returns:
+        `sigma_t` in [0, 1], of the type and shape of `raw_t`.
+
+    Raises:
+        ScheduleError: `shift` is not above 0.
+    """
+    _check_shift(shift)
+    return shift * raw_t / (1 + (shift - 1) * raw_t)
+
+
+def unwarp(sigma_t, shift: float):
+    """Raw time at a noise level, the inverse of `warp`: `tau = sigma / (s + (1 - s) sigma)`."""
+    _check_shift(shift)
+    return sigma_t / (shift + (1 - shift) * sigma_t)
+
+
+def resolution_shift(
+    seq_len: int,
+    *,
+    base_seq_len: int = 256,
+    max_seq_len: int = 4096,
+    base_logshift: float = 0.5,
+    max_logshift: float = 1.15,
+) -> float:
+    """Shift for a latent of `seq_len` positions, log-linear in it and not clamped outside the range.
+
+    The defaults are those of FLUX. `seq_len` is H * W of the latent for class-conditional models, the number
+    of packed tokens for FLUX and Qwen-Image pipelines.
+    """
+    slope = (max_logshift - base_logshift) / (max_seq_len - base_seq_len)
+    return math.exp((seq_len - base_seq_len) * slope + base_logshift)
+
+
+def count_substeps(raw_t_src, raw_t_dst, total_substeps: int):
+    """Euler steps between two raw times: `total_substeps` per unit of raw time, at least 1, halves to even.
+
+    Floats give an int, (B,) arrays an int64 array. `raw_t_dst` may lie below 0 (see `substep_sigmas`).
+    """
+    counts = np.maximum(np.rint(total_substeps * (np.asarray(raw_t_src) - np.asarray(raw_t_dst))), 1)
+    counts = counts.astype(np.int64)
+    return counts if counts.ndim else int(counts)
+
+
+def substep_sigmas(raw_t_src, raw_t_dst, substeps, shift: float) -> np.ndarray:
+    """Noise levels of the Euler steps of one rollout, even in raw time.
+
+    Args:
+        raw_t_src, raw_t_dst: ends in raw time, floats or (B,). `raw_t_dst` may lie below 0, as the window of
+            a training step does: the step length comes from the unclamped ends, the clamp at 0 acts per step.
+        substeps: steps of each sample, 1 or more, an int or (B,).
+        shift: the schedule's shift.
+
+    Returns:
+        float64, (S + 1,) or (S + 1, B) with S the largest count; a sample that is done keeps its level.
+    """
+    raw_t_src, raw_t_dst = np.asarray(raw_t_src, np.float64), np.asarray(raw_t_dst, np.float64)
+    substeps = np.asarray(substeps)
+    batch = np.broadcast_shapes(raw_t_src.shape, raw_t_dst.shape, substeps.shape)
+    steps = np.arange(int(substeps.max()) + 1).reshape(-1, *(1 for _ in batch))
+    # Counted from the start, not summed up: rounding must not carry from step to step.
+    fraction = np.minimum(steps, substeps) / substeps
+    return warp(np.maximum(raw_t_src + (raw_t_dst - raw_t_src) * fraction, 0.0), shift)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one student call covers. All noise levels are dimensionless, in [0, 1].
+
+    `sigma_src`: level at which the network is called. `sigma_dst`: level the policy is integrated to; the next
+    segment's level without re-noising, below it with. `sigma_next`: the next segment's level (0 after the
+    last). `substeps`: Euler steps of the rollout. `m`: share of the noise that is kept when re-noising; 1 keeps all.
+    """
+
+    sigma_src: float
+    sigma_dst: float
+    sigma_next: float
+    substeps: int
+    m: float
+
+    @property
+    def renoises(self) -> bool:
+        """Whether `renoise` adds noise at the end of this segment."""
+        return self.m < 1 and self.sigma_next > 0
+
+    def renoise(self, x_dst: Array, noise: Array) -> Array:
+        """Carry `x_dst` at `sigma_dst` up to `sigma_next` with fresh Gaussian noise of the same shape.
+
+        Source: FlowMapSDEScheduler in Lakonik/piFlow.
+        """
+        kept = 1 - self.sigma_next + self.sigma_next * self.m
+        return kept * x_dst + self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0)) * noise
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where the student is called, and what happens in between.
+
+    Args:
+        nfe: student calls per image, 1 or more.
+        shift: s of `warp`, above 0.
+        final_step_size_scale: length of the last segment in raw time relative to the others, in (0, 1].
+        total_substeps: Euler steps over all of raw time, shared out to the segments by length.
+        h: strength of re-noising between segments, 0 (none, deterministic) or more, or "inf" (all noise is
+            drawn afresh).
+
+    Raises:
+        ScheduleError: a setting outside its range.
+
+    Source: Chen et al., pi-Flow, arXiv:2510.14974; FlowMapSDEScheduler in Lakonik/piFlow.
+    """
+
+    nfe: int = 4
+    shift: float = 1.0
+    final_step_size_scale: float = 1.0
+    total_substeps: int = 128
+    h: float | str = 0.0
+
+    def __post_init__(self):
+        for name in ("nfe", "total_substeps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ScheduleError(f"{name} is a whole number, 1 or more; got {name}={value!r}")
+        _check_shift(self.shift)
+        if not 0 < self.final_step_size_scale <= 1:
+            raise ScheduleError(f"final_step_size_scale lies in (0, 1]; got {self.final_step_size_scale!r}")
+        try:
+            h = float(self.h)  # "inf" becomes infinity
+        except (TypeError, ValueError):
+            h = math.nan
+        if not h >= 0:
+            raise ScheduleError(f"h is a number, 0 or more, or 'inf'; got h={self.h!r}")
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """Noise levels at which the network is called, from 1 down, then 0; float64, (nfe + 1,)."""
+        base = 1 / (self.nfe - 1 + self.final_step_size_scale)
+        starts = np.maximum(1 - np.arange(self.nfe) * base, 0.0)
+        return np.append(warp(starts, self.shift), 0.0)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """One `Segment` per student call, in order."""
+        return tuple(self._segment(*pair) for pair in zip(self.sigmas[:-1], self.sigmas[1:], strict=True))
+
+    def _segment(self, sigma_src: float, sigma_next: float) -> Segment:
+        sigma_src, sigma_next, h = float(sigma_src), float(sigma_next), float(self.h)
+        alpha_src, alpha_next = 1 - sigma_src, 1 - sigma_next
+        if h == 0:
+            m, sigma_dst = 1.0, sigma_next
+        else:
+            ratio = sigma_next * alpha_src / max(sigma_src * alpha_next, _RENOISE_EPS)
+            m = 0.0 if math.isinf(h) else ratio ** (h * h)
+            sigma_dst = sigma_next * m / max(alpha_next + sigma_next * m, _RENOISE_EPS)
+        raw_t_src, raw_t_dst = unwarp(sigma_src, self.shift), unwarp(sigma_dst, self.shift)
+        return Segment(sigma_src, sigma_dst, sigma_next, count_substeps(raw_t_src, raw_t_dst, self.total_substeps), m)
+
+
+def _check_shift(shift) -> None:
+    if not (isinstance(shift, (int, float, np.floating)) and 0 < shift < math.inf):  # NaN fails too
+        raise ScheduleError(f"shift is a number above 0; got shift={shift!r}")

@@ -1,0 +1,89 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from golden_cases import case_id, cases
+from golden_policies import make_policy, sampler_shift
+
+from piflow_edge import DXPolicy, PiFlowError, rollout
+from piflow_edge.integrator import integrate
+from piflow_edge.schedule import count_substeps, substep_sigmas
+
+
+@pytest.mark.parametrize("case", cases("rollout"), ids=case_id)
+def test_rollout_is_the_authors(case, library, dtype):
+    params = case.params
+    policy = make_policy(case, library, dtype)
+    if "temperature" in params:
+        policy = policy.tempered(params["temperature"])
+    raw_t = [case[name].astype(np.float64) for name in ("raw_t_start", "raw_t_end")]
+    counts = count_substeps(*raw_t, params["total_substeps"])
+    np.testing.assert_array_equal(counts, case["num_substeps"])
+
+    sigmas = substep_sigmas(*raw_t, counts, sampler_shift(case))
+    x_end = integrate(policy, library.array(case["x_t_start"].astype(dtype)), sigmas, kernel="reference")
+    case.check("x_t_end", library.numpy(x_end), dtype)
+    case.check("sigma_t_end", sigmas[-1], np.float64)
+    if "traj_sigma" in case:
+        case.check("traj_sigma", sigmas, np.float64)
+
+
+def straight_policy(x_0):
+    """A policy that always points at one x_0, so that its ODE has a closed form."""
+    return SimpleNamespace(velocity=lambda x_t, sigma_t: (x_t - x_0) / sigma_t)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.2])
+@pytest.mark.parametrize("substeps", [1, 4, 128])
+def test_rollout_is_exact_on_a_straight_path(substeps, shift):
+    x_0, noise = np.random.default_rng(0).standard_normal((2, 1, 4, 8, 8), dtype=np.float32)
+    x_dst = rollout(straight_policy(x_0), noise, 1.0, 0.25, substeps, shift=shift)
+    # Each of up to 128 substeps rounds once more, in float32, on values of about 1.
+    np.testing.assert_allclose(x_dst, x_0 + 0.25 * (noise - x_0), rtol=0, atol=128 * 2**-24)
+
+
+def test_rollout_converges_at_first_order():
+    # u = x at every level: x(sigma) = x_src exp(sigma - 1), and Euler's error halves with the step.
+    policy = SimpleNamespace(velocity=lambda x_t, sigma_t: x_t)
+    x_src = np.ones((1, 1, 1, 1))
+    errors = [abs(rollout(policy, x_src, 1.0, 0.0, n).item() - np.exp(-1)) for n in (64, 128, 256)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.02)
+
+
+def test_samples_of_a_batch_do_not_see_each_other():
+    rng = np.random.default_rng(1)
+    grid, x_src = rng.standard_normal((3, 4, 2, 5, 5)), rng.standard_normal((3, 2, 5, 5))
+    sigma_src, sigma_dst, substeps = np.array([1.0, 0.8, 0.5]), np.array([0.0, 0.3, 0.4]), np.array([7, 3, 1])
+    policy = DXPolicy(grid, x_src, sigma_src, segment_size=0.5)
+    together = rollout(policy, x_src, sigma_src, sigma_dst, substeps)
+    for i in range(3):
+        one = DXPolicy(grid[i : i + 1], x_src[i : i + 1], float(sigma_src[i]), segment_size=0.5)
+        alone = rollout(one, x_src[i : i + 1], float(sigma_src[i]), float(sigma_dst[i]), int(substeps[i]))
+        np.testing.assert_allclose(together[i], alone[0], rtol=1e-12, atol=1e-14)
+
+
+def test_the_source_is_left_as_it_was_and_the_dtype_kept():
+    x_src = np.ones((1, 1, 2, 2), np.float32)
+    before = x_src.copy()
+    x_dst = rollout(straight_policy(np.float32(0)), x_src, 1.0, 0.5, 3)
+    assert x_dst.dtype == np.float32
+    np.testing.assert_array_equal(x_src, before)
+
+
+@pytest.mark.parametrize(
+    ("sigma_src", "sigma_dst", "substeps", "shift"),
+    [
+        (0.2, 0.5, 4, 1.0),
+        (0.5, 0.5, 4, 1.0),
+        (1.2, 0.5, 4, 1.0),
+        (0.5, -0.1, 4, 1.0),
+        (float("nan"), 0.0, 4, 1.0),
+        (1.0, 0.0, 0, 1.0),
+        (1.0, 0.0, 2.5, 1.0),
+        (1.0, 0.0, 4, 0.0),
+    ],
+)
+def test_a_segment_that_makes_no_sense_is_refused(sigma_src, sigma_dst, substeps, shift):
+    with pytest.raises(PiFlowError):
+        rollout(straight_policy(0.0), np.zeros((1, 1, 2, 2)), sigma_src, sigma_dst, substeps, shift=shift)
