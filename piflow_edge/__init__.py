@@ -28,12 +28,18 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .errors import PiFlowError
-    from .integrator import rollout
-    from .noise import philox_normal
-    from .policies import DXPolicy, GMPolicy
-    from .sampling import Generator, Result, load
-    from .schedule import Schedule, Segment, unwarp, warp
+    from .errors import PiFlowError as PiFlowError
+    from .integrator import rollout as rollout
+    from .noise import philox_normal as philox_normal
+    from .policies import DXPolicy as DXPolicy
+    from .policies import GMPolicy as GMPolicy
+    from .sampling import Generator as Generator
+    from .sampling import Result as Result
+    from .sampling import load as load
+    from .schedule import Schedule as Schedule
+    from .schedule import Segment as Segment
+    from .schedule import unwarp as unwarp
+    from .schedule import warp as warp
 
 
 def __getattr__(name: str):

@@ -1,5 +1,6 @@
 """One segment, no network: Euler steps on a policy's velocity."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def integrate(policy: Policy, x_src: Array, sigmas: np.ndarray, *, kernel: str =
     """Euler steps along given noise levels, float64 (S + 1,) or (S + 1, B); what `rollout` ends in."""
     xp = array_namespace(x_src)
     x_t = x_src
-    for sigma_t, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma_t, sigma_next in pairwise(sigmas):
         u_t = policy.velocity(x_t, sigma_t)
         step = sigma_next - sigma_t
         if sigmas.ndim == 1:

@@ -44,7 +44,9 @@ class GMPolicy:
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `GMFlowPolicy` in Lakonik/piFlow.
     """
 
-    def __init__(self, means: Array, logweights: Array, logstds: Array, x_src: Array, sigma_src, *, eps: float = 1e-4):
+    def __init__(
+        self, means: Array, logweights: Array, logstds: Array, x_src: Array, sigma_src, *, eps: float = 1e-4
+    ):
         xp = array_namespace(means, logweights, logstds, x_src)
         batch, *state = x_src.shape
         num_components = means.shape[1] if means.ndim > 1 else 0
@@ -98,7 +100,9 @@ class GMPolicy:
         if temperature >= 1:
             return self
         temperature = max(float(temperature), self.eps)
-        return self._with(logweights=self.logweights / temperature, x_0_variance=self.x_0_variance * temperature)
+        return self._with(
+            logweights=self.logweights / temperature, x_0_variance=self.x_0_variance * temperature
+        )
 
     def dropped(self, uniforms: Array, p: float) -> "GMPolicy":
         """The policy without the components whose uniform number, (B, K), lies below `p`.
@@ -232,7 +236,9 @@ def _noise_levels(sigma, batch):
     if not isinstance(sigma, (int, float)):
         sigma = np.asarray(sigma if isinstance(sigma, np.ndarray) else to_device(sigma, "cpu"), np.float64)
         if sigma.ndim and sigma.shape != (batch,):
-            raise ShapeError(f"a noise level is one number or one per sample, ({batch},); got {_text(sigma.shape)}")
+            raise ShapeError(
+                f"a noise level is one number or one per sample, ({batch},); got {_text(sigma.shape)}"
+            )
     inside = 0 <= sigma <= 1 if isinstance(sigma, (int, float)) else bool(np.all((sigma >= 0) & (sigma <= 1)))
     if not inside:
         raise ScheduleError(f"noise levels lie in [0, 1]; got {sigma}")

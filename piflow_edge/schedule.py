@@ -179,7 +179,9 @@ class Schedule:
             m = 0.0 if math.isinf(h) else ratio ** (h * h)
             sigma_dst = sigma_next * m / max(alpha_next + sigma_next * m, _RENOISE_EPS)
         raw_t_src, raw_t_dst = unwarp(sigma_src, self.shift), unwarp(sigma_dst, self.shift)
-        return Segment(sigma_src, sigma_dst, sigma_next, count_substeps(raw_t_src, raw_t_dst, self.total_substeps), m)
+        return Segment(
+            sigma_src, sigma_dst, sigma_next, count_substeps(raw_t_src, raw_t_dst, self.total_substeps), m
+        )
 
 
 def _check_shift(shift) -> None:

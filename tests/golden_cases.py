@@ -50,7 +50,11 @@ class Case:
         if dtype == np.float32:
             atol = max(1e-5 * scale, 4 * self._spread[array]["max_abs_err"])
         np.testing.assert_allclose(
-            np.asarray(value, np.float64)[where], expected[where], rtol=0, atol=atol, err_msg=f"{self.name}/{array}"
+            np.asarray(value, np.float64)[where],
+            expected[where],
+            rtol=0,
+            atol=atol,
+            err_msg=f"{self.name}/{array}",
         )
 
 

@@ -23,7 +23,9 @@ def make_policy(case, library, dtype, *, prefix="", eps=None):
     sigma_src = case.source("sigma_t_src", np.float64 if dtype == np.float64 else np.float32)
     eps = case.params.get("policy_eps", case.params.get("eps")) if eps is None else eps
     if "means" in case:
-        return GMPolicy(source("means"), source("logweights"), source("logstds"), source("x_t_src"), sigma_src, eps=eps)
+        return GMPolicy(
+            source("means"), source("logweights"), source("logstds"), source("x_t_src"), sigma_src, eps=eps
+        )
     params = case.params
     return DXPolicy(
         source("denoising_output"),

@@ -121,7 +121,9 @@ def test_inputs_that_do_not_fit_are_refused(change, words):
         GMPolicy(**(inputs | change))
 
 
-@pytest.mark.parametrize("change", [dict(mode="cubic"), dict(segment_size=0.0), dict(segment_size=float("nan"))])
+@pytest.mark.parametrize(
+    "change", [dict(mode="cubic"), dict(segment_size=0.0), dict(segment_size=float("nan"))]
+)
 def test_dx_settings_that_make_no_sense_are_refused(change):
     settings = dict(segment_size=1.0, mode="grid") | change
     with pytest.raises(PiFlowError):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from golden_cases import case_id, cases
@@ -45,7 +47,7 @@ def test_unwarp_inverts_warp(shift):
 def test_segments_cover_all_of_time_and_share_the_substeps(nfe, scale):
     segments = Schedule(nfe=nfe, shift=2.0, final_step_size_scale=scale).segments
     assert segments[0].sigma_src == 1 and segments[-1].sigma_dst == 0
-    for before, after in zip(segments, segments[1:], strict=False):
+    for before, after in pairwise(segments):
         assert before.sigma_dst == after.sigma_src == before.sigma_next
     # Each segment rounds its own share, by half a substep at most.
     assert abs(sum(s.substeps for s in segments) - 128) <= nfe / 2
@@ -58,7 +60,11 @@ def test_full_renoising_starts_every_segment_from_clean_data():
 
 
 def test_substep_counts_round_halves_to_even():
-    assert [count_substeps(2.5 / 16, 0, 16), count_substeps(3.5 / 16, 0, 16), count_substeps(0.5, 0.5, 128)] == [
+    assert [
+        count_substeps(2.5 / 16, 0, 16),
+        count_substeps(3.5 / 16, 0, 16),
+        count_substeps(0.5, 0.5, 128),
+    ] == [
         2,
         4,
         1,
