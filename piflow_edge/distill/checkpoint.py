@@ -1,0 +1,156 @@
+"""Checkpoints: a folder with `checkpoint.json` and the safetensors file it names.
+
+The weights are written first, under a new name; replacing `checkpoint.json` is the one step that counts. Killed at
+any moment, the folder holds the previous checkpoint or the new one, never a mixture.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from piflow_edge.errors import CheckpointError
+from piflow_edge.files import sha256, write_atomic
+
+from .dit import DiT, DiTConfig
+
+FORMAT_VERSION = 1
+_KEYS = {"format_version", "kind", "iteration", "architecture", "settings", "class_names", "file", "sha256"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network, and what is needed to go on training it.
+
+    `kind`: "teacher" or "student". `iteration`: optimiser steps taken. `architecture`: of the network. `settings`: JSON
+    of how it was trained; for a student the imitation settings and where its teacher came from. `class_names`: names
+    of the classes. `tensors`: `ema.*` the weights to use; when training can go on also `raw.*` and `adam.*`.
+    """
+
+    kind: str
+    iteration: int
+    architecture: DiTConfig
+    settings: dict
+    class_names: tuple[str, ...]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def network(self) -> DiT:
+        """The network with its averaged weights, in float32, ready to be called."""
+        network = DiT(self.architecture)
+        load_weights(network, self.group("ema"))
+        return network.eval().requires_grad_(False)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under `prefix.`, without it."""
+        start = prefix + "."
+        return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+
+
+def load_weights(network: DiT, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into the network.
+
+    Raises:
+        CheckpointError: names or shapes that are not this architecture's.
+    """
+    expected = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in weights.items()}
+    if expected != found:
+        wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        name = wrong[0]
+        raise CheckpointError(
+            f"the weights are of another architecture: {name!r} should be {expected.get(name, 'absent')}, is "
+            f"{found.get(name, 'absent')} ({len(wrong)} such tensors); use the checkpoint this run was started from"
+        )
+    network.load_state_dict({k: v.float() for k, v in weights.items()})
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` into `folder`; the one that was there stays whole until the new one is."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save_tensors({k: v.contiguous() for k, v in checkpoint.tensors.items()})
+    digest = sha256(data)
+    # Named after its content: a new file never overwrites the one that checkpoint.json points to.
+    name = f"weights-{checkpoint.iteration:07d}-{digest[:8]}.safetensors"
+    description = {
+        "format_version": FORMAT_VERSION,
+        "kind": checkpoint.kind,
+        "iteration": checkpoint.iteration,
+        "architecture": asdict(checkpoint.architecture),
+        "settings": checkpoint.settings,
+        "class_names": list(checkpoint.class_names),
+        "file": name,
+        "sha256": digest,
+    }
+    write_atomic(folder / name, data)
+    write_atomic(folder / "checkpoint.json", (json.dumps(description, indent=2) + "\n").encode())
+    for stale in folder.glob("weights-*.safetensors"):
+        if stale.name != name:
+            stale.unlink()
+
+
+def load_checkpoint(folder: Path, *, kind: str | None = None) -> Checkpoint:
+    """Read the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or of another version, or of another kind than asked for.
+    """
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / "checkpoint.json").read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"a checkpoint is a folder with checkpoint.json; there is none in {folder}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'checkpoint.json'} cannot be read: {error}") from error
+    if not isinstance(description, dict) or description.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of version {FORMAT_VERSION}; train it again, or use the release that made it"
+        )
+    if set(description) != _KEYS:
+        odd = ", ".join(sorted(set(description) ^ _KEYS))
+        raise CheckpointError(f"{folder / 'checkpoint.json'} has missing or unknown keys: {odd}")
+    if kind is not None and description["kind"] != kind:
+        raise CheckpointError(f"{folder} holds a {description['kind']}; this needs a {kind}")
+    name = description["file"]
+    if Path(name).name != name:
+        raise CheckpointError(f"{folder / 'checkpoint.json'} points outside its folder: {name!r}")
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder} is incomplete: {name} cannot be read ({error.strerror})") from error
+    if sha256(data) != description["sha256"]:
+        raise CheckpointError(f"{name} in {folder} does not match its checksum; copy the checkpoint again")
+    try:
+        tensors = load_tensors(data)
+        architecture = DiTConfig(**description["architecture"])
+    except (SafetensorError, TypeError) as error:
+        raise CheckpointError(f"{folder} cannot be used: {error}") from error
+    return Checkpoint(
+        description["kind"],
+        description["iteration"],
+        architecture,
+        description["settings"],
+        tuple(description["class_names"]),
+        tensors,
+    )
+
+
+def inference_only(checkpoint: Checkpoint, dtype: torch.dtype = torch.float16) -> Checkpoint:
+    """The checkpoint with nothing but its averaged weights, in `dtype`: small enough to ship."""
+    tensors = {f"ema.{k}": v.to(dtype) for k, v in checkpoint.group("ema").items()}
+    return Checkpoint(
+        checkpoint.kind,
+        checkpoint.iteration,
+        checkpoint.architecture,
+        checkpoint.settings,
+        checkpoint.class_names,
+        tensors,
+    )

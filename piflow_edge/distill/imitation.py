@@ -1,0 +1,255 @@
+"""pi-ID, the imitation loss: the teacher corrects the student along the student's own path.
+
+The student's policy is followed, without gradient, to a few points of its segment; at each the teacher says what the
+velocity should have been, and the policy's velocity there is pulled towards it. One L2 loss, nothing else.
+
+Times are host float64, one per sample: they decide how many substeps each sample takes, and must not make a GPU wait.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from piflow_edge.errors import ScheduleError
+from piflow_edge.integrator import integrate
+from piflow_edge.policies import GMPolicy, Policy
+from piflow_edge.schedule import count_substeps, substep_sigmas, warp
+
+# Floor under raw times and window lengths in training; the authors' value (`train_eps` of the recorded cases).
+TRAIN_EPS = 1e-4
+
+
+class Random(Protocol):
+    """Where a loss draws its numbers from, in a fixed order, so that a run can be repeated or resumed."""
+
+    def uniform(self, shape) -> np.ndarray:
+        """float64 in [0, 1)."""
+        ...
+
+    def normal(self, shape) -> np.ndarray:
+        """float32 standard normal."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImitationConfig:
+    """Settings of the imitation loss.
+
+    Args:
+        nfe: student calls per image the student is trained for, 1 or more.
+        shift: shift between raw time and noise level, above 0.
+        final_step_size_scale: length of the last segment relative to the others, in (0, 1].
+        total_substeps: Euler steps of the policy over all of raw time.
+        num_intermediate_states: points of each segment at which the teacher corrects.
+        window_substeps: substeps over which the policy's mean velocity is compared; 0 compares it at the point.
+        gm_dropout: share of mixture components left out of the path that is followed.
+        loss_scale: constant factor of the loss.
+        policy_eps: floor inside the policy; the authors train with 1e-6 for GM.
+    """
+
+    nfe: int = 1
+    shift: float = 1.0
+    final_step_size_scale: float = 1.0
+    total_substeps: int = 128
+    num_intermediate_states: int = 2
+    window_substeps: int = 0
+    gm_dropout: float = 0.0
+    loss_scale: float = 1.0
+    policy_eps: float = 1e-6
+
+    def __post_init__(self):
+        for name in ("nfe", "total_substeps", "num_intermediate_states"):
+            if getattr(self, name) < 1:
+                raise ScheduleError(f"{name} is 1 or more; got {getattr(self, name)}")
+        if not self.shift > 0:
+            raise ScheduleError(f"shift is above 0; got {self.shift}")
+        if not 0 < self.final_step_size_scale <= 1:
+            raise ScheduleError(f"final_step_size_scale lies in (0, 1]; got {self.final_step_size_scale}")
+
+
+@dataclass(frozen=True)
+class SegmentLoss:
+    """One segment's part of the loss, and where the path ended.
+
+    `loss`: scalar with gradient. `x_t`: last teacher state, no gradient. `raw_t`: its raw time, (B,).
+    `predictions`, `targets`: policy's and teacher's velocities, (n B, C, H, W), state by state.
+    """
+
+    loss: Tensor
+    x_t: Tensor
+    raw_t: np.ndarray
+    predictions: Tensor
+    targets: Tensor
+
+
+def source_segments(config: ImitationConfig, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Raw time at which each sample's segment starts, and the segment's length, both (B,).
+
+    Samples fall into segments in proportion to the segments' lengths.
+    """
+    scale = max(config.final_step_size_scale, TRAIN_EPS)
+    base = 1 / (config.nfe - 1 + scale)
+    raw_t = np.maximum(1 - uniforms, TRAIN_EPS)
+    number = np.clip(np.ceil(raw_t / base + (1 - scale)), 1, config.nfe)  # 1 is the segment that ends at data
+    raw_t_src = np.clip((number - (1 - scale)) * base, TRAIN_EPS, 1.0)
+    return raw_t_src, np.where(number == 1, scale * base, base)
+
+
+def imitation_loss(
+    student: Callable[[Tensor, np.ndarray], Policy],
+    teacher: Callable[[Tensor, np.ndarray], Tensor],
+    x_0: Tensor,
+    config: ImitationConfig,
+    random: Random,
+    *,
+    teacher_ratio: float = 0.0,
+) -> SegmentLoss:
+    """The loss of one batch of real data, noised to the start of a segment drawn for each sample.
+
+    Args:
+        student: `(x_src, sigma_src (B,)) -> policy`, one network call, with gradient.
+        teacher: `(x_t, sigma_t (B,)) -> u_t`, without gradient.
+        x_0: data, (B, C, H, W), latent units.
+        config: settings.
+        random: source of all random numbers.
+        teacher_ratio: share of each segment that is walked with the teacher's velocity instead of the policy's.
+
+    Source: Chen et al., pi-Flow, arXiv:2510.14974; `PiFlowImitation.forward_train` in Lakonik/piFlow.
+    """
+    raw_t_src, length = source_segments(config, random.uniform((len(x_0),)))
+    noise = torch.from_numpy(random.normal(tuple(x_0.shape))).to(x_0)
+    sigma_src = warp(raw_t_src, config.shift)
+    level = _per_sample(sigma_src, x_0)
+    x_src = x_0 * (1 - level) + noise * level
+    policy = student(x_src, sigma_src)
+    return segment_loss(
+        policy,
+        _followed(policy, config, random),
+        teacher,
+        x_src,
+        raw_t_src,
+        length,
+        config,
+        random,
+        teacher_ratio,
+    )
+
+
+def datafree_imitation_loss(
+    student: Callable[[Tensor, np.ndarray], Policy],
+    teacher: Callable[[Tensor, np.ndarray], Tensor],
+    noise: Tensor,
+    config: ImitationConfig,
+    random: Random,
+    *,
+    teacher_ratio: float = 0.0,
+) -> tuple[Tensor, list[SegmentLoss]]:
+    """The loss along the student's whole path from pure noise: no data needed. Arguments as `imitation_loss`.
+
+    Returns:
+        The sum over segments, weighted by their length, and each segment's part.
+
+    Source: Chen et al., pi-Flow, arXiv:2510.14974; `PiFlowImitationDataFree` in Lakonik/piFlow.
+    """
+    base = 1 / (config.nfe - 1 + config.final_step_size_scale)
+    x_src, raw_t_src = noise, np.ones(len(noise))
+    total, parts = noise.new_zeros(()), []
+    for step in range(config.nfe):
+        size = base if step < config.nfe - 1 else config.final_step_size_scale * base
+        length = np.full(len(noise), size)
+        policy = student(x_src, warp(raw_t_src, config.shift))
+        followed = _followed(policy, config, random)
+        part = segment_loss(
+            policy, followed, teacher, x_src, raw_t_src, length, config, random, teacher_ratio
+        )
+        total, parts = total + size * part.loss, [*parts, part]
+        raw_t_dst = np.maximum(raw_t_src - size, 0.0)
+        x_src, _ = _follow(followed, part.x_t, part.raw_t, raw_t_dst, config)
+        raw_t_src = raw_t_dst
+    return total, parts
+
+
+def segment_loss(
+    policy: Policy,
+    followed: Policy,
+    teacher: Callable[[Tensor, np.ndarray], Tensor],
+    x_src: Tensor,
+    raw_t_src: np.ndarray,
+    length: np.ndarray,
+    config: ImitationConfig,
+    random: Random,
+    teacher_ratio: float = 0.0,
+) -> SegmentLoss:
+    """Follow the policy through one segment and correct it at `num_intermediate_states` points.
+
+    Args:
+        policy: carries the gradient; asked only for its velocity at the points.
+        followed: the same policy without gradient, perhaps with components dropped; makes the path.
+        raw_t_src, length: where each sample's segment starts in raw time and how long it is, (B,).
+        x_src, teacher, config, random, teacher_ratio: as in `imitation_loss`.
+    """
+    n, batch = config.num_intermediate_states, len(x_src)
+    window = config.window_substeps * length / count_substeps(length, 0.0, config.total_substeps)
+    window = np.minimum(window, length)
+    free = length - window
+    # The student's share of the way in n random stretches, the teacher's share in n others, in turn.
+    student_ends = np.sort(random.uniform((batch, n)), axis=1) * ((1 - teacher_ratio) * free)[:, None]
+    student_steps = np.diff(student_ends, axis=1, prepend=0.0)
+    cuts = np.sort(random.uniform((batch, n - 1)), axis=1)
+    teacher_steps = np.diff(cuts, axis=1, prepend=0.0, append=1.0) * (teacher_ratio * free)[:, None]
+
+    x_t, raw_t = x_src.detach(), raw_t_src
+    predictions, targets = [], []
+    for student_step, teacher_step in zip(student_steps.T, teacher_steps.T, strict=True):
+        raw_t_a = np.maximum(raw_t - student_step, 0.0)
+        x_a, sigma_a = _follow(followed, x_t, raw_t, raw_t_a, config)
+        raw_t = np.maximum(raw_t_a - teacher_step, 0.0)
+        target = teacher(x_a, sigma_a)
+        predictions.append(average_velocity(policy, x_a, raw_t_a, raw_t - window, config))
+        targets.append(target)
+        x_t = x_a + target * _per_sample(warp(raw_t, config.shift) - sigma_a, x_a)
+    predictions, targets = torch.cat(predictions), torch.cat(targets)
+    loss = config.loss_scale * 0.5 * (predictions - targets).square().mean()
+    return SegmentLoss(loss, x_t, raw_t, predictions, targets)
+
+
+def average_velocity(
+    policy: Policy, x_t: Tensor, raw_t: np.ndarray, raw_t_end: np.ndarray, config: ImitationConfig
+) -> Tensor:
+    """Mean velocity of the policy between two raw times, (B,) each; at the point where that is one substep.
+
+    Source: section 5 of the recorded reference; `policy_average_u` in Lakonik/piFlow.
+    """
+    sigma_t = warp(raw_t, config.shift)
+    # Not count_substeps: its floor of 1 makes no difference to "fewer than 2".
+    counts = count_substeps(raw_t, raw_t_end, config.total_substeps)
+    at_point = policy.velocity(x_t, sigma_t)
+    if np.all(counts < 2):
+        return at_point
+    x_end, sigma_end = _follow(policy, x_t, raw_t, raw_t_end, config)
+    mean = (x_t - x_end) / _per_sample(np.maximum(sigma_t - sigma_end, TRAIN_EPS), x_t)
+    return torch.where(_per_sample(counts < 2, x_t).bool(), at_point, mean)
+
+
+def _followed(policy: Policy, config: ImitationConfig, random: Random) -> Policy:
+    """The policy as it is followed: no gradient, and one draw of component dropout for the whole segment."""
+    followed = policy.detached()
+    if isinstance(followed, GMPolicy) and 0 < config.gm_dropout < 1:
+        batch, num_components = followed.logweights.shape[:2]
+        uniforms = torch.from_numpy(random.uniform((batch, num_components))).to(followed.logweights.device)
+        followed = followed.dropped(uniforms, config.gm_dropout)
+    return followed
+
+
+def _follow(policy, x_t, raw_t, raw_t_end, config):
+    counts = count_substeps(raw_t, raw_t_end, config.total_substeps)
+    sigmas = substep_sigmas(raw_t, raw_t_end, counts, config.shift)
+    return integrate(policy, x_t, sigmas), sigmas[-1]
+
+
+def _per_sample(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like).view(-1, *(1,) * (like.ndim - 1))

@@ -1,0 +1,190 @@
+"""The training loop that teacher and student share: optimiser, averaged weights, checkpoints, progress.
+
+Every iteration draws from a generator of its own, keyed by (seed, iteration). A run needs no random state to be resumed,
+and a resumed run takes the same steps as one that was never stopped.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from piflow_edge.errors import CheckFailedError, CheckpointError
+from piflow_edge.progress import progress
+
+from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from .data import ImageData
+from .dit import DiT
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained.
+
+    Args:
+        iterations: optimiser steps.
+        batch_size: samples per step.
+        learning_rate: of Adam, reached after `warmup` steps, then falling to 0 along half a cosine.
+        warmup: steps of linear rise.
+        ema_decay: of the averaged weights; lower at the start.
+        max_grad_norm: gradients longer than this are shortened to it.
+        seed: of everything random.
+        save_every: steps between checkpoints.
+    """
+
+    iterations: int = 1000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    ema_decay: float = 0.999
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 500
+
+
+class IterationRandom:
+    """The random numbers of one iteration; see `imitation.Random`."""
+
+    def __init__(self, seed: int, iteration: int):
+        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, iteration])))
+
+    def uniform(self, shape) -> np.ndarray:
+        return self._generator.random(shape)
+
+    def normal(self, shape) -> np.ndarray:
+        return self._generator.standard_normal(shape, dtype=np.float32)
+
+    def choice(self, count: int, size: int) -> np.ndarray:
+        """`size` whole numbers below `count`, with repetition."""
+        return self._generator.integers(0, count, size)
+
+
+Loss = Callable[[Tensor, Tensor, IterationRandom], Tensor]  # (x_0, labels, random) -> scalar
+
+
+def train(
+    network: DiT,
+    loss: Loss,
+    data: ImageData,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    kind: str,
+    settings: dict,
+    resume: bool = False,
+) -> Checkpoint:
+    """Train `network` in place and leave a checkpoint in `folder`.
+
+    Ctrl-C saves a checkpoint before it goes on as KeyboardInterrupt. Steps are written to `log.jsonl`.
+
+    Args:
+        network: starts from the weights it has, unless a checkpoint is resumed.
+        loss: `(x_0, labels, random) -> scalar` with gradient.
+        data: where `x_0` and `labels` are drawn from.
+        config: how to train.
+        folder: where the checkpoint goes.
+        kind, settings: recorded in the checkpoint; on `resume` they must be the same.
+        resume: go on from the checkpoint in `folder` instead of refusing to overwrite it.
+
+    Raises:
+        CheckpointError: there is a checkpoint and `resume` is False, or it is of another run.
+        CheckFailedError: the loss is not finite.
+    """
+    folder = Path(folder)
+    settings = {**settings, "training": vars(config).copy()}
+    parameters = dict(network.named_parameters())
+    ema = {k: v.detach().clone() for k, v in parameters.items()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    start = 0
+    if (folder / "checkpoint.json").exists():
+        if not resume:
+            raise CheckpointError(
+                f"{folder} holds a checkpoint already; give --resume to go on, or another folder"
+            )
+        start = _restore(load_checkpoint(folder, kind=kind), network, ema, optimizer, settings)
+
+    def snapshot(iteration):
+        tensors = {f"ema.{k}": v for k, v in ema.items()} | {
+            f"raw.{k}": v.detach() for k, v in parameters.items()
+        }
+        for (name, _), state in zip(parameters.items(), optimizer.state.values(), strict=False):
+            tensors |= {f"adam.{part}.{name}": state[part] for part in ("exp_avg", "exp_avg_sq", "step")}
+        return Checkpoint(kind, iteration, network.config, settings, data.class_names, tensors)
+
+    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    folder.mkdir(parents=True, exist_ok=True)
+    network.train()
+    done, began = start, time.perf_counter()
+    try:
+        with progress(f"training {kind}", config.iterations, start=start) as bar, _log(folder, start) as log:
+            for iteration in range(start, config.iterations):
+                random = IterationRandom(config.seed, iteration)
+                picked = torch.from_numpy(random.choice(len(data), config.batch_size))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, iteration)
+                value = loss(images[picked], labels[picked], random)
+                optimizer.zero_grad()
+                value.backward()
+                norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+                if not torch.isfinite(norm):
+                    raise CheckFailedError(
+                        f"loss {value.item()} or its gradient is not finite at iteration {iteration}; the last "
+                        f"checkpoint is whole; try a lower learning rate than {config.learning_rate}"
+                    )
+                optimizer.step()
+                # Averaged over fewer steps at first, so that the start is soon forgotten.
+                decay = min(config.ema_decay, (1 + iteration) / (10 + iteration))
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - decay)
+                done = iteration + 1
+                speed = (done - start) * config.batch_size / (time.perf_counter() - began)
+                bar(f"loss {value.item():.4f}, {speed:.0f} images/s")
+                if done % 50 == 0 or done == config.iterations:
+                    log.write(
+                        json.dumps({"iteration": done, "loss": value.item(), "images_per_s": speed}) + "\n"
+                    )
+                if done % config.save_every == 0 and done < config.iterations:
+                    save_checkpoint(folder, snapshot(done))
+    except KeyboardInterrupt:
+        save_checkpoint(folder, snapshot(done))
+        raise
+    final = snapshot(done)
+    save_checkpoint(folder, final)
+    return final
+
+
+def learning_rate(config: TrainingConfig, iteration: int) -> float:
+    """Linear rise over `warmup` steps, then half a cosine down to 0."""
+    rise = min((iteration + 1) / max(config.warmup, 1), 1.0)
+    return config.learning_rate * rise * 0.5 * (1 + np.cos(np.pi * iteration / config.iterations))
+
+
+def _restore(checkpoint, network, ema, optimizer, settings) -> int:
+    if checkpoint.settings != json.loads(json.dumps(settings)):
+        odd = sorted(k for k in settings if checkpoint.settings.get(k) != json.loads(json.dumps(settings[k])))
+        raise CheckpointError(
+            f"the checkpoint was trained with other settings ({', '.join(odd)}); resume with the same"
+        )
+    raw, moments = checkpoint.group("raw"), checkpoint.group("adam")
+    if not raw:
+        raise CheckpointError(
+            "the checkpoint holds averaged weights only; it can be used but not trained further"
+        )
+    load_weights(network, raw)
+    for name, value in checkpoint.group("ema").items():
+        ema[name].copy_(value)
+    for name, parameter in network.named_parameters():
+        if f"exp_avg.{name}" in moments:  # absent when it was saved before the first step
+            optimizer.state[parameter] = {
+                part: moments[f"{part}.{name}"].clone() for part in ("step", "exp_avg", "exp_avg_sq")
+            }
+    return checkpoint.iteration
+
+
+def _log(folder: Path, start: int):
+    return (folder / "log.jsonl").open("a" if start else "w")
