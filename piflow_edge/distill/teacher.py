@@ -1,7 +1,9 @@
 """The teacher's side: classifier-free guidance, Euler sampling, and flow-matching training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor
 from piflow_edge.errors import ScheduleError
 from piflow_edge.schedule import warp
 
-from .dit import DiT
+from .checkpoint import Checkpoint
+from .data import ImageData
+from .dit import DiT, DiTConfig
+from .training import TrainingConfig, train
 
 
 def guide(
@@ -51,45 +56,37 @@ def guide(
 
 
 class GuidedTeacher:
-    """A DiT with classifier-free guidance as one velocity field.
+    """A class-conditional network with classifier-free guidance as one velocity field.
 
     Args:
-        network: a class-conditional DiT with a velocity head.
+        network: `(x_t, t, labels) -> u_t`, a trained DiT or an engine that runs one.
+        config: the network's architecture.
         scale: guidance scale, 1 or more; 1 asks the network once per call, above 1 for two samples per sample.
     """
 
-    def __init__(self, network: DiT, scale: float = 1.0):
+    def __init__(self, network: Callable[[Tensor, Tensor, Tensor], Tensor], config: DiTConfig, scale: float):
         if not scale >= 1:
             raise ScheduleError(f"guidance scale is 1 (none) or more; got {scale!r}")
-        self.network, self.scale = network.eval().requires_grad_(False), float(scale)
+        self.network, self.config, self.scale = network, config, float(scale)
 
     @torch.no_grad()
     def velocity(self, x_t: Tensor, sigma_t, labels: Tensor) -> Tensor:
         """u_t at states (B, C, H, W), noise level a float or (B,), labels (B,); no gradient."""
-        config = self.network.config
         sigma = torch.as_tensor(np.broadcast_to(sigma_t, x_t.shape[:1]).copy(), dtype=x_t.dtype)
-        t = sigma.to(x_t.device) * config.num_timesteps
+        t = sigma.to(x_t.device) * self.config.num_timesteps
         if self.scale == 1:
             return self.network(x_t, t, labels)
-        null = torch.full_like(labels, config.null_label)
+        null = torch.full_like(labels, self.config.null_label)
         twice = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, labels]))
         u_uncond, u_cond = twice.chunk(2)
-        return guide(u_cond, u_uncond, x_t, t, scale=self.scale, num_timesteps=config.num_timesteps)
+        return guide(u_cond, u_uncond, x_t, t, scale=self.scale, num_timesteps=self.config.num_timesteps)
 
     def sample(self, noise: Tensor, labels: Tensor, steps: int, *, shift: float = 1.0) -> Tensor:
         """Images by `steps` Euler steps from `noise` (B, C, H, W), even in raw time."""
-        return euler_sample(
-            lambda x_t, sigma_t: self.velocity(x_t, sigma_t, labels), noise, steps, shift=shift
-        )
-
-
-def euler_sample(velocity: Callable, noise, steps: int, *, shift: float = 1.0):
-    """Carry noise to data by Euler steps on `velocity(x_t, sigma_t)`, even in raw time. Any array library."""
-    sigmas = warp(np.linspace(1.0, 0.0, steps + 1), shift).tolist()
-    x_t = noise
-    for sigma_t, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-        x_t = x_t + velocity(x_t, sigma_t) * (sigma_next - sigma_t)
-    return x_t
+        x_t = noise
+        for sigma_t, sigma_next in pairwise(warp(np.linspace(1.0, 0.0, steps + 1), shift).tolist()):
+            x_t = x_t + self.velocity(x_t, sigma_t, labels) * (sigma_next - sigma_t)
+        return x_t
 
 
 @dataclass(frozen=True)
@@ -121,3 +118,33 @@ def flow_matching_loss(
     labels = torch.where(dropped, network.config.null_label, labels)
     u_t = network(x_t, sigma * network.config.num_timesteps, labels)
     return (u_t - (noise - x_0)).square().mean()
+
+
+def train_teacher(
+    data: ImageData,
+    architecture: DiTConfig,
+    flow_matching: FlowMatchingConfig,
+    training: TrainingConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+) -> Checkpoint:
+    """Train a DiT from scratch with flow matching, and leave its checkpoint in `folder`.
+
+    Args:
+        data: what to train on.
+        architecture: of the network.
+        flow_matching, training: settings of the loss and of the loop.
+        resume: go on from the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError, CheckFailedError: see `training.train`.
+    """
+    torch.manual_seed(training.seed)  # the initial weights
+    network = DiT(architecture)
+
+    def loss(x_0, labels, random):
+        return flow_matching_loss(network, x_0, labels, flow_matching, random)
+
+    settings = {"flow_matching": asdict(flow_matching), "data": data.name}
+    return train(network, loss, data, training, folder, kind="teacher", settings=settings, resume=resume)

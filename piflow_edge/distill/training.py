@@ -63,6 +63,10 @@ class IterationRandom:
         """`size` whole numbers below `count`, with repetition."""
         return self._generator.integers(0, count, size)
 
+    def permutation(self, count: int) -> np.ndarray:
+        """0 to count - 1 in random order."""
+        return self._generator.permutation(count)
+
 
 Loss = Callable[[Tensor, Tensor, IterationRandom], Tensor]  # (x_0, labels, random) -> scalar
 
@@ -187,4 +191,4 @@ def _restore(checkpoint, network, ema, optimizer, settings) -> int:
 
 
 def _log(folder: Path, start: int):
-    return (folder / "log.jsonl").open("a" if start else "w")
+    return (folder / "log.jsonl").open("a" if start else "w", buffering=1)  # a line at a time, to be watched

@@ -43,7 +43,7 @@ class ToyTeacher:
     def __init__(self, case, dtype):
         self.params = case.params
         self.mu, self.logpi = (torch.from_numpy(case[f"teacher_{k}"].astype(dtype)) for k in ("mu", "logpi"))
-        self.labels = case["teacher_class_labels"] if "teacher_class_labels" in case else None
+        self.labels = case["teacher_class_labels"] if "teacher_class_labels" in case else None  # noqa: SIM401 (a Case is no dict)
         self.seen = []
 
     def __call__(self, x_t, sigma_t):

@@ -1,0 +1,57 @@
+"""The PyTorch side of the comparison: golden samples that every export must reproduce before it is moved in place."""
+
+import io
+
+import numpy as np
+import torch
+
+from piflow_edge.bundle import Manifest
+from piflow_edge.distill.dit import DiT
+from piflow_edge.integrator import rollout
+from piflow_edge.noise import philox_normal
+from piflow_edge.policies import GMPolicy
+
+from piflow_edge.export.to_onnx import GM_OUTPUTS
+
+# Golden images per bundle: enough to see, few enough to keep a bundle small.
+GOLDEN_IMAGES = 10
+_SEED = 0
+
+
+@torch.no_grad()
+def golden_samples(network: DiT, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Run the student in PyTorch, policies in float64, and record every layer; see `verification`."""
+    spec, schedule = manifest.schedule, manifest.schedule.schedule()
+    labels = np.arange(min(GOLDEN_IMAGES, len(manifest.conditioning.class_names)))
+    shape = manifest.latent.shape
+    indices = range(len(labels))
+    x_t = philox_normal(_SEED, indices, shape)
+    golden = {"noise": x_t, "labels": labels}
+    for i, segment in enumerate(schedule.segments):
+        t = torch.full((len(labels),), segment.sigma_src * manifest.network.num_timesteps)
+        outputs = [out.numpy() for out in network(torch.from_numpy(x_t), t, torch.from_numpy(labels))]
+        golden[f"x_t.{i}"] = x_t
+        golden |= {f"{name}.{i}": out for name, out in zip(GM_OUTPUTS, outputs, strict=True)}
+        wide = [out.astype(np.float64) for out in outputs]
+        x_src = x_t.astype(np.float64)
+        policy = GMPolicy(*wide, x_src, segment.sigma_src, eps=manifest.policy.eps)
+        # The source, and down to a tenth of the way above the segment's end, where velocities are still tame.
+        levels = segment.sigma_src + np.array([0.0, 0.5, 0.9]) * (segment.sigma_dst - segment.sigma_src)
+        golden[f"levels.{i}"] = levels
+        golden[f"velocities.{i}"] = np.stack([policy.velocity(x_src, level) for level in levels.tolist()])
+        if i < schedule.nfe - 1:
+            policy = policy.tempered(spec.temperature)
+        ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
+        x_dst = rollout(policy, x_src, *ends, shift=schedule.shift, kernel="reference")
+        if segment.renoises:
+            x_dst = segment.renoise(x_dst, philox_normal(_SEED, indices, shape, draw=i + 1))
+        x_t = x_dst.astype(np.float32)
+    golden["latents"] = x_t
+    return golden
+
+
+def golden_file(golden: dict[str, np.ndarray]) -> bytes:
+    """The golden samples as the bytes of `golden.npz`."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **golden)
+    return file.getvalue()

@@ -1,0 +1,154 @@
+"""Student checkpoint -> bundle: graph, manifest, golden samples and preview, checked before they are moved in place."""
+
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+import piflow_edge
+from piflow_edge.bundle import (
+    FORMAT_VERSION,
+    MANIFEST,
+    ConditioningSpec,
+    FileSpec,
+    LatentSpec,
+    Manifest,
+    NetworkSpec,
+    PolicySpec,
+    ScheduleSpec,
+    TensorSpec,
+    ToleranceSpec,
+    manifest_bytes,
+)
+from piflow_edge.distill.checkpoint import Checkpoint
+from piflow_edge.errors import BundleError, CheckFailedError
+from piflow_edge.files import new_folder, sha256, write_atomic
+from piflow_edge.pictures import image_grid, png_bytes
+from piflow_edge.sampling import as_pil, load
+from piflow_edge.verification import GOLDEN, Row, check, verify
+
+from piflow_edge.export.parity import golden_file, golden_samples
+from piflow_edge.export.to_onnx import GM_OUTPUTS, OPSET, export_network
+
+# Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
+# network of a few blocks; the policy divides by noise levels down to 1/128; one grey level may round the other way.
+FP32_TOLERANCES = ToleranceSpec(outputs=1e-4, velocities=1e-4, latents=1e-3, images=1)
+
+NO_LICENSE = (
+    "No licence was stated for these weights. Ask whoever gave them to you what you may do with them.\n"
+)
+
+
+def export_bundle(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    name: str | None = None,
+    temperature: float = 1.0,
+    eps: float = 1e-4,
+    license_text: str = NO_LICENSE,
+    license_name: str = "unstated",
+    overwrite: bool = False,
+) -> list[Row]:
+    """Write the student as a bundle, and check it there against PyTorch before it is moved to `folder`.
+
+    Args:
+        checkpoint: a trained student.
+        folder: where the bundle goes.
+        name: of the bundle; None is the folder's.
+        temperature: recorded as the bundle's default.
+        eps: floor inside the policy at run time.
+        license_text, license_name: content of LICENSE, and its short name for the manifest.
+        overwrite: replace a bundle that is there.
+
+    Returns:
+        The comparison with PyTorch, layer by layer.
+
+    Raises:
+        BundleError: `folder` exists and `overwrite` is False, or it is not a bundle.
+        CheckFailedError: the exported graph does not reproduce PyTorch, or gives NaN; nothing is left behind.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise BundleError(f"{folder} exists; give another place, or --overwrite to replace the bundle")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise BundleError(f"{folder} is not a bundle and will not be replaced; give another place")
+    network = checkpoint.network()
+    manifest = _manifest(checkpoint, name or folder.name, temperature, eps, license_name)
+    golden = golden_samples(network, manifest)
+    for key, array in golden.items():
+        if not np.isfinite(array).all():
+            raise CheckFailedError(
+                f"the student gives NaN or infinity in {key}; it is not fit to be exported"
+            )
+    spec = manifest.latent
+    pixels = np.clip((golden["latents"] / spec.scale + spec.shift + 1) * 127.5, 0, 255)
+    golden["images"] = np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1)
+    files = {
+        "student.fp32.onnx": export_network(network),
+        GOLDEN: golden_file(golden),
+        "preview.png": png_bytes(image_grid([as_pil(golden["images"])])),
+        "LICENSE": license_text.encode(),
+    }
+    manifest.files.update({file: FileSpec(sha256(data), len(data)) for file, data in files.items()})
+    with new_folder(folder) as work:
+        for file, data in {**files, MANIFEST: manifest_bytes(manifest)}.items():
+            write_atomic(work / file, data)
+        rows = verify(load(work))
+        check(rows, manifest.name)
+    return rows
+
+
+def _manifest(
+    checkpoint: Checkpoint, name: str, temperature: float, eps: float, license_name: str
+) -> Manifest:
+    config, imitation = checkpoint.architecture, checkpoint.settings["imitation"]
+    size = [config.in_channels, config.sample_size, config.sample_size]
+    components = config.num_components
+    shapes = ([components, *size], [components, 1, *size[1:]], [1, 1, 1, 1])
+    outputs = [
+        TensorSpec(output, "float32", ["batch", *shape])
+        for output, shape in zip(GM_OUTPUTS, shapes, strict=True)
+    ]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        policy=PolicySpec("gm", components, eps),
+        schedule=ScheduleSpec(
+            nfe=imitation["nfe"],
+            shift=imitation["shift"],
+            final_step_size_scale=imitation["final_step_size_scale"],
+            total_substeps=imitation["total_substeps"],
+            h=0.0,
+            temperature=temperature,
+        ),
+        network=NetworkSpec(
+            inputs=[
+                TensorSpec("x_t", "float32", ["batch", *size]),
+                TensorSpec("t", "float32", ["batch"]),
+                TensorSpec("class_labels", "int64", ["batch"]),
+            ],
+            outputs=outputs,
+            num_timesteps=config.num_timesteps,
+            opset=OPSET,
+        ),
+        conditioning=ConditioningSpec("class", list(checkpoint.class_names)),
+        latent=LatentSpec(size, 1.0, 0.0),
+        decoder=None,
+        precisions=["fp32"],
+        files={},
+        license=license_name,
+        provenance={
+            "iteration": checkpoint.iteration,
+            "settings": checkpoint.settings,
+            "parameters": sum(math.prod(v.shape) for v in checkpoint.group("ema").values()),
+            "versions": {
+                "piflow-edge": piflow_edge.__version__,
+                "python": platform.python_version(),
+                **{package: version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime")},
+            },
+        },
+        tolerances=FP32_TOLERANCES,
+    )

@@ -1,0 +1,254 @@
+"""The exported folder: what it holds, checked before anything in it is used.
+
+`bundle.json` is the manifest. It carries the SHA-256 and size of every other file and of itself; unknown versions,
+unknown keys, missing, extra or altered files are refused. A bundle is data: no code from it runs, no link is
+followed, and a file is handed out only after its hash matched.
+"""
+
+import json
+import types
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import BundleError, PiFlowError
+from .files import sha256
+from .schedule import Schedule
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+# A manifest is a few kilobytes; anything this large is no manifest.
+_MANIFEST_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The policy's fixed numbers. `num_components`: K. `eps`: its floor; see `GMPolicy`."""
+
+    kind: Literal["gm"]
+    num_components: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The schedule the student was trained for; see `Schedule`. `temperature`: at every call but the last."""
+
+    nfe: int
+    shift: float
+    final_step_size_scale: float
+    total_substeps: int
+    h: float | str
+    temperature: float
+
+    def schedule(self, **changes) -> Schedule:
+        """The schedule itself, with `changes` such as `nfe=2`."""
+        settings = asdict(self) | changes
+        del settings["temperature"]
+        return Schedule(**settings)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a network; the first axis of every tensor is "batch"."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The student network. Its time input is `sigma_t * num_timesteps`."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    num_timesteps: float
+    opset: int
+
+
+@dataclass(frozen=True)
+class ConditioningSpec:
+    """What steers the image: a class. `class_names`: name of every label, in order."""
+
+    kind: Literal["class"]
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The state that is sampled: `shape` (C, H, W). Images are `latent / scale + shift`, -1 black to 1 white."""
+
+    shape: list[int]
+    scale: float
+    shift: float
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Checksum and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class ToleranceSpec:
+    """Largest error `verify` accepts, relative to the golden array's largest value; images in levels of 255."""
+
+    outputs: float
+    velocities: float
+    latents: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of `bundle.json`, in order, but for its own checksum."""
+
+    format_version: int
+    name: str
+    policy: PolicySpec
+    schedule: ScheduleSpec
+    network: NetworkSpec
+    conditioning: ConditioningSpec
+    latent: LatentSpec
+    decoder: None
+    precisions: list[str]
+    files: dict[str, FileSpec]
+    license: str
+    provenance: dict[str, Any]
+    tolerances: ToleranceSpec
+
+
+class Bundle:
+    """An exported folder whose every file has been checked.
+
+    Args:
+        folder: the bundle.
+
+    Raises:
+        BundleError: it is not a bundle of this version, or is incomplete or altered.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = _parse(self._bytes(MANIFEST, limit=_MANIFEST_LIMIT), self.folder)
+        listed = set(self.manifest.files) | {MANIFEST}
+        found = {file.name for file in self.folder.iterdir()}
+        if listed != found:
+            missing, extra = sorted(listed - found), sorted(found - listed)
+            what = f"{missing[0]} is missing" if missing else f"{extra[0]} does not belong to it"
+            raise BundleError(
+                f"bundle {self.folder} is not as it was exported: {what}; copy it again or re-export"
+            )
+        for name in self.manifest.files:
+            self.read(name)
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    def read(self, name: str) -> bytes:
+        """The content of one file, after its size and hash matched the manifest."""
+        expected = self.manifest.files[name]
+        data = self._bytes(name, limit=expected.size)
+        if len(data) != expected.size or sha256(data) != expected.sha256:
+            raise BundleError(
+                f"{name} in {self.folder} does not match its checksum in {MANIFEST}; copy it again or re-export"
+            )
+        return data
+
+    def graph(self, precision: str | None = None) -> bytes:
+        """The student network as ONNX; the first precision in the bundle unless one is named."""
+        available = self.manifest.precisions
+        if precision is not None and precision not in available:
+            raise BundleError(
+                f"bundle {self.name!r} holds {', '.join(available)}; got precision {precision!r}"
+            )
+        return self.read(f"student.{precision or available[0]}.onnx")
+
+    def _bytes(self, name: str, *, limit: int) -> bytes:
+        path = self.folder / name
+        try:
+            if path.is_symlink() or not path.is_file():
+                state = "is a link" if path.is_symlink() else "is missing"
+                raise BundleError(
+                    f"{self.folder} is not a whole bundle: {name} {state}; copy it again or re-export"
+                )
+            with path.open("rb") as file:
+                return file.read(limit + 1)  # one more than allowed shows that it is too long
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """`bundle.json` for a manifest, its own checksum included."""
+    body = asdict(manifest)
+    digest = sha256(_canonical(body))
+    return _canonical({**body, "sha256": digest})
+
+
+def _canonical(body: dict) -> bytes:
+    return (json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _parse(data: bytes, folder: Path) -> Manifest:
+    place = folder / MANIFEST
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise BundleError(f"{place} is not JSON: {error}; copy the bundle again") from error
+    version = body.get("format_version") if isinstance(body, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{place} has format version {version!r}, this release reads {FORMAT_VERSION}; "
+            "use the release that made it, or export again"
+        )
+    digest = body.pop("sha256", None)
+    manifest = _typed(Manifest, body, str(place))
+    # Byte for byte: a changed space is an altered file too.
+    if data != manifest_bytes(manifest) or digest != sha256(_canonical(body)):
+        raise BundleError(f"{place} does not match its own checksum; copy the bundle again or re-export")
+    for name in manifest.files:
+        if Path(name).name != name or name in (MANIFEST, ".", ".."):
+            raise BundleError(f"{place} lists a file outside its folder: {name!r}")
+    wanted = {f"student.{precision}.onnx" for precision in manifest.precisions} | {"golden.npz"}
+    if not manifest.precisions or not wanted <= manifest.files.keys():
+        raise BundleError(
+            f"{place} lacks {', '.join(sorted(wanted - manifest.files.keys())) or 'a precision'}"
+        )
+    try:
+        manifest.schedule.schedule()
+    except PiFlowError as error:
+        raise BundleError(f"{place} has an unusable schedule: {error}") from error
+    return manifest
+
+
+def _typed(kind, value, where: str):
+    """`value` as an instance of the annotated type `kind`, or a BundleError that names the place."""
+    origin, args = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        names = [f.name for f in fields(kind)]
+        if not isinstance(value, dict) or list(value) != names:
+            got = list(value) if isinstance(value, dict) else value
+            unknown = [n for n in got if n not in names] if isinstance(value, dict) else []
+            problem = (
+                f"has the unknown key {unknown[0]!r}" if unknown else f"must hold {', '.join(names)} in order"
+            )
+            raise BundleError(f"{where} {problem}; it was altered or made by another release")
+        hints = get_type_hints(kind)
+        return kind(**{n: _typed(hints[n], value[n], f"{where}: {n}") for n in names})
+    if origin is list and isinstance(value, list):
+        return [_typed(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    if origin in (Union, types.UnionType):
+        if any(type(value) is option for option in args):
+            return value
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif kind is Any or type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise BundleError(f"{where} has a value of the wrong kind: {value!r}")

@@ -1,0 +1,399 @@
+"""The `piflow-edge` command: parse, call, report. What a command does, a Python caller does with the same names.
+
+Results go to stdout, progress and warnings to stderr. Exit status: 0 done, 1 ran but the check failed, 2 wrong usage,
+missing extra or unusable input, 130 stopped with Ctrl-C.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from .errors import MissingExtraError, PiFlowError
+
+# Packages of the `train` extra, by the name they are imported under.
+_TRAIN_PACKAGES = {"torch", "onnx", "onnxscript", "safetensors", "accelerate", "sklearn", "scipy"}
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+SEED = click.option("--seed", type=click.IntRange(min=0), default=0, help="Of everything random.")
+RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+
+
+class Group(click.Group):
+    """The one place where errors become messages and exit codes."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except PiFlowError as error:
+            click.echo(f"piflow-edge: {error}", err=True)
+            context.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(
+                "piflow-edge: stopped; what was finished is kept, --resume goes on with training", err=True
+            )
+            context.exit(130)
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] not in _TRAIN_PACKAGES:
+                raise
+            missing = MissingExtraError(
+                f"this command needs {error.name!r}; get it with: pip install 'piflow-edge[train]'"
+            )
+            click.echo(f"piflow-edge: {missing}", err=True)
+            context.exit(missing.exit_code)
+
+
+@click.group(cls=Group, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="piflow-edge")
+def main():
+    """Distil flow-matching image generators to 1-4 network calls, export them, run them without PyTorch."""
+
+
+def _emit(value) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _show(table) -> None:
+    from rich.console import Console
+
+    # Not a terminal: wide enough for every column, so that a file or a pipe gets whole lines.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+@main.command()
+@click.option("--out", type=FOLDER, default=Path("demo"), help="Folder for students, bundles and report.")
+@click.option(
+    "--iterations", type=click.IntRange(min=1), default=1000, help="Training steps of each student."
+)
+@click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per row of the table.")
+@SEED
+@JSON
+def demo(out, iterations, images, seed, as_json):
+    """The main job on handwritten digits: distil, export, sample, score, report.
+
+    Stopped with Ctrl-C, the same command goes on where it was.
+
+    \b
+    Example:
+      piflow-edge demo --out demo
+    """
+    from .demo import DemoConfig, run_demo
+    from .report import text_table
+
+    page, evaluation = run_demo(out, DemoConfig(iterations=iterations, images=images, seed=seed), say=_say)
+    if as_json:
+        _emit({"report": str(page), **evaluation.as_json()})
+    else:
+        _show(text_table(evaluation))
+        click.echo(f"report: {page.resolve()}")
+
+
+@main.command("train-teacher")
+@click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
+@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
+@click.option("--iterations", type=click.IntRange(min=1), default=10000, help="Training steps.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Images per step.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, help="Of Adam.")
+@click.option("--patch-size", type=click.IntRange(min=1), default=2, help="Side of a token in pixels.")
+@click.option("--hidden-size", type=click.IntRange(min=4), default=64, help="Width of a token.")
+@click.option("--depth", type=click.IntRange(min=1), default=4, help="Transformer blocks.")
+@click.option("--num-heads", type=click.IntRange(min=1), default=4, help="Attention heads.")
+@click.option("--weights-only", is_flag=True, help="Leave a small float16 checkpoint that cannot be resumed.")
+@SEED
+@RESUME
+def train_teacher(
+    data, size, out, iterations, batch_size, learning_rate, patch_size, hidden_size, depth, num_heads,
+    weights_only, seed, resume,
+):  # fmt: skip
+    """Train a small class-conditional DiT with flow matching.
+
+    \b
+    Example:
+      piflow-edge train-teacher --data digits --out runs/teacher
+    """
+    from .distill.checkpoint import inference_only, save_checkpoint
+    from .distill.data import load_images
+    from .distill.dit import DiTConfig
+    from .distill.teacher import FlowMatchingConfig, train_teacher
+    from .distill.training import TrainingConfig
+
+    images = load_images(data, size=size)
+    architecture = DiTConfig(
+        in_channels=images.images.shape[1],
+        sample_size=images.images.shape[2],
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=len(images.class_names),
+    )
+    training = TrainingConfig(
+        iterations=iterations,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        ema_decay=0.9995,
+    )
+    checkpoint = train_teacher(images, architecture, FlowMatchingConfig(), training, out, resume=resume)
+    if weights_only:
+        save_checkpoint(out, inference_only(checkpoint))
+    click.echo(out)
+
+
+@main.command()
+@click.option("--teacher", type=FOLDER, help="Checkpoint of the teacher; else the shipped digits teacher.")
+@click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
+@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
+@click.option("--nfe", type=click.IntRange(min=1), default=1, help="Network calls per image to train for.")
+@click.option("--components", type=click.IntRange(min=1), default=8, help="K of the Gaussian mixture.")
+@click.option("--guidance", type=click.FloatRange(min=1), default=1.5, help="Guidance scale of the teacher.")
+@click.option(
+    "--shift", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Of the noise levels."
+)
+@click.option("--iterations", type=click.IntRange(min=1), default=1000, help="Training steps.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Images per step.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, help="Of Adam.")
+@SEED
+@RESUME
+def distill(
+    teacher, data, size, out, nfe, components, guidance, shift, iterations, batch_size, learning_rate, seed,
+    resume,
+):  # fmt: skip
+    """Distil a teacher into a few-step student with pi-ID.
+
+    \b
+    Example:
+      piflow-edge distill --nfe 1 --out runs/student-1
+    """
+    from .demo import shipped_teacher
+    from .distill.checkpoint import load_checkpoint
+    from .distill.data import load_images
+    from .distill.imitation import ImitationConfig
+    from .distill.student import distill
+    from .distill.training import TrainingConfig
+
+    distill(
+        load_checkpoint(teacher or shipped_teacher(), kind="teacher"),
+        load_images(data, size=size),
+        ImitationConfig(nfe=nfe, shift=shift),
+        TrainingConfig(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
+        out,
+        guidance_scale=guidance,
+        num_components=components,
+        resume=resume,
+    )
+    click.echo(out)
+
+
+@main.command()
+@click.argument("students", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--teacher", type=FOLDER, help="Checkpoint of the teacher; else the shipped digits teacher.")
+@click.option("--data", default="digits", help="The real images; features are shipped for 'digits'.")
+@click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per contender.")
+@click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
+@click.option("--guidance", type=click.FloatRange(min=1), help="Of the teacher; else the first student's.")
+@click.option("--out", type=FOLDER, help="Write report.html, pictures and evaluation.json here.")
+@SEED
+@JSON
+def evaluate(students, teacher, data, images, teacher_steps, guidance, out, seed, as_json):
+    """Score bundles against their teacher and the real images, from the same noise.
+
+    \b
+    Example:
+      piflow-edge evaluate demo/bundles/digits-nfe1 --json
+    """
+    from .demo import shipped_teacher
+    from .evaluation import evaluate
+    from .report import text_table, write_report
+
+    evaluation = evaluate(
+        students,
+        teacher or shipped_teacher(),
+        data=data,
+        count=images,
+        seed=seed,
+        guidance_scale=guidance,
+        teacher_steps=teacher_steps,
+    )
+    if out is not None:
+        _say(f"report: {write_report(out, evaluation, title='piflow-edge evaluation', notes=[])}")
+    if as_json:
+        _emit(evaluation.as_json())
+    else:
+        _show(text_table(evaluation))
+
+
+@main.command()
+@click.argument("checkpoint", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Folder of the bundle.")
+@click.option("--name", help="Name of the bundle; else the folder's.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
+@click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
+@JSON
+def export(checkpoint, out, name, temperature, license_file, overwrite, as_json):
+    """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
+
+    \b
+    Example:
+      piflow-edge export runs/student-1 --out bundles/digits
+    """
+    from .distill.checkpoint import load_checkpoint
+    from .export.to_bundle import NO_LICENSE, export_bundle
+
+    license_text = license_file.read_text() if license_file else NO_LICENSE
+    rows = export_bundle(
+        load_checkpoint(checkpoint, kind="student"),
+        out,
+        name=name,
+        temperature=temperature,
+        license_text=license_text,
+        license_name=license_file.name if license_file else "unstated",
+        overwrite=overwrite,
+    )
+    _report_rows(rows, as_json, {"bundle": str(out)})
+    if not as_json:
+        click.echo(out)
+
+
+@main.command()
+@BUNDLE
+@click.option("--labels", required=True, help="Class ids or names, separated by commas: one image each.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="PNG file, or a folder for one each."
+)
+@click.option("--nfe", type=click.IntRange(min=1), help="Network calls per image; else the bundle's.")
+@click.option("--substeps", type=click.IntRange(min=1), help="Euler steps of the policy; else the bundle's.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="Of the mixture; else the bundle's.")
+@click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the starting noise.")
+@JSON
+def sample(bundle, labels, out, nfe, substeps, temperature, engine, seed, as_json):
+    """Draw images from a bundle.
+
+    A PNG file shows all images side by side; a folder gets one PNG per image.
+
+    \b
+    Example:
+      piflow-edge sample demo/bundles/digits-nfe1 --labels 3,7 --seed 7 --out digits.png
+    """
+    from .files import write_atomic
+    from .pictures import image_grid, png_bytes
+    from .sampling import load
+
+    generator = load(bundle, engine=engine)
+    wanted = [_label(text, generator.class_names) for text in labels.split(",")]
+    result = generator(wanted, seed=seed, nfe=nfe, substeps=substeps, temperature=temperature)
+    if out.suffix.lower() == ".png":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files = {out: image_grid([result.images])}
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        files = {
+            out / f"{s}-{i}.png": image for (s, i), image in zip(result.seeds, result.images, strict=True)
+        }
+    for path, image in files.items():
+        write_atomic(path, png_bytes(image))
+    if as_json:
+        timings = {stage: round(ms, 3) for stage, ms in result.timings.items()}
+        run = {"engine": result.engine, "device": result.device, "seeds": result.seeds, "timings_ms": timings}
+        _emit({"files": [str(path) for path in files], **run})
+    else:
+        _say(f"{result.engine} on {result.device}, {result.timings['total']:.1f} ms")
+        for path in files:
+            click.echo(path)
+
+
+def _label(text: str, names: tuple[str, ...]):
+    text = text.strip()
+    return int(text) if text not in names and text.isdigit() else text
+
+
+@main.command()
+@BUNDLE
+@click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
+@JSON
+def verify(bundle, engine, as_json):
+    """Check a bundle's files, and that it reproduces its golden samples here. Exit status 1 if not.
+
+    \b
+    Example:
+      piflow-edge verify demo/bundles/digits-nfe1
+    """
+    from .sampling import load
+    from .verification import check, verify
+
+    generator = load(bundle, engine=engine)
+    rows = verify(generator)
+    _report_rows(rows, as_json, {"bundle": str(bundle), "engine": generator.engine.name})
+    check(rows, generator.bundle.name)
+
+
+def _report_rows(rows, as_json: bool, context: dict) -> None:
+    if as_json:
+        layers = [{**vars(row), "passed": row.passed} for row in rows]
+        _emit({**context, "passed": all(row.passed for row in rows), "layers": layers})
+        return
+    from rich.table import Table
+
+    table = Table("layer", "worst error", "allowed", "in", "")
+    for row in rows:
+        cells = (row.layer, f"{row.error:.2e}", f"{row.tolerance:.0e}", row.where)
+        table.add_row(*cells, "ok" if row.passed else "FAILED")
+    _show(table)
+
+
+@main.command()
+@BUNDLE
+@JSON
+def inspect(bundle, as_json):
+    """Show what a bundle holds, after checking all its files.
+
+    \b
+    Example:
+      piflow-edge inspect demo/bundles/digits-nfe1
+    """
+    from dataclasses import asdict
+
+    from .bundle import Bundle
+
+    manifest = Bundle(bundle).manifest
+    if as_json:
+        _emit(asdict(manifest))
+        return
+    from rich.table import Table
+
+    schedule, policy, latent = manifest.schedule, manifest.policy, manifest.latent
+    sizes = {name: spec.size for name, spec in manifest.files.items()}
+    table = Table(title=f"bundle {manifest.name}", show_header=False)
+    for key, value in {
+        "network calls per image": schedule.nfe,
+        "policy": f"Gaussian mixture, {policy.num_components} components",
+        "schedule": f"shift {schedule.shift}, {schedule.total_substeps} substeps, h {schedule.h}, "
+        f"temperature {schedule.temperature}",
+        "latent": " x ".join(map(str, latent.shape)),
+        "classes": ", ".join(manifest.conditioning.class_names),
+        "precisions": ", ".join(manifest.precisions),
+        "ONNX opset": manifest.network.opset,
+        "parameters": f"{manifest.provenance.get('parameters', 0):,}",
+        "files": "\n".join(f"{name}  {size:,} bytes" for name, size in sizes.items()),
+        "licence": manifest.license,
+        "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
+    }.items():
+        table.add_row(key, str(value))
+    _show(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Distil a teacher into a few-step student with pi-ID."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from piflow_edge.policies import GMPolicy
+
+from .checkpoint import Checkpoint
+from .data import ImageData
+from .dit import DiT, student_from_teacher
+from .imitation import ImitationConfig, imitation_loss
+from .teacher import GuidedTeacher
+from .training import TrainingConfig, train
+
+
+def policy_of(network: DiT, x_src: Tensor, sigma_src: np.ndarray, labels: Tensor, *, eps: float) -> GMPolicy:
+    """One student call: the policy for the segment that starts at `x_src` (B, C, H, W), `sigma_src` (B,)."""
+    t = torch.from_numpy(sigma_src).to(x_src) * network.config.num_timesteps
+    return GMPolicy(*network(x_src, t, labels), x_src, sigma_src, eps=eps)
+
+
+def distill(
+    teacher: Checkpoint,
+    data: ImageData,
+    imitation: ImitationConfig,
+    training: TrainingConfig,
+    folder: Path,
+    *,
+    guidance_scale: float,
+    num_components: int,
+    resume: bool = False,
+) -> Checkpoint:
+    """Train a GM student that starts as its teacher, and leave its checkpoint in `folder`.
+
+    Args:
+        teacher: checkpoint of a velocity network.
+        data: images the segments start from, noised.
+        imitation, training: settings of the loss and of the loop.
+        guidance_scale: of the teacher that corrects; the student needs no guidance afterwards.
+        num_components: K of the mixture.
+        resume: go on from the checkpoint in `folder`.
+
+    Raises:
+        CheckpointError, CheckFailedError: see `training.train`.
+    """
+    guided = GuidedTeacher(teacher.network(), teacher.architecture, guidance_scale)
+    network = student_from_teacher(teacher.network(), num_components, seed=training.seed)
+    network.requires_grad_(True)
+
+    def loss(x_0, labels, random):
+        return imitation_loss(
+            lambda x_src, sigma: policy_of(network, x_src, sigma, labels, eps=imitation.policy_eps),
+            lambda x_t, sigma: guided.velocity(x_t, sigma, labels),
+            x_0,
+            imitation,
+            random,
+        ).loss
+
+    settings = {
+        "imitation": asdict(imitation),
+        "guidance_scale": guidance_scale,
+        "data": data.name,
+        "teacher": teacher.settings,
+    }
+    return train(network, loss, data, training, folder, kind="student", settings=settings, resume=resume)

@@ -1,0 +1,292 @@
+"""From noise to images: the loop over student calls, and the generator an app embeds."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from piflow_edge.engines import Engine, open_engine
+
+from .bundle import Bundle
+from .errors import BundleError, LabelError, ScheduleError, ShapeError
+from .integrator import rollout
+from .noise import philox_normal
+from .policies import GMPolicy, Policy
+from .schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+# Images that share a network call; a longer list is cut into such pieces.
+_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a generator made.
+
+    `images`: PIL images, or a uint8 array (B, H, W, C) for output="numpy", or None for output="latent".
+    `latents`: float32 (B, C, H, W). `seeds`: for every image the (seed, index) that makes it again, None when the
+    noise was given. `engine`, `device`: what ran the network. `timings`: milliseconds per stage ("noise",
+    "network", "policy", "decode", "total").
+    """
+
+    images: Any
+    latents: np.ndarray
+    seeds: list[tuple[int, int]] | None
+    engine: str
+    device: str
+    timings: dict[str, float]
+
+
+def sample(
+    network: Callable[[np.ndarray, float], Policy],
+    noise: np.ndarray,
+    schedule: Schedule,
+    *,
+    temperature: float = 1.0,
+    renoise: Callable[[int], np.ndarray] | None = None,
+    kernel: str = "auto",
+    clock: Callable[[str, float], None] = lambda stage, seconds: None,
+    callback: Callable[[int, int, np.ndarray], None] | None = None,
+) -> np.ndarray:
+    """Carry noise to data with `schedule.nfe` network calls.
+
+    Args:
+        network: `(x_src, sigma_src) -> policy`, one student call.
+        noise: the state at noise level 1, (B, C, H, W).
+        schedule: where the network is called and how the policies are integrated.
+        temperature: sharpens GM policies at every call but the last; 1 leaves them.
+        renoise: `(draw) -> noise` like `noise`, for schedules with h above 0; draw is 1 for the first.
+        kernel: see `rollout`.
+        clock: told ("network" or "policy", seconds) after each stage.
+        callback: told (calls done, nfe, state) after each segment.
+
+    Returns:
+        The state at noise level 0, like `noise`.
+
+    Source: Chen et al., pi-Flow, arXiv:2510.14974; `PiFlowImitationBase.forward_test` in Lakonik/piFlow.
+    """
+    x_t = noise
+    for i, segment in enumerate(schedule.segments):
+        began = time.perf_counter()
+        policy = network(x_t, segment.sigma_src)
+        called = time.perf_counter()
+        if isinstance(policy, GMPolicy) and i < schedule.nfe - 1:
+            policy = policy.tempered(temperature)
+        x_t = rollout(
+            policy,
+            x_t,
+            segment.sigma_src,
+            segment.sigma_dst,
+            segment.substeps,
+            shift=schedule.shift,
+            kernel=kernel,
+        )
+        if segment.renoises:
+            x_t = segment.renoise(x_t, renoise(i + 1))
+        clock("network", called - began)
+        clock("policy", time.perf_counter() - called)
+        if callback is not None:
+            callback(i + 1, schedule.nfe, x_t)
+    return x_t
+
+
+class Generator:
+    """A bundle, opened and ready to make images. Made by `load`."""
+
+    def __init__(self, bundle: Bundle, engine: Engine):
+        self.bundle, self.engine = bundle, engine
+        self.class_names = tuple(bundle.manifest.conditioning.class_names)
+
+    def __call__(
+        self,
+        labels: int | str | Sequence[int | str] | None = None,
+        count: int | None = None,
+        seed: int | Sequence[tuple[int, int]] = 0,
+        nfe: int | None = None,
+        substeps: int | None = None,
+        temperature: float | None = None,
+        noise: np.ndarray | None = None,
+        output: str = "pil",
+        callback: Callable[[int, int, np.ndarray], None] | None = None,
+    ) -> Result:
+        """Make one image per label.
+
+        Args:
+            labels: class ids or names, one per image.
+            count: number of images, for bundles without classes; refused otherwise.
+            seed: of the starting noise; image i of the call is number i of the seed. Or one (seed, index) per
+                image, as `Result.seeds` gives them, to make certain images again.
+            nfe: student calls per image; None is what the student was trained for.
+            substeps: Euler steps over all of raw time; None is what the student was trained with.
+            temperature: of GM policies at every call but the last, 0 or more; None is the bundle's.
+            noise: starting noise (B, C, H, W) instead of a seed.
+            output: "pil", "numpy" (uint8) or "latent" (images are not made).
+            callback: told (calls done, nfe, latents) after every student call.
+
+        Raises:
+            LabelError: a class the bundle does not know, or none given.
+            ShapeError: noise of another shape, or not finite.
+            ScheduleError: `nfe`, `substeps` or `temperature` out of range.
+            EngineError: the network call failed.
+        """
+        began = time.perf_counter()
+        if output not in ("pil", "numpy", "latent"):
+            raise ShapeError(f"output is 'pil', 'numpy' or 'latent'; got {output!r}")
+        ids = self._label_ids(labels, count)
+        trained = self.bundle.manifest.schedule
+        changes = {"nfe": nfe, "total_substeps": substeps}
+        schedule = trained.schedule(**{k: v for k, v in changes.items() if v is not None})
+        temperature = trained.temperature if temperature is None else temperature
+        if not temperature >= 0:
+            raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
+        if schedule.nfe != trained.nfe:
+            log.warning(
+                "bundle %r was trained for %d calls per image and runs with %d", self.bundle.name, trained.nfe,
+                schedule.nfe,
+            )  # fmt: skip
+        timings = dict.fromkeys(("noise", "network", "policy", "decode", "total"), 0.0)
+
+        def clock(stage: str, seconds: float) -> None:
+            timings[stage] += 1000 * seconds
+
+        seeds = None if noise is not None else self._seeds(seed, len(ids))
+        if noise is not None:
+            noise = self._checked_noise(noise, len(ids))
+        latents = []
+        for start in range(0, len(ids), _BATCH_SIZE):
+            piece = slice(start, start + _BATCH_SIZE)
+            drawing = time.perf_counter()
+            x_src = noise[piece] if noise is not None else self._noise(seeds[piece], 0)
+            clock("noise", time.perf_counter() - drawing)
+            latents.append(
+                sample(
+                    lambda x_t, sigma, piece=piece: self.policy(x_t, sigma, ids[piece]),
+                    x_src,
+                    schedule,
+                    temperature=temperature,
+                    renoise=lambda draw, piece=piece: self._renoise(seeds, piece, draw),
+                    clock=clock,
+                    callback=callback,
+                )
+            )
+        latents = np.concatenate(latents)
+        decoding = time.perf_counter()
+        images = None if output == "latent" else self.decode(latents)
+        if output == "pil":
+            images = as_pil(images)
+        clock("decode", time.perf_counter() - decoding)
+        clock("total", time.perf_counter() - began)
+        return Result(images, latents, seeds, self.engine.name, self.engine.device, timings)
+
+    def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """One student call: the raw network outputs at `x_t` (B, C, H, W) for class ids (B,)."""
+        t = np.full(len(x_t), sigma_t * self.bundle.manifest.network.num_timesteps, np.float32)
+        return self.engine.run({"x_t": x_t, "t": t, "class_labels": ids})
+
+    def policy(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> Policy:
+        """One student call as a policy; see `outputs`."""
+        return self.as_policy(self.outputs(x_t, sigma_t, ids), x_t, sigma_t)
+
+    def as_policy(self, outputs: dict[str, np.ndarray], x_src: np.ndarray, sigma_src: float) -> Policy:
+        """The policy that network outputs stand for."""
+        eps = self.bundle.manifest.policy.eps
+        return GMPolicy(
+            outputs["means"], outputs["logweights"], outputs["logstds"], x_src, sigma_src, eps=eps
+        )
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents (B, C, H, W) -> images, uint8 (B, H, W, C)."""
+        spec = self.bundle.manifest.latent
+        pixels = np.clip((latents / spec.scale + spec.shift + 1) * 127.5, 0, 255)
+        return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
+
+    def _label_ids(self, labels, count) -> np.ndarray:
+        known = f"{len(self.class_names)} classes, 0 to {len(self.class_names) - 1}: {', '.join(self.class_names)}"
+        if count is not None or labels is None:
+            raise LabelError(
+                f"bundle {self.bundle.name!r} wants labels, one per image, and no count; it has {known}"
+            )
+        if isinstance(labels, (int, np.integer, str)):
+            labels = [labels]
+        ids = [self._label_id(label, known) for label in labels]
+        if not ids:
+            raise LabelError(f"give one label or more; bundle {self.bundle.name!r} has {known}")
+        return np.array(ids, np.int64)
+
+    def _label_id(self, label, known: str) -> int:
+        if isinstance(label, str) and label in self.class_names:
+            return self.class_names.index(label)
+        is_id = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+        if is_id and 0 <= label < len(self.class_names):
+            return int(label)
+        raise LabelError(f"bundle {self.bundle.name!r} has {known}; got label {label!r}")
+
+    def _seeds(self, seed, count: int) -> list[tuple[int, int]]:
+        if isinstance(seed, (int, np.integer)):
+            return [(int(seed), i) for i in range(count)]
+        seeds = [(int(s), int(i)) for s, i in seed]
+        if len(seeds) != count:
+            raise ShapeError(f"give one (seed, index) per image: {count} images, {len(seeds)} pairs")
+        return seeds
+
+    def _noise(self, seeds: list[tuple[int, int]], draw: int) -> np.ndarray:
+        shape = self.bundle.manifest.latent.shape
+        if len({s for s, _ in seeds}) == 1:
+            return philox_normal(seeds[0][0], [i for _, i in seeds], shape, draw=draw)
+        return np.concatenate([philox_normal(s, [i], shape, draw=draw) for s, i in seeds])
+
+    def _renoise(self, seeds, piece, draw: int) -> np.ndarray:
+        if seeds is None:
+            raise ScheduleError(
+                "a schedule with h above 0 draws noise between calls; give a seed instead of noise"
+            )
+        return self._noise(seeds[piece], draw)
+
+    def _checked_noise(self, noise, count: int) -> np.ndarray:
+        expected = (count, *self.bundle.manifest.latent.shape)
+        noise = np.asarray(noise)
+        if noise.shape != expected or not np.issubdtype(noise.dtype, np.floating):
+            raise ShapeError(f"noise must be floating point {expected}; got {noise.dtype} {noise.shape}")
+        if not np.isfinite(noise).all():
+            raise ShapeError("noise must be finite; it holds NaN or infinity")
+        return noise.astype(np.float32, copy=False)
+
+
+def as_pil(images: np.ndarray) -> list:
+    """uint8 (B, H, W, C) -> PIL images, grey for C = 1."""
+    from PIL import Image  # only needed where pictures are made
+
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
+
+
+def load(
+    bundle: str | Any, engine: str = "auto", precision: str | None = None, device: str | None = None
+) -> Generator:
+    """Open an exported student.
+
+    Args:
+        bundle: the bundle's folder.
+        engine: "auto" or the name of a backend ("ort").
+        precision: one of the bundle's ("fp32"); None is its first.
+        device: "cpu"; None is the backend's best.
+
+    Returns:
+        A generator: call it with labels to make images.
+
+    Raises:
+        BundleError: not a bundle, or altered.
+        EngineError, MissingExtraError: the engine cannot run here.
+    """
+    opened = Bundle(bundle)
+    network = open_engine(opened.graph(precision), engine=engine, device=device)
+    log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
+    missing = {spec.name for spec in opened.manifest.network.outputs} ^ {"means", "logweights", "logstds"}
+    if missing:
+        raise BundleError(
+            f"a GM student returns means, logweights and logstds; {opened.name!r} differs: {missing}"
+        )
+    return Generator(opened, network)

@@ -1,0 +1,109 @@
+"""Does a bundle still compute what it did when it was exported? Compared layer by layer with its golden samples.
+
+`golden.npz` holds, for a few images: `noise`, `labels`; for each student call i `x_t.i` (its input), `means.i`,
+`logweights.i`, `logstds.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels); and `latents`
+and `images` at the end. Every layer is fed the golden input of that layer, so the first row that fails is the culprit.
+"""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+
+from .bundle import Bundle
+from .errors import BundleError, CheckFailedError
+from .sampling import Generator
+
+GOLDEN = "golden.npz"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer's comparison. `error`: worst difference, relative to the largest golden value (images: in levels).
+
+    `where`: the array it was found in. `tolerance`: what the bundle accepts.
+    """
+
+    layer: str
+    error: float
+    tolerance: float
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # NaN does not pass
+
+
+def verify(generator: Generator) -> list[Row]:
+    """Compare a bundle's engine and kernels with its golden samples: outputs, velocities, latents, images.
+
+    Files need no check here: opening the bundle has hashed them all.
+
+    Raises:
+        BundleError: the golden samples do not fit the bundle.
+    """
+    bundle = generator.bundle
+    golden, tolerances = read_golden(bundle), bundle.manifest.tolerances
+    ids = golden["labels"]
+    outputs, velocities = [], []
+    schedule = bundle.manifest.schedule.schedule()
+    for i, segment in enumerate(schedule.segments):
+        x_t = golden[f"x_t.{i}"]
+        ours = generator.outputs(x_t, segment.sigma_src, ids)
+        theirs = {name: golden[f"{name}.{i}"] for name in ours}
+        outputs += [(f"{name}.{i}", ours[name], theirs[name]) for name in ours]
+        # From the golden outputs, so that this row speaks of the policy alone.
+        policy = generator.as_policy(theirs, x_t, segment.sigma_src)
+        found = np.stack([policy.velocity(x_t, level) for level in golden[f"levels.{i}"].tolist()])
+        velocities.append((f"velocities.{i}", found, golden[f"velocities.{i}"]))
+    result = generator(labels=ids.tolist(), noise=golden["noise"], output="numpy")
+    rows = [
+        _worst("network outputs", outputs, tolerances.outputs),
+        _worst("policy velocities", velocities, tolerances.velocities),
+        _worst("latents", [("latents", result.latents, golden["latents"])], tolerances.latents),
+    ]
+    levels = np.abs(result.images.astype(int) - golden["images"].astype(int)).max()
+    return [*rows, Row("images", float(levels), float(tolerances.images), "images")]
+
+
+def check(rows: list[Row], name: str) -> None:
+    """Raise CheckFailedError, naming the worst case, unless every row passed."""
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        row = failed[0]
+        raise CheckFailedError(
+            f"bundle {name!r} does not reproduce its golden samples: {row.layer} differ by {row.error:.3g} in "
+            f"{row.where}, {row.tolerance:.3g} is allowed"
+        )
+
+
+def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
+    """The bundle's golden samples, with every array that `verify` needs."""
+    calls = range(bundle.manifest.schedule.nfe)
+    outputs = [spec.name for spec in bundle.manifest.network.outputs]
+    wanted = {"noise", "labels", "latents", "images"}
+    wanted |= {f"{name}.{i}" for i in calls for name in ("x_t", "levels", "velocities", *outputs)}
+    try:
+        with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as archive:
+            golden = {name: archive[name] for name in archive.files}
+    except ValueError as error:
+        raise BundleError(f"{GOLDEN} in {bundle.folder} cannot be read: {error}; export again") from error
+    if golden.keys() != wanted:
+        raise BundleError(
+            f"{GOLDEN} in {bundle.folder} does not fit: {sorted(golden.keys() ^ wanted)[0]}; export again"
+        )
+    return golden
+
+
+def _worst(layer: str, pairs, tolerance: float) -> Row:
+    errors = {name: relative_error(ours, golden) for name, ours, golden in pairs}
+    where = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
+    return Row(layer, errors[where], tolerance, where)
+
+
+def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Largest difference over the largest golden magnitude; NaN if either holds NaN, infinite for another shape."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    scale = max(float(np.abs(golden).max()), 1e-12)
+    return float(np.abs(ours.astype(np.float64) - golden).max()) / scale
