@@ -7,11 +7,10 @@ import torch
 
 from piflow_edge.bundle import Manifest
 from piflow_edge.distill.dit import DiT
+from piflow_edge.export.to_onnx import GM_OUTPUTS
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import GMPolicy
-
-from piflow_edge.export.to_onnx import GM_OUTPUTS
 
 # Golden images per bundle: enough to see, few enough to keep a bundle small.
 GOLDEN_IMAGES = 10

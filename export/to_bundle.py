@@ -24,13 +24,12 @@ from piflow_edge.bundle import (
 )
 from piflow_edge.distill.checkpoint import Checkpoint
 from piflow_edge.errors import BundleError, CheckFailedError
+from piflow_edge.export.parity import golden_file, golden_samples
+from piflow_edge.export.to_onnx import GM_OUTPUTS, OPSET, export_network
 from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.pictures import image_grid, png_bytes
 from piflow_edge.sampling import as_pil, load
 from piflow_edge.verification import GOLDEN, Row, check, verify
-
-from piflow_edge.export.parity import golden_file, golden_samples
-from piflow_edge.export.to_onnx import GM_OUTPUTS, OPSET, export_network
 
 # Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
 # network of a few blocks; the policy divides by noise levels down to 1/128; one grey level may round the other way.

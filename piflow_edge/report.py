@@ -19,7 +19,8 @@ _COLUMNS = 20
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1400px; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #ddd; } thead { background: #f4f4f4; }
+th:first-child, td:first-child { text-align: left; }
+tr { border-bottom: 1px solid #ddd; } thead { background: #f4f4f4; }
 img { max-width: 100%; image-rendering: pixelated; display: block; } figure { margin: 1rem 0; }
 figcaption { font-weight: 600; } pre { background: #f4f4f4; padding: 1rem; overflow-x: auto; }
 @media (prefers-color-scheme: dark) {

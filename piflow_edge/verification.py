@@ -1,8 +1,8 @@
 """Does a bundle still compute what it did when it was exported? Compared layer by layer with its golden samples.
 
 `golden.npz` holds, for a few images: `noise`, `labels`; for each student call i `x_t.i` (its input), `means.i`,
-`logweights.i`, `logstds.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels); and `latents`
-and `images` at the end. Every layer is fed the golden input of that layer, so the first row that fails is the culprit.
+`logweights.i`, `logstds.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels); and at the
+end `latents` and `images`. A layer is fed the golden input of that layer, so the first row that fails is the culprit.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What every test file shares: the array libraries a formula is tried in."""
+"""What every test file shares: the array libraries a formula is tried in, and a small student."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-collect_ignore = [] if HAS_TORCH else ["distill"]
+collect_ignore = [] if HAS_TORCH else ["distill", "export"]
 
 
 class Library:
@@ -36,3 +36,43 @@ def library(request):
 @pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
 def dtype(request):
     return request.param
+
+
+def make_student(*, nfe=2, seed=0, class_names=tuple("0123456789"), **architecture):
+    """A student of a few thousand weights that was never trained, as a checkpoint."""
+    import torch
+
+    from piflow_edge.distill.checkpoint import Checkpoint
+    from piflow_edge.distill.dit import DiT, DiTConfig, student_from_teacher
+
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=16, depth=1, num_heads=2, num_classes=len(class_names)) | architecture
+    teacher = DiT(DiTConfig(**sizes))
+    torch.nn.init.normal_(teacher.head.out.weight, std=0.2)  # adaLN-zero starts at 0, where bugs hide
+    torch.nn.init.normal_(teacher.head.modulation.weight, std=0.2)
+    student = student_from_teacher(teacher, 3, seed=seed)
+    settings = {
+        "imitation": dict(nfe=nfe, shift=1.0, final_step_size_scale=1.0, total_substeps=128),
+        "guidance_scale": 1.5,
+    }
+    tensors = {f"ema.{name}": value for name, value in student.state_dict().items()}
+    return Checkpoint("student", 0, student.config, settings, class_names, tensors)
+
+
+@pytest.fixture(scope="session")
+def shared_bundle(tmp_path_factory):
+    """A small student, exported once. Tests that change files use `bundle` instead."""
+    pytest.importorskip("torch", reason="making a bundle needs the 'train' extra")
+    from piflow_edge.export.to_bundle import export_bundle
+
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_bundle(make_student(), folder)
+    return folder
+
+
+@pytest.fixture
+def bundle(shared_bundle, tmp_path):
+    """A copy of the small bundle, to be altered."""
+    import shutil
+
+    return shutil.copytree(shared_bundle, tmp_path / "tiny")

@@ -2,12 +2,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from golden_cases import case_id, cases
-from golden_policies import make_policy, sampler_shift
 
 from piflow_edge import DXPolicy, PiFlowError, rollout
 from piflow_edge.integrator import integrate
 from piflow_edge.schedule import count_substeps, substep_sigmas
+
+from golden_cases import case_id, cases
+from golden_policies import make_policy, sampler_shift
 
 
 @pytest.mark.parametrize("case", cases("rollout"), ids=case_id)

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from golden_cases import case_id, cases
-from golden_policies import make_policy
 
 from piflow_edge import DXPolicy, GMPolicy, PiFlowError
+
+from golden_cases import case_id, cases
+from golden_policies import make_policy
 
 
 @pytest.mark.parametrize("case", cases("gmflow_policy") + cases("dx_policy"), ids=case_id)

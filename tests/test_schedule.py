@@ -2,11 +2,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from golden_cases import case_id, cases
-from golden_policies import sampler_shift
 
 from piflow_edge import PiFlowError, Schedule, unwarp, warp
 from piflow_edge.schedule import count_substeps, substep_sigmas
+
+from golden_cases import case_id, cases
+from golden_policies import sampler_shift
 
 
 def schedule_of(case):

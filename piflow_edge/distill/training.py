@@ -1,6 +1,6 @@
 """The training loop that teacher and student share: optimiser, averaged weights, checkpoints, progress.
 
-Every iteration draws from a generator of its own, keyed by (seed, iteration). A run needs no random state to be resumed,
+Every iteration draws from a generator of its own, keyed by (seed, iteration): no random state has to be saved,
 and a resumed run takes the same steps as one that was never stopped.
 """
 

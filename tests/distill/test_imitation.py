@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from golden_cases import case_id, cases
-from golden_policies import sampler_shift
 
 from piflow_edge import DXPolicy, GMPolicy
 from piflow_edge.distill.imitation import (
@@ -14,6 +12,9 @@ from piflow_edge.distill.imitation import (
     imitation_loss,
 )
 from piflow_edge.distill.teacher import guide
+
+from golden_cases import case_id, cases
+from golden_policies import sampler_shift
 
 OUTPUTS = ("means", "logweights", "logstds", "denoising_output")
 

@@ -1,0 +1,151 @@
+"""The command line as a user meets it: in a process of its own, judged by exit code, stdout and stderr."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ["demo", "train-teacher", "distill", "evaluate", "export", "sample", "inspect", "verify"]
+
+
+def run(*arguments, code=0):
+    command = [sys.executable, "-m", "piflow_edge.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    out = run(command, "--help").stdout
+    assert "Example:" in out or command == "train-teacher"
+    assert "piflow-edge" in out
+
+
+def test_importing_the_command_line_loads_nothing_heavy():
+    # In a fresh interpreter: another test may have imported torch into this one.
+    heavy = ("torch", "onnx", "onnxruntime", "numpy", "PIL", "rich", "sklearn")
+    code = f"import sys, piflow_edge.cli; sys.exit(', '.join(m for m in {heavy} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, piflow_edge as pf; pf.GMPolicy, pf.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_usage_errors_exit_with_2():
+    assert "No such option" in run("sample", "x", "--wings", code=2).stderr
+    assert "Missing option" in run("sample", "x", code=2).stderr
+
+
+@pytest.mark.torch
+class TestOnABundle:
+    def test_verify(self, shared_bundle):
+        answer = json.loads(run("verify", shared_bundle, "--json").stdout)
+        assert answer["passed"] and len(answer["layers"]) == 4
+        assert "latents" in run("verify", shared_bundle).stdout
+
+    def test_inspect(self, shared_bundle):
+        answer = json.loads(run("inspect", shared_bundle, "--json").stdout)
+        assert answer["schedule"]["nfe"] == 2
+        assert "network calls per image" in run("inspect", shared_bundle).stdout
+
+    def test_sample_to_one_file(self, shared_bundle, tmp_path):
+        from PIL import Image
+
+        out = tmp_path / "new" / "digits.png"
+        done = run("sample", shared_bundle, "--labels", "3, 7", "--seed", 5, "--out", out)
+        assert done.stdout.strip() == str(out)
+        with Image.open(out) as image:
+            assert image.width == 2 * image.height - 2  # two squares and three gaps of 2
+
+    def test_sample_to_a_folder(self, shared_bundle, tmp_path):
+        answer = json.loads(
+            run("sample", shared_bundle, "--labels", "1,2", "--out", tmp_path, "--json").stdout
+        )
+        assert sorted(f.name for f in tmp_path.iterdir()) == ["0-0.png", "0-1.png"]
+        assert answer["engine"] == "ort" and answer["seeds"] == [[0, 0], [0, 1]]
+
+    def test_an_unusable_bundle_exits_with_2_and_one_line(self, bundle, tmp_path):
+        (bundle / "LICENSE").unlink()
+        for command in (["verify"], ["inspect"], ["sample", "--labels", "1", "--out", tmp_path / "x.png"]):
+            done = run(command[0], bundle, *command[1:], code=2)
+            assert done.stderr.startswith("piflow-edge: ") and "LICENSE is missing" in done.stderr
+            assert done.stdout == "" and "Traceback" not in done.stderr
+        assert not (tmp_path / "x.png").exists()
+
+    def test_a_label_that_does_not_exist_exits_with_2(self, shared_bundle, tmp_path):
+        done = run("sample", shared_bundle, "--labels", "11", "--out", tmp_path / "x.png", code=2)
+        assert "got label 11" in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_bundle_that_computes_something_else_exits_with_1(self, bundle, tmp_path):
+        import io
+
+        import numpy as np
+        from test_bundle import edit
+
+        with np.load(bundle / "golden.npz") as archive:
+            golden = dict(archive)
+        golden["latents"] = golden["latents"] + 0.1
+        file = io.BytesIO()
+        np.savez_compressed(file, **golden)
+        from piflow_edge.files import sha256
+
+        data = file.getvalue()
+        (bundle / "golden.npz").write_bytes(data)
+        spec = {"sha256": sha256(data), "size": len(data)}
+        edit(bundle, lambda body: body["files"].update({"golden.npz": spec}))
+        done = run("verify", bundle, code=1)
+        assert "FAILED" in done.stdout and "latents differ by" in done.stderr
+
+    def test_export_and_what_it_refuses(self, tmp_path):
+        from piflow_edge.distill.checkpoint import save_checkpoint
+
+        from conftest import make_student
+
+        save_checkpoint(tmp_path / "student", make_student(nfe=1))
+        answer = json.loads(run("export", tmp_path / "student", "--out", tmp_path / "b", "--json").stdout)
+        assert answer["passed"]
+        assert "exists" in run("export", tmp_path / "student", "--out", tmp_path / "b", code=2).stderr
+        assert "there is none" in run("export", tmp_path, "--out", tmp_path / "c", code=2).stderr
+        assert (
+            "a teacher"
+            in run("distill", "--teacher", tmp_path / "student", "--out", tmp_path / "d", code=2).stderr
+        )
+        assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
+
+
+@pytest.mark.torch
+def test_a_teacher_and_a_student_from_the_command_line(tmp_path):
+    size = ["--iterations", 3, "--batch-size", 4]
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    shape = ["--hidden-size", 16, "--depth", 1, "--num-heads", 2]
+    assert run("train-teacher", "--out", teacher, *size, *shape).stdout.strip() == str(teacher)
+    assert "--resume" in run("train-teacher", "--out", teacher, *size, *shape, code=2).stderr
+    run("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 4)
+    run("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 4, "--resume")
+    done = run("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 2, "--resume", code=2)
+    assert "other settings" in done.stderr
+
+
+def test_an_unreadable_image_folder_exits_with_2(tmp_path):
+    pytest.importorskip("torch", reason="training needs the 'train' extra")
+    (tmp_path / "data" / "cats").mkdir(parents=True)
+    (tmp_path / "data" / "cats" / "0.png").write_bytes(b"not an image")
+    done = run("train-teacher", "--data", tmp_path / "data", "--out", tmp_path / "out", code=2)
+    assert "0.png cannot be read as an image" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_extra_is_named_with_the_command_that_gets_it(tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.argv = ['piflow-edge', 'distill', '--out', sys.argv[1]];"
+        "from piflow_edge.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'piflow-edge[train]'" in done.stderr
