@@ -1,0 +1,71 @@
+# make demo   the main job on handwritten digits; prints where the report is
+# make test   all tests
+# Both make what they need first, in .venv (and .venv-runtime, which has no torch), and work offline after that.
+
+PYTHON ?= python3
+VENV := .venv
+RUNTIME := .venv-runtime
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+# The build of torch to install. A machine without an NVIDIA GPU gets the CPU build, which is ten times smaller: from
+# the index pip is set up for where that has one, else from PyTorch's own. Override with TORCH=torch==2.13.0.
+TORCH_VERSION := 2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ifneq ($(shell uname -s),Linux)
+TORCH ?= torch==$(TORCH_VERSION)
+else ifneq ($(shell command -v nvidia-smi),)
+TORCH ?= torch==$(TORCH_VERSION)
+else
+TORCH ?= torch==$(TORCH_VERSION)+cpu
+endif
+
+SOURCES := $(wildcard piflow_edge/kernels/*.h piflow_edge/kernels/*.cpp piflow_edge/kernels/*.py)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/piflow-edge demo --out $(DEMO)
+
+test: $(VENV)/.installed $(RUNTIME)/.installed
+	@rm -rf build .wheel
+	@$(PIP) wheel -q --no-index --no-deps --no-build-isolation -w .wheel .
+	@$(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q --no-index --no-deps --force-reinstall .wheel/*.whl
+	PIFLOW_EDGE_RUNTIME_PYTHON=$(abspath $(RUNTIME))/bin/python $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(RUNTIME) build .wheel *.egg-info
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "setuptools>=77" wheel
+	$(PIP) install -q "$(TORCH)" || $(PIP) install -q --index-url $(TORCH_CPU_INDEX) "$(TORCH)" || { \
+	  echo "There is no '$(TORCH)' for this machine's Python. Try another: make PYTHON=python3.11 ..., or take the" >&2; \
+	  echo "default build, which may bring several GB of CUDA packages: make TORCH=torch==$(TORCH_VERSION) ..." >&2; \
+	  exit 1; }
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e '.[cpu,train,test]'
+	@touch $@
+
+$(RUNTIME)/.installed: $(VENV)/.installed
+	$(PYTHON) -m venv $(RUNTIME)
+	@rm -rf build .wheel
+	$(PIP) wheel -q --no-deps --no-build-isolation -w .wheel .
+	set -- .wheel/*.whl; $(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q "$$1[cpu]"
+	@touch $@
+
+# The two small networks that ship with the package: the digits teacher and the classifier FID is measured with.
+.PHONY: assets
+assets: $(VENV)/.installed
+	$(BIN)/python -m piflow_edge.distill.features
+	$(BIN)/piflow-edge train-teacher --data digits --out runs/teacher --resume
+	$(BIN)/piflow-edge train-teacher --data digits --out runs/teacher --resume --weights-only
+	rm -rf piflow_edge/distill/assets/digits_teacher
+	cp -r runs/teacher piflow_edge/distill/assets/digits_teacher
