@@ -1,16 +1,21 @@
 """One segment, no network: Euler steps on a policy's velocity."""
 
+import logging
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
-from .errors import ScheduleError
-from .policies import Policy
+from .errors import EngineError, ScheduleError
+from .kernels import cpu
+from .policies import DXPolicy, Policy
 from .schedule import substep_sigmas, unwarp
 
 Array = Any  # an array of any library that follows the array API standard
+
+KERNELS = ("auto", "reference", "cpu", "cuda")
 
 
 def rollout(
@@ -22,6 +27,7 @@ def rollout(
     *,
     shift: float = 1.0,
     kernel: str = "auto",
+    num_threads: int | None = None,
 ) -> Array:
     """Carry a state across one segment by Euler steps on the policy's velocity.
 
@@ -35,7 +41,10 @@ def rollout(
         sigma_dst: noise level to stop at: 0 (data) or more, below `sigma_src`; a float or (B,).
         substeps: Euler steps in this segment, 1 or more, an int or (B,). They add nothing to NFE.
         shift: the schedule's shift, above 0; the student's bundle records it.
-        kernel: "reference" computes as the formulas read; "auto" picks the fastest kernel this installation has.
+        kernel: "reference" computes as the formulas read. "cpu" is compiled, for GM and DX policies in
+            float32, in host memory, without gradients. "auto" takes it where it can; elsewhere it computes as
+            the reference does, but DX policies in closed form.
+        num_threads: threads of the compiled kernel, at most; else one for each core this process may use.
 
     Returns:
         The state at `sigma_dst`, in the shape, dtype and device of `x_src`, which is left as it was.
@@ -54,13 +63,42 @@ def rollout(
         raise ScheduleError(f"substeps is a whole number, 1 or more; got {substeps!r}")
     sigmas = substep_sigmas(unwarp(sigma_src, shift), unwarp(sigma_dst, shift), counts, shift)
     sigmas[0], sigmas[-1] = sigma_src, sigma_dst  # exactly, whatever warp and unwarp rounded
-    return integrate(policy, x_src, sigmas, kernel=kernel)
+    return integrate(policy, x_src, sigmas, kernel=kernel, num_threads=num_threads)
 
 
-def integrate(policy: Policy, x_src: Array, sigmas: np.ndarray, *, kernel: str = "auto") -> Array:
+def integrate(
+    policy: Policy,
+    x_src: Array,
+    sigmas: np.ndarray,
+    *,
+    kernel: str = "auto",
+    num_threads: int | None = None,
+) -> Array:
     """Euler steps along given noise levels, float64 (S + 1,) or (S + 1, B); what `rollout` ends in."""
-    xp = array_namespace(x_src)
-    x_t = x_src
+    if kernel not in KERNELS:
+        raise EngineError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
+    sigmas = np.asarray(sigmas, np.float64)
+    if kernel == "cuda":
+        raise EngineError("kernel 'cuda' is not in this installation; use 'auto', 'cpu' or 'reference'")
+    if kernel == "reference":
+        x_dst = _euler(policy, x_src, sigmas)
+    elif (reason := cpu.obstacle(policy, x_src)) is None:
+        x_dst = cpu.rollout(policy, x_src, sigmas, num_threads=num_threads)
+    elif kernel == "cpu":
+        raise EngineError(f"kernel 'cpu' cannot run: {reason}")
+    else:
+        if cpu.library() is None:
+            _log_once(reason)
+        x_dst = (
+            policy.closed_form(x_src, sigmas)
+            if isinstance(policy, DXPolicy)
+            else _euler(policy, x_src, sigmas)
+        )
+    return array_namespace(x_src).astype(x_dst, x_src.dtype, copy=False)
+
+
+def _euler(policy, x_t, sigmas):
+    xp = array_namespace(x_t)
     for sigma_t, sigma_next in pairwise(sigmas):
         u_t = policy.velocity(x_t, sigma_t)
         step = sigma_next - sigma_t
@@ -69,4 +107,9 @@ def integrate(policy: Policy, x_src: Array, sigmas: np.ndarray, *, kernel: str =
         else:
             step = xp.asarray(step, dtype=u_t.dtype, device=getattr(u_t, "device", None))
             x_t = x_t + u_t * xp.reshape(step, (-1, *(1,) * (x_t.ndim - 1)))
-    return xp.astype(x_t, x_src.dtype, copy=False)
+    return x_t
+
+
+@cache
+def _log_once(reason: str) -> None:
+    logging.getLogger(__name__).warning("rollouts run in NumPy, many times slower: %s", reason)

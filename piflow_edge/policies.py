@@ -4,6 +4,7 @@ Noise levels are host numbers (a float, or one float64 per sample); states, mean
 device and precision they came in, float32 at least. The formulas are those of the paper's section on policies.
 """
 
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,13 +60,24 @@ class GMPolicy:
             for name, a in dict(means=means, logweights=logweights, logstds=logstds, x_src=x_src).items()
         )
         sigma = _noise_levels(sigma_src, batch)
-        self.x_src, self.sigma_src, self.eps = x_src, sigma, eps
-        spread = _per_sample(sigma, means, xp)
-        # Velocities -> x_0 space, where the mixture does not depend on the noise level.
-        self.x_0_means = xp.expand_dims(x_src, axis=1) - spread * means
-        self.x_0_variance = xp.exp(2 * logstds) * spread**2
+        self.means, self.x_src, self.sigma_src, self.eps = means, x_src, sigma, eps
+        self.x_0_variance = xp.exp(2 * logstds) * _per_sample(sigma, logstds, xp) ** 2
         self.logweights = logweights - xp.max(logweights, axis=1, keepdims=True)
-        self._half_squares = xp.sum(self.x_0_means**2, axis=2, keepdims=True) * 0.5
+        if not is_numpy_namespace(xp):
+            # torch: in the caller's gradient mode, not in that of whoever asks first. NumPy can wait, and the
+            # compiled kernels never ask.
+            _ = self._half_squares
+
+    @cached_property
+    def x_0_means(self) -> Array:
+        """Means in x_0 space, where the mixture does not depend on the noise level; shape of `means`."""
+        xp = array_namespace(self.means)
+        return _x_0(self.x_src, self.sigma_src, self.means, xp)
+
+    @cached_property
+    def _half_squares(self) -> Array:
+        xp = array_namespace(self.means)
+        return xp.sum(self.x_0_means**2, axis=2, keepdims=True) * 0.5
 
     def velocity(self, x_t: Array, sigma_t) -> Array:
         """u_t = (x_t - E[x_0 | x_t]) / sigma_t, shape of `x_t`; `sigma_t` a float or (B,), may be 0."""
@@ -119,9 +131,7 @@ class GMPolicy:
 
     def detached(self) -> "GMPolicy":
         """The policy cut off from torch's graph, sharing its memory."""
-        return self._with(
-            **{k: v.detach() for k, v in vars(self).items() if hasattr(v, "detach")},
-        )
+        return self._with(**_detached(self))
 
     def _with(self, **changes) -> "GMPolicy":
         policy = object.__new__(GMPolicy)
@@ -170,15 +180,21 @@ class DXPolicy:
             raise ScheduleError(f"segment_size is above 0, in raw time; got {segment_size!r}")
         grid, x_src = _as_real("grid", grid, xp), _as_real("x_src", x_src, xp)
         sigma = _noise_levels(sigma_src, batch)
-        self.x_src, self.sigma_src, self.eps = x_src, sigma, eps
+        self.grid, self.x_src, self.sigma_src, self.eps = grid, x_src, sigma, eps
         self.segment_size, self.shift, self.mode = float(segment_size), float(shift), mode
-        self.x_0_grid = xp.expand_dims(x_src, axis=1) - _per_sample(sigma, grid, xp) * grid
+        if not is_numpy_namespace(xp):
+            _ = self.x_0_grid  # torch: see GMPolicy
+
+    @cached_property
+    def x_0_grid(self) -> Array:
+        """The grid in x_0 space; shape of `grid`."""
+        return _x_0(self.x_src, self.sigma_src, self.grid, array_namespace(self.grid))
 
     def basis(self, sigma_t) -> np.ndarray:
         """Weights of the N grid entries in x_0 at a noise level, float64: (N,) for a float, else (B, N)."""
         raw_t_src = np.asarray(unwarp(self.sigma_src, self.shift))[..., None]
         raw_t = np.asarray(unwarp(np.asarray(sigma_t, np.float64), self.shift))[..., None]
-        nodes = np.arange(self.x_0_grid.shape[1])
+        nodes = np.arange(self.grid.shape[1])
         if self.mode == "polynomial":
             return (raw_t_src - raw_t) ** nodes
         raw_t_dst = np.maximum(raw_t_src - self.segment_size, 0.0)
@@ -197,12 +213,53 @@ class DXPolicy:
         x_0 = xp.sum(weights * self.x_0_grid, axis=1)
         return (x_t - x_0) / _per_sample(np.maximum(sigma, self.eps), x_t, xp)
 
+    def rollout_weights(self, sigmas: np.ndarray) -> np.ndarray:
+        """What a rollout comes to: weights of `x_start`, `x_src` and the N entries of `grid` in its end.
+
+        An Euler step is x <- (1 - r) x + r x_0(sigma) with r = (sigma - sigma_next) / sigma, linear in the
+        state and the grid, so any number of steps is one weighted sum.
+
+        Args:
+            sigmas: noise levels of the rollout, float64, (S + 1,) or (S + 1, B).
+
+        Returns:
+            float64, (2 + N,), or (B, 2 + N) where noise levels differ by sample.
+        """
+        if np.ndim(self.sigma_src) and sigmas.ndim == 1:
+            sigmas = np.broadcast_to(sigmas[:, None], (len(sigmas), len(self.sigma_src)))
+        towards_x_0 = (sigmas[:-1] - sigmas[1:]) / np.maximum(sigmas[:-1], self.eps)
+        # What is left of a state after the steps from this one on; after the last, all of it.
+        left = np.ones_like(sigmas)
+        left[:-1] = np.cumprod((1 - towards_x_0)[::-1], axis=0)[::-1]
+        x_0_weights = np.sum((towards_x_0 * left[1:])[..., None] * self.basis(sigmas[:-1]), axis=0)
+        x_src_weight = np.sum(x_0_weights, axis=-1)  # x_0 = x_src - sigma_src * grid
+        grid_weights = -np.asarray(self.sigma_src)[..., None] * x_0_weights
+        return np.concatenate([np.stack([left[0], x_src_weight], axis=-1), grid_weights], axis=-1)
+
+    def closed_form(self, x_start: Array, sigmas: np.ndarray) -> Array:
+        """The state after Euler steps along `sigmas` from `x_start`: one weighted sum."""
+        xp = array_namespace(x_start, self.x_src)
+        x_start = _state(x_start, self.x_src, xp)
+        start, src, *nodes = np.moveaxis(self.rollout_weights(sigmas), -1, 0)
+        x_dst = _per_sample(start, x_start, xp) * x_start + _per_sample(src, x_start, xp) * self.x_src
+        for node, weight in enumerate(nodes):
+            x_dst = x_dst + _per_sample(weight, x_start, xp) * self.grid[:, node, ...]
+        return x_dst
+
     def detached(self) -> "DXPolicy":
         """The policy cut off from torch's graph, sharing its memory."""
         policy = object.__new__(DXPolicy)
-        policy.__dict__.update(vars(self))
-        policy.x_src, policy.x_0_grid = self.x_src.detach(), self.x_0_grid.detach()
+        policy.__dict__.update(_detached(self))
         return policy
+
+
+def _x_0(x_src, sigma_src, velocities, xp):
+    """What velocities at the source, (B, K, ...), say about x_0."""
+    return xp.expand_dims(x_src, axis=1) - _per_sample(sigma_src, velocities, xp) * velocities
+
+
+def _detached(policy) -> dict:
+    return {name: v.detach() if hasattr(v, "detach") else v for name, v in vars(policy).items()}
 
 
 def _softmax(logits, xp):

@@ -1,0 +1,1 @@
+"""Rollouts, compiled. `integrator.integrate` is the way in; `cpu` wraps the library."""

@@ -1,0 +1,184 @@
+"""The compiled CPU kernels, through their C interface; piflow_kernels.h says what each field means.
+
+NumPy arrays and torch CPU tensors are read where they lie, as long as they are contiguous float32. Nothing
+here imports torch, unless a torch tensor came in.
+"""
+
+import ctypes
+import math
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_numpy_array, is_torch_array
+
+from piflow_edge.errors import EngineError, ScheduleError, ShapeError
+from piflow_edge.policies import DXPolicy, GMPolicy
+
+Array = Any  # a NumPy array or a torch CPU tensor
+
+ABI_VERSION = 1
+_HALF_OR_SINGLE = ("float32", "float16", "bfloat16")
+_LIBRARY_NAMES = {"win32": "piflow_kernels.dll", "darwin": "libpiflow_kernels.dylib"}
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (("num_threads", ctypes.c_int32), ("isa", ctypes.c_char_p))
+
+
+class _GM(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "num_components", "num_channels", "pixels", "substeps")
+        ),
+        *((name, ctypes.c_void_p) for name in ("means", "logweights", "x_src", "x_start", "x_dst")),
+        *((name, ctypes.c_void_p) for name in ("sigma_src", "variance", "sigmas")),
+        ("eps", ctypes.c_double),
+    )
+
+
+class _DX(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "num_nodes", "size")),
+        *((name, ctypes.c_void_p) for name in ("grid", "x_src", "x_start", "x_dst", "weights")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None where this installation has none that fits."""
+    path = Path(__file__).with_name(_LIBRARY_NAMES.get(sys.platform, "libpiflow_kernels.so"))
+    try:
+        library = ctypes.CDLL(os.fspath(path))
+    except OSError:  # not there, or built for another processor or C library
+        return None
+    library.piflow_isas.restype = ctypes.c_char_p
+    return library if library.piflow_abi_version() == ABI_VERSION else None
+
+
+def isas() -> list[str]:
+    """Instruction sets the library can use on this processor, best first; none without the library."""
+    return library().piflow_isas().decode().split() if library() else []
+
+
+def obstacle(policy, x_start: Array) -> str | None:
+    """Why the compiled kernels cannot carry `x_start` along `policy`, as a sentence; None if they can."""
+    if library() is None:
+        return (
+            "the compiled kernels are not in this installation; with a C++ compiler at hand, "
+            "pip install --force-reinstall --no-deps --no-cache-dir piflow-edge builds them"
+        )
+    if isinstance(policy, GMPolicy):
+        arrays = (policy.means, policy.logweights, policy.x_0_variance, policy.x_src)
+    elif isinstance(policy, DXPolicy):
+        arrays = (policy.grid, policy.x_src)
+    else:
+        return f"the compiled kernels know GMPolicy and DXPolicy; got {type(policy).__name__}"
+    if all(map(is_torch_array, (*arrays, x_start))):
+        if any(array.device.type != "cpu" for array in (*arrays, x_start)):
+            return "the compiled kernels run on the CPU; a tensor lies on another device"
+        if _needs_gradient(*arrays, x_start):
+            return "the compiled kernels give no gradients; detach policy and state, or use 'reference'"
+    elif not all(map(is_numpy_array, (*arrays, x_start))):
+        return "the compiled kernels take NumPy arrays or torch tensors, all of one kind"
+    for array in arrays:
+        if _dtype_name(array) != "float32":
+            return f"the compiled kernels compute in float32; the policy is in {_dtype_name(array)}"
+    if _dtype_name(x_start) not in _HALF_OR_SINGLE:
+        return f"the compiled kernels compute in float32; the state is in {_dtype_name(x_start)}"
+    return None
+
+
+def rollout(
+    policy: GMPolicy | DXPolicy,
+    x_start: Array,
+    sigmas: np.ndarray,
+    *,
+    num_threads: int | None = None,
+    isa: str | None = None,
+) -> Array:
+    """Carry `x_start` along `sigmas`, as the reference does, where there is no `obstacle`.
+
+    Args:
+        policy: in float32, as every policy is that was not made from float64.
+        x_start: state to start from, of the policy's shape and library; half precision is widened.
+        sigmas: noise levels in [0, 1], float64, (S + 1,) or (S + 1, B).
+        num_threads: at most so many; else one for each core this process may use. Small problems use fewer.
+        isa: one of `isas()`, for tests and measurements; else the best.
+
+    Returns:
+        The state at the last level, float32, a new array of the library of `x_start`.
+    """
+    if tuple(x_start.shape) != tuple(policy.x_src.shape):
+        raise ShapeError(
+            f"the state must have the policy's shape {tuple(policy.x_src.shape)}; got {tuple(x_start.shape)}"
+        )
+    if not (np.all(sigmas >= 0) and np.all(sigmas <= 1)):  # NaN fails too
+        raise ScheduleError(f"noise levels lie in [0, 1]; got {sigmas}")
+    run = _dx_rollout if isinstance(policy, DXPolicy) else _gm_rollout
+    options = _Options(num_threads or _available_cores(), isa and isa.encode())
+    x_dst = run(policy, _host(x_start), sigmas, options)
+    if is_numpy_array(x_start):
+        return x_dst
+    import torch  # a torch tensor came in: it is loaded already
+
+    return torch.from_numpy(x_dst)
+
+
+def _gm_rollout(policy, x_start, sigmas, options):
+    batch, num_channels, *size = x_start.shape
+    means, logweights, x_src = _host(policy.means), _host(policy.logweights), _host(policy.x_src)
+    variance = _host(policy.x_0_variance).astype(np.float64)
+    sigma_src = np.full(batch, policy.sigma_src)
+    # One column per sample, also where all share their levels.
+    sigmas = np.ascontiguousarray(np.broadcast_to(sigmas.reshape(len(sigmas), -1), (len(sigmas), batch)))
+    x_dst = np.empty(x_start.shape, np.float32)
+    sizes = (batch, means.shape[1], num_channels, math.prod(size), len(sigmas) - 1)
+    arrays = (means, logweights, x_src, x_start, x_dst, sigma_src, variance, sigmas)
+    problem = _GM(*sizes, *(array.ctypes.data for array in arrays), policy.eps)
+    _check(library().piflow_gm_rollout(ctypes.byref(problem), ctypes.byref(options)))
+    return x_dst
+
+
+def _dx_rollout(policy, x_start, sigmas, options):
+    grid, x_src = _host(policy.grid), _host(policy.x_src)
+    batch, num_nodes = grid.shape[:2]
+    weights = np.ascontiguousarray(np.broadcast_to(policy.rollout_weights(sigmas), (batch, 2 + num_nodes)))
+    x_dst = np.empty(x_start.shape, np.float32)
+    arrays = (grid, x_src, x_start, x_dst, weights)
+    problem = _DX(batch, num_nodes, x_start[0].size, *(array.ctypes.data for array in arrays))
+    _check(library().piflow_dx_rollout(ctypes.byref(problem), ctypes.byref(options)))
+    return x_dst
+
+
+def _check(status: int) -> None:
+    if status:
+        reasons = {2: "out of memory", 3: f"this processor runs {', '.join(isas())}"}
+        raise EngineError(f"the compiled kernels refused: {reasons.get(status, f'status {status}')}")
+
+
+def _host(array: Array) -> np.ndarray:
+    """`array` as contiguous, aligned float32 in host memory: itself, if it is that already."""
+    if is_torch_array(array):
+        array = array.detach().float().numpy()
+    return np.require(array, np.float32, ["C", "A"])
+
+
+def _dtype_name(array: Array) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _needs_gradient(*tensors) -> bool:
+    import torch  # torch tensors came in: it is loaded already
+
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: cores this process may use, not all there are
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,226 @@
+// The arithmetic of a Gaussian-mixture rollout, for one vector of pixels; CPU and GPU kernels are loops
+// around it.
+//
+// The formulas are those of GMPolicy.velocity, in coordinates where float32 suffices at every noise level.
+// With s the policy's noise level, a pixel is described by three vectors over channels, fixed for the whole
+// rollout:
+//
+//   velocity  g = sum_k softmax(logweights)_k means_k     velocity at the source
+//   offsets   d_k = means_k - g                           so component k of x_0 is (x_src - s g) - s d_k
+//   noise     e = x_src + (1 - s) g                       where the straight line along g meets sigma = 1
+//
+// and the state by its distance from that straight line,
+//
+//   y = x_t - x_src - (sigma - s) g,                      exactly 0 at the source.
+//
+// Posterior log-weights and the Euler step then are linear in y, e and mean_k d_k, with coefficients that
+// depend on time alone. Those are worked out in double, where what cancels at low noise cancels (1/sigma^2
+// against 1/s^2, and x_t against (1 - sigma) x_0); the pixels only see their sums and products.
+#pragma once
+
+#include "lanes.h"
+
+namespace piflow {
+
+// Coefficients of one Euler substep from sigma to sigma':
+//   f = logit_y y + logit_noise e + logit_velocity g
+//   w_k = softmax_2(logweight_k + d_k . f - logit_square |d_k|^2 / 2)
+//   y <- keep_y y + add_noise e + add_velocity g + add_mean sum_k w_k d_k
+// Logits are to base 2. The terms in g vanish, but where a floor of eps acts.
+struct GmStep {
+  float logit_y, logit_noise, logit_velocity, logit_square;
+  float keep_y, add_noise, add_velocity, add_mean;
+};
+
+namespace {
+
+// `variance` is that of a component in x_0, v below; eps as in GMPolicy.
+PIFLOW_FN GmStep gm_step(double sigma, double sigma_next, double sigma_src, double variance, double eps) {
+  constexpr double kLog2E = 1.4426950408889634;
+  const double s = sigma_src;
+  const double a = s > eps ? s : eps, b = sigma > eps ? sigma : eps;
+  // What x_t says about x_0 beyond x_src: precision zeta, and nu = nu_y y + nu_e e + nu_g g once the
+  // posterior is taken relative to x_src - s g.
+  const double nu_y = (1 - b) / (b * b);
+  const double nu_e = (a - b) / (a * b);
+  const double nu_g = nu_y * (sigma - b) - (1 - a) / (a * a) * (s - a);
+  const double zeta = nu_e * (1 / a + 1 / b - 2);
+  const double unclipped = variance * zeta + 1;
+  const double denominator = unclipped > eps ? unclipped : eps;
+  // A clipped denominator leaves this share of the centre x_src - s g = e - g in the velocity; else 0.
+  const double centre = 1 - unclipped / denominator;
+  const double logit = -kLog2E * s / denominator;
+  const double gain = variance / denominator;
+  const double step = (sigma_next - sigma) / b;
+  GmStep out;
+  out.logit_y = float(logit * nu_y);
+  out.logit_noise = float(logit * nu_e);
+  out.logit_velocity = float(logit * nu_g);
+  out.logit_square = float(-logit * s * zeta);
+  out.keep_y = float(1 + step * (1 - gain * nu_y));
+  out.add_noise = float(step * (centre - gain * nu_e));
+  out.add_velocity = float(step * (sigma - b - gain * nu_g - centre));
+  out.add_mean = float(step * s / denominator);
+  return out;
+}
+
+// Components are stored in groups of four, with the four offsets of a channel side by side, as (k / 4, c, k %
+// 4). Sums over k run in the same order whatever V is, so that no result depends on how pixels are grouped.
+constexpr int kGroup = 4;
+
+using Index = long long;  // int64_t, without the header that NVRTC does not have
+
+PIFLOW_FN int padded_components(int num_components) {
+  return (num_components + kGroup - 1) / kGroup * kGroup;
+}
+
+// Everything one vector of pixels needs during the rollout. K counts the padding, whose weights are 0.
+template <class V>
+struct GmTile {
+  int K, C;
+  V* offsets;                              // K * C
+  V *logweights, *half_squares, *weights;  // K; weights is working space
+  V *velocity, *noise, *y, *slope;         // C; slope is working space, f above
+
+  static PIFLOW_FN Index size(int K, int C) { return (Index(K) + 4) * C + 3 * Index(K); }
+  static PIFLOW_FN GmTile carve(V* memory, int K, int C) {
+    GmTile tile;
+    tile.K = K;
+    tile.C = C;
+    tile.offsets = memory;
+    tile.logweights = tile.offsets + Index(K) * C;
+    tile.half_squares = tile.logweights + K;
+    tile.weights = tile.half_squares + K;
+    tile.velocity = tile.weights + K;
+    tile.noise = tile.velocity + C;
+    tile.y = tile.noise + C;
+    tile.slope = tile.y + C;
+    return tile;
+  }
+  PIFLOW_FN V& offset(int k, int c) { return offsets[(Index(k / kGroup) * C + c) * kGroup + k % kGroup]; }
+};
+
+// Base-2 logits in `weights` -> weights that are not normalised; returns their sum.
+template <class V>
+PIFLOW_FN V gm_exponentiate(GmTile<V> tile, V largest) {
+  V sums[kGroup];
+  for (int j = 0; j < kGroup; ++j) sums[j] = V::splat(0.0f);
+  for (int k = 0; k < tile.K; k += kGroup) {
+    for (int j = 0; j < kGroup; ++j) {
+      const V w = exp2_of_nonpositive(tile.weights[k + j] - largest);
+      tile.weights[k + j] = w;
+      sums[j] = sums[j] + w;
+    }
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// sum_k weights_k offsets_kc for N channels from c on.
+template <int N, class V>
+PIFLOW_FN void gm_weigh(GmTile<V> tile, int c, V* sums) {
+  for (int i = 0; i < N; ++i) sums[i] = V::splat(0.0f);
+  for (int k = 0; k < tile.K; k += kGroup) {
+    const V* offsets = tile.offsets + (Index(k) * tile.C + Index(c) * kGroup);
+    for (int j = 0; j < kGroup; ++j) {
+      const V w = tile.weights[k + j];
+      for (int i = 0; i < N; ++i) sums[i] = fma(w, offsets[i * kGroup + j], sums[i]);
+    }
+  }
+}
+
+// f(c, sums) for all channels, in blocks whose sums fit the registers; sums are the weighted offsets.
+template <int N, class V, class F>
+PIFLOW_FN void gm_weigh_blocks(GmTile<V> tile, int c, F f) {
+  if constexpr (N > 0) {
+    for (; c + N <= tile.C; c += N) {
+      V sums[N];
+      gm_weigh<N>(tile, c, sums);
+      for (int i = 0; i < N; ++i) f(c + i, sums[i]);
+    }
+    gm_weigh_blocks<N / 2>(tile, c, f);
+  }
+}
+
+// Source point -> fixed vectors, and y at the start. On entry the tile holds `means` in offsets, natural
+// log-weights in logweights (padding: 0 and -inf), x_src in noise, and x_start - x_src in y.
+template <class V>
+PIFLOW_FN void gm_enter(GmTile<V> tile, double sigma_src, double sigma_start) {
+  V largest = tile.logweights[0];
+  for (int k = 1; k < tile.K; ++k) largest = max_or_second(largest, tile.logweights[k]);
+  for (int k = 0; k < tile.K; ++k) {
+    tile.logweights[k] = (tile.logweights[k] - largest) * V::splat(1.44269504f);
+    tile.weights[k] = tile.logweights[k];
+    tile.half_squares[k] = V::splat(0.0f);
+  }
+  const V share = V::splat(1.0f) / gm_exponentiate(tile, V::splat(0.0f));
+  gm_weigh_blocks<8>(tile, 0, [=](int c, V sum) { tile.velocity[c] = sum * share; });
+
+  const V alpha_src = V::splat(float(1 - sigma_src)), ahead = V::splat(float(sigma_src - sigma_start));
+  for (int c = 0; c < tile.C; ++c) {
+    const V g = tile.velocity[c];
+    tile.noise[c] = fma(alpha_src, g, tile.noise[c]);
+    tile.y[c] = fma(ahead, g, tile.y[c]);
+  }
+  for (int k = 0; k < tile.K; k += kGroup) {
+    for (int c = 0; c < tile.C; ++c) {
+      for (int j = 0; j < kGroup; ++j) {
+        V& d = tile.offsets[(Index(k) * tile.C + Index(c) * kGroup) + j];
+        d = d - tile.velocity[c];
+        tile.half_squares[k + j] = fma(d * V::splat(0.5f), d, tile.half_squares[k + j]);
+      }
+    }
+  }
+}
+
+template <class V>
+PIFLOW_FN void gm_substep(GmTile<V> tile, const GmStep& step) {
+  const bool floored = step.logit_velocity != 0 || step.add_velocity != 0;
+  {
+    const V from_y = V::splat(step.logit_y), from_noise = V::splat(step.logit_noise);
+    for (int c = 0; c < tile.C; ++c) tile.slope[c] = fma(from_y, tile.y[c], from_noise * tile.noise[c]);
+  }
+  if (floored) {
+    const V from_velocity = V::splat(step.logit_velocity);
+    for (int c = 0; c < tile.C; ++c) tile.slope[c] = fma(from_velocity, tile.velocity[c], tile.slope[c]);
+  }
+
+  const V square = V::splat(-step.logit_square);
+  V largest[kGroup];
+  for (int j = 0; j < kGroup; ++j) largest[j] = V::splat(-3.4e38f);
+  for (int k = 0; k < tile.K; k += kGroup) {
+    V logits[kGroup];
+    for (int j = 0; j < kGroup; ++j) {
+      logits[j] = fma(square, tile.half_squares[k + j], tile.logweights[k + j]);
+    }
+    const V* offsets = tile.offsets + Index(k) * tile.C;
+    for (int c = 0; c < tile.C; ++c, offsets += kGroup) {
+      const V f = tile.slope[c];
+      for (int j = 0; j < kGroup; ++j) logits[j] = fma(offsets[j], f, logits[j]);
+    }
+    for (int j = 0; j < kGroup; ++j) {
+      tile.weights[k + j] = logits[j];
+      largest[j] = max_or_second(logits[j], largest[j]);
+    }
+  }
+  const V sum = gm_exponentiate(
+      tile, max_or_second(max_or_second(largest[0], largest[1]), max_or_second(largest[2], largest[3])));
+
+  const V keep = V::splat(step.keep_y), add_noise = V::splat(step.add_noise);
+  const V add_mean = V::splat(step.add_mean) / sum;
+  gm_weigh_blocks<8>(tile, 0, [=](int c, V mean) {
+    tile.y[c] = fma(add_mean, mean, fma(keep, tile.y[c], add_noise * tile.noise[c]));
+  });
+  if (floored) {
+    const V add_velocity = V::splat(step.add_velocity);
+    for (int c = 0; c < tile.C; ++c) tile.y[c] = fma(add_velocity, tile.velocity[c], tile.y[c]);
+  }
+}
+
+// The state at sigma_dst, once the substeps are done: x_src + (sigma_dst - s) g + y.
+template <class V>
+PIFLOW_FN V gm_leave(GmTile<V> tile, int c, V x_src, double sigma_src, double sigma_dst) {
+  return x_src + fma(V::splat(float(sigma_dst - sigma_src)), tile.velocity[c], tile.y[c]);
+}
+
+}  // namespace
+}  // namespace piflow

@@ -1,0 +1,191 @@
+// The C interface: checks, choice of instruction set, time coefficients, threads.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "isa.h"
+
+namespace piflow {
+
+// Each is isa.cpp compiled once more; the build says which there are.
+extern const Isa isa_baseline;
+extern const Isa isa_avx2;
+extern const Isa isa_avx512;
+
+namespace {
+
+// Pixels a thread takes at a time: some cache lines of every row, and enough pieces to share out a small
+// image.
+constexpr int64_t kPixels = 64;
+// Numbers of a weighted sum a thread takes at a time.
+constexpr int64_t kNumbers = 4096;
+// Work below which one more thread costs more than it brings; starting it takes some 20 microseconds.
+constexpr double kOperationsPerThread = 1e6;
+constexpr int64_t kBytesPerThread = 1 << 20;
+
+// Best first.
+const std::vector<const Isa*>& usable_isas() {
+  static const std::vector<const Isa*> usable = [] {
+    std::vector<const Isa*> isas;
+#if defined(PIFLOW_HAVE_avx512)
+    if (__builtin_cpu_supports("avx512f")) isas.push_back(&isa_avx512);
+#endif
+#if defined(PIFLOW_HAVE_avx2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(&isa_avx2);
+#endif
+    isas.push_back(&isa_baseline);
+    return isas;
+  }();
+  return usable;
+}
+
+const Isa* find_isa(const char* name) {
+  for (const Isa* isa : usable_isas()) {
+    if (name == nullptr || std::strcmp(isa->name, name) == 0) return isa;
+  }
+  return nullptr;
+}
+
+// Calls work(i) for every i below count on up to num_threads threads, each with a `work` of its own from
+// make_work(). Which thread does what is left to chance; no i may touch the result of another.
+template <class MakeWork>
+void parallel_for(int64_t count, int64_t num_threads, MakeWork make_work) {
+  std::atomic<int64_t> next{0};
+  const auto run = [&](auto& work) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+  };
+  auto mine = make_work();
+  std::vector<std::thread> helpers;
+  try {
+    for (int64_t i = 1; i < std::min(num_threads, count); ++i) {
+      helpers.emplace_back([&run, work = make_work()]() mutable { run(work); });
+    }
+  } catch (const std::exception&) {
+    // No thread or no memory for one more: those there are do the work.
+  }
+  run(mine);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+int64_t most_threads(const piflow_options& options) {
+  return options.num_threads > 0 ? options.num_threads : std::max(1u, std::thread::hardware_concurrency());
+}
+
+bool is_level(double sigma) { return sigma >= 0 && sigma <= 1; }  // false for NaN
+
+bool is_sound(const piflow_gm& p) {
+  constexpr int64_t kMost = 1 << 24;  // of components or channels, which are counted in int
+  return p.batch >= 1 && p.num_components >= 1 && p.num_components <= kMost && p.num_channels >= 1 &&
+         p.num_channels <= kMost && p.pixels >= 1 && p.substeps >= 0 && p.eps > 0 && p.means &&
+         p.logweights && p.x_src && p.x_start && p.x_dst && p.variance && p.sigma_src && p.sigmas &&
+         std::all_of(p.sigma_src, p.sigma_src + p.batch, is_level) &&
+         std::all_of(p.sigmas, p.sigmas + (p.substeps + 1) * p.batch, is_level);
+}
+
+void gm_rollout(const piflow_gm& p, const piflow_options& options, const Isa& isa) {
+  std::vector<GmStep> steps;
+  steps.reserve(size_t(p.substeps * p.batch));  // `schedules` points into it
+  std::vector<GmSchedule> schedules;
+  for (int64_t sample = 0; sample < p.batch; ++sample) {
+    const GmStep* first = steps.data() + steps.size();
+    const double* sigmas = p.sigmas + sample;
+    for (int64_t i = 0; i < p.substeps; ++i, sigmas += p.batch) {
+      const double sigma = sigmas[0], sigma_next = sigmas[p.batch];
+      if (sigma == sigma_next) continue;  // this sample is done, others of the batch are not
+      steps.push_back(gm_step(sigma, sigma_next, p.sigma_src[sample], p.variance[sample], p.eps));
+    }
+    schedules.push_back({first, steps.data() + steps.size() - first, p.sigmas[sample], sigmas[0]});
+  }
+
+  const double operations = double(steps.size()) * double(p.pixels) / isa.width * double(p.num_components) *
+                            (2.0 * double(p.num_channels) + 10.0);
+  const int64_t num_threads = std::min(most_threads(options), 1 + int64_t(operations / kOperationsPerThread));
+  const int64_t pieces = (p.pixels + kPixels - 1) / kPixels;
+  const size_t bytes = isa.gm_bytes(p);
+  parallel_for(p.batch * pieces, num_threads, [&] {
+    struct alignas(64) Line {
+      char bytes[64];
+    };
+    return [&, memory = std::vector<Line>(bytes / sizeof(Line) + 1)](int64_t i) mutable {
+      const int64_t sample = i / pieces, from = i % pieces * kPixels, to = std::min(from + kPixels, p.pixels);
+      isa.gm_pixels(p, schedules[size_t(sample)], sample, from, to, memory.data());
+    };
+  });
+}
+
+bool is_sound(const piflow_dx& p) {
+  return p.batch >= 1 && p.num_nodes >= 1 && p.size >= 1 && p.grid && p.x_src && p.x_start && p.x_dst &&
+         p.weights;
+}
+
+void dx_rollout(const piflow_dx& p, const piflow_options& options, const Isa& isa) {
+  const int64_t num_states = p.x_start == p.x_src ? 1 : 2, count = num_states + p.num_nodes;
+  std::vector<float> weights;
+  for (int64_t sample = 0; sample < p.batch; ++sample) {
+    const double* given = p.weights + sample * (2 + p.num_nodes);
+    if (num_states == 1) {
+      weights.push_back(float(given[0] + given[1]));
+    } else {
+      weights.insert(weights.end(), {float(given[0]), float(given[1])});
+    }
+    for (int64_t n = 0; n < p.num_nodes; ++n) weights.push_back(float(given[2 + n]));
+  }
+
+  const int64_t bytes = p.batch * count * p.size * int64_t(sizeof(float));
+  const int64_t num_threads = std::min(most_threads(options), 1 + bytes / kBytesPerThread);
+  const int64_t pieces = (p.size + kNumbers - 1) / kNumbers;
+  parallel_for(p.batch * pieces, num_threads, [&] {
+    return [&, sources = std::vector<const float*>(size_t(count))](int64_t i) mutable {
+      const int64_t sample = i / pieces, from = i % pieces * kNumbers, state = sample * p.size + from;
+      sources[0] = p.x_start + state;
+      sources[size_t(num_states - 1)] = p.x_src + state;
+      for (int64_t n = 0; n < p.num_nodes; ++n) {
+        sources[size_t(num_states + n)] = p.grid + (sample * p.num_nodes + n) * p.size + from;
+      }
+      isa.weighted_sum(sources.data(), weights.data() + sample * count, count,
+                       std::min(kNumbers, p.size - from), p.x_dst + state);
+    };
+  });
+}
+
+template <class Problem, class Rollout>
+piflow_status run(const Problem* problem, const piflow_options* given, Rollout rollout) {
+  const piflow_options options = given ? *given : piflow_options{};
+  if (problem == nullptr || !is_sound(*problem) || options.num_threads < 0) return PIFLOW_BAD_ARGUMENT;
+  const Isa* isa = find_isa(options.isa);
+  if (isa == nullptr) return PIFLOW_UNKNOWN_ISA;
+  try {
+    rollout(*problem, options, *isa);
+  } catch (const std::bad_alloc&) {
+    return PIFLOW_OUT_OF_MEMORY;
+  }
+  return PIFLOW_OK;
+}
+
+}  // namespace
+}  // namespace piflow
+
+piflow_status piflow_gm_rollout(const piflow_gm* problem, const piflow_options* options) {
+  return piflow::run(problem, options, piflow::gm_rollout);
+}
+
+piflow_status piflow_dx_rollout(const piflow_dx* problem, const piflow_options* options) {
+  return piflow::run(problem, options, piflow::dx_rollout);
+}
+
+const char* piflow_isas(void) {
+  static const std::string names = [] {
+    std::string joined;
+    for (const piflow::Isa* isa : piflow::usable_isas())
+      joined += (joined.empty() ? "" : " ") + std::string(isa->name);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+int32_t piflow_abi_version(void) { return PIFLOW_ABI_VERSION; }
