@@ -65,7 +65,6 @@ $(RUNTIME)/.installed: $(VENV)/.installed
 .PHONY: assets
 assets: $(VENV)/.installed
 	$(BIN)/python -m piflow_edge.distill.features
-	$(BIN)/piflow-edge train-teacher --data digits --out runs/teacher --resume
-	$(BIN)/piflow-edge train-teacher --data digits --out runs/teacher --resume --weights-only
+	$(BIN)/piflow-edge train-teacher --data digits --out runs/teacher --weights-only
 	rm -rf piflow_edge/distill/assets/digits_teacher
 	cp -r runs/teacher piflow_edge/distill/assets/digits_teacher

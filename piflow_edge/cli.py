@@ -100,7 +100,7 @@ def demo(out, iterations, images, seed, as_json):
 @click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
 @click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
-@click.option("--iterations", type=click.IntRange(min=1), default=10000, help="Training steps.")
+@click.option("--iterations", type=click.IntRange(min=1), default=3000, help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Images per step.")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, help="Of Adam.")
 @click.option("--patch-size", type=click.IntRange(min=1), default=2, help="Side of a token in pixels.")

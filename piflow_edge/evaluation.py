@@ -109,7 +109,11 @@ def evaluate(
         guidance_scale = settings[0]["guidance_scale"] if settings else 1.0
     velocity_steps = teacher_sampler(load_checkpoint(teacher_folder, kind="teacher"), guidance_scale)
     contenders = [
-        Contender(f"teacher, {steps} steps", steps, lambda x, y, n=steps: velocity_steps(x, y, n))
+        Contender(
+            f"teacher, {steps} step{'s' if steps > 1 else ''}",
+            steps,
+            lambda x, y, n=steps: velocity_steps(x, y, n),
+        )
         for steps in (teacher_steps, *cut_steps)
     ]
     contenders += [student_contender(name, generator) for name, generator in generators.items()]

@@ -1,8 +1,10 @@
 """The command line as a user meets it: in a process of its own, judged by exit code, stdout and stderr."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -130,6 +132,25 @@ def test_a_teacher_and_a_student_from_the_command_line(tmp_path):
     run("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 4, "--resume")
     done = run("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 2, "--resume", code=2)
     assert "other settings" in done.stderr
+
+
+@pytest.mark.torch
+def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(tmp_path):
+    command = ["distill", "--out", tmp_path, "--iterations", 100, "--batch-size", 2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "piflow_edge.cli", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "--resume" in stderr and "Traceback" not in stderr
+    stopped = json.loads((tmp_path / "checkpoint.json").read_text())["iteration"]
+    assert 50 <= stopped < 100
+    run(*command, "--resume")
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["iteration"] == 100
 
 
 def test_an_unreadable_image_folder_exits_with_2(tmp_path):

@@ -5,8 +5,11 @@ and a resumed run takes the same steps as one that was never stopped.
 """
 
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +87,8 @@ def train(
 ) -> Checkpoint:
     """Train `network` in place and leave a checkpoint in `folder`.
 
-    Ctrl-C saves a checkpoint before it goes on as KeyboardInterrupt. Steps are written to `log.jsonl`.
+    Ctrl-C ends the step that is being taken, saves a checkpoint and goes on as KeyboardInterrupt; a second one does
+    not wait. Steps are written to `log.jsonl`.
 
     Args:
         network: starts from the weights it has, unless a checkpoint is resumed.
@@ -124,39 +128,39 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     network.train()
     done, began = start, time.perf_counter()
-    try:
-        with progress(f"training {kind}", config.iterations, start=start) as bar, _log(folder, start) as log:
-            for iteration in range(start, config.iterations):
-                random = IterationRandom(config.seed, iteration)
-                picked = torch.from_numpy(random.choice(len(data), config.batch_size))
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, iteration)
-                value = loss(images[picked], labels[picked], random)
-                optimizer.zero_grad()
-                value.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-                if not torch.isfinite(norm):
-                    raise CheckFailedError(
-                        f"loss {value.item()} or its gradient is not finite at iteration {iteration}; the last "
-                        f"checkpoint is whole; try a lower learning rate than {config.learning_rate}"
-                    )
-                optimizer.step()
-                # Averaged over fewer steps at first, so that the start is soon forgotten.
-                decay = min(config.ema_decay, (1 + iteration) / (10 + iteration))
-                with torch.no_grad():
-                    torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - decay)
-                done = iteration + 1
-                speed = (done - start) * config.batch_size / (time.perf_counter() - began)
-                bar(f"loss {value.item():.4f}, {speed:.0f} images/s")
-                if done % 50 == 0 or done == config.iterations:
-                    log.write(
-                        json.dumps({"iteration": done, "loss": value.item(), "images_per_s": speed}) + "\n"
-                    )
-                if done % config.save_every == 0 and done < config.iterations:
-                    save_checkpoint(folder, snapshot(done))
-    except KeyboardInterrupt:
-        save_checkpoint(folder, snapshot(done))
-        raise
+    with (
+        _ctrl_c_between_steps() as stopped,
+        progress(f"training {kind}", config.iterations, start=start) as bar,
+        _log(folder, start) as log,
+    ):
+        for iteration in range(start, config.iterations):
+            random = IterationRandom(config.seed, iteration)
+            picked = torch.from_numpy(random.choice(len(data), config.batch_size))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, iteration)
+            value = loss(images[picked], labels[picked], random)
+            optimizer.zero_grad()
+            value.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise CheckFailedError(
+                    f"loss {value.item()} or its gradient is not finite at iteration {iteration}; the last "
+                    f"checkpoint is whole; try a lower learning rate than {config.learning_rate}"
+                )
+            optimizer.step()
+            # Averaged over fewer steps at first, so that the start is soon forgotten.
+            decay = min(config.ema_decay, (1 + iteration) / (10 + iteration))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - decay)
+            done = iteration + 1
+            speed = (done - start) * config.batch_size / (time.perf_counter() - began)
+            bar(f"loss {value.item():.4f}, {speed:.0f} images/s")
+            if done % 50 == 0 or done == config.iterations:
+                log.write(json.dumps({"iteration": done, "loss": value.item(), "images_per_s": speed}) + "\n")
+            if stopped() or (done % config.save_every == 0 and done < config.iterations):
+                save_checkpoint(folder, snapshot(done))
+            if stopped():
+                raise KeyboardInterrupt
     final = snapshot(done)
     save_checkpoint(folder, final)
     return final
@@ -166,6 +170,26 @@ def learning_rate(config: TrainingConfig, iteration: int) -> float:
     """Linear rise over `warmup` steps, then half a cosine down to 0."""
     rise = min((iteration + 1) / max(config.warmup, 1), 1.0)
     return config.learning_rate * rise * 0.5 * (1 + np.cos(np.pi * iteration / config.iterations))
+
+
+@contextmanager
+def _ctrl_c_between_steps() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C back until it is asked for: half a step must not end up in a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals go to the main thread, whose business they then are
+        return
+    asked = False
+
+    def note(number, frame):
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)  # a second one does not wait
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _restore(checkpoint, network, ema, optimizer, settings) -> int:
