@@ -24,7 +24,9 @@ def seconds(command: list[str]) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", help="also time the first image of this bundle")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
@@ -35,7 +37,11 @@ def main():
     calls = {
         "python": [sys.executable, "-c", "pass"],
         "import numpy": [sys.executable, "-c", "import numpy"],
-        "import piflow_edge": [sys.executable, "-c", "import piflow_edge as pf; pf.GMPolicy, pf.rollout, pf.load"],
+        "import piflow_edge": [
+            sys.executable,
+            "-c",
+            "import piflow_edge as pf; pf.GMPolicy, pf.rollout, pf.load",
+        ],
         "import click": [sys.executable, "-c", "import click"],
         "piflow-edge --help": [sys.executable, script, "--help"],
     }

@@ -85,10 +85,15 @@ def demo(out, iterations, images, seed, as_json):
     Example:
       piflow-edge demo --out demo
     """
+    from dataclasses import replace
+
     from .demo import DemoConfig, run_demo
     from .report import text_table
 
-    page, evaluation = run_demo(out, DemoConfig(iterations=iterations, images=images, seed=seed), say=_say)
+    config = DemoConfig(images=images, seed=seed)
+    if iterations is not None:
+        config = replace(config, iterations=dict.fromkeys(config.iterations, iterations))
+    page, evaluation = run_demo(out, config, say=_say)
     if as_json:
         _emit({"report": str(page), **evaluation.as_json()})
     else:
@@ -160,9 +165,9 @@ def train_teacher(
 @click.option(
     "--shift", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Of the noise levels."
 )
-@click.option("--iterations", type=click.IntRange(min=1), default=1000, help="Training steps.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Images per step.")
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=1e-3, help="Of Adam.")
+@click.option("--iterations", type=click.IntRange(min=1), default=1500, help="Training steps.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images per step.")
+@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, help="Of Adam.")
 @SEED
 @RESUME
 def distill(

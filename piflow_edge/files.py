@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +9,8 @@ from pathlib import Path
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Put `data` at `path`: a reader, a full disk or Ctrl-C at any moment leaves the old file or the new one."""
+    import tempfile  # slow to import, and the runtime only hashes
+
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -30,6 +30,9 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     What stood at `path` before stays until the new one is complete, and comes back if it cannot be moved in.
     """
+    import shutil
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -40,9 +40,9 @@ class TrainingConfig:
         save_every: steps between checkpoints.
     """
 
-    iterations: int = 1000
-    batch_size: int = 128
-    learning_rate: float = 1e-3
+    iterations: int = 1500
+    batch_size: int = 64
+    learning_rate: float = 2e-3
     warmup: int = 50
     ema_decay: float = 0.999
     max_grad_norm: float = 1.0
