@@ -1,9 +1,8 @@
 """The main job on the built-in digits, end to end: teacher, students, bundles, evaluation, report."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from .evaluation import Evaluation, evaluate
 from .report import write_report
@@ -28,7 +27,7 @@ class DemoConfig:
     way to go in one stretch and learns slowest. `images`: per contender in the evaluation.
     """
 
-    iterations: Mapping[int, int] = MappingProxyType({1: 1500, 2: 500, 4: 400})
+    iterations: Mapping[int, int] = field(default_factory=lambda: {1: 1500, 2: 500, 4: 400})
     images: int = 2000
     seed: int = 0
 

@@ -1,5 +1,6 @@
 """Training at a size where it takes seconds: what it starts from, where it goes, how it is stopped and resumed."""
 
+import signal
 from dataclasses import replace
 
 import numpy as np
