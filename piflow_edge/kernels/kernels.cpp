@@ -32,6 +32,9 @@ constexpr int64_t kBytesPerThread = 1 << 20;
 const std::vector<const Isa*>& usable_isas() {
   static const std::vector<const Isa*> usable = [] {
     std::vector<const Isa*> isas;
+#if defined(PIFLOW_HAVE_avx512) || defined(PIFLOW_HAVE_avx2)
+    __builtin_cpu_init();  // for callers that run before the library's own start-up code
+#endif
 #if defined(PIFLOW_HAVE_avx512)
     if (__builtin_cpu_supports("avx512f")) isas.push_back(&isa_avx512);
 #endif

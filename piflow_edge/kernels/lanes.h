@@ -141,7 +141,7 @@ PIFLOW_FN Lanes shifted_to_exponent(Lanes a) {
 using Lanes = Scalar;
 #endif
 
-// 2^t for t <= 0, within 1 unit in the last place; exactly 0 below -126.5, so that no subnormal number slows
+// 2^t for t <= 0, within 1.2 units in the last place; exactly 0 below -126.5, so that no subnormal number slows
 // the sums down; NaN for NaN. t = n + f with n whole: the split is exact, and 2^f for |f| <= 1/2 is a
 // polynomial fitted for the least relative error (2e-9) among those that are 1 at 0.
 template <class V>
