@@ -118,4 +118,4 @@ def _euler(policy, x_t, sigmas):
 
 @cache
 def _log_once(reason: str) -> None:
-    logging.getLogger(__name__).warning("rollouts run in NumPy, many times slower: %s", reason)
+    logging.getLogger(__name__).warning("rollouts are slower than they could be: %s", reason)

@@ -30,9 +30,7 @@ static float exp2_in_first_lane(float t) {
 static void check_exponential() {
   CHECK(exp2_in_first_lane(0.0f) == 1.0f);
   CHECK(exp2_in_first_lane(-1.0f) == 0.5f);
-  CHECK(exp2_in_first_lane(-126.6f) == 0.0f);
-  CHECK(exp2_in_first_lane(-1e8f) == 0.0f);
-  CHECK(exp2_in_first_lane(-HUGE_VALF) == 0.0f);
+  for (float t : {-126.0f, -126.6f, -1e8f, -HUGE_VALF}) CHECK(exp2_in_first_lane(t) == 0x1p-126f);
   CHECK(isnan(exp2_in_first_lane(NAN)));
   double worst = 0;
   // All floats down to -125 in steps of 499 bit patterns: 2 million of them.
@@ -131,10 +129,11 @@ static void check_refusals() {
   CHECK(piflow_dx_rollout(&problem, &unknown) == PIFLOW_UNKNOWN_ISA);
 }
 
-int main() {
+// With an argument, the exponential alone: the one of the flags this file was compiled with.
+int main(int argc, char**) {
   check_exponential();
-  check_refusals();
-  const std::string isas = piflow_isas();
+  const std::string isas = argc > 1 ? "" : piflow_isas();
+  if (argc == 1) check_refusals();
   for (size_t from = 0; from < isas.size();) {
     const size_t to = isas.find(' ', from) == std::string::npos ? isas.size() : isas.find(' ', from);
     check_memory(isas.substr(from, to - from).c_str());

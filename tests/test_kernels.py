@@ -391,6 +391,15 @@ def test_what_the_kernel_cannot_do_is_refused(change, words):
         )
 
 
+def test_settings_the_library_refuses_raise_our_error():
+    inputs = gm_case(11)
+    policy, x_src = GMPolicy(**inputs), inputs["x_src"]
+    with pytest.raises(PiFlowError, match="num_threads"):
+        cpu.rollout(policy, x_src, levels(1.0), num_threads=-1)
+    with pytest.raises(PiFlowError, match="this processor runs"):
+        cpu.rollout(policy, x_src, levels(1.0), isa="mmx")
+
+
 def test_an_unknown_policy_is_refused_by_name_and_left_to_the_reference_by_auto():
     class Straight:
         def velocity(self, x_t, sigma_t):
@@ -518,14 +527,25 @@ def test_the_kernels_keep_to_their_memory_and_to_defined_behaviour(tmp_path):
         ["c++", *flags[-2:], "-x", "c++", "-", "-o", tmp_path / "empty"], input=b"int main() {}"
     ).returncode:
         pytest.skip("this compiler has no sanitizers")
-    objects, defines = [], []
-    for name, isa_flags in {"baseline": [], **build.isa_flags()}.items():
-        objects.append(tmp_path / f"{name}.o")
-        run("c++", *flags, *isa_flags, f"-DPIFLOW_ISA={name}", "-c", KERNELS / "isa.cpp", "-o", objects[-1])
-        defines.append(f"-DPIFLOW_HAVE_{name}")
-    sources = [KERNELS / "kernels.cpp", TESTS / "kernels_check.cpp"]
-    run("c++", *flags, *defines, *sources, *objects, "-o", tmp_path / "check")
-    assert "checked" in run(tmp_path / "check")
+    flags_of = {"baseline": [], **build.isa_flags()}
+    defines = [f"-DPIFLOW_HAVE_{name}" for name in flags_of]
+    objects = [tmp_path / f"{name}.o" for name in ("kernels", *flags_of)]
+    run("c++", *flags, *defines, "-c", KERNELS / "kernels.cpp", "-o", objects[0])
+    for name, more in flags_of.items():
+        run(
+            "c++",
+            *flags,
+            *more,
+            f"-DPIFLOW_ISA={name}",
+            "-c",
+            KERNELS / "isa.cpp",
+            "-o",
+            tmp_path / f"{name}.o",
+        )
+    for isa in cpu.isas():  # each has its own exponential
+        run("c++", *flags, *flags_of[isa], TESTS / "kernels_check.cpp", *objects, "-o", tmp_path / "check")
+        only = [] if isa == "baseline" else ["exponential"]
+        assert "checked" in run(tmp_path / "check", *only)
 
 
 def test_a_broken_compiler_does_not_stop_the_build(tmp_path):

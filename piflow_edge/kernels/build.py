@@ -17,6 +17,7 @@ NAME = "piflow_kernels"
 GNU_FLAGS = [
     "-std=c++17",
     "-O3",
+    "-g0",  # Python's own flags often ask for debug information, which is most of the file
     "-pthread",
     "-fvisibility=hidden",
     "-fno-math-errno",

@@ -155,8 +155,12 @@ def _dx_rollout(policy, x_start, sigmas, options):
 
 def _check(status: int) -> None:
     if status:
-        reasons = {2: "out of memory", 3: f"this processor runs {', '.join(isas())}"}
-        raise EngineError(f"the compiled kernels refused: {reasons.get(status, f'status {status}')}")
+        reasons = {
+            1: "a size, a noise level, eps or num_threads is out of range",
+            2: "out of memory",
+            3: f"this processor runs {', '.join(isas())}",
+        }
+        raise EngineError(f"the compiled kernels refused: {reasons[status]}")
 
 
 def _host(array: Array) -> np.ndarray:
