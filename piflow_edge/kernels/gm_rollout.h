@@ -64,8 +64,8 @@ PIFLOW_FN GmStep gm_step(double sigma, double sigma_next, double sigma_src, doub
   return out;
 }
 
-// Components are stored in groups of four, with the four offsets of a channel side by side, as (k / 4, c, k %
-// 4). Sums over k run in the same order whatever V is, so that no result depends on how pixels are grouped.
+// Components are stored in groups of four, their offsets as (group, channel, member). Sums over k run in the
+// same order whatever V is, so that no result depends on how pixels are grouped.
 constexpr int kGroup = 4;
 
 using Index = long long;  // int64_t, without the header that NVRTC does not have
@@ -74,7 +74,7 @@ PIFLOW_FN int padded_components(int num_components) {
   return (num_components + kGroup - 1) / kGroup * kGroup;
 }
 
-// Everything one vector of pixels needs during the rollout. K counts the padding, whose weights are 0.
+// Everything one vector of pixels needs during the rollout. K counts the padding, whose weights vanish.
 template <class V>
 struct GmTile {
   int K, C;
