@@ -142,7 +142,7 @@ class GMPolicy:
 
 @dataclass(frozen=True)
 class _DXNodes:
-    """What a DX policy knows of time: where its N grid entries stand. Hashable, so that weights can be kept."""
+    """What a DX policy knows of time, where its N grid entries stand; hashable, to keep weights by."""
 
     sigma_src: float | tuple[float, ...]
     num_nodes: int
