@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from array_api_compat import array_namespace
 
-from .errors import EngineError, ScheduleError
+from .errors import EngineError, ScheduleError, ShapeError
 from .kernels import cpu
 from .policies import DXPolicy, Policy
 from .schedule import substep_sigmas, unwarp
@@ -78,6 +78,12 @@ def integrate(
     if kernel not in KERNELS:
         raise EngineError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
     sigmas = np.asarray(sigmas, np.float64)
+    if sigmas.ndim not in (1, 2) or not len(sigmas) or sigmas.shape[1:] not in ((), x_src.shape[:1]):
+        raise ShapeError(
+            f"noise levels are (S + 1,), or (S + 1, {x_src.shape[0]}) with one per sample; got {sigmas.shape}"
+        )
+    if not np.all((sigmas >= 0) & (sigmas <= 1)):  # NaN fails too
+        raise ScheduleError(f"noise levels lie in [0, 1]; got {sigmas}")
     if kernel == "cuda":
         raise EngineError("kernel 'cuda' is not in this installation; use 'auto', 'cpu' or 'reference'")
     if kernel == "reference":
@@ -112,4 +118,4 @@ def _euler(policy, x_t, sigmas):
 
 @cache
 def _log_once(reason: str) -> None:
-    logging.getLogger(__name__).warning("rollouts run in NumPy, many times slower: %s", reason)
+    logging.getLogger(__name__).warning("rollouts are slower than they could be: %s", reason)

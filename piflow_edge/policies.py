@@ -4,7 +4,8 @@ Noise levels are host numbers (a float, or one float64 per sample); states, mean
 device and precision they came in, float32 at least. The formulas are those of the paper's section on policies.
 """
 
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -139,6 +140,44 @@ class GMPolicy:
         return policy
 
 
+@dataclass(frozen=True)
+class _DXNodes:
+    """What a DX policy knows of time, where its N grid entries stand; hashable, to keep weights by."""
+
+    sigma_src: float | tuple[float, ...]
+    num_nodes: int
+    segment_size: float
+    shift: float
+    mode: str
+    eps: float
+
+    def basis(self, sigma_t) -> np.ndarray:
+        raw_t_src = np.asarray(unwarp(np.asarray(self.sigma_src), self.shift))[..., None]
+        raw_t = np.asarray(unwarp(np.asarray(sigma_t, np.float64), self.shift))[..., None]
+        nodes = np.arange(self.num_nodes)
+        if self.mode == "polynomial":
+            return (raw_t_src - raw_t) ** nodes
+        raw_t_dst = np.maximum(raw_t_src - self.segment_size, 0.0)
+        length = np.maximum(raw_t_src - raw_t_dst, self.eps)
+        position = np.clip((raw_t - raw_t_dst) / length, 0.0, 1.0) * (len(nodes) - 1)
+        return np.maximum(1 - np.abs(position - nodes), 0.0)  # hat functions: linear interpolation
+
+
+@lru_cache(maxsize=64)
+def _rollout_weights(nodes: _DXNodes, shape: tuple[int, ...], levels: bytes) -> np.ndarray:
+    sigmas, sigma_src = np.frombuffer(levels).reshape(shape), np.asarray(nodes.sigma_src)
+    if sigma_src.ndim and sigmas.ndim == 1:
+        sigmas = np.broadcast_to(sigmas[:, None], (len(sigmas), len(sigma_src)))
+    towards_x_0 = (sigmas[:-1] - sigmas[1:]) / np.maximum(sigmas[:-1], nodes.eps)
+    # What is left of a state after the steps from this one on; after the last, all of it.
+    left = np.ones_like(sigmas)
+    left[:-1] = np.cumprod((1 - towards_x_0)[::-1], axis=0)[::-1]
+    x_0_weights = np.sum((towards_x_0 * left[1:])[..., None] * nodes.basis(sigmas[:-1]), axis=0)
+    x_src_weight = np.sum(x_0_weights, axis=-1)  # x_0 = x_src - sigma_src * grid
+    grid_weights = -sigma_src[..., None] * x_0_weights
+    return np.concatenate([np.stack([left[0], x_src_weight], axis=-1), grid_weights], axis=-1)
+
+
 class DXPolicy:
     """A grid of x_0 predictions over the segment, or a polynomial in raw time through it.
 
@@ -182,6 +221,8 @@ class DXPolicy:
         sigma = _noise_levels(sigma_src, batch)
         self.grid, self.x_src, self.sigma_src, self.eps = grid, x_src, sigma, eps
         self.segment_size, self.shift, self.mode = float(segment_size), float(shift), mode
+        sigmas = tuple(sigma) if np.ndim(sigma) else sigma
+        self._nodes = _DXNodes(sigmas, grid.shape[1], self.segment_size, self.shift, mode, eps)
         if not is_numpy_namespace(xp):
             _ = self.x_0_grid  # torch: see GMPolicy
 
@@ -192,15 +233,7 @@ class DXPolicy:
 
     def basis(self, sigma_t) -> np.ndarray:
         """Weights of the N grid entries in x_0 at a noise level, float64: (N,) for a float, else (B, N)."""
-        raw_t_src = np.asarray(unwarp(self.sigma_src, self.shift))[..., None]
-        raw_t = np.asarray(unwarp(np.asarray(sigma_t, np.float64), self.shift))[..., None]
-        nodes = np.arange(self.grid.shape[1])
-        if self.mode == "polynomial":
-            return (raw_t_src - raw_t) ** nodes
-        raw_t_dst = np.maximum(raw_t_src - self.segment_size, 0.0)
-        length = np.maximum(raw_t_src - raw_t_dst, self.eps)
-        position = np.clip((raw_t - raw_t_dst) / length, 0.0, 1.0) * (len(nodes) - 1)
-        return np.maximum(1 - np.abs(position - nodes), 0.0)  # hat functions: linear interpolation
+        return self._nodes.basis(sigma_t)
 
     def velocity(self, x_t: Array, sigma_t) -> Array:
         """u_t = (x_t - x_0(sigma_t)) / sigma_t, shape of `x_t`; `sigma_t` a float or (B,), may be 0."""
@@ -217,7 +250,8 @@ class DXPolicy:
         """What a rollout comes to: weights of `x_start`, `x_src` and the N entries of `grid` in its end.
 
         An Euler step is x <- (1 - r) x + r x_0(sigma) with r = (sigma - sigma_next) / sigma, linear in the
-        state and the grid, so any number of steps is one weighted sum.
+        state and the grid, so any number of steps is one weighted sum. Its weights are kept for the next
+        rollout along the same levels.
 
         Args:
             sigmas: noise levels of the rollout, float64, (S + 1,) or (S + 1, B).
@@ -225,16 +259,7 @@ class DXPolicy:
         Returns:
             float64, (2 + N,), or (B, 2 + N) where noise levels differ by sample.
         """
-        if np.ndim(self.sigma_src) and sigmas.ndim == 1:
-            sigmas = np.broadcast_to(sigmas[:, None], (len(sigmas), len(self.sigma_src)))
-        towards_x_0 = (sigmas[:-1] - sigmas[1:]) / np.maximum(sigmas[:-1], self.eps)
-        # What is left of a state after the steps from this one on; after the last, all of it.
-        left = np.ones_like(sigmas)
-        left[:-1] = np.cumprod((1 - towards_x_0)[::-1], axis=0)[::-1]
-        x_0_weights = np.sum((towards_x_0 * left[1:])[..., None] * self.basis(sigmas[:-1]), axis=0)
-        x_src_weight = np.sum(x_0_weights, axis=-1)  # x_0 = x_src - sigma_src * grid
-        grid_weights = -np.asarray(self.sigma_src)[..., None] * x_0_weights
-        return np.concatenate([np.stack([left[0], x_src_weight], axis=-1), grid_weights], axis=-1)
+        return _rollout_weights(self._nodes, sigmas.shape, sigmas.tobytes()).copy()
 
     def closed_form(self, x_start: Array, sigmas: np.ndarray) -> Array:
         """The state after Euler steps along `sigmas` from `x_start`: one weighted sum."""

@@ -17,6 +17,7 @@ NAME = "piflow_kernels"
 GNU_FLAGS = [
     "-std=c++17",
     "-O3",
+    "-g0",  # Python's own flags often ask for debug information, which is most of the file
     "-pthread",
     "-fvisibility=hidden",
     "-fno-math-errno",
@@ -24,8 +25,6 @@ GNU_FLAGS = [
     "-Wno-psabi",  # vectors are passed between inlined functions only
 ]
 MSVC_FLAGS = ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
-# What isa.cpp is compiled for, beside the baseline, where the compiler can.
-X86_FLAGS = {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
 
 
 def library_name() -> str:
@@ -33,16 +32,30 @@ def library_name() -> str:
     return {"win32": f"{NAME}.dll", "darwin": f"lib{NAME}.dylib"}.get(sys.platform, f"lib{NAME}.so")
 
 
+def isa_flags() -> dict[str, list[str]]:
+    """What isa.cpp is compiled for, beside the baseline, where the compiler can."""
+    # macOS may compile for both architectures at once; the baseline serves there, as it does on aarch64.
+    if sys.platform == "darwin" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return {}
+    return {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx2", "-mfma"]}
+
+
 class BuildKernels(build_ext):
     """`build_ext`, but isa.cpp is compiled once per instruction set and the result is a plain library."""
 
     def run(self):
-        try:
-            super().run()
-        except Exception as error:  # compilers fail in many ways; none of them may stop the install
-            self.warn(f"the kernels could not be compiled, NumPy will do their work: {error}")
+        self._or_numpy(super().run)
 
     def build_extension(self, ext):
+        self._or_numpy(self._build_library, ext)
+
+    def _or_numpy(self, build, *arguments):
+        try:
+            build(*arguments)
+        except Exception as error:  # compilers are missing or fail in many ways; none may stop the install
+            self.warn(f"the kernels could not be compiled, NumPy will do their work: {error}")
+
+    def _build_library(self, ext):
         msvc = self.compiler.compiler_type == "msvc"
         flags = MSVC_FLAGS if msvc else GNU_FLAGS
         main, isa = ext.sources
@@ -55,9 +68,9 @@ class BuildKernels(build_ext):
 
         objects = compiled(isa, "baseline", [("PIFLOW_ISA", "baseline")], flags)
         found = []
-        for name, isa_flags in {} if msvc or not _targets_x86() else X86_FLAGS.items():
+        for name, more in ({} if msvc else isa_flags()).items():
             try:
-                objects += compiled(isa, name, [("PIFLOW_ISA", name)], flags + isa_flags)
+                objects += compiled(isa, name, [("PIFLOW_ISA", name)], flags + more)
                 found.append((f"PIFLOW_HAVE_{name}", "1"))
             except Exception as error:
                 self.warn(f"the compiler cannot build kernels for {name}, which are left out: {error}")
@@ -79,8 +92,3 @@ class PlainWheel(bdist_wheel):
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
-
-
-def _targets_x86():
-    # macOS may compile for both architectures at once; the baseline serves there.
-    return sys.platform != "darwin" and platform.machine().lower() in ("x86_64", "amd64")

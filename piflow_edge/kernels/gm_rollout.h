@@ -64,8 +64,8 @@ PIFLOW_FN GmStep gm_step(double sigma, double sigma_next, double sigma_src, doub
   return out;
 }
 
-// Components are stored in groups of four, with the four offsets of a channel side by side, as (k / 4, c, k %
-// 4). Sums over k run in the same order whatever V is, so that no result depends on how pixels are grouped.
+// Components are stored in groups of four, their offsets as (group, channel, member). Sums over k run in the
+// same order whatever V is, so that no result depends on how pixels are grouped.
 constexpr int kGroup = 4;
 
 using Index = long long;  // int64_t, without the header that NVRTC does not have
@@ -74,7 +74,7 @@ PIFLOW_FN int padded_components(int num_components) {
   return (num_components + kGroup - 1) / kGroup * kGroup;
 }
 
-// Everything one vector of pixels needs during the rollout. K counts the padding, whose weights are 0.
+// Everything one vector of pixels needs during the rollout. K counts the padding, whose weights vanish.
 template <class V>
 struct GmTile {
   int K, C;
@@ -100,45 +100,56 @@ struct GmTile {
   PIFLOW_FN V& offset(int k, int c) { return offsets[(Index(k / kGroup) * C + c) * kGroup + k % kGroup]; }
 };
 
-// Base-2 logits in `weights` -> weights that are not normalised; returns their sum.
-template <class V>
-PIFLOW_FN V gm_exponentiate(GmTile<V> tile, V largest) {
-  V sums[kGroup];
-  for (int j = 0; j < kGroup; ++j) sums[j] = V::splat(0.0f);
-  for (int k = 0; k < tile.K; k += kGroup) {
-    for (int j = 0; j < kGroup; ++j) {
-      const V w = exp2_of_nonpositive(tile.weights[k + j] - largest);
-      tile.weights[k + j] = w;
-      sums[j] = sums[j] + w;
-    }
-  }
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// sum_k weights_k offsets_kc for N channels from c on.
-template <int N, class V>
-PIFLOW_FN void gm_weigh(GmTile<V> tile, int c, V* sums) {
+// sum_k weights_k offsets_kc for N channels from c on. The first call (`kFresh`) finds base-2 logits in
+// `weights`, makes weights of them on the way, which the others use, and tells their sum.
+template <int N, bool kFresh, class V>
+PIFLOW_FN void gm_weigh(GmTile<V> tile, int c, V largest, V* sums, V* total) {
+  V totals[kGroup];
+  for (int j = 0; j < kGroup; ++j) totals[j] = V::splat(0.0f);
   for (int i = 0; i < N; ++i) sums[i] = V::splat(0.0f);
   for (int k = 0; k < tile.K; k += kGroup) {
     const V* offsets = tile.offsets + (Index(k) * tile.C + Index(c) * kGroup);
     for (int j = 0; j < kGroup; ++j) {
-      const V w = tile.weights[k + j];
+      V w = tile.weights[k + j];
+      if (kFresh) {
+        w = exp2_of_nonpositive(w - largest);
+        tile.weights[k + j] = w;
+        totals[j] = totals[j] + w;
+      }
       for (int i = 0; i < N; ++i) sums[i] = fma(w, offsets[i * kGroup + j], sums[i]);
     }
   }
+  if (kFresh) *total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
 }
 
-// f(c, sums) for all channels, in blocks whose sums fit the registers; sums are the weighted offsets.
+// f(c, mean) for each channel from c on, in blocks of up to N whose sums fit the registers.
 template <int N, class V, class F>
-PIFLOW_FN void gm_weigh_blocks(GmTile<V> tile, int c, F f) {
+PIFLOW_FN void gm_mean_blocks(GmTile<V> tile, int c, bool fresh, V largest, V total, F f) {
   if constexpr (N > 0) {
-    for (; c + N <= tile.C; c += N) {
+    for (; c + N <= tile.C; c += N, fresh = false) {
       V sums[N];
-      gm_weigh<N>(tile, c, sums);
-      for (int i = 0; i < N; ++i) f(c + i, sums[i]);
+      if (fresh) {
+        gm_weigh<N, true>(tile, c, largest, sums, &total);
+      } else {
+        gm_weigh<N, false>(tile, c, largest, sums, &total);
+      }
+      const V share = V::splat(1.0f) / total;
+      for (int i = 0; i < N; ++i) f(c + i, sums[i] * share);
     }
-    gm_weigh_blocks<N / 2>(tile, c, f);
+    gm_mean_blocks<N / 2>(tile, c, fresh, largest, total, f);
   }
+}
+
+// f(c, mean) for each channel, with mean = sum_k softmax_2(weights)_k offsets_kc; on entry `weights` are
+// base-2 logits, on return used up. `largest` is the greatest of them.
+template <class V, class F>
+PIFLOW_FN void gm_for_each_mean(GmTile<V> tile, V largest, F f) {
+  // Exponentials run between the sums of the first channels, so that neither waits for the other; but ahead
+  // of them where registers are too few for both.
+  constexpr bool kTogether = V::registers >= 32;
+  V total = V::splat(1.0f);
+  if constexpr (!kTogether) gm_weigh<0, true, V>(tile, 0, largest, nullptr, &total);
+  gm_mean_blocks<8>(tile, 0, kTogether, largest, total, f);
 }
 
 // Source point -> fixed vectors, and y at the start. On entry the tile holds `means` in offsets, natural
@@ -152,8 +163,7 @@ PIFLOW_FN void gm_enter(GmTile<V> tile, double sigma_src, double sigma_start) {
     tile.weights[k] = tile.logweights[k];
     tile.half_squares[k] = V::splat(0.0f);
   }
-  const V share = V::splat(1.0f) / gm_exponentiate(tile, V::splat(0.0f));
-  gm_weigh_blocks<8>(tile, 0, [=](int c, V sum) { tile.velocity[c] = sum * share; });
+  gm_for_each_mean(tile, V::splat(0.0f), [=](int c, V mean) { tile.velocity[c] = mean; });
 
   const V alpha_src = V::splat(float(1 - sigma_src)), ahead = V::splat(float(sigma_src - sigma_start));
   for (int c = 0; c < tile.C; ++c) {
@@ -202,12 +212,12 @@ PIFLOW_FN void gm_substep(GmTile<V> tile, const GmStep& step) {
       largest[j] = max_or_second(logits[j], largest[j]);
     }
   }
-  const V sum = gm_exponentiate(
-      tile, max_or_second(max_or_second(largest[0], largest[1]), max_or_second(largest[2], largest[3])));
+  const V largest_of_all =
+      max_or_second(max_or_second(largest[0], largest[1]), max_or_second(largest[2], largest[3]));
 
   const V keep = V::splat(step.keep_y), add_noise = V::splat(step.add_noise);
-  const V add_mean = V::splat(step.add_mean) / sum;
-  gm_weigh_blocks<8>(tile, 0, [=](int c, V mean) {
+  const V add_mean = V::splat(step.add_mean);
+  gm_for_each_mean(tile, largest_of_all, [=](int c, V mean) {
     tile.y[c] = fma(add_mean, mean, fma(keep, tile.y[c], add_noise * tile.noise[c]));
   });
   if (floored) {

@@ -77,15 +77,17 @@ void weighted_sum(const float* const* sources, const float* weights, int64_t cou
     for (Lanes& sum : sums) sum = Lanes::splat(0.0f);
     for (int64_t n = 0; n < count; ++n) {
       const Lanes weight = Lanes::splat(weights[n]);
-      for (int j = 0; j < kSums; ++j)
+      for (int j = 0; j < kSums; ++j) {
         sums[j] = fma(weight, Lanes::load(sources[n] + i + j * Lanes::width), sums[j]);
+      }
     }
     for (int j = 0; j < kSums; ++j) sums[j].store(dst + i + j * Lanes::width);
   }
   for (; i < size; i += Lanes::width) {
     Lanes sum = Lanes::splat(0.0f);
-    for (int64_t n = 0; n < count; ++n)
+    for (int64_t n = 0; n < count; ++n) {
       sum = fma(Lanes::splat(weights[n]), load_some(sources[n] + i, size - i), sum);
+    }
     store_some(sum, dst + i, size - i);
   }
 }

@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cstring>
 #include <exception>
-#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -19,8 +18,7 @@ extern const Isa isa_avx512;
 
 namespace {
 
-// Pixels a thread takes at a time: some cache lines of every row, and enough pieces to share out a small
-// image.
+// Pixels a thread takes at a time: whole cache lines of every row, yet enough pieces in a small image.
 constexpr int64_t kPixels = 64;
 // Numbers of a weighted sum a thread takes at a time.
 constexpr int64_t kNumbers = 4096;
@@ -32,6 +30,9 @@ constexpr int64_t kBytesPerThread = 1 << 20;
 const std::vector<const Isa*>& usable_isas() {
   static const std::vector<const Isa*> usable = [] {
     std::vector<const Isa*> isas;
+#if defined(PIFLOW_HAVE_avx512) || defined(PIFLOW_HAVE_avx2)
+    __builtin_cpu_init();  // for callers that run before the library's own start-up code
+#endif
 #if defined(PIFLOW_HAVE_avx512)
     if (__builtin_cpu_supports("avx512f")) isas.push_back(&isa_avx512);
 #endif
@@ -161,7 +162,7 @@ piflow_status run(const Problem* problem, const piflow_options* given, Rollout r
   if (isa == nullptr) return PIFLOW_UNKNOWN_ISA;
   try {
     rollout(*problem, options, *isa);
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {  // bad_alloc, or length_error for more than any memory holds
     return PIFLOW_OUT_OF_MEMORY;
   }
   return PIFLOW_OK;
@@ -181,8 +182,9 @@ piflow_status piflow_dx_rollout(const piflow_dx* problem, const piflow_options* 
 const char* piflow_isas(void) {
   static const std::string names = [] {
     std::string joined;
-    for (const piflow::Isa* isa : piflow::usable_isas())
+    for (const piflow::Isa* isa : piflow::usable_isas()) {
       joined += (joined.empty() ? "" : " ") + std::string(isa->name);
+    }
     return joined;
   }();
   return names.c_str();

@@ -32,13 +32,8 @@
 namespace piflow {
 namespace {
 
-// Adding 1.5 * 2^23 rounds a small number to a whole one, half to even, and leaves it in the low bits; with
-// 127 more, the exponent's bias, those bits shifted up by 23 are the float 2^n. Needs no conversion and no
-// rounding mode.
-constexpr float kRound = 12582912.0f + 127.0f;
-
 struct Scalar {
-  static constexpr int width = 1;
+  static constexpr int width = 1, registers = 32;
   float v;
   static PIFLOW_FN Scalar splat(float x) { return {x}; }
   static PIFLOW_FN Scalar load(const float* p) { return {*p}; }
@@ -67,7 +62,7 @@ using Lanes = Scalar;
 
 #elif defined(__AVX512F__)
 struct Lanes {
-  static constexpr int width = 16;
+  static constexpr int width = 16, registers = 32;
   __m512 v;
   static PIFLOW_FN Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
   static PIFLOW_FN Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -85,7 +80,7 @@ PIFLOW_FN Lanes shifted_to_exponent(Lanes a) {
 
 #elif defined(__AVX2__) && defined(__FMA__)
 struct Lanes {
-  static constexpr int width = 8;
+  static constexpr int width = 8, registers = 16;
   __m256 v;
   static PIFLOW_FN Lanes splat(float x) { return {_mm256_set1_ps(x)}; }
   static PIFLOW_FN Lanes load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -103,7 +98,7 @@ PIFLOW_FN Lanes shifted_to_exponent(Lanes a) {
 
 #elif defined(__SSE2__) || defined(_M_X64)
 struct Lanes {
-  static constexpr int width = 4;
+  static constexpr int width = 4, registers = 16;
   __m128 v;
   static PIFLOW_FN Lanes splat(float x) { return {_mm_set1_ps(x)}; }
   static PIFLOW_FN Lanes load(const float* p) { return {_mm_loadu_ps(p)}; }
@@ -121,7 +116,7 @@ PIFLOW_FN Lanes shifted_to_exponent(Lanes a) {
 
 #elif defined(__aarch64__)
 struct Lanes {
-  static constexpr int width = 4;
+  static constexpr int width = 4, registers = 32;
   float32x4_t v;
   static PIFLOW_FN Lanes splat(float x) { return {vdupq_n_f32(x)}; }
   static PIFLOW_FN Lanes load(const float* p) { return {vld1q_f32(p)}; }
@@ -141,23 +136,38 @@ PIFLOW_FN Lanes shifted_to_exponent(Lanes a) {
 using Lanes = Scalar;
 #endif
 
-// 2^t for t <= 0, within 1 unit in the last place; exactly 0 below -126.5, so that no subnormal number slows
-// the sums down; NaN for NaN. t = n + f with n whole: the split is exact, and 2^f for |f| <= 1/2 is a
-// polynomial fitted for the least relative error (2e-9) among those that are 1 at 0.
+// 2^f for |f| <= 1/2: the polynomial of least relative error (2e-9) among those that are 1 at 0.
 template <class V>
-PIFLOW_FN V exp2_of_nonpositive(V t) {
-  const V round = V::splat(kRound);
-  t = max_or_second(V::splat(-127.0f), t);  // in this order NaN passes through
-  const V n = t + round;
-  const V f = t - (n - round);
+PIFLOW_FN V exp2_of_fraction(V f) {
   V p = fma(V::splat(0x1.41fbbep-13f), f, V::splat(0x1.5f3e54p-10f));
   p = fma(p, f, V::splat(0x1.3b2d4cp-7f));
   p = fma(p, f, V::splat(0x1.c6aee8p-5f));
   p = fma(p, f, V::splat(0x1.ebfbdcp-3f));
   p = fma(p, f, V::splat(0x1.62e430p-1f));
-  p = fma(p, f, V::splat(1.0f));
-  return p * shifted_to_exponent(n);
+  return fma(p, f, V::splat(1.0f));
 }
+
+// 2^t for t <= 0, within 1.2 units in the last place; 2^-126 below -126, which is as good as 0 beside the
+// largest weight, 1, and no subnormal number, which would slow the sums down; NaN for NaN. With n the nearest
+// whole number, t - n is exact, and so is the product with 2^n.
+template <class V>
+PIFLOW_FN V exp2_of_nonpositive(V t) {
+  // Adding 1.5 * 2^23 rounds a small number to a whole one, half to even, which its low bits then hold; with
+  // 127 more, the exponent's bias, those bits shifted up by 23 are the float 2^n.
+  const V round = V::splat(12582912.0f + 127.0f);
+  t = max_or_second(V::splat(-126.0f), t);  // in this order NaN passes through
+  const V n = t + round;
+  return exp2_of_fraction(t - (n - round)) * shifted_to_exponent(n);
+}
+
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+// The same numbers in fewer instructions.
+PIFLOW_FN Lanes exp2_of_nonpositive(Lanes t) {
+  t = max_or_second(Lanes::splat(-126.0f), t);
+  const Lanes n = {_mm512_roundscale_ps(t.v, _MM_FROUND_TO_NEAREST_INT)};
+  return {_mm512_scalef_ps(exp2_of_fraction(t - n).v, n.v)};
+}
+#endif
 
 }  // namespace
 }  // namespace piflow

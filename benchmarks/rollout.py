@@ -1,0 +1,225 @@
+"""How fast is a rollout on the CPU: NumPy, TorchScript, the compiled kernel, and DX policies in closed form?
+
+Every contender starts from the student's output and ends with the state, in one process, in turn, so that
+noise hits all alike; medians are printed. All must compute the same.
+
+Run: python benchmarks/rollout.py                                  (about 10 minutes)
+     python benchmarks/rollout.py --size 32,4,32,32 --substeps 128 --batch 1 --json
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+import warnings
+from itertools import product
+from statistics import median
+
+# Idle OpenMP threads of torch shall sleep, not spin: they would take the core from the next contender.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import torch
+
+from piflow_edge import DXPolicy, GMPolicy
+from piflow_edge.integrator import integrate
+from piflow_edge.kernels import cpu
+
+GM_SIZES = [(8, 1, 8, 8), (32, 4, 32, 32), (8, 16, 64, 64), (8, 16, 128, 128)]
+DX_SIZES = [(10, 4, 32, 32), (10, 16, 128, 128)]
+EPS = 1e-4
+
+
+def gm_in_torch(
+    means: torch.Tensor,
+    logweights: torch.Tensor,
+    logstds: torch.Tensor,
+    x_t: torch.Tensor,
+    sigmas: list[float],
+) -> torch.Tensor:
+    """GMPolicy.velocity in the Euler loop, for TorchScript; the rollout starts at the policy's source."""
+    eps = 1e-4  # TorchScript sees no globals
+    sigma_src = sigmas[0]
+    x_src = x_t
+    x_0_means = x_src.unsqueeze(1) - sigma_src * means
+    variance = torch.exp(2 * logstds) * sigma_src**2
+    half_squares = x_0_means.square().sum(2, keepdim=True) * 0.5
+    a = max(sigma_src, eps)
+    for i in range(len(sigmas) - 1):
+        b = max(sigmas[i], eps)
+        zeta = ((1 - b) / b) ** 2 - ((1 - a) / a) ** 2
+        nu = ((1 - b) / b**2 * x_t - (1 - a) / a**2 * x_src).unsqueeze(1)
+        denominator = (variance * zeta + 1).clamp(min=eps)
+        evidence = (x_0_means * nu).sum(2, keepdim=True) - zeta * half_squares
+        weights = torch.softmax(logweights + evidence / denominator, 1)
+        mean = (weights * x_0_means).sum(1, keepdim=True)
+        x_0 = ((variance * nu + mean) / denominator).squeeze(1)
+        x_t = x_t + (x_t - x_0) / b * (sigmas[i + 1] - sigmas[i])
+    return x_t
+
+
+def gm_contenders(size, batch, sigmas):
+    K, C, *space = size
+    rng = np.random.default_rng(0)
+    means = rng.standard_normal((batch, K, C, *space), np.float32)
+    logweights = rng.standard_normal((batch, K, 1, *space), np.float32)
+    logstds = np.full((batch, 1, 1, *(1 for _ in space)), -2, np.float32)
+    x_src = rng.standard_normal((batch, C, *space), np.float32)
+    outputs = (means, logweights, logstds, x_src)
+    tensors = [torch.from_numpy(a) for a in outputs]
+    scripted = torch.jit.script(gm_in_torch)
+
+    def rolled_out(kernel, num_threads=None):
+        policy = GMPolicy(*outputs, sigmas[0], eps=EPS)
+        return integrate(policy, x_src, sigmas, kernel=kernel, num_threads=num_threads)
+
+    def torchscript(num_threads):
+        torch.set_num_threads(num_threads)
+        with torch.no_grad():
+            return scripted(*tensors, sigmas.tolist()).numpy()
+
+    exact = GMPolicy(*(a[:1].astype(np.float64) for a in outputs), sigmas[0], eps=EPS)
+    return exact, {
+        "numpy": lambda: rolled_out("reference"),
+        "torchscript, 1 thread": lambda: torchscript(1),
+        "torchscript, 2 threads": lambda: torchscript(2),
+        "kernel, 1 thread": lambda: rolled_out("cpu", 1),
+        "kernel, 2 threads": lambda: rolled_out("cpu", 2),
+    }
+
+
+def dx_contenders(size, batch, sigmas):
+    N, C, *space = size
+    rng = np.random.default_rng(0)
+    grid = rng.standard_normal((batch, N, C, *space), np.float32)
+    x_src = rng.standard_normal((batch, C, *space), np.float32)
+
+    def policy():
+        return DXPolicy(grid, x_src, sigmas[0], segment_size=1.0, eps=EPS)
+
+    def compiled(num_threads):
+        return integrate(policy(), x_src, sigmas, kernel="cpu", num_threads=num_threads)
+
+    exact = DXPolicy(grid[:1].astype(np.float64), x_src[:1].astype(np.float64), sigmas[0], segment_size=1.0)
+    return exact, {
+        "numpy loop": lambda: integrate(policy(), x_src, sigmas, kernel="reference"),
+        "numpy closed form": lambda: policy().closed_form(x_src, sigmas),
+        "kernel, 1 thread": lambda: compiled(1),
+        "kernel, 2 threads": lambda: compiled(2),
+    }
+
+
+def gm_operations(size, batch, substeps):
+    """Additions and multiplications of the kernel: 4 C + 22 for each component, 10 for each channel."""
+    K, C, *space = size
+    return batch * np.prod(space) * substeps * (K * (4 * C + 22) + 10 * C)
+
+
+def time_ms(call):
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def errors(contenders, exact, sigmas):
+    """Greatest difference of each from the first sample in float64, which must be small. Also warms up."""
+    expected = integrate(exact, exact.x_src, sigmas, kernel="reference")
+    worst = {name: float(np.abs(call()[:1] - expected).max()) for name, call in contenders.items()}
+    # Where two components weigh the same, the plain formula in float32 goes astray by up to some 1e-3.
+    assert max(worst.values()) < 1e-2, worst
+    return worst
+
+
+def measure(contenders, rounds, seconds):
+    """Median ms of each; `rounds` of all, each in a new order, fewer once `seconds` are spent, but 3."""
+    table, start = [], time.perf_counter()
+    while len(table) < 3 or (len(table) < rounds and time.perf_counter() - start < seconds):
+        # Shuffled, for what ran before leaves its mark on caches and clock.
+        order = random.sample(list(contenders), len(contenders))
+        table.append({name: time_ms(contenders[name]) for name in order})
+    return {name: median(row[name] for row in table) for name in contenders}
+
+
+def peak_gflops(num_threads):
+    """What the machine does at best: a large float32 matrix product."""
+    torch.set_num_threads(num_threads)
+    a = torch.rand(1536, 1536)
+    return 2 * 1536**3 / min(time_ms(lambda: a @ a) for _ in range(8)) / 1e6
+
+
+def sizes(text):
+    return [tuple(int(n) for n in size.split(",")) for size in text.split()]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=sizes, default=GM_SIZES, help='GM policies, "K,C,H,W ..."')
+    parser.add_argument("--dx-size", type=sizes, default=DX_SIZES, help='DX policies, "N,C,H,W ..."')
+    parser.add_argument("--substeps", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=15, help="of all contenders, at most")
+    parser.add_argument("--seconds", type=float, default=10, help="for one line of the table, about")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # TorchScript is
+
+    peaks = {n: round(peak_gflops(n), 1) for n in (1, 2)}
+    conditions = {
+        "command": " ".join(["python", "benchmarks/rollout.py", *sys.argv[1:]]),
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "isa": cpu.isas()[0],
+        "dtype": "float32",
+        "matrix_product_gflops": peaks,
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "torch": torch.__version__,
+        },
+    }
+    cases = [("gm", gm_contenders, size) for size in options.size]
+    cases += [("dx", dx_contenders, size) for size in options.dx_size]
+    lines = []
+    for (policy, contenders, size), batch, substeps in product(cases, options.batch, options.substeps):
+        sigmas = np.linspace(1.0, 0.0, substeps + 1)
+        exact, calls = contenders(size, batch, sigmas)
+        error = errors(calls, exact, sigmas)
+        ms = measure(calls, options.rounds, options.seconds)
+        line = {
+            "policy": policy,
+            "size": size,
+            "batch": batch,
+            "substeps": substeps,
+            "ms": ms,
+            "error": error,
+        }
+        if policy == "gm":
+            rate = gm_operations(size, batch, substeps) / 1e6 / ms["kernel, 1 thread"]
+            line["share_of_matrix_product"] = rate / peaks[1]
+        lines.append(line)
+        if not options.json:
+            print_line(line)
+    print(json.dumps({**conditions, "lines": lines} if options.json else conditions))
+
+
+def print_line(line):
+    share = line.get("share_of_matrix_product")
+    title = f"{line['policy']} {' x '.join(map(str, line['size']))}, batch {line['batch']}"
+    peak = f"; 1 thread at {share:.0%} of a matrix product's rate" if share else ""
+    print(f"\n{title}, {line['substeps']} substeps{peak}")
+    print(f"  {'':24} {'ms':>10} {'x kernel, 1 thread':>20} {'2 threads':>10} {'error':>10}")
+    one, two = (line["ms"][f"kernel, {threads}"] for threads in ("1 thread", "2 threads"))
+    for name, ms in line["ms"].items():
+        print(
+            f"  {name:24} {ms:10.3f} {ms / one:20.1f} {ms / two:10.1f} {line['error'][name]:10.1e}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
