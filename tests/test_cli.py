@@ -28,7 +28,7 @@ def test_every_command_explains_itself(command):
 def test_importing_the_command_line_loads_nothing_heavy():
     # In a fresh interpreter: another test may have imported torch into this one.
     heavy = ("torch", "onnx", "onnxruntime", "numpy", "PIL", "rich", "sklearn")
-    code = f"import sys, piflow_edge.cli; sys.exit(', '.join(m for m in {heavy} if m in sys.modules))"
+    code = f"import sys, piflow_edge.cli; sys.exit(', '.join(m for m in {heavy} if m in sys.modules) or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

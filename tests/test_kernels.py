@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_cases import case_id, cases
-from golden_policies import make_policy, sampler_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +16,9 @@ from piflow_edge import DXPolicy, GMPolicy, PiFlowError, integrator, rollout
 from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu
 from piflow_edge.schedule import count_substeps, substep_sigmas
+
+from golden_cases import case_id, cases
+from golden_policies import make_policy, sampler_shift
 
 ROUNDING = 2.0**-24  # what rounding a number to float32 costs at most, relative to it
 

@@ -57,7 +57,8 @@ def _digits() -> ImageData:
 
 def _npz(path: Path) -> ImageData:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: np.load leaves the file open when it turns out to be broken.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path} cannot be read as .npz: {error}") from error
