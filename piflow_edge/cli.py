@@ -71,7 +71,9 @@ def _show(table) -> None:
 @main.command()
 @click.option("--out", type=FOLDER, default=Path("demo"), help="Folder for students, bundles and report.")
 @click.option(
-    "--iterations", type=click.IntRange(min=1), default=1000, help="Training steps of each student."
+    "--iterations",
+    type=click.IntRange(min=1),
+    help="Training steps of every student; else 1500, 500 and 400 for 1, 2 and 4 calls.",
 )
 @click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per row of the table.")
 @SEED
