@@ -73,7 +73,7 @@ def _show(table) -> None:
 @click.option(
     "--iterations",
     type=click.IntRange(min=1),
-    help="Training steps of every student; else 1500, 500 and 400 for 1, 2 and 4 calls.",
+    help="Training steps of every student; else 1400, 400 and 300 for 1, 2 and 4 calls.",
 )
 @click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per row of the table.")
 @SEED
@@ -167,7 +167,7 @@ def train_teacher(
 @click.option(
     "--shift", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Of the noise levels."
 )
-@click.option("--iterations", type=click.IntRange(min=1), default=1500, help="Training steps.")
+@click.option("--iterations", type=click.IntRange(min=1), default=1400, help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images per step.")
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, help="Of Adam.")
 @SEED

@@ -27,7 +27,7 @@ class DemoConfig:
     way to go in one stretch and learns slowest. `images`: per contender in the evaluation.
     """
 
-    iterations: Mapping[int, int] = field(default_factory=lambda: {1: 1500, 2: 500, 4: 400})
+    iterations: Mapping[int, int] = field(default_factory=lambda: {1: 1400, 2: 400, 4: 300})
     images: int = 2000
     seed: int = 0
 

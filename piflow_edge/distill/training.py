@@ -40,7 +40,7 @@ class TrainingConfig:
         save_every: steps between checkpoints.
     """
 
-    iterations: int = 1500
+    iterations: int = 1400
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup: int = 50
