@@ -3,11 +3,14 @@
 All contenders start from the same noise and labels, and all networks run in the same engine.
 """
 
+import contextlib
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -213,13 +216,19 @@ def milliseconds(contenders: Sequence[Contender], noise: np.ndarray, labels: np.
 
 def machine() -> dict:
     """What the figures were measured on."""
-    import os
-    from importlib.metadata import version
-
     packages = ("numpy", "onnxruntime", "torch")
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": {package: version(package) for package in packages},
     }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):  # Linux only; platform.processor() is empty there
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
