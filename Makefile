@@ -14,7 +14,7 @@ TORCH_VERSION := 2.13.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ifneq ($(shell uname -s),Linux)
 TORCH ?= torch==$(TORCH_VERSION)
-else ifneq ($(shell command -v nvidia-smi),)
+else ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
 TORCH ?= torch==$(TORCH_VERSION)
 else
 TORCH ?= torch==$(TORCH_VERSION)+cpu

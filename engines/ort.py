@@ -5,6 +5,21 @@ import numpy as np
 from piflow_edge.errors import EngineError, MissingExtraError
 
 
+def runtime():
+    """The onnxruntime module.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError(
+            "engine 'ort' needs onnxruntime; get it with: pip install 'piflow-edge[cpu]'"
+        ) from error
+    return onnxruntime
+
+
 class OrtEngine:
     """A network in ONNX Runtime.
 
@@ -20,12 +35,7 @@ class OrtEngine:
     name = "ort"
 
     def __init__(self, graph: bytes, device: str):
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise MissingExtraError(
-                "engine 'ort' needs onnxruntime; get it with: pip install 'piflow-edge[cpu]'"
-            ) from error
+        ort = runtime()
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
         try:

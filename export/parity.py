@@ -11,10 +11,10 @@ from piflow_edge.export.to_onnx import GM_OUTPUTS
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import GMPolicy
+from piflow_edge.verification import GOLDEN_SEED
 
 # Golden images per bundle: enough to see, few enough to keep a bundle small.
 GOLDEN_IMAGES = 10
-_SEED = 0
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def golden_samples(network: DiT, manifest: Manifest) -> dict[str, np.ndarray]:
     labels = np.arange(min(GOLDEN_IMAGES, len(manifest.conditioning.class_names)))
     shape = manifest.latent.shape
     indices = range(len(labels))
-    x_t = philox_normal(_SEED, indices, shape)
+    x_t = philox_normal(GOLDEN_SEED, indices, shape)
     golden = {"noise": x_t, "labels": labels}
     for i, segment in enumerate(schedule.segments):
         t = torch.full((len(labels),), segment.sigma_src * manifest.network.num_timesteps)
@@ -43,7 +43,7 @@ def golden_samples(network: DiT, manifest: Manifest) -> dict[str, np.ndarray]:
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
         x_dst = rollout(policy, x_src, *ends, shift=schedule.shift, kernel="reference")
         if segment.renoises:
-            x_dst = segment.renoise(x_dst, philox_normal(_SEED, indices, shape, draw=i + 1))
+            x_dst = segment.renoise(x_dst, philox_normal(GOLDEN_SEED, indices, shape, draw=i + 1))
         x_t = x_dst.astype(np.float32)
     golden["latents"] = x_t
     return golden

@@ -2,6 +2,7 @@
 
 import math
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from piflow_edge.bundle import (
     manifest_bytes,
 )
 from piflow_edge.distill.checkpoint import Checkpoint
-from piflow_edge.errors import BundleError, CheckFailedError
+from piflow_edge.engines.ort import runtime
+from piflow_edge.errors import BundleError, CheckFailedError, ScheduleError
 from piflow_edge.export.parity import golden_file, golden_samples
 from piflow_edge.export.to_onnx import GM_OUTPUTS, OPSET, export_network
 from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.pictures import image_grid, png_bytes
-from piflow_edge.sampling import as_pil, load
+from piflow_edge.sampling import as_pil, decode, load
 from piflow_edge.verification import GOLDEN, Row, check, verify
 
 # Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
@@ -70,6 +72,9 @@ def export_bundle(
         CheckFailedError: the exported graph does not reproduce PyTorch, or gives NaN; nothing is left behind.
     """
     folder = Path(folder)
+    runtime()  # missing, it would be missed only after the work is done
+    if not (0 <= temperature < math.inf):
+        raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
     if folder.exists() and not overwrite:
         raise BundleError(f"{folder} exists; give another place, or --overwrite to replace the bundle")
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
@@ -82,16 +87,15 @@ def export_bundle(
             raise CheckFailedError(
                 f"the student gives NaN or infinity in {key}; it is not fit to be exported"
             )
-    spec = manifest.latent
-    pixels = np.clip((golden["latents"] / spec.scale + spec.shift + 1) * 127.5, 0, 255)
-    golden["images"] = np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1)
+    golden["images"] = decode(golden["latents"], manifest.latent)
     files = {
         "student.fp32.onnx": export_network(network),
         GOLDEN: golden_file(golden),
         "preview.png": png_bytes(image_grid([as_pil(golden["images"])])),
         "LICENSE": license_text.encode(),
     }
-    manifest.files.update({file: FileSpec(sha256(data), len(data)) for file, data in files.items()})
+    listed = {file: FileSpec(sha256(data), len(data)) for file, data in files.items()}
+    manifest = replace(manifest, files=listed)
     with new_folder(folder) as work:
         for file, data in {**files, MANIFEST: manifest_bytes(manifest)}.items():
             write_atomic(work / file, data)
@@ -146,7 +150,8 @@ def _manifest(
             "versions": {
                 "piflow-edge": piflow_edge.__version__,
                 "python": platform.python_version(),
-                **{package: version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime")},
+                **{package: version(package) for package in ("torch", "onnx", "onnxscript")},
+                "onnxruntime": runtime().__version__,
             },
         },
         tolerances=FP32_TOLERANCES,

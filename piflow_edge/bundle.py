@@ -133,9 +133,14 @@ class Bundle:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise BundleError(f"a bundle is a folder; there is none at {self.folder}")
         self.manifest = _parse(self._bytes(MANIFEST, limit=_MANIFEST_LIMIT), self.folder)
         listed = set(self.manifest.files) | {MANIFEST}
-        found = {file.name for file in self.folder.iterdir()}
+        try:
+            found = {file.name for file in self.folder.iterdir()}
+        except OSError as error:
+            raise BundleError(f"{self.folder} cannot be read: {error.strerror}") from error
         if listed != found:
             missing, extra = sorted(listed - found), sorted(found - listed)
             what = f"{missing[0]} is missing" if missing else f"{extra[0]} does not belong to it"
@@ -197,7 +202,9 @@ def _parse(data: bytes, folder: Path) -> Manifest:
     place = folder / MANIFEST
     try:
         body = json.loads(data)
-    except ValueError as error:
+        # Back again right here: JSON that cannot be written (NaN, half a surrogate pair) was never written by us.
+        rewritten = _canonical(body)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{place} is not JSON: {error}; copy the bundle again") from error
     version = body.get("format_version") if isinstance(body, dict) else None
     if version != FORMAT_VERSION:
@@ -208,7 +215,7 @@ def _parse(data: bytes, folder: Path) -> Manifest:
     digest = body.pop("sha256", None)
     manifest = _typed(Manifest, body, str(place))
     # Byte for byte: a changed space is an altered file too.
-    if data != manifest_bytes(manifest) or digest != sha256(_canonical(body)):
+    if data != rewritten or digest != sha256(_canonical(body)):
         raise BundleError(f"{place} does not match its own checksum; copy the bundle again or re-export")
     for name in manifest.files:
         if Path(name).name != name or name in (MANIFEST, ".", ".."):
@@ -222,6 +229,8 @@ def _parse(data: bytes, folder: Path) -> Manifest:
         manifest.schedule.schedule()
     except PiFlowError as error:
         raise BundleError(f"{place} has an unusable schedule: {error}") from error
+    if not (manifest.policy.eps > 0 and manifest.schedule.temperature >= 0 and manifest.latent.scale != 0):
+        raise BundleError(f"{place} has an eps, temperature or latent scale out of range; export again")
     return manifest
 
 

@@ -15,10 +15,17 @@ from .errors import MissingExtraError, PiFlowError
 # Packages of the `train` extra, by the name they are imported under.
 _TRAIN_PACKAGES = {"torch", "onnx", "onnxscript", "safetensors", "accelerate", "sklearn", "scipy"}
 
+# What a command says of going on when it is stopped with Ctrl-C.
+_GOING_ON = {
+    "demo": "; the same command goes on where it was",
+    "train-teacher": "; the same command with --resume goes on",
+    "distill": "; the same command with --resume goes on",
+}
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-SEED = click.option("--seed", type=click.IntRange(min=0), default=0, help="Of everything random.")
+SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
 RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 
 
@@ -32,10 +39,14 @@ class Group(click.Group):
             click.echo(f"piflow-edge: {error}", err=True)
             context.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo(
-                "piflow-edge: stopped; what was finished is kept, --resume goes on with training", err=True
-            )
+            click.echo(f"piflow-edge: stopped{_GOING_ON.get(context.invoked_subcommand, '')}", err=True)
             context.exit(130)
+        except BrokenPipeError:
+            raise  # whoever read our output has seen enough; click knows what to do
+        except OSError as error:  # a full disk, a path that cannot be written
+            where = f": {error.filename}" if error.filename else ""
+            click.echo(f"piflow-edge: {error.strerror or error}{where}", err=True)
+            context.exit(2)
         except ImportError as error:
             if (error.name or "").partition(".")[0] not in _TRAIN_PACKAGES:
                 raise
@@ -205,15 +216,14 @@ def distill(
 @main.command()
 @click.argument("students", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--teacher", type=FOLDER, help="Checkpoint of the teacher; else the shipped digits teacher.")
-@click.option("--data", default="digits", help="The real images; features are shipped for 'digits'.")
 @click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per contender.")
 @click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
 @click.option("--guidance", type=click.FloatRange(min=1), help="Of the teacher; else the first student's.")
 @click.option("--out", type=FOLDER, help="Write report.html, pictures and evaluation.json here.")
 @SEED
 @JSON
-def evaluate(students, teacher, data, images, teacher_steps, guidance, out, seed, as_json):
-    """Score bundles against their teacher and the real images, from the same noise.
+def evaluate(students, teacher, images, teacher_steps, guidance, out, seed, as_json):
+    """Score bundles of 8x8 digits against their teacher and the real digits, from the same noise.
 
     \b
     Example:
@@ -226,7 +236,6 @@ def evaluate(students, teacher, data, images, teacher_steps, guidance, out, seed
     evaluation = evaluate(
         students,
         teacher or shipped_teacher(),
-        data=data,
         count=images,
         seed=seed,
         guidance_scale=guidance,
@@ -259,7 +268,10 @@ def export(checkpoint, out, name, temperature, license_file, overwrite, as_json)
     from .distill.checkpoint import load_checkpoint
     from .export.to_bundle import NO_LICENSE, export_bundle
 
-    license_text = license_file.read_text() if license_file else NO_LICENSE
+    try:
+        license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--license must be a text file in UTF-8: {error}") from error
     rows = export_bundle(
         load_checkpoint(checkpoint, kind="student"),
         out,
@@ -302,7 +314,11 @@ def sample(bundle, labels, out, nfe, substeps, temperature, engine, seed, as_jso
     generator = load(bundle, engine=engine)
     wanted = [_label(text, generator.class_names) for text in labels.split(",")]
     result = generator(wanted, seed=seed, nfe=nfe, substeps=substeps, temperature=temperature)
-    if out.suffix.lower() == ".png":
+    if out.suffix.lower() not in ("", ".png"):
+        raise click.UsageError(
+            f"images are written as PNG; give --out a name that ends in .png, or a folder; got {out}"
+        )
+    if out.suffix:
         out.parent.mkdir(parents=True, exist_ok=True)
         files = {out: image_grid([result.images])}
     else:
@@ -324,7 +340,7 @@ def sample(bundle, labels, out, nfe, substeps, temperature, engine, seed, as_jso
 
 def _label(text: str, names: tuple[str, ...]):
     text = text.strip()
-    return int(text) if text not in names and text.isdigit() else text
+    return int(text) if text not in names and text.isascii() and text.isdecimal() else text
 
 
 @main.command()

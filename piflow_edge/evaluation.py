@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from piflow_edge.engines.ort import runtime
+
 from .errors import DataError
 from .metrics import agreement, class_diversity, frechet_distance, precision_recall
 from .noise import philox_normal
@@ -74,7 +76,6 @@ def evaluate(
     students: Sequence[Path],
     teacher_folder: Path,
     *,
-    data: str = "digits",
     count: int = 2000,
     seed: int = 0,
     guidance_scale: float | None = None,
@@ -86,7 +87,6 @@ def evaluate(
     Args:
         students: bundles.
         teacher_folder: checkpoint of the teacher.
-        data: the real images; "digits", whose features are shipped.
         count: images per contender, 100 or more.
         seed: of the common noise.
         guidance_scale: of the teacher; None is what the first student was distilled with, 1 without students.
@@ -94,7 +94,8 @@ def evaluate(
         cut_steps: Euler steps of the teacher cut short.
 
     Raises:
-        DataError: there are no features for the data, or too few images.
+        DataError: too few images, or students of differently guided teachers and no `guidance_scale`.
+        ShapeError: images that the shipped features do not know.
         BundleError, CheckpointError: a student or the teacher cannot be read.
     """
     from .distill.checkpoint import load_checkpoint
@@ -103,13 +104,10 @@ def evaluate(
 
     if count < 100:
         raise DataError(f"figures from fewer than 100 images mean nothing; got {count}")
-    real = load_images(data)
-    if real.name != "digits":
-        raise DataError(f"the shipped feature space knows 8x8 digits only; {data!r} cannot be scored in it")
-    generators = {Path(path).name: load(path) for path in students}
+    real = load_images("digits")  # the only images features are shipped for
+    generators = dict(zip(unique_names(students), map(load, students), strict=True))
     if guidance_scale is None:
-        settings = [g.bundle.manifest.provenance["settings"] for g in generators.values()]
-        guidance_scale = settings[0]["guidance_scale"] if settings else 1.0
+        guidance_scale = common_guidance(generators)
     velocity_steps = teacher_sampler(load_checkpoint(teacher_folder, kind="teacher"), guidance_scale)
     contenders = [
         Contender(
@@ -117,20 +115,22 @@ def evaluate(
             steps,
             lambda x, y, n=steps: velocity_steps(x, y, n),
         )
-        for steps in (teacher_steps, *cut_steps)
+        for steps in (teacher_steps, *(cut for cut in cut_steps if cut != teacher_steps))
     ]
     contenders += [student_contender(name, generator) for name, generator in generators.items()]
 
     labels = np.arange(count) % len(real.class_names)
     noise = philox_normal(seed, range(count), real.images.shape[1:])
     images = {}
-    with progress("sampling", len(contenders)) as bar:
+    with progress("evaluating", len(contenders) + 2) as bar:
         for contender in contenders:
             images[contender.name] = contender.sample(noise, labels)
             bar(contender.name)
-    features = {name: digit_features(made) for name, made in images.items()}
-    real_features = digit_features(real.images)
-    times = milliseconds(contenders, noise[:1], labels[:1])
+        features = {name: digit_features(made) for name, made in images.items()}
+        real_features = digit_features(real.images)
+        bar("features")
+        times = milliseconds(contenders, noise[:1], labels[:1])
+        bar("times")
     full = contenders[0].name
     fid = {name: frechet_distance(f, real_features) for name, f in features.items()}
     diversity = {name: class_diversity(f, labels) for name, f in features.items()}
@@ -163,6 +163,27 @@ def evaluate(
         **machine(),
     }
     return Evaluation(scores, images, labels, conditions)
+
+
+def unique_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of every path, and as many before it as it takes to tell them apart."""
+    parts = [Path(path).resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise DataError("every student is scored once; one was given twice")
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def common_guidance(generators: dict[str, Generator]) -> float:
+    """Guidance scale of the teacher that all students were distilled from; 1 without students."""
+    scales = {n: g.bundle.manifest.provenance["settings"]["guidance_scale"] for n, g in generators.items()}
+    if len(set(scales.values())) > 1:
+        raise DataError(
+            f"the students' teachers were guided differently ({scales}); give --guidance for the comparison"
+        )
+    return next(iter(scales.values()), 1.0)
 
 
 def teacher_sampler(checkpoint, guidance_scale: float) -> Callable:
@@ -216,12 +237,15 @@ def milliseconds(contenders: Sequence[Contender], noise: np.ndarray, labels: np.
 
 def machine() -> dict:
     """What the figures were measured on."""
-    packages = ("numpy", "onnxruntime", "torch")
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": {package: version(package) for package in packages},
+        "versions": {
+            "numpy": np.__version__,
+            "onnxruntime": runtime().__version__,
+            "torch": version("torch"),
+        },
     }
 
 

@@ -9,53 +9,51 @@ from pathlib import Path
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Put `data` at `path`: a reader, a full disk or Ctrl-C at any moment leaves the old file or the new one."""
-    import tempfile  # slow to import, and the runtime only hashes
-
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    work = _beside(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with work.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would shut other users out
-        os.replace(name, path)
+        os.replace(work, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        work.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears at `path` only when the block ends without an error.
+    """A folder to fill with `write_atomic` that appears at `path` only when the block ends without an error.
 
-    What stood at `path` before stays until the new one is complete, and comes back if it cannot be moved in.
+    What stood at `path` before stays until the new one is complete. No system call swaps two folders everywhere, so
+    between two renames the old one stands beside `path` under a name that ends in `.old`; an error or Ctrl-C there
+    puts it back.
     """
-    import shutil
-    import tempfile
+    import shutil  # slow to import, and the runtime only hashes
 
+    path = path.resolve()  # a link to a folder stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    work = _beside(path)
+    old = work.with_name(work.name + ".old")
+    work.mkdir()
     try:
         yield work
-        for file in work.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        os.chmod(work, 0o755)
         if path.exists():
-            old = work.with_name(work.name + ".old")
             os.rename(path, old)
-            try:
-                os.rename(work, path)
-            except BaseException:
-                os.rename(old, path)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.rename(work, path)
+        os.rename(work, path)
     except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         shutil.rmtree(work, ignore_errors=True)
         raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name next to `path` that nobody else uses."""
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}")
 
 
 def sha256(data: bytes) -> str:

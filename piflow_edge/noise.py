@@ -13,6 +13,7 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,7 +67,7 @@ def philox_normal(seed: int, indices: Sequence[int], shape: Sequence[int], *, dr
         ShapeError: a seed, index or draw outside its range.
     """
     for name, value, limit in [("seed", seed, 64), ("draw", draw, 32), *(("index", i, 64) for i in indices)]:
-        if not 0 <= value < 2**limit:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < 2**limit:
             raise ShapeError(f"{name} is a whole number from 0 to 2^{limit} - 1; got {value!r}")
     size = math.prod(shape)
     blocks = np.arange(-(-size // 4), dtype=np.uint64)

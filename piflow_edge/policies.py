@@ -61,6 +61,7 @@ class GMPolicy:
             for name, a in dict(means=means, logweights=logweights, logstds=logstds, x_src=x_src).items()
         )
         sigma = _noise_levels(sigma_src, batch)
+        _check_eps(eps)
         self.means, self.x_src, self.sigma_src, self.eps = means, x_src, sigma, eps
         self.x_0_variance = xp.exp(2 * logstds) * _per_sample(sigma, logstds, xp) ** 2
         self.logweights = logweights - xp.max(logweights, axis=1, keepdims=True)
@@ -285,6 +286,11 @@ def _x_0(x_src, sigma_src, velocities, xp):
 
 def _detached(policy) -> dict:
     return {name: v.detach() if hasattr(v, "detach") else v for name, v in vars(policy).items()}
+
+
+def _check_eps(eps) -> None:
+    if not eps > 0:
+        raise ScheduleError(f"eps is above 0; got {eps!r}")
 
 
 def _softmax(logits, xp):

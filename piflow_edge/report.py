@@ -11,7 +11,7 @@ from PIL import Image
 from .evaluation import Evaluation
 from .files import write_atomic
 from .pictures import image_grid, png_bytes
-from .sampling import as_pil
+from .sampling import as_pil, decode
 
 # Columns of the pictures: two of each of ten classes.
 _COLUMNS = 20
@@ -118,7 +118,7 @@ def real_row(evaluation: Evaluation) -> list[Image.Image]:
     """Real images with the labels of the other rows."""
     from .distill.data import load_images
 
-    real = load_images(evaluation.conditions["data"])
+    real = load_images("digits")
     taken, chosen = set(), []
     for label in evaluation.labels[:_COLUMNS]:
         index = next(i for i in np.flatnonzero(real.labels == label).tolist() if i not in taken)
@@ -128,8 +128,7 @@ def real_row(evaluation: Evaluation) -> list[Image.Image]:
 
 
 def _pictures(images: np.ndarray) -> list[Image.Image]:
-    pixels = np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype(np.uint8)
-    return as_pil(pixels.transpose(0, 2, 3, 1))
+    return as_pil(decode(images))
 
 
 def _cells(evaluation: Evaluation) -> list[list[str]]:

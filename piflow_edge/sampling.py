@@ -1,6 +1,8 @@
 """From noise to images: the loop over student calls, and the generator an app embeds."""
 
 import logging
+import numbers
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import numpy as np
 
 from piflow_edge.engines import Engine, open_engine
 
-from .bundle import Bundle
+from .bundle import Bundle, LatentSpec
 from .errors import BundleError, LabelError, ScheduleError, ShapeError
 from .integrator import rollout
 from .noise import philox_normal
@@ -125,7 +127,8 @@ class Generator:
             temperature: of GM policies at every call but the last, 0 or more; None is the bundle's.
             noise: starting noise (B, C, H, W) instead of a seed.
             output: "pil", "numpy" (uint8) or "latent" (images are not made).
-            callback: told (calls done, nfe, latents) after every student call.
+            callback: told (calls done, nfe, latents) after every student call; more than 64 images are made in
+                pieces of 64, and the count starts again with each.
 
         Raises:
             LabelError: a class the bundle does not know, or none given.
@@ -141,7 +144,7 @@ class Generator:
         changes = {"nfe": nfe, "total_substeps": substeps}
         schedule = trained.schedule(**{k: v for k, v in changes.items() if v is not None})
         temperature = trained.temperature if temperature is None else temperature
-        if not temperature >= 0:
+        if not (isinstance(temperature, numbers.Real) and temperature >= 0):
             raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
         if schedule.nfe != trained.nfe:
             log.warning(
@@ -175,7 +178,7 @@ class Generator:
             )
         latents = np.concatenate(latents)
         decoding = time.perf_counter()
-        images = None if output == "latent" else self.decode(latents)
+        images = None if output == "latent" else decode(latents, self.bundle.manifest.latent)
         if output == "pil":
             images = as_pil(images)
         clock("decode", time.perf_counter() - decoding)
@@ -198,21 +201,15 @@ class Generator:
             outputs["means"], outputs["logweights"], outputs["logstds"], x_src, sigma_src, eps=eps
         )
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents (B, C, H, W) -> images, uint8 (B, H, W, C)."""
-        spec = self.bundle.manifest.latent
-        pixels = np.clip((latents / spec.scale + spec.shift + 1) * 127.5, 0, 255)
-        return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
-
     def _label_ids(self, labels, count) -> np.ndarray:
         known = f"{len(self.class_names)} classes, 0 to {len(self.class_names) - 1}: {', '.join(self.class_names)}"
         if count is not None or labels is None:
             raise LabelError(
                 f"bundle {self.bundle.name!r} wants labels, one per image, and no count; it has {known}"
             )
-        if isinstance(labels, (int, np.integer, str)):
+        if isinstance(labels, (numbers.Number, str)):
             labels = [labels]
-        ids = [self._label_id(label, known) for label in labels]
+        ids = [self._label_id(label, known) for label in np.atleast_1d(np.asarray(labels, object)).tolist()]
         if not ids:
             raise LabelError(f"give one label or more; bundle {self.bundle.name!r} has {known}")
         return np.array(ids, np.int64)
@@ -220,15 +217,20 @@ class Generator:
     def _label_id(self, label, known: str) -> int:
         if isinstance(label, str) and label in self.class_names:
             return self.class_names.index(label)
-        is_id = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+        is_id = isinstance(label, numbers.Integral) and not isinstance(label, bool)
         if is_id and 0 <= label < len(self.class_names):
             return int(label)
         raise LabelError(f"bundle {self.bundle.name!r} has {known}; got label {label!r}")
 
     def _seeds(self, seed, count: int) -> list[tuple[int, int]]:
-        if isinstance(seed, (int, np.integer)):
+        if isinstance(seed, numbers.Integral):
             return [(int(seed), i) for i in range(count)]
-        seeds = [(int(s), int(i)) for s, i in seed]
+        try:
+            seeds = [(s, i) for s, i in seed]
+        except (TypeError, ValueError):
+            raise ShapeError(
+                f"seed is a whole number, or one (seed, index) per image; got {seed!r}"
+            ) from None
         if len(seeds) != count:
             raise ShapeError(f"give one (seed, index) per image: {count} images, {len(seeds)} pairs")
         return seeds
@@ -248,12 +250,24 @@ class Generator:
 
     def _checked_noise(self, noise, count: int) -> np.ndarray:
         expected = (count, *self.bundle.manifest.latent.shape)
-        noise = np.asarray(noise)
+        try:
+            noise = np.asarray(noise)
+        except ValueError as error:
+            raise ShapeError(f"noise must be one array {expected}: {error}") from error
         if noise.shape != expected or not np.issubdtype(noise.dtype, np.floating):
             raise ShapeError(f"noise must be floating point {expected}; got {noise.dtype} {noise.shape}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused in the next line
+            noise = noise.astype(np.float32, copy=False)
         if not np.isfinite(noise).all():
-            raise ShapeError("noise must be finite; it holds NaN or infinity")
-        return noise.astype(np.float32, copy=False)
+            raise ShapeError("noise must be finite in float32; it holds NaN or infinity")
+        return noise
+
+
+def decode(latents: np.ndarray, spec: LatentSpec | None = None) -> np.ndarray:
+    """Latents (B, C, H, W) -> images, uint8 (B, H, W, C). Without a `spec`, latents are pixels from -1 to 1."""
+    pixels = latents if spec is None else latents / spec.scale + spec.shift
+    pixels = np.clip((pixels + 1) * 127.5, 0, 255)
+    return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
 def as_pil(images: np.ndarray) -> list:
@@ -264,7 +278,10 @@ def as_pil(images: np.ndarray) -> list:
 
 
 def load(
-    bundle: str | Any, engine: str = "auto", precision: str | None = None, device: str | None = None
+    bundle: str | os.PathLike[str],
+    engine: str = "auto",
+    precision: str | None = None,
+    device: str | None = None,
 ) -> Generator:
     """Open an exported student.
 

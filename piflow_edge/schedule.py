@@ -4,6 +4,7 @@ Everything here is host arithmetic in float64 on a handful of numbers; states ne
 """
 
 import math
+import numbers
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -145,10 +146,11 @@ class Schedule:
     def __post_init__(self):
         for name in ("nfe", "total_substeps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ScheduleError(f"{name} is a whole number, 1 or more; got {name}={value!r}")
         _check_shift(self.shift)
-        if not 0 < self.final_step_size_scale <= 1:
+        scale = self.final_step_size_scale
+        if not (isinstance(scale, numbers.Real) and 0 < scale <= 1):
             raise ScheduleError(f"final_step_size_scale lies in (0, 1]; got {self.final_step_size_scale!r}")
         try:
             h = float(self.h)  # "inf" becomes infinity
@@ -162,7 +164,9 @@ class Schedule:
         """Noise levels at which the network is called, from 1 down, then 0; float64, (nfe + 1,)."""
         base = 1 / (self.nfe - 1 + self.final_step_size_scale)
         starts = np.maximum(1 - np.arange(self.nfe) * base, 0.0)
-        return np.append(warp(starts, self.shift), 0.0)
+        sigmas = np.append(warp(starts, self.shift), 0.0)
+        sigmas.flags.writeable = False  # shared by all who ask
+        return sigmas
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -185,5 +189,5 @@ class Schedule:
 
 
 def _check_shift(shift) -> None:
-    if not (isinstance(shift, (int, float, np.floating)) and 0 < shift < math.inf):  # NaN fails too
+    if not (isinstance(shift, numbers.Real) and 0 < shift < math.inf):  # NaN fails too
         raise ScheduleError(f"shift is a number above 0; got shift={shift!r}")

@@ -71,7 +71,15 @@ def test_an_extra_file_is_refused(bundle):
 
 def test_no_bundle_at_all(tmp_path):
     refused(tmp_path, "bundle.json is missing")
-    refused(tmp_path / "nowhere", "bundle.json is missing")
+    refused(tmp_path / "nowhere", "there is none at")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format_version": NaN}', '{"format_version": "\\ud800"}', "[]"]
+)
+def test_a_manifest_that_is_not_ours_is_refused(bundle, text):
+    (bundle / "bundle.json").write_text(text)
+    refused(bundle, "not JSON|format version")
 
 
 def edit(bundle, change):
@@ -95,6 +103,9 @@ def edit(bundle, change):
         (lambda body: body["schedule"].update(nfe="two"), "nfe has a value of the wrong kind: 'two'"),
         (lambda body: body["schedule"].update(nfe=0), "unusable schedule: nfe"),
         (lambda body: body["policy"].update(kind="dx"), "wrong kind: 'dx'"),
+        (lambda body: body["policy"].update(eps=0.0), "eps, temperature or latent scale"),
+        (lambda body: body["schedule"].update(temperature=-1.0), "eps, temperature or latent scale"),
+        (lambda body: body["latent"].update(scale=0.0), "eps, temperature or latent scale"),
         (lambda body: body.update(precisions=["fp16"]), r"lacks student\.fp16\.onnx"),
         (lambda body: body["files"].update({"../x": body["files"]["LICENSE"]}), "outside its folder: '../x'"),
         (lambda body: body["files"].pop("golden.npz"), r"lacks golden\.npz"),

@@ -74,7 +74,7 @@ class TestGenerator:
 
     def test_labels_may_be_ids_names_or_one_of_either(self, generator):
         expected = generator([3], seed=0).latents
-        for labels in (3, "3", ["3"], np.array([3])):
+        for labels in (3, "3", ["3"], np.array([3]), np.array(3)):
             np.testing.assert_array_equal(generator(labels, seed=0).latents, expected)
 
     def test_the_result_says_what_ran(self, generator):
@@ -122,6 +122,14 @@ class TestGenerator:
             (dict(labels=[1, 2], noise=np.zeros((1, 1, 8, 8), np.float32)), r"\(2, 1, 8, 8\)"),
             (dict(labels=[1], noise=np.full((1, 1, 8, 8), np.nan, np.float32)), "finite"),
             (dict(labels=[1], noise=np.zeros((1, 1, 8, 8), np.int64)), "floating point"),
+            (dict(labels=[1], noise=np.full((1, 1, 8, 8), 1e300)), "finite in float32"),
+            (dict(labels=[1], noise=[[1.0], [1.0, 2.0]]), "one array"),
+            (dict(labels=3.5), "got label 3.5"),
+            (dict(labels=[1], temperature="warm"), "temperature is 0 or more"),
+            (dict(labels=[1], seed=1.5), "seed is a whole number"),
+            (dict(labels=[1], seed=None), "seed is a whole number"),
+            (dict(labels=[1], seed=[(0, 0, 0)]), "seed is a whole number"),
+            (dict(labels=[1], seed=[(0.5, 0)]), "seed is a whole number"),
             (dict(labels=[1], seed=-1), "seed is a whole number"),
             (dict(labels=[1], seed=[(0, 0), (0, 1)]), r"one \(seed, index\) per image"),
             (dict(labels=[1], output="jpeg"), "output is"),

@@ -46,6 +46,10 @@ class Checkpoint:
         load_weights(network, self.group("ema"))
         return network.eval().requires_grad_(False)
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the averaged weights: the same network has the same, wherever its files are."""
+        return sha256(save_tensors({k: v.contiguous() for k, v in self.group("ema").items()}))
+
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under `prefix.`, without it."""
         start = prefix + "."

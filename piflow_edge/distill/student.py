@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from piflow_edge.errors import DataError
 from piflow_edge.policies import GMPolicy
 
 from .checkpoint import Checkpoint
@@ -45,8 +46,14 @@ def distill(
         resume: go on from the checkpoint in `folder`.
 
     Raises:
-        CheckpointError, CheckFailedError: see `training.train`.
+        DataError: the data's classes are not the teacher's.
+        DataError, CheckpointError, CheckFailedError: see `training.train`.
     """
+    if data.class_names != teacher.class_names:
+        raise DataError(
+            f"the teacher's classes are {', '.join(teacher.class_names)}; those of {data.name!r} are "
+            f"{', '.join(data.class_names)}"
+        )
     guided = GuidedTeacher(teacher.network(), teacher.architecture, guidance_scale)
     network = student_from_teacher(teacher.network(), num_components, seed=training.seed)
     network.requires_grad_(True)
@@ -65,5 +72,6 @@ def distill(
         "guidance_scale": guidance_scale,
         "data": data.name,
         "teacher": teacher.settings,
+        "teacher_sha256": teacher.fingerprint(),
     }
     return train(network, loss, data, training, folder, kind="student", settings=settings, resume=resume)

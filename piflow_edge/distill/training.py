@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from piflow_edge.errors import CheckFailedError, CheckpointError
+from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
 from piflow_edge.progress import progress
 
 from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from .data import ImageData
-from .dit import DiT
+from .dit import DiT, DiTConfig
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,13 @@ def train(
         resume: go on from the checkpoint in `folder` instead of refusing to overwrite it.
 
     Raises:
+        DataError: the images or classes are not those the network is made for.
         CheckpointError: there is a checkpoint and `resume` is False, or it is of another run.
         CheckFailedError: the loss is not finite.
     """
     folder = Path(folder)
-    settings = {**settings, "training": vars(config).copy()}
+    _check_fit(network.config, data)
+    settings = {**settings, "data_sha256": data.fingerprint(), "training": vars(config).copy()}
     parameters = dict(network.named_parameters())
     ema = {k: v.detach().clone() for k, v in parameters.items()}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -114,7 +116,9 @@ def train(
             raise CheckpointError(
                 f"{folder} holds a checkpoint already; give --resume to go on, or another folder"
             )
-        start = _restore(load_checkpoint(folder, kind=kind), network, ema, optimizer, settings)
+        checkpoint = load_checkpoint(folder, kind=kind)
+        _check_same_run(checkpoint, network.config, data, settings, folder)
+        start = _restore(checkpoint, network, ema, optimizer)
 
     def snapshot(iteration):
         tensors = {f"ema.{k}": v for k, v in ema.items()} | {
@@ -192,12 +196,41 @@ def _ctrl_c_between_steps() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _restore(checkpoint, network, ema, optimizer, settings) -> int:
-    if checkpoint.settings != json.loads(json.dumps(settings)):
-        odd = sorted(k for k in settings if checkpoint.settings.get(k) != json.loads(json.dumps(settings[k])))
-        raise CheckpointError(
-            f"the checkpoint was trained with other settings ({', '.join(odd)}); resume with the same"
+def _check_fit(config: DiTConfig, data: ImageData) -> None:
+    size = (config.in_channels, config.sample_size, config.sample_size)
+    if data.images.shape[1:] != size:
+        raise DataError(
+            f"the network is made for images (C, H, W) = {size}; those of {data.name!r} are {data.images.shape[1:]}"
         )
+    if len(data.class_names) != config.num_classes:
+        raise DataError(
+            f"the network knows {config.num_classes} classes; {data.name!r} has {len(data.class_names)}"
+        )
+
+
+def _check_same_run(
+    checkpoint: Checkpoint, architecture: DiTConfig, data: ImageData, settings: dict, folder: Path
+):
+    was = {"architecture": vars(checkpoint.architecture), "class_names": list(checkpoint.class_names)}
+    now = {"architecture": vars(architecture), "class_names": list(data.class_names)}
+    was, now = _flat({**was, **checkpoint.settings}), _flat({**now, **json.loads(json.dumps(settings))})
+    odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    if odd:
+        raise CheckpointError(
+            f"{folder} holds a checkpoint with other settings ({'; '.join(odd)}); "
+            "go on with the same, or use another folder"
+        )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings as one level, keys joined by dots."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _restore(checkpoint, network, ema, optimizer) -> int:
     raw, moments = checkpoint.group("raw"), checkpoint.group("adam")
     if not raw:
         raise CheckpointError(

@@ -65,6 +65,39 @@ def test_an_unreadable_folder_is_refused_by_name(folder, spoil, words):
         load_images(str(folder))
 
 
+def test_grey_and_coloured_pictures_may_be_mixed(folder):
+    Image.new("L", (6, 6), 128).save(folder / "cats" / "grey.png")
+    assert load_images(str(folder)).images.shape == (5, 3, 6, 6)
+
+
+def test_pictures_of_more_than_8_bits_are_refused_not_clipped(folder):
+    Image.fromarray(np.full((6, 6), 40000, np.uint16)).save(folder / "cats" / "0.png")
+    with pytest.raises(DataError, match="more than 8 bits per channel"):
+        load_images(str(folder))
+
+
+def test_pictures_that_are_not_square_are_refused(tmp_path):
+    (tmp_path / "cats").mkdir()
+    Image.new("RGB", (6, 4)).save(tmp_path / "cats" / "0.png")
+    with pytest.raises(DataError, match=r"square; .* are 4 x 6; give --size"):
+        load_images(str(tmp_path))
+    assert load_images(str(tmp_path), size=4).images.shape == (1, 3, 4, 4)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(folder), "iterdir", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        load_images(str(folder))
+
+
+def test_a_size_for_anything_but_a_folder_is_refused():
+    with pytest.raises(DataError, match="only the images of a folder"):
+        load_images("digits", size=16)
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match="one folder of images per class"):
         load_images(str(tmp_path))
@@ -88,7 +121,14 @@ def test_an_npz_that_does_not_fit_is_refused(tmp_path, arrays, words):
 
 def test_sources_that_are_not_there_are_refused(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
-    for source in ("no-such-set", str(tmp_path / "absent.npz"), str(tmp_path / "broken.npz")):
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    np.savez_compressed(tmp_path / "corrupt.npz", images=np.zeros((2, 3, 3), np.uint8), labels=[0, 1])
+    data = bytearray((tmp_path / "corrupt.npz").read_bytes())
+    data[50:70] = bytes(20)
+    (tmp_path / "corrupt.npz").write_bytes(data)
+    names = ("absent", "broken", "array", "corrupt")
+    for source in ("no-such-set", *(str(tmp_path / f"{name}.npz") for name in names)):
         with pytest.raises(DataError):
             load_images(source)
 

@@ -16,7 +16,7 @@ from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.student import distill, policy_of
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidedTeacher, train_teacher
 from piflow_edge.distill.training import IterationRandom, TrainingConfig
-from piflow_edge.errors import CheckFailedError, CheckpointError, PiFlowError
+from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, PiFlowError
 
 TINY = DiTConfig(sample_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=2)
 SHORT = TrainingConfig(iterations=6, batch_size=8, warmup=2, save_every=100)
@@ -142,8 +142,50 @@ def test_a_checkpoint_is_not_overwritten_unasked(teacher, data, tmp_path):
 
 def test_resuming_with_other_settings_is_refused(teacher, data, tmp_path):
     run(teacher, data, tmp_path)
-    with pytest.raises(CheckpointError, match="other settings \\(imitation\\)"):
+    with pytest.raises(CheckpointError, match=r"imitation\.nfe was 2, is 4"):
         run(teacher, data, tmp_path, imitation=ImitationConfig(nfe=4, total_substeps=16), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(num_heads=4), r"architecture\.num_heads was 2, is 4"),  # the shapes of the weights are the same
+        (dict(patch_size=4), r"architecture\.patch_size was 2, is 4"),
+    ],
+)
+def test_resuming_with_another_architecture_is_refused(data, tmp_path, change, words):
+    train_teacher(data, TINY, FlowMatchingConfig(), SHORT, tmp_path)
+    before = (tmp_path / "checkpoint.json").read_bytes()
+    with pytest.raises(CheckpointError, match=words):
+        train_teacher(data, replace(TINY, **change), FlowMatchingConfig(), SHORT, tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.json").read_bytes() == before
+
+
+def test_resuming_with_another_teacher_or_other_images_is_refused(teacher, data, tmp_path):
+    run(teacher, data, tmp_path)
+    other = replace(teacher, tensors={k: v + 1e-3 for k, v in teacher.tensors.items()})
+    with pytest.raises(CheckpointError, match="teacher_sha256"):
+        run(other, data, tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match="data_sha256"):
+        run(teacher, replace(data, images=data.images * 0.9), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(images=np.zeros((64, 1, 8, 8), np.float32)), r"\(1, 4, 4\); those of 'flat' are \(1, 8, 8\)"),
+        (dict(images=np.zeros((64, 3, 4, 4), np.float32)), r"\(1, 4, 4\); those of 'flat' are \(3, 4, 4\)"),
+        (
+            dict(class_names=("dark", "light", "red")),
+            "classes are dark, light; those of 'flat' are dark, light, red",
+        ),
+        (dict(class_names=("light", "dark")), "classes are dark, light"),
+    ],
+)
+def test_data_the_teacher_does_not_know_is_refused(teacher, data, tmp_path, change, words):
+    with pytest.raises(DataError, match=words):
+        run(teacher, replace(data, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):

@@ -88,6 +88,31 @@ def test_a_save_cut_short_leaves_the_previous_bundle_whole(bundle, monkeypatch, 
     assert [file.name for file in bundle.parent.iterdir()] == ["tiny"]
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_swap_cut_short_leaves_the_previous_bundle_whole(bundle, monkeypatch, after):
+    before = snapshot(bundle)
+    calls, rename = [], files.os.rename
+
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) == after + 1:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr(files.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(make_student(seed=1), bundle, overwrite=True)
+    assert snapshot(bundle) == before
+    assert [file.name for file in bundle.parent.iterdir()] == ["tiny"]
+
+
+def test_a_bundle_behind_a_link_is_replaced_behind_it(bundle, tmp_path):
+    (tmp_path / "link").symlink_to(bundle)
+    export_bundle(make_student(seed=1), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "tiny"]
+
+
 def fail_after(monkeypatch, count, failure):
     """The file system gives up when the (count + 1)-th file is synced."""
     calls, sync = [], files.os.fsync
