@@ -89,6 +89,13 @@ def substep_sigmas(raw_t_src, raw_t_dst, substeps, shift: float) -> np.ndarray:
     return warp(np.maximum(raw_t_src + (raw_t_dst - raw_t_src) * fraction, 0.0), shift)
 
 
+def segment_sigmas(sigma_src, sigma_dst, substeps, shift: float) -> np.ndarray:
+    """Noise levels of the Euler steps across one segment; `substep_sigmas` with its ends as noise levels."""
+    sigmas = substep_sigmas(unwarp(sigma_src, shift), unwarp(sigma_dst, shift), substeps, shift)
+    sigmas[0], sigmas[-1] = sigma_src, sigma_dst  # exactly, whatever warp and unwarp rounded
+    return sigmas
+
+
 @dataclass(frozen=True)
 class Segment:
     """What one student call covers. All noise levels are dimensionless, in [0, 1].
