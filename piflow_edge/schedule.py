@@ -116,13 +116,19 @@ class Segment:
         """Whether `renoise` adds noise at the end of this segment."""
         return self.m < 1 and self.sigma_next > 0
 
+    @property
+    def renoise_scales(self) -> tuple[float, float]:
+        """Factors of the state and of fresh noise in `renoise`."""
+        kept = 1 - self.sigma_next + self.sigma_next * self.m
+        return kept, self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0))
+
     def renoise(self, x_dst: Array, noise: Array) -> Array:
         """Carry `x_dst` at `sigma_dst` up to `sigma_next` with fresh Gaussian noise of the same shape.
 
         Source: FlowMapSDEScheduler in Lakonik/piFlow.
         """
-        kept = 1 - self.sigma_next + self.sigma_next * self.m
-        return kept * x_dst + self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0)) * noise
+        kept, added = self.renoise_scales
+        return kept * x_dst + added * noise
 
 
 @dataclass(frozen=True)
