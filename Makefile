@@ -67,4 +67,5 @@ assets: $(VENV)/.installed
 	$(BIN)/python -m piflow_edge.distill.features
 	$(BIN)/piflow-edge train-teacher --data digits --out runs/teacher --weights-only
 	rm -rf piflow_edge/distill/assets/digits_teacher
-	cp -r runs/teacher piflow_edge/distill/assets/digits_teacher
+	mkdir piflow_edge/distill/assets/digits_teacher
+	cp runs/teacher/checkpoint.json runs/teacher/*.safetensors piflow_edge/distill/assets/digits_teacher

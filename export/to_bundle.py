@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +23,13 @@ from piflow_edge.bundle import (
     TensorSpec,
     ToleranceSpec,
     manifest_bytes,
+    sampler_file,
 )
 from piflow_edge.distill.checkpoint import Checkpoint
 from piflow_edge.engines.ort import runtime
 from piflow_edge.errors import BundleError, CheckFailedError, ScheduleError
 from piflow_edge.export.parity import golden_file, golden_samples
+from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_onnx import GM_OUTPUTS, OPSET, export_network
 from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.pictures import image_grid, png_bytes
@@ -35,7 +38,8 @@ from piflow_edge.verification import GOLDEN, Row, check, verify
 
 # Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
 # network of a few blocks; the policy divides by noise levels down to 1/128; one grey level may round the other way.
-FP32_TOLERANCES = ToleranceSpec(outputs=1e-4, velocities=1e-4, latents=1e-3, images=1)
+# A sampler graph is held to the runtime, which runs the same network.
+FP32_TOLERANCES = ToleranceSpec(outputs=1e-4, velocities=1e-4, latents=1e-3, samplers=1e-4, images=1)
 
 NO_LICENSE = (
     "No licence was stated for these weights. Ask whoever gave them to you what you may do with them.\n"
@@ -49,6 +53,7 @@ def export_bundle(
     name: str | None = None,
     temperature: float = 1.0,
     eps: float = 1e-4,
+    samplers: Sequence[int] = (),
     license_text: str = NO_LICENSE,
     license_name: str = "unstated",
     overwrite: bool = False,
@@ -61,6 +66,7 @@ def export_bundle(
         name: of the bundle; None is the folder's.
         temperature: recorded as the bundle's default.
         eps: floor inside the policy at run time.
+        samplers: calls per image for which the whole sampler is written as one graph too.
         license_text, license_name: content of LICENSE, and its short name for the manifest.
         overwrite: replace a bundle that is there.
 
@@ -80,7 +86,7 @@ def export_bundle(
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} is not a bundle and will not be replaced; give another place")
     network = checkpoint.network()
-    manifest = _manifest(checkpoint, name or folder.name, temperature, eps, license_name)
+    manifest = _manifest(checkpoint, name or folder.name, temperature, eps, samplers, license_name)
     golden = golden_samples(network, manifest)
     for key, array in golden.items():
         if not np.isfinite(array).all():
@@ -88,8 +94,10 @@ def export_bundle(
                 f"the student gives NaN or infinity in {key}; it is not fit to be exported"
             )
     golden["images"] = decode(golden["latents"], manifest.latent)
+    student = export_network(network)
     files = {
-        "student.fp32.onnx": export_network(network),
+        "student.fp32.onnx": student,
+        **{sampler_file(nfe, "fp32"): export_sampler(student, manifest, nfe) for nfe in manifest.samplers},
         GOLDEN: golden_file(golden),
         "preview.png": png_bytes(image_grid([as_pil(golden["images"])])),
         "LICENSE": license_text.encode(),
@@ -105,7 +113,12 @@ def export_bundle(
 
 
 def _manifest(
-    checkpoint: Checkpoint, name: str, temperature: float, eps: float, license_name: str
+    checkpoint: Checkpoint,
+    name: str,
+    temperature: float,
+    eps: float,
+    samplers: Sequence[int],
+    license_name: str,
 ) -> Manifest:
     config, imitation = checkpoint.architecture, checkpoint.settings["imitation"]
     size = [config.in_channels, config.sample_size, config.sample_size]
@@ -141,6 +154,7 @@ def _manifest(
         latent=LatentSpec(size, 1.0, 0.0),
         decoder=None,
         precisions=["fp32"],
+        samplers=sorted(set(samplers)),
         files={},
         license=license_name,
         provenance={

@@ -94,17 +94,24 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class ToleranceSpec:
-    """Largest error `verify` accepts, relative to the golden array's largest value; images in levels of 255."""
+    """Largest error `verify` accepts, relative to the golden array's largest value; images in levels of 255.
+
+    `samplers`: of the latents that the sampler graphs make.
+    """
 
     outputs: float
     velocities: float
     latents: float
+    samplers: float
     images: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of `bundle.json`, in order, but for its own checksum."""
+    """All of `bundle.json`, in order, but for its own checksum.
+
+    `samplers`: calls per image of the sampler graphs, each there in every precision; see `sampler_file`.
+    """
 
     format_version: int
     name: str
@@ -115,6 +122,7 @@ class Manifest:
     latent: LatentSpec
     decoder: None
     precisions: list[str]
+    samplers: list[int]
     files: dict[str, FileSpec]
     license: str
     provenance: dict[str, Any]
@@ -166,12 +174,25 @@ class Bundle:
 
     def graph(self, precision: str | None = None) -> bytes:
         """The student network as ONNX; the first precision in the bundle unless one is named."""
+        return self.read(f"student.{self._precision(precision)}.onnx")
+
+    def sampler(self, nfe: int, precision: str | None = None) -> bytes:
+        """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`."""
+        if nfe not in self.manifest.samplers:
+            has = ", ".join(map(str, self.manifest.samplers)) or "none"
+            raise BundleError(
+                f"bundle {self.name!r} has no sampler graph of {nfe} calls, its graphs are: {has}; export it with "
+                f"--sampler-graph {nfe}"
+            )
+        return self.read(sampler_file(nfe, self._precision(precision)))
+
+    def _precision(self, precision: str | None) -> str:
         available = self.manifest.precisions
         if precision is not None and precision not in available:
             raise BundleError(
                 f"bundle {self.name!r} holds {', '.join(available)}; got precision {precision!r}"
             )
-        return self.read(f"student.{precision or available[0]}.onnx")
+        return precision or available[0]
 
     def _bytes(self, name: str, *, limit: int) -> bytes:
         path = self.folder / name
@@ -185,6 +206,11 @@ class Bundle:
                 return file.read(limit + 1)  # one more than allowed shows that it is too long
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def sampler_file(nfe: int, precision: str) -> str:
+    """Name of the file that holds the whole sampler of `nfe` student calls as one graph."""
+    return f"sampler.nfe{nfe}.{precision}.onnx"
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -221,12 +247,17 @@ def _parse(data: bytes, folder: Path) -> Manifest:
         if Path(name).name != name or name in (MANIFEST, ".", ".."):
             raise BundleError(f"{place} lists a file outside its folder: {name!r}")
     wanted = {f"student.{precision}.onnx" for precision in manifest.precisions} | {"golden.npz"}
+    wanted |= {sampler_file(nfe, precision) for nfe in manifest.samplers for precision in manifest.precisions}
     if not manifest.precisions or not wanted <= manifest.files.keys():
         raise BundleError(
             f"{place} lacks {', '.join(sorted(wanted - manifest.files.keys())) or 'a precision'}"
         )
+    unlisted = [name for name in manifest.files if name.startswith("sampler.") and name not in wanted]
+    if unlisted:
+        raise BundleError(f"{place} has the file {unlisted[0]}, but no such sampler; copy the bundle again")
     try:
-        manifest.schedule.schedule()
+        for nfe in (manifest.schedule.nfe, *manifest.samplers):
+            manifest.schedule.schedule(nfe=nfe)
     except PiFlowError as error:
         raise BundleError(f"{place} has an unusable schedule: {error}") from error
     if not (manifest.policy.eps > 0 and manifest.schedule.temperature >= 0 and manifest.latent.scale != 0):

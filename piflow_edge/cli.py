@@ -5,6 +5,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -249,16 +250,26 @@ def evaluate(students, teacher, images, teacher_steps, guidance, out, seed, as_j
         _show(text_table(evaluation))
 
 
+def _calls(context, parameter, text: str | None) -> list[int]:
+    if text is None:
+        return []
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise click.BadParameter(f"give calls per image, separated by commas, such as 1,2,4; got {text!r}")
+    return [int(nfe) for nfe in text.split(",")]
+
+
 @main.command()
 @click.argument("checkpoint", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Folder of the bundle.")
 @click.option("--name", help="Name of the bundle; else the folder's.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
+@click.option("--sampler-graph", "samplers", callback=_calls, metavar="NFE,...",
+              help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
 @click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
 @JSON
-def export(checkpoint, out, name, temperature, license_file, overwrite, as_json):
+def export(checkpoint, out, name, temperature, samplers, license_file, overwrite, as_json):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
 
     \b
@@ -277,6 +288,7 @@ def export(checkpoint, out, name, temperature, license_file, overwrite, as_json)
         out,
         name=name,
         temperature=temperature,
+        samplers=samplers,
         license_text=license_text,
         license_name=license_file.name if license_file else "unstated",
         overwrite=overwrite,
@@ -408,6 +420,7 @@ def inspect(bundle, as_json):
         "latent": " x ".join(map(str, latent.shape)),
         "classes": ", ".join(manifest.conditioning.class_names),
         "precisions": ", ".join(manifest.precisions),
+        "sampler graphs": ", ".join(f"NFE {nfe}" for nfe in manifest.samplers) or "none",
         "ONNX opset": manifest.network.opset,
         "parameters": f"{manifest.provenance.get('parameters', 0):,}",
         "files": "\n".join(f"{name}  {size:,} bytes" for name, size in sizes.items()),

@@ -11,7 +11,7 @@ from array_api_compat import array_namespace
 from .errors import EngineError, ScheduleError, ShapeError
 from .kernels import cpu
 from .policies import DXPolicy, Policy
-from .schedule import substep_sigmas, unwarp
+from .schedule import segment_sigmas
 
 Array = Any  # an array of any library that follows the array API standard
 
@@ -61,8 +61,7 @@ def rollout(
     counts = np.asarray(substeps)
     if not (np.issubdtype(counts.dtype, np.integer) and np.all(counts >= 1)):
         raise ScheduleError(f"substeps is a whole number, 1 or more; got {substeps!r}")
-    sigmas = substep_sigmas(unwarp(sigma_src, shift), unwarp(sigma_dst, shift), counts, shift)
-    sigmas[0], sigmas[-1] = sigma_src, sigma_dst  # exactly, whatever warp and unwarp rounded
+    sigmas = segment_sigmas(sigma_src, sigma_dst, counts, shift)
     return integrate(policy, x_src, sigmas, kernel=kernel, num_threads=num_threads)
 
 

@@ -90,6 +90,13 @@ def substep_sigmas(raw_t_src, raw_t_dst, substeps, shift: float) -> np.ndarray:
     return warp(np.maximum(raw_t_src + (raw_t_dst - raw_t_src) * fraction, 0.0), shift)
 
 
+def segment_sigmas(sigma_src, sigma_dst, substeps, shift: float) -> np.ndarray:
+    """Noise levels of the Euler steps across one segment; `substep_sigmas` with its ends as noise levels."""
+    sigmas = substep_sigmas(unwarp(sigma_src, shift), unwarp(sigma_dst, shift), substeps, shift)
+    sigmas[0], sigmas[-1] = sigma_src, sigma_dst  # exactly, whatever warp and unwarp rounded
+    return sigmas
+
+
 @dataclass(frozen=True)
 class Segment:
     """What one student call covers. All noise levels are dimensionless, in [0, 1].
@@ -110,13 +117,19 @@ class Segment:
         """Whether `renoise` adds noise at the end of this segment."""
         return self.m < 1 and self.sigma_next > 0
 
+    @property
+    def renoise_scales(self) -> tuple[float, float]:
+        """Factors of the state and of fresh noise in `renoise`."""
+        kept = 1 - self.sigma_next + self.sigma_next * self.m
+        return kept, self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0))
+
     def renoise(self, x_dst: Array, noise: Array) -> Array:
         """Carry `x_dst` at `sigma_dst` up to `sigma_next` with fresh Gaussian noise of the same shape.
 
         Source: FlowMapSDEScheduler in Lakonik/piFlow.
         """
-        kept = 1 - self.sigma_next + self.sigma_next * self.m
-        return kept * x_dst + self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0)) * noise
+        kept, added = self.renoise_scales
+        return kept * x_dst + added * noise
 
 
 @dataclass(frozen=True)

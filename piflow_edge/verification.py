@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from piflow_edge.engines import open_engine
+
 from .bundle import Bundle
 from .errors import BundleError, CheckFailedError
-from .sampling import Generator
+from .sampling import Generator, decode, sample
 
 GOLDEN = "golden.npz"
 # The golden images are numbers 0, 1, 2, ... of this seed.
@@ -41,6 +43,8 @@ class Row:
 def verify(generator: Generator) -> list[Row]:
     """Compare a bundle's engine and kernels with its golden samples: outputs, velocities, latents, images.
 
+    Sampler graphs, if there are any, are compared too; those of other calls than trained with the runtime.
+
     Files need no check here: opening the bundle has hashed them all.
 
     Raises:
@@ -66,8 +70,36 @@ def verify(generator: Generator) -> list[Row]:
         _worst("policy velocities", velocities, tolerances.velocities),
         _worst("latents", [("latents", result.latents, golden["latents"])], tolerances.latents),
     ]
-    levels = np.abs(result.images.astype(int) - golden["images"].astype(int)).max()
-    return [*rows, Row("images", float(levels), float(tolerances.images), "images")]
+    images = [("images", result.images, golden["images"])]
+    rows.append(_worst("images", images, tolerances.images, measure=_levels))
+    if bundle.manifest.samplers:
+        latents, images = _sampler_pairs(generator, golden)
+        rows.append(_worst("sampler latents", latents, tolerances.samplers))
+        rows.append(_worst("sampler images", images, tolerances.images, measure=_levels))
+    return rows
+
+
+def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
+    """What each sampler graph makes of the golden noise, and what it should: latents, then images."""
+    bundle, spec = generator.bundle, generator.bundle.manifest.schedule
+    noise, ids = golden["noise"], golden["labels"]
+    latents, images = [], []
+    for nfe in bundle.manifest.samplers:
+        graph = open_engine(bundle.sampler(nfe), engine=generator.engine.name, device=generator.engine.device)
+        found = graph.run({"noise": noise, "class_labels": ids})
+        if nfe == spec.nfe:
+            expected = golden["latents"], golden["images"]
+        else:
+            x_0 = sample(
+                lambda x_t, sigma: generator.policy(x_t, sigma, ids),
+                noise,
+                spec.schedule(nfe=nfe),
+                temperature=spec.temperature,
+            )
+            expected = x_0, decode(x_0, bundle.manifest.latent)
+        latents.append((f"latents of nfe{nfe}", found["latents"], expected[0]))
+        images.append((f"images of nfe{nfe}", found["images"], expected[1]))
+    return latents, images
 
 
 def check(rows: list[Row], name: str) -> None:
@@ -99,15 +131,22 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
     return golden
 
 
-def _worst(layer: str, pairs, tolerance: float) -> Row:
-    errors = {name: relative_error(ours, golden) for name, ours, golden in pairs}
-    where = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
-    return Row(layer, errors[where], tolerance, where)
-
-
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
     """Largest difference over the largest golden magnitude; NaN if either holds NaN, infinite for another shape."""
     if ours.shape != golden.shape:
         return float("inf")
     scale = max(float(np.abs(golden).max()), 1e-12)
     return float(np.abs(ours.astype(np.float64) - golden).max()) / scale
+
+
+def _worst(layer: str, pairs, tolerance: float, measure=relative_error) -> Row:
+    errors = {name: measure(ours, golden) for name, ours, golden in pairs}
+    where = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
+    return Row(layer, errors[where], float(tolerance), where)
+
+
+def _levels(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Largest difference between images in grey levels; infinite for another shape."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    return float(np.abs(ours.astype(int) - golden.astype(int)).max())

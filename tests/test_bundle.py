@@ -107,6 +107,12 @@ def edit(bundle, change):
         (lambda body: body["schedule"].update(temperature=-1.0), "eps, temperature or latent scale"),
         (lambda body: body["latent"].update(scale=0.0), "eps, temperature or latent scale"),
         (lambda body: body.update(precisions=["fp16"]), r"lacks student\.fp16\.onnx"),
+        (lambda body: body.update(samplers=[3]), r"lacks sampler\.nfe3\.fp32\.onnx"),
+        (lambda body: body.update(samplers=[True]), r"samplers\[0\] has a value of the wrong kind: True"),
+        (
+            lambda body: body["files"].update({"sampler.nfe3.fp32.onnx": body["files"]["LICENSE"]}),
+            r"has the file sampler\.nfe3\.fp32\.onnx, but no such sampler",
+        ),
         (lambda body: body["files"].update({"../x": body["files"]["LICENSE"]}), "outside its folder: '../x'"),
         (lambda body: body["files"].pop("golden.npz"), r"lacks golden\.npz"),
     ],

@@ -1,0 +1,146 @@
+"""The whole few-step sampler as one ONNX graph: noise and labels in, images out, no code of ours in between.
+
+Segments are the steps of an outer `Scan`, substeps those of an inner one, so that the network stands in the file once
+whatever the NFE.
+"""
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from piflow_edge.bundle import Manifest
+from piflow_edge.export.rollout_graph import DOMAIN, gm_rollout, gm_substeps, inline
+from piflow_edge.export.to_onnx import GM_OUTPUTS, INPUTS, OPSET
+from piflow_edge.schedule import segment_sigmas
+
+# Without re-noising the lines in `renoise` are left out, and so is the input. Its last row is read again after the
+# last segment, where it counts for nothing: a Scan's inputs are all of one length.
+_SAMPLER = """
+<ir_version: {ir_version}, opset_import: ["": {opset}, "{domain}": 1]>
+sampler (float[batch, {state}] noise, int64[batch] class_labels{renoise_input})
+  => (float[batch, {state}] latents, uint8[batch, {height}, {width}, {channels}] images)
+{{
+  batch = Shape <start = 0, end = 1> (noise)
+  zero = Constant <value_ints = [0]> ()
+  latents = Scan <num_scan_inputs = {num_tables}, body = segment (
+    float[] x_t, {table_inputs}
+  ) => (float[] x_next) {{
+    t = Expand (time, batch)
+    means, logweights, logstds = {domain}.Student (x_t, t, class_labels)
+    substeps = Slice (padded_substeps, zero, count, zero)
+    {x_dst} = {domain}.GMRollout (
+      means, logweights, logstds, x_t, sigma_src, sigma_dst, temperature, substeps
+    )
+    {renoise}
+  }}> (noise, {tables})
+
+  unscaled = Div (latents, latent_scale)
+  centred = Add (unscaled, latent_shift_plus_one)
+  pixels = Mul (centred, half_range)
+  black = Constant <value_float = 0.0> ()
+  white = Constant <value_float = 255.0> ()
+  clipped = Clip (pixels, black, white)
+  rounded = Round (clipped)
+  channels_last = Transpose <perm = [0, 2, 3, 1]> (rounded)
+  images = Cast <to = {uint8}> (channels_last)
+}}
+"""
+
+_RENOISE = """
+    fresh = Gather (renoise, draw)
+    kept_x = Mul (kept, x_dst)
+    added_noise = Mul (added, fresh)
+    x_next = Add (kept_x, added_noise)
+"""
+
+
+def export_sampler(student: bytes, manifest: Manifest, nfe: int) -> bytes:
+    """A bundle's student, with all that is done around it, as one ONNX model with a dynamic batch.
+
+    Inputs: `noise` float32 (batch, C, H, W), `class_labels` int64 (batch,), and where the schedule re-noises
+    `renoise` float32 (nfe - 1, batch, C, H, W); both kinds of noise are standard normal. Outputs: `latents`
+    float32 (batch, C, H, W) and `images` uint8 (batch, H, W, C).
+
+    Args:
+        student: the network as `export_network` writes it.
+        manifest: of its bundle; schedule, temperature, policy and latent are taken from it.
+        nfe: student calls per image.
+
+    Raises:
+        ScheduleError: substeps below the policy's floor; see `gm_substeps`.
+    """
+    network = onnx.load_from_string(student)
+    tables = _tables(manifest, nfe)
+    channels, height, width = manifest.latent.shape
+    renoises = "draw" in tables
+    text = _SAMPLER.format(
+        ir_version=network.ir_version,
+        opset=OPSET,
+        domain=DOMAIN,
+        state=f"{channels}, {height}, {width}",
+        channels=channels,
+        height=height,
+        width=width,
+        renoise_input=f", float[{nfe - 1}, batch, {channels}, {height}, {width}] renoise" if renoises else "",
+        num_tables=len(tables),
+        table_inputs=", ".join(f"{_onnx_type(table)}[] {name}" for name, table in tables.items()),
+        tables=", ".join(f"{name}_of_segments" for name in tables),
+        x_dst="x_dst" if renoises else "x_next",
+        renoise=_RENOISE if renoises else "",
+        uint8=onnx.TensorProto.UINT8,
+    )
+    model = onnx.parser.parse_model(text)
+    constants = {f"{name}_of_segments": table for name, table in tables.items()}
+    constants |= {
+        "latent_scale": np.float32(manifest.latent.scale),
+        "latent_shift_plus_one": np.float32(manifest.latent.shift + 1),
+        "half_range": np.float32(127.5),
+    }
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()
+    )
+    model.functions.extend([_as_function(network), gm_rollout()])
+    return inline(model).SerializeToString()
+
+
+def _tables(manifest: Manifest, nfe: int) -> dict[str, np.ndarray]:
+    """What each segment must know of time, one row a segment, under the names it has in the graph."""
+    spec, eps = manifest.schedule, manifest.policy.eps
+    schedule = spec.schedule(nfe=nfe)
+    segments = schedule.segments
+    longest = max(segment.substeps for segment in segments)
+    padded = np.zeros((nfe, longest, 4, 1, 1), np.float32)
+    for row, segment in zip(padded, segments, strict=True):
+        sigmas = segment_sigmas(segment.sigma_src, segment.sigma_dst, segment.substeps, schedule.shift)
+        row[: segment.substeps] = gm_substeps(sigmas, eps)
+    temperature = min(max(spec.temperature, eps), 1.0)  # as GMPolicy.tempered
+    tables = {
+        "time": _float32(segment.sigma_src * manifest.network.num_timesteps for segment in segments),
+        "sigma_src": _float32(segment.sigma_src for segment in segments),
+        "sigma_dst": _float32(segment.sigma_dst for segment in segments),
+        "temperature": _float32([temperature] * (nfe - 1) + [1.0]),
+        "padded_substeps": padded,
+        "count": np.array([[segment.substeps] for segment in segments], np.int64),
+    }
+    if any(segment.renoises for segment in segments):
+        tables["draw"] = np.minimum(np.arange(nfe, dtype=np.int64), nfe - 2)
+        kept, added = zip(*(segment.renoise_scales for segment in segments), strict=True)
+        tables |= {"kept": _float32(kept), "added": _float32(added)}
+    return tables
+
+
+def _float32(values) -> np.ndarray:
+    return np.array(list(values), np.float32)
+
+
+def _onnx_type(table: np.ndarray) -> str:
+    return {"float32": "float", "int64": "int64"}[table.dtype.name]
+
+
+def _as_function(network: onnx.ModelProto) -> onnx.FunctionProto:
+    """The network as the function `Student`. Functions have no initialisers: weights become constants."""
+    weights = [
+        helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in network.graph.initializer
+    ]
+    nodes = [*weights, *network.graph.node]
+    return helper.make_function(DOMAIN, "Student", INPUTS, GM_OUTPUTS, nodes, network.opset_import)

@@ -1,0 +1,146 @@
+"""The whole sampler as one graph makes what the Python runtime makes."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+
+import piflow_edge as pf
+from piflow_edge.bundle import Bundle
+from piflow_edge.engines import open_engine
+from piflow_edge.errors import BundleError, CheckFailedError
+from piflow_edge.export import to_bundle
+from piflow_edge.export.sampler_graph import export_sampler
+from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.export.to_onnx import OPSET, export_network
+from piflow_edge.sampling import Generator, decode, sample
+from piflow_edge.verification import verify
+
+from conftest import make_student
+
+# Two float32 computations of up to 128 substeps, and a network of which each feeds the next.
+TOLERANCE = dict(rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A bundle with sampler graphs: of the calls it was trained for, 2, and of others."""
+    folder = tmp_path_factory.mktemp("bundles") / "graphs"
+    export_bundle(make_student(), folder, samplers=[3, 1, 2], temperature=0.4)
+    return folder
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_sampler_graph_makes_what_the_runtime_makes(folder, nfe, batch):
+    generator = pf.load(folder)
+    labels = np.arange(batch)
+    noise = pf.philox_normal(7, range(batch), (1, 8, 8))
+    expected = generator(labels, noise=noise, nfe=nfe, output="numpy")
+    found = open_engine(Bundle(folder).sampler(nfe)).run({"noise": noise, "class_labels": labels})
+    np.testing.assert_allclose(found["latents"], expected.latents, **TOLERANCE)
+    np.testing.assert_array_equal(found["images"], expected.images)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        dict(h=0.5, nfe=3),
+        dict(h="inf", nfe=2),
+        dict(h=0.5, nfe=1),
+        dict(final_step_size_scale=0.3, nfe=3, shift=3.2, total_substeps=50),
+    ],
+    ids=str,
+)
+def test_every_schedule_is_followed(folder, schedule):
+    opened = Bundle(folder)
+    manifest = replace(
+        opened.manifest, schedule=replace(opened.manifest.schedule, temperature=0.3, **schedule)
+    )
+    nfe = schedule["nfe"]
+    noise, *fresh = np.random.default_rng(0).standard_normal((nfe, 4, 1, 8, 8), np.float32)
+    inputs = {"noise": noise, "class_labels": np.array([0, 3, 7, 3])}
+    if manifest.schedule.h != 0 and nfe > 1:
+        inputs["renoise"] = np.stack(fresh)
+    found = open_engine(export_sampler(opened.graph(), manifest, nfe)).run(inputs)
+
+    generator = Generator(opened, open_engine(opened.graph()))
+    expected = sample(
+        lambda x_t, sigma: generator.policy(x_t, sigma, inputs["class_labels"]),
+        noise,
+        manifest.schedule.schedule(),
+        temperature=0.3,
+        renoise=lambda draw: fresh[draw - 1],
+    )
+    np.testing.assert_allclose(found["latents"], expected, **TOLERANCE)
+
+
+def test_colour_latents_and_their_scale_become_images(tmp_path):
+    export_bundle(make_student(in_channels=3, sample_size=12, patch_size=3), tmp_path / "colour")
+    opened = Bundle(tmp_path / "colour")
+    opened.manifest = replace(opened.manifest, latent=replace(opened.manifest.latent, scale=1.7, shift=0.2))
+    noise, ids = pf.philox_normal(0, range(2), (3, 12, 12)), np.array([1, 2])
+    graph = open_engine(export_sampler(opened.graph(), opened.manifest, 2))
+    found = graph.run({"noise": noise, "class_labels": ids})
+    assert found["images"].shape == (2, 12, 12, 3) and found["images"].dtype == np.uint8
+    expected = decode(found["latents"], opened.manifest.latent)
+    assert 0 < expected.mean() < 255
+    np.testing.assert_array_equal(found["images"], expected)
+
+
+# What an app would write in any other language: a session, two inputs, two outputs.
+BARE = """
+import sys
+import numpy as np
+import onnxruntime as ort
+
+graph, inputs, outputs = sys.argv[1:]
+with np.load(inputs) as given:
+    latents, images = ort.InferenceSession(graph).run(["latents", "images"], dict(given))
+np.savez(outputs, latents=latents, images=images)
+sys.exit(", ".join({"piflow_edge", "torch", "onnx"} & set(sys.modules)) or None)
+"""
+
+
+@pytest.mark.parametrize("nfe", [2, 3], ids=["trained", "other"])
+def test_onnxruntime_alone_makes_the_images(folder, tmp_path, nfe):
+    noise, labels = pf.philox_normal(3, range(2), (1, 8, 8)), np.array([4, 9])
+    np.savez(tmp_path / "in.npz", noise=noise, class_labels=labels)
+    graph = folder / f"sampler.nfe{nfe}.fp32.onnx"
+    command = [sys.executable, "-I", "-c", BARE, graph, tmp_path / "in.npz", tmp_path / "out.npz"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = pf.load(folder)(labels, noise=noise, nfe=nfe, output="numpy")
+    with np.load(tmp_path / "out.npz") as found:
+        np.testing.assert_allclose(found["latents"], expected.latents, **TOLERANCE)
+        np.testing.assert_array_equal(found["images"], expected.images)
+
+
+def test_a_graph_holds_standard_operators_and_the_network_once(folder):
+    opened = Bundle(folder)
+    model = onnx.load_from_string(opened.sampler(3))
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+    assert not model.functions
+    # Three rollouts of 43 substeps take four float32 each, and the nodes of one a few kilobytes.
+    assert len(opened.sampler(3)) < len(opened.graph()) + 16_000
+
+
+def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):
+    opened = Bundle(folder)
+    assert opened.manifest.samplers == [1, 2, 3]
+    rows = {row.layer: row for row in verify(pf.load(folder))}
+    assert rows["sampler latents"].passed and rows["sampler latents"].error > 0
+    assert rows["sampler images"].passed
+    with pytest.raises(BundleError, match="no sampler graph of 4 calls, its graphs are: 1, 2, 3"):
+        opened.sampler(4)
+
+
+def test_a_sampler_that_differs_from_the_runtime_is_not_exported(tmp_path, monkeypatch):
+    other = export_network(make_student(seed=1).network())
+    monkeypatch.setattr(to_bundle, "export_sampler", lambda student, *rest: export_sampler(other, *rest))
+    with pytest.raises(CheckFailedError, match=r"sampler latents differ by .* in latents of nfe"):
+        export_bundle(make_student(), tmp_path / "out", samplers=[1, 2])
+    assert list(tmp_path.iterdir()) == []
