@@ -306,11 +306,13 @@ def export(checkpoint, out, name, temperature, samplers, license_file, overwrite
 )
 @click.option("--nfe", type=click.IntRange(min=1), help="Network calls per image; else the bundle's.")
 @click.option("--substeps", type=click.IntRange(min=1), help="Euler steps of the policy; else the bundle's.")
+@click.option("--solver", type=click.Choice(["euler", "multistep"]), default="euler",
+              help="Euler as trained, or a quarter of the policy's evaluations.")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(min=0), help="Of the mixture; else the bundle's.")
 @click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the starting noise.")
 @JSON
-def sample(bundle, labels, out, nfe, substeps, temperature, engine, seed, as_json):
+def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, seed, as_json):
     """Draw images from a bundle.
 
     A PNG file shows all images side by side; a folder gets one PNG per image.
@@ -325,7 +327,8 @@ def sample(bundle, labels, out, nfe, substeps, temperature, engine, seed, as_jso
 
     generator = load(bundle, engine=engine)
     wanted = [_label(text, generator.class_names) for text in labels.split(",")]
-    result = generator(wanted, seed=seed, nfe=nfe, substeps=substeps, temperature=temperature)
+    settings = {"nfe": nfe, "substeps": substeps, "solver": solver, "temperature": temperature}
+    result = generator(wanted, seed=seed, **settings)
     if out.suffix.lower() not in ("", ".png"):
         raise click.UsageError(
             f"images are written as PNG; give --out a name that ends in .png, or a folder; got {out}"

@@ -1,4 +1,4 @@
-"""One segment, no network: Euler steps on a policy's velocity."""
+"""One segment, no network: a policy's velocity, integrated in the Euler steps it was trained with or in fewer."""
 
 import logging
 from functools import cache
@@ -16,6 +16,7 @@ from .schedule import segment_sigmas
 Array = Any  # an array of any library that follows the array API standard
 
 KERNELS = ("auto", "reference", "cpu", "cuda")
+SOLVERS = ("euler", "multistep")
 
 
 def rollout(
@@ -28,6 +29,7 @@ def rollout(
     shift: float = 1.0,
     kernel: str = "auto",
     num_threads: int | None = None,
+    solver: str = "euler",
 ) -> Array:
     """Carry a state across one segment by Euler steps on the policy's velocity.
 
@@ -45,13 +47,16 @@ def rollout(
             float32, in host memory, without gradients. "auto" takes it where it can; elsewhere it computes as
             the reference does, but DX policies in closed form.
         num_threads: threads of the compiled kernel, at most; else one for each core this process may use.
+        solver: "euler", or "multistep", which asks the policy at a quarter of the substeps and ends some 1e-3
+            from where Euler does (benchmarks/solvers.py). It is for arrays that no compiled kernel takes: that
+            takes all the Euler steps in less time.
 
     Returns:
         The state at `sigma_dst`, in the shape, dtype and device of `x_src`, which is left as it was.
 
     Raises:
         ScheduleError: noise levels that do not run down within [0, 1]; `substeps` or `shift` too small.
-        EngineError: the kernel asked for is not in this installation.
+        EngineError: the kernel asked for is not in this installation, or cannot run the solver.
 
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `policy_rollout` in Lakonik/piFlow.
     """
@@ -62,7 +67,7 @@ def rollout(
     if not (np.issubdtype(counts.dtype, np.integer) and np.all(counts >= 1)):
         raise ScheduleError(f"substeps is a whole number, 1 or more; got {substeps!r}")
     sigmas = segment_sigmas(sigma_src, sigma_dst, counts, shift)
-    return integrate(policy, x_src, sigmas, kernel=kernel, num_threads=num_threads)
+    return integrate(policy, x_src, sigmas, kernel=kernel, num_threads=num_threads, solver=solver)
 
 
 def integrate(
@@ -72,8 +77,11 @@ def integrate(
     *,
     kernel: str = "auto",
     num_threads: int | None = None,
+    solver: str = "euler",
 ) -> Array:
     """Euler steps along given noise levels, float64 (S + 1,) or (S + 1, B); what `rollout` ends in."""
+    if solver not in SOLVERS:
+        raise ScheduleError(f"solver is one of {', '.join(SOLVERS)}; got {solver!r}")
     if kernel not in KERNELS:
         raise EngineError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
     sigmas = np.asarray(sigmas, np.float64)
@@ -85,7 +93,13 @@ def integrate(
         raise ScheduleError(f"noise levels lie in [0, 1]; got {sigmas}")
     if kernel == "cuda":
         raise EngineError("kernel 'cuda' is not in this installation; use 'auto', 'cpu' or 'reference'")
-    if kernel == "reference":
+    if solver == "multistep":
+        if kernel == "cpu":
+            raise EngineError("kernel 'cpu' takes Euler steps only; use solver 'euler', or kernel 'auto'")
+        if sigmas.ndim == 2 or not np.all(np.diff(sigmas) < 0):
+            raise ScheduleError("solver 'multistep' wants falling noise levels, the same for all samples")
+        x_dst = _multistep(policy, x_src, sigmas)
+    elif kernel == "reference":
         x_dst = _euler(policy, x_src, sigmas)
     elif (reason := cpu.obstacle(policy, x_src)) is None:
         x_dst = cpu.rollout(policy, x_src, sigmas, num_threads=num_threads)
@@ -113,6 +127,52 @@ def _euler(policy, x_t, sigmas):
             step = xp.asarray(step, dtype=u_t.dtype, device=getattr(u_t, "device", None))
             x_t = x_t + u_t * xp.reshape(step, (-1, *(1,) * (x_t.ndim - 1)))
     return x_t
+
+
+def _multistep(policy, x_t, sigmas):
+    """About where Euler steps along `sigmas` lead, with a quarter of the evaluations.
+
+    An Euler step is x <- (1 - r) x + r x_0 with r = (sigma - sigma_next) / sigma, so many of them come to a weighted
+    sum once x_0 is known for each. Here x_0 is known where the policy is asked, and in between follows the line, in
+    sigma, through the last two answers. Where x_0 is linear in sigma, the result is that of Euler.
+    """
+    x_0 = sigma_last = None
+    for start, stop in pairwise(_evaluations(sigmas)):
+        sigma_t, sigma_next = float(sigmas[start]), float(sigmas[stop])
+        last, x_0 = x_0, x_t - sigma_t * policy.velocity(x_t, sigma_t)
+        kept = sigma_next / sigma_t  # the product of all 1 - r
+        x_next = kept * x_t + (1 - kept) * x_0
+        if last is not None:
+            slope = (x_0 - last) / (sigma_t - sigma_last)
+            x_next = x_next + _slope_weight(sigmas[start : stop + 1].tolist()) * slope
+        x_t, sigma_last = x_next, sigma_t
+    return x_t
+
+
+def _slope_weight(sigmas):
+    """What Euler steps along `sigmas` from x = 0 make of x_0 = sigma - sigmas[0]."""
+    x = 0.0
+    for sigma, sigma_next in pairwise(sigmas):
+        x = (sigma_next * x + (sigma - sigma_next) * (sigma - sigmas[0])) / sigma
+    return x
+
+
+def _evaluations(sigmas):
+    """The levels, by their index, at which to ask the policy, and the last.
+
+    The first substep is taken alone, to have two values of x_0; after it evaluations are even in sqrt(sigma), for x_0
+    moves most at low noise. Of the powers tried, the root came closest to Euler on every student.
+    """
+    substeps = len(sigmas) - 1
+    count = -(-substeps // 4)
+    roots = np.linspace(np.sqrt(sigmas[1]), np.sqrt(sigmas[-1]), count)
+    indices = np.rint(np.interp(-(roots**2), -sigmas, np.arange(substeps + 1))).astype(int)
+    # No two the same: each at least one after the one before, and early enough to leave room for the rest.
+    order = np.arange(count)
+    indices = np.maximum.accumulate(indices - order) + order
+    indices = np.minimum(indices, substeps - order[::-1])
+    indices[-1] = substeps
+    return [0, *indices.tolist()]
 
 
 @cache

@@ -51,6 +51,7 @@ def sample(
     temperature: float = 1.0,
     renoise: Callable[[int], np.ndarray] | None = None,
     kernel: str = "auto",
+    solver: str = "euler",
     clock: Callable[[str, float], None] = lambda stage, seconds: None,
     callback: Callable[[int, int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
@@ -62,7 +63,7 @@ def sample(
         schedule: where the network is called and how the policies are integrated.
         temperature: sharpens GM policies at every call but the last; 1 leaves them.
         renoise: `(draw) -> noise` like `noise`, for schedules with h above 0; draw is 1 for the first.
-        kernel: see `rollout`.
+        kernel, solver: see `rollout`.
         clock: told ("network" or "policy", seconds) after each stage.
         callback: told (calls done, nfe, state) after each segment.
 
@@ -86,6 +87,7 @@ def sample(
             segment.substeps,
             shift=schedule.shift,
             kernel=kernel,
+            solver=solver,
         )
         if segment.renoises:
             x_t = segment.renoise(x_t, renoise(i + 1))
@@ -114,6 +116,7 @@ class Generator:
         noise: np.ndarray | None = None,
         output: str = "pil",
         callback: Callable[[int, int, np.ndarray], None] | None = None,
+        solver: str = "euler",
     ) -> Result:
         """Make one image per label.
 
@@ -129,11 +132,12 @@ class Generator:
             output: "pil", "numpy" (uint8) or "latent" (images are not made).
             callback: told (calls done, nfe, latents) after every student call; more than 64 images are made in
                 pieces of 64, and the count starts again with each.
+            solver: "euler", as the student was trained, or "multistep"; see `rollout`.
 
         Raises:
             LabelError: a class the bundle does not know, or none given.
             ShapeError: noise of another shape, or not finite.
-            ScheduleError: `nfe`, `substeps` or `temperature` out of range.
+            ScheduleError: `nfe`, `substeps` or `temperature` out of range; an unknown solver.
             EngineError: the network call failed.
         """
         began = time.perf_counter()
@@ -171,6 +175,7 @@ class Generator:
                     x_src,
                     schedule,
                     temperature=temperature,
+                    solver=solver,
                     renoise=lambda draw, piece=piece: self._renoise(seeds, piece, draw),
                     clock=clock,
                     callback=callback,

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from piflow_edge import DXPolicy, PiFlowError, rollout
+from piflow_edge import DXPolicy, GMPolicy, PiFlowError, rollout
 from piflow_edge.integrator import integrate
 from piflow_edge.schedule import count_substeps, substep_sigmas
 
@@ -70,6 +70,67 @@ def test_the_source_is_left_as_it_was_and_the_dtype_kept():
     x_dst = rollout(straight_policy(np.float32(0)), x_src, 1.0, 0.5, 3)
     assert x_dst.dtype == np.float32
     np.testing.assert_array_equal(x_src, before)
+
+
+def linear_policy(a, b):
+    """A policy whose x_0 is a line in sigma, whatever the state; `calls` lists where it was asked."""
+    calls = []
+
+    def velocity(x_t, sigma_t):
+        calls.append(sigma_t)
+        return (x_t - (a + b * sigma_t)) / sigma_t
+
+    return SimpleNamespace(velocity=velocity, calls=calls)
+
+
+@pytest.mark.parametrize("sigma_dst", [0.0, 0.3])
+@pytest.mark.parametrize("shift", [1.0, 3.2])
+@pytest.mark.parametrize("substeps", [5, 7, 32, 128])
+def test_multistep_is_euler_where_x_0_is_linear_in_sigma(substeps, shift, sigma_dst):
+    a, b, x_src = np.random.default_rng(2).standard_normal((3, 1, 2, 4, 4))
+    policy = linear_policy(a, b)
+    expected = rollout(policy, x_src, 0.9, sigma_dst, substeps, shift=shift)
+    asked = len(policy.calls)
+    found = rollout(policy, x_src, 0.9, sigma_dst, substeps, shift=shift, solver="multistep")
+    assert (asked, len(policy.calls) - asked) == (substeps, -(-substeps // 4))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_multistep_comes_closer_to_all_the_euler_steps_than_a_quarter_of_them(library, dtype):
+    rng = np.random.default_rng(3)
+    means, x_src = rng.standard_normal((2, 6, 3, 8, 8)), rng.standard_normal((2, 3, 8, 8))
+    logweights, logstds = rng.standard_normal((2, 6, 1, 8, 8)), np.full((2, 1, 1, 1, 1), -1.0)
+    arrays = (library.array(a.astype(dtype)) for a in (means, logweights, logstds, x_src))
+    *outputs, x_src = arrays
+    policy = GMPolicy(*outputs, x_src, 1.0)
+    end, few, quarter = (
+        library.numpy(rollout(policy, x_src, 1.0, 0.0, n, solver=solver, kernel="reference"))
+        for n, solver in [(128, "euler"), (128, "multistep"), (32, "euler")]
+    )
+    assert few.dtype == dtype
+    assert np.linalg.norm(few - end) < 0.1 * np.linalg.norm(quarter - end)
+
+
+@pytest.mark.parametrize("substeps", [1, 2, 3, 4])
+def test_multistep_in_up_to_four_substeps_asks_once(substeps):
+    policy = linear_policy(0.5, 0.0)
+    x_dst = rollout(policy, np.ones((1, 1, 1, 1)), 1.0, 0.0, substeps, solver="multistep")
+    assert len(policy.calls) == 1
+    assert x_dst.item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(solver="rk4"), "solver is one of euler, multistep; got 'rk4'"),
+        (dict(solver="multistep", kernel="cpu"), "Euler steps only"),
+        (dict(solver="multistep", sigma_dst=np.array([0.0, 0.5])), "the same for all samples"),
+    ],
+)
+def test_a_solver_that_cannot_run_is_refused(arguments, words):
+    ends = dict(sigma_src=1.0, sigma_dst=0.0, substeps=8) | arguments
+    with pytest.raises(PiFlowError, match=words):
+        rollout(straight_policy(0.0), np.zeros((2, 1, 2, 2)), **ends)
 
 
 @pytest.mark.parametrize(

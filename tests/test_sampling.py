@@ -84,6 +84,12 @@ class TestGenerator:
         assert result.images[0].size == (8, 8) and result.images[0].mode == "L"
         assert generator([1], output="latent").images is None
 
+    def test_multistep_ends_near_euler(self, generator):
+        euler, multistep = (
+            generator([1, 2], seed=0, solver=solver).latents for solver in ("euler", "multistep")
+        )
+        assert 0 < np.linalg.norm(multistep - euler) < 1e-2 * np.linalg.norm(euler)
+
     def test_the_callback_sees_every_call(self, generator):
         seen = []
         generator([1, 2], callback=lambda done, nfe, x_t: seen.append((done, nfe, x_t.shape)))
@@ -133,6 +139,7 @@ class TestGenerator:
             (dict(labels=[1], seed=-1), "seed is a whole number"),
             (dict(labels=[1], seed=[(0, 0), (0, 1)]), r"one \(seed, index\) per image"),
             (dict(labels=[1], output="jpeg"), "output is"),
+            (dict(labels=[1], solver="rk4"), "solver is one of euler, multistep"),
         ],
     )
     def test_bad_arguments_get_a_clear_error(self, generator, arguments, words):
