@@ -178,7 +178,7 @@ def _host(array: Array) -> np.ndarray:
 
 
 def dtype_name(array: Array) -> str:
-    """"float32" and so on, of any library."""
+    """ "float32" and so on, of any library."""
     return str(array.dtype).removeprefix("torch.")
 
 

@@ -133,7 +133,9 @@ def gm_rollout(
     function = nvidia.kernel(ordinal, "piflow_gm", defines, plan.shared_bytes)
     # A small image is spread over all multiprocessors; shared memory is cut for one number of threads only.
     threads = plan.threads
-    while plan.storage != SHARED and threads > 32 and _blocks(batch, pixels, threads) < device.multiprocessors:
+    while (
+        plan.storage != SHARED and threads > 32 and _blocks(batch, pixels, threads) < device.multiprocessors
+    ):
         threads //= 2
     buffer = nvidia.uploaded(ordinal, levels.tobytes())
     problem = _GM(

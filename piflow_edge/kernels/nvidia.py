@@ -162,14 +162,14 @@ def kernel(ordinal: int, name: str, defines: tuple[str, ...], shared_bytes: int)
     return function
 
 
-def launch(ordinal: int, function, blocks: int, threads: int, shared_bytes: int, stream: int, problem) -> None:
+def launch(
+    ordinal: int, function, blocks: int, threads: int, shared_bytes: int, stream: int, problem
+) -> None:
     """Queue a kernel that takes one struct by value; `stream` is a CUstream as a number."""
     arguments = (ctypes.c_void_p * 1)(ctypes.addressof(problem))  # copied before the call returns
     with current(ordinal) as driver:
         grid = (blocks, 1, 1, threads, 1, 1, shared_bytes)
-        _done(
-            driver.cuLaunchKernel(function, *grid, driver.CUstream(stream), ctypes.addressof(arguments), 0)
-        )
+        _done(driver.cuLaunchKernel(function, *grid, driver.CUstream(stream), ctypes.addressof(arguments), 0))
 
 
 class _Buffer:

@@ -61,10 +61,10 @@ struct DxProblem {
 // Coefficients of so many substeps are worked out at a time, each by one thread, for the block to share.
 constexpr int kStepsAtOnce = 128;
 
-// How much of it there is the launch says, see `gm_plan`. First the steps, then, with kShared, the components.
-// In units of 16 bytes, so that a group is one access.
-struct alignas(16) Chunk {
-  Scalar numbers[kGroup];
+// How much of it there is the launch says, see `gm_plan`. First the steps, then, with kShared, the components,
+// in units of a group, so that each is one access.
+struct alignas(kGroup * sizeof(float)) Chunk {
+  unsigned char bytes[kGroup * sizeof(float)];
 };
 extern __shared__ Chunk shared[];
 
@@ -142,7 +142,8 @@ PIFLOW_FN void gm_rollout(const GmProblem& p) {
   Scalar channels[GmTile<Scalar>::channel_size(C)];
   if constexpr (kStorage == kShared) {
     Chunk* mine = shared + kStepsAtOnce * sizeof(GmStep) / sizeof(Chunk) + threadIdx.x;
-    gm_carry<K, C>(p, GmTile<Scalar, kThreads>::carve(mine->numbers, channels, kPadded, C), steps);
+    Scalar* components = reinterpret_cast<Scalar*>(mine);
+    gm_carry<K, C>(p, GmTile<Scalar, kThreads>::carve(components, channels, kPadded, C), steps);
   } else {
     Scalar components[GmTile<Scalar>::component_size(kPadded, C)];
     gm_carry<K, C>(p, GmTile<Scalar>::carve(components, channels, kPadded, C), steps);
