@@ -1,6 +1,7 @@
 """The CUDA kernels: run on the CPU as C++, compiled for every GPU in question, and run on a GPU if there is one."""
 
 import ctypes
+import importlib
 import importlib.util
 import re
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from piflow_edge import DXPolicy, GMPolicy, PiFlowError
+from piflow_edge import DXPolicy, GMPolicy, PiFlowError, integrator
 from piflow_edge.errors import EngineError
 from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu, cuda, device_arrays, nvidia
@@ -447,6 +448,145 @@ def test_work_goes_to_the_stream_of_the_result(gpu_on_host):
         cuda.gm_rollout(**arrays, x_dst=out, sigmas=levels(1.0), sigma_src=1.0, stream=asked)
         launches = [launch for launch in gpu_on_host.launches if not isinstance(launch, str)]
         assert launches[-1].stream == expected
+
+
+# --- policies
+
+
+@pytest.fixture
+def torch_on_host(gpu_on_host, monkeypatch):
+    """torch, all of whose tensors count as lying on that GPU."""
+    torch = pytest.importorskip("torch")
+    for module in (device_arrays, cuda, integrator):
+        monkeypatch.setattr(module, "is_on_gpu", lambda array: isinstance(array, torch.Tensor))
+    monkeypatch.setattr(cuda, "stream_of", lambda array: 3)
+    monkeypatch.setattr(nvidia, "check_available", lambda: None)
+    return torch
+
+
+def tensors_of(torch, case):
+    return {
+        k: torch.from_numpy(v) if isinstance(v, np.ndarray) and v.ndim > 1 else v for k, v in case.items()
+    }
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kernel", ["auto", "cuda"])
+@pytest.mark.parametrize("make", [lambda: (GMPolicy, gm_case(10)), lambda: (DXPolicy, dx_case(10))])
+def test_tensors_on_a_gpu_reach_the_kernel_in_one_launch(torch_on_host, gpu_on_host, make, kernel):
+    kind, case = make()
+    policy = kind(**tensors_of(torch_on_host, case))
+    for x_start in (policy.x_src, policy.x_src.half(), policy.x_src.mT.contiguous().mT):
+        gpu_on_host.launches.clear()
+        x_end = integrate(policy, x_start, levels(1.0), kernel=kernel)
+        (launch,) = gpu_on_host.launches
+        assert launch.stream == 3
+        assert (x_end.dtype, x_end.shape) == (x_start.dtype, x_start.shape)
+        widened = x_start.float().contiguous().numpy()
+        expected = cpu.rollout(kind(**case), widened, levels(1.0), isa=fused())
+        # The result is rounded to the state's format. DX adds two weights up where it starts at the very tensor
+        # it came from, and the CPU kernel got a copy.
+        rounding = 2**-11 if x_start.dtype == torch_on_host.float16 else 0
+        np.testing.assert_allclose(x_end.float().numpy(), expected, rtol=rounding, atol=2e-6)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda policy, x: (policy, x.double()), "state is in float64"),
+        (lambda policy, x: (SimpleNamespace(velocity=None), x), "GMPolicy and DXPolicy; got SimpleNamespace"),
+        (lambda policy, x: (policy, x.clone().requires_grad_()), "no gradients"),
+    ],
+)
+def test_what_the_kernels_cannot_carry_is_an_error_by_name(torch_on_host, gpu_on_host, change, words):
+    case = tensors_of(torch_on_host, gm_case(11))
+    policy, x_start = change(GMPolicy(**case), case["x_src"])
+    with pytest.raises(EngineError, match=f"kernel 'cuda' cannot run: .*{words}"):
+        integrate(policy, x_start, levels(1.0), kernel="cuda")
+    double = GMPolicy(**{k: v.double() if hasattr(v, "double") else v for k, v in case.items()})
+    with pytest.raises(EngineError, match="policy is in float64"):
+        integrate(double, case["x_src"], levels(1.0), kernel="cuda")
+    assert not gpu_on_host.launches
+
+
+@pytest.mark.torch
+def test_auto_leaves_gradients_to_the_reference(torch_on_host, gpu_on_host):
+    case = tensors_of(torch_on_host, gm_case(11))
+    case["means"].requires_grad_()
+    integrate(GMPolicy(**case), case["x_src"], levels(1.0)).square().sum().backward()
+    assert torch_on_host.count_nonzero(case["means"].grad) > 0
+    assert not gpu_on_host.launches
+    integrate(GMPolicy(**case).detached(), case["x_src"], levels(1.0))
+    assert len(gpu_on_host.launches) == 1
+
+
+@pytest.mark.torch
+def test_auto_says_once_what_is_missing_on_a_gpu_and_goes_on(torch_on_host, monkeypatch, caplog):
+    def nothing_there():
+        raise EngineError("it needs this: pip install that")
+
+    monkeypatch.setattr(nvidia, "check_available", nothing_there)
+    case = tensors_of(torch_on_host, gm_case(12))
+    policy = GMPolicy(**case)
+    integrator._log_once.cache_clear()
+    x_end = [integrate(policy, policy.x_src, levels(1.0)) for _ in range(2)]
+    assert torch_on_host.equal(x_end[1], integrate(policy, policy.x_src, levels(1.0), kernel="reference"))
+    assert [record.message for record in caplog.records if "pip install that" in record.message]
+    assert len(caplog.records) == 1
+    with pytest.raises(EngineError, match="kernel 'cuda' cannot run: it needs this: pip install that"):
+        integrate(policy, policy.x_src, levels(1.0), kernel="cuda")
+
+
+# --- the benchmark that runs on a GPU
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(TESTS.parent / "benchmarks")
+    return importlib.import_module("gpu_check")
+
+
+@pytest.mark.torch
+def test_the_benchmarks_formula_is_the_reference(gpu_check):
+    import torch
+
+    rng = np.random.default_rng(0)
+    inputs, sigmas, sigma_src = gpu_check.random_gm(rng, torch.device("cpu"))
+    inputs = {name: tensor.double() for name, tensor in inputs.items()}
+    variance = inputs["variance"] / torch.as_tensor(sigma_src).reshape(inputs["variance"].shape) ** 2
+    arrays = (inputs["means"], inputs["logweights"], variance.log() / 2, inputs["x_src"])
+    exact = integrate(GMPolicy(*arrays, sigma_src), inputs["x_start"], sigmas, kernel="reference")
+    torch.testing.assert_close(gpu_check.gm_exact(inputs, sigmas, sigma_src), exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.torch
+def test_the_benchmark_tells_a_right_kernel_from_a_wrong_one(gpu_check, torch_on_host, monkeypatch):
+    torch, device = torch_on_host, torch_on_host.device("cpu")
+    case = {k: v for k, v in tensors_of(torch, gm_case(13, sigma_src=0.8)).items() if k != "sigma_src"}
+    variance = torch.exp(2 * case.pop("logstds")) * 0.8**2
+    inputs = case | dict(variance=variance, x_start=case["x_src"] + 0.1)
+    sigmas, sigma_src = levels(np.full(2, 0.8), np.zeros(2)), np.full(2, 0.8)
+    for seed in range(5):
+        assert gpu_check.dx_error(np.random.default_rng(seed), device) <= 1
+    assert gpu_check.gm_error(inputs, sigmas, sigma_src) <= 1
+    right = cuda.gm_rollout
+
+    def wrong(sigmas, **others):
+        right(sigmas=sigmas * (1 - 1e-4), **others)
+
+    monkeypatch.setattr(cuda, "gm_rollout", wrong)
+    assert gpu_check.gm_error(inputs, sigmas, sigma_src) > 1
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
+def test_the_benchmark_says_in_one_line_that_there_is_no_gpu():
+    command = [sys.executable, TESTS.parent / "benchmarks" / "gpu_check.py"]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gpu_check: ") and done.stderr.count("\n") == 1
 
 
 # --- on a GPU

@@ -83,6 +83,16 @@ def _done(result: tuple):
     return values[0] if values else None
 
 
+def versions() -> tuple[str, str]:
+    """Of NVRTC, and of the CUDA that the driver is made for."""
+    number = _done(_driver().cuDriverGetVersion())
+    return _nvrtc_version(), f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _nvrtc_version() -> str:
+    return ".".join(map(str, _nvrtc().nvrtcVersion()[1:]))
+
+
 @cache
 def compiled(arch: str, defines: tuple[str, ...]) -> bytes:
     """rollout.cu as machine code for an architecture such as "sm_90"; needs neither driver nor GPU."""
@@ -98,9 +108,8 @@ def compiled(arch: str, defines: tuple[str, ...]) -> bytes:
         if status:
             log = b" " * _done(nvrtc.nvrtcGetProgramLogSize(program))
             _done(nvrtc.nvrtcGetProgramLog(program, log))
-            version = ".".join(map(str, nvrtc.nvrtcVersion()[1:]))
             raise EngineError(
-                f"NVRTC {version} cannot compile the kernel for {arch}; a newer one may: {PIP_COMMAND}"
+                f"NVRTC {_nvrtc_version()} cannot compile the kernel for {arch}; a newer one may: {PIP_COMMAND}"
                 f"\n{log.rstrip(bytes(1)).decode(errors='replace').strip()}"
             )
         code = b" " * _done(nvrtc.nvrtcGetCUBINSize(program))
@@ -150,11 +159,10 @@ def kernel(ordinal: int, name: str, defines: tuple[str, ...], shared_bytes: int)
     with current(ordinal) as driver:
         status, module = driver.cuModuleLoadData(ctypes.addressof(image))
         if status:
-            number = _done(driver.cuDriverGetVersion())
-            nvrtc = ".".join(map(str, _nvrtc().nvrtcVersion()[1:]))
+            nvrtc, cuda = versions()
             raise EngineError(
-                f"the driver, of CUDA {number // 1000}.{number % 1000 // 10}, cannot load what NVRTC {nvrtc}"
-                f" made ({status.name}); take an NVRTC of the driver's version: {PIP_COMMAND_12}"
+                f"the driver, of CUDA {cuda}, cannot load what NVRTC {nvrtc} made ({status.name});"
+                f" take an NVRTC of the driver's version, for CUDA 12: {PIP_COMMAND_12}"
             )
         function = _done(driver.cuModuleGetFunction(module, name.encode()))
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
