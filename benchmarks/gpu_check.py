@@ -124,21 +124,26 @@ def gm_contenders(size, batch, substeps, device):
         normal(batch, K, 1, *space),
     )
     logstds = torch.full((batch, 1, 1, *(1 for _ in space)), -2.0, device=device)
-    sigmas, x_dst = np.linspace(1.0, 0.0, substeps + 1), torch.empty_like(x_src)
+    sigmas = np.linspace(1.0, 0.0, substeps + 1)
     inputs = dict(zip(INPUTS, (means, logweights, torch.exp(2 * logstds), x_src, x_src), strict=True))
     half = inputs | dict(means=means.half(), logweights=logweights.half())
     scripted = torch.jit.script(gm_in_torch)
 
-    def kernel(inputs=inputs):
-        cuda.gm_rollout(**inputs, x_dst=x_dst, sigmas=sigmas, sigma_src=1.0, eps=EPS)
-        return x_dst
+    def kernel(inputs):
+        x_dst = torch.empty_like(x_src)
+
+        def call():
+            cuda.gm_rollout(**inputs, x_dst=x_dst, sigmas=sigmas, sigma_src=1.0, eps=EPS)
+            return x_dst
+
+        return call
 
     exact = gm_exact({name: a[:1] for name, a in inputs.items()}, sigmas[:, None], np.ones(1))
     return exact, {
         "torchscript": lambda: scripted(means, logweights, logstds, x_src, sigmas.tolist()),
-        "kernel": kernel,
-        "kernel, means in float16": lambda: kernel(half),
-        "kernel, in a CUDA graph": in_a_graph(kernel),
+        "kernel": kernel(inputs),
+        "kernel, means in float16": kernel(half),
+        "kernel, in a CUDA graph": in_a_graph(kernel(inputs)),
     }
 
 
@@ -148,19 +153,24 @@ def dx_contenders(size, batch, substeps, device):
         torch.randn(batch, N, C, *space, device=device),
         torch.randn(batch, C, *space, device=device),
     )
-    weights, x_dst = np.random.default_rng(0).standard_normal(2 + N), torch.empty_like(x_src)
+    weights = np.random.default_rng(0).standard_normal(2 + N)
     on_gpu = torch.as_tensor(weights, device=device, dtype=torch.float32)
 
     def in_torch():
         return (on_gpu[0] + on_gpu[1]) * x_src + torch.einsum("n,bn...->b...", on_gpu[2:], grid)
 
     def kernel():
-        cuda.dx_rollout(grid, x_src, x_src, x_dst, weights)
-        return x_dst
+        x_dst = torch.empty_like(x_src)
+
+        def call():
+            cuda.dx_rollout(grid, x_src, x_src, x_dst, weights)
+            return x_dst
+
+        return call
 
     exact = torch.einsum("n,bn...->b...", torch.as_tensor(weights[2:], device=device), grid[:1].double())
     exact = exact + (weights[0] + weights[1]) * x_src[:1].double()
-    return exact, {"torch": in_torch, "kernel": kernel, "kernel, in a CUDA graph": in_a_graph(kernel)}
+    return exact, {"torch": in_torch, "kernel": kernel(), "kernel, in a CUDA graph": in_a_graph(kernel())}
 
 
 def in_a_graph(call):
@@ -169,6 +179,7 @@ def in_a_graph(call):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         x_dst = call()
+    x_dst.fill_(torch.nan)  # replay has to write it again
 
     def replay():
         graph.replay()

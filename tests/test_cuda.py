@@ -3,6 +3,7 @@
 import ctypes
 import importlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -51,25 +52,26 @@ class OnHost:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """rollout.cu as a library for the CPU."""
+def compile_on_host():
+    """Makes a library of a C++ file of the tests."""
     compiler = shutil.which("c++")
     if compiler is None or sys.platform == "win32":
         pytest.skip("no C++ compiler")
+
+    def compile_one(source, path, *more):
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"]
+        flags += ["-Wall", "-Wextra", "-Werror", "-I", KERNELS]
+        command = [compiler, *flags, TESTS / source, "-o", path, *more]
+        subprocess.run([str(word) for word in command], check=True)
+
+    return compile_one
+
+
+@pytest.fixture(scope="module")
+def library(compile_on_host, tmp_path_factory):
+    """rollout.cu as a library for the CPU."""
     path = tmp_path_factory.mktemp("cuda") / "rollout.so"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-ffp-contract=off",
-        "-pthread",
-        "-shared",
-        "-fPIC",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    command = [compiler, *flags, "-I", KERNELS, TESTS / "cuda_on_host.cpp", "-o", path]
-    subprocess.run([str(word) for word in command], check=True)
+    compile_on_host("cuda_on_host.cpp", path)
     library = ctypes.CDLL(str(path))
     library.widen.restype = ctypes.c_float
     library.run_gm.argtypes = (*(ctypes.c_int,) * 3, *(ctypes.c_uint,) * 2, ctypes.c_void_p)
@@ -448,6 +450,23 @@ def test_work_goes_to_the_stream_of_the_result(gpu_on_host):
         cuda.gm_rollout(**arrays, x_dst=out, sigmas=levels(1.0), sigma_src=1.0, stream=asked)
         launches = [launch for launch in gpu_on_host.launches if not isinstance(launch, str)]
         assert launches[-1].stream == expected
+
+
+@pytest.mark.skipif(not HAS_NVRTC, reason="cuda-bindings is not installed")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the pretended driver is made for Linux")
+def test_the_driver_is_called_as_it_wants_to_be(compile_on_host, tmp_path):
+    # Through NVIDIA's bindings, in a process that takes fake_driver.cpp for CUDA's driver.
+    compile_on_host("fake_driver.cpp", tmp_path / "libcuda.so.1", "-ldl")
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, TESTS / "run_on_fake_driver.py"]
+    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["launched on stream (nil)", "launched on stream 0x2a"]
+    assert "the driver, of CUDA 12.6, cannot load what NVRTC" in done.stdout
+    assert "cuda-bindings==12.*" in done.stdout
 
 
 # --- policies

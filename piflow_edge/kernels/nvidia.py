@@ -126,7 +126,7 @@ def device(ordinal: int) -> Device:
     handle, kind = _done(driver.cuDeviceGet(ordinal)), driver.CUdevice_attribute
 
     def fact(name):
-        return _done(driver.cuDeviceGetAttribute(kind[f"CU_DEVICE_ATTRIBUTE_{name}"], handle))
+        return _done(driver.cuDeviceGetAttribute(getattr(kind, f"CU_DEVICE_ATTRIBUTE_{name}"), handle))
 
     return Device(
         arch=f"sm_{fact('COMPUTE_CAPABILITY_MAJOR')}{fact('COMPUTE_CAPABILITY_MINOR')}",
