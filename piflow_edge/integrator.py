@@ -9,7 +9,8 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from .errors import EngineError, ScheduleError, ShapeError
-from .kernels import cpu
+from .kernels import cpu, cuda
+from .kernels.device_arrays import is_on_gpu
 from .policies import DXPolicy, Policy
 from .schedule import segment_sigmas
 
@@ -44,19 +45,20 @@ def rollout(
         substeps: Euler steps in this segment, 1 or more, an int or (B,). They add nothing to NFE.
         shift: the schedule's shift, above 0; the student's bundle records it.
         kernel: "reference" computes as the formulas read. "cpu" is compiled, for GM and DX policies in
-            float32, in host memory, without gradients. "auto" takes it where it can; elsewhere it computes as
-            the reference does, but DX policies in closed form.
-        num_threads: threads of the compiled kernel, at most; else one for each core this process may use.
+            float32, in host memory, without gradients; "cuda" the same in GPU memory, compiled on first use,
+            one launch. "auto" takes the one for the memory at hand where it can; elsewhere it computes as the
+            reference does, but DX policies in closed form.
+        num_threads: threads of the CPU kernel, at most; else one for each core this process may use.
         solver: "euler", or "multistep", which asks the policy at a quarter of the substeps and ends some 1e-3
-            from where Euler does (benchmarks/solvers.py). It is for arrays that no compiled kernel takes: that
-            takes all the Euler steps in less time.
+            from where Euler does (benchmarks/solvers.py). It is for arrays that no compiled kernel takes: those
+            take all the Euler steps in less time.
 
     Returns:
         The state at `sigma_dst`, in the shape, dtype and device of `x_src`, which is left as it was.
 
     Raises:
         ScheduleError: noise levels that do not run down within [0, 1]; `substeps` or `shift` too small.
-        EngineError: the kernel asked for is not in this installation, or cannot run the solver.
+        EngineError: the kernel asked for cannot run here, on these arrays, or with this solver.
 
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `policy_rollout` in Lakonik/piFlow.
     """
@@ -91,28 +93,29 @@ def integrate(
         )
     if not np.all((sigmas >= 0) & (sigmas <= 1)):  # NaN fails too
         raise ScheduleError(f"noise levels lie in [0, 1]; got {sigmas}")
-    if kernel == "cuda":
-        raise EngineError("kernel 'cuda' is not in this installation; use 'auto', 'cpu' or 'reference'")
     if solver == "multistep":
-        if kernel == "cpu":
-            raise EngineError("kernel 'cpu' takes Euler steps only; use solver 'euler', or kernel 'auto'")
+        if kernel not in ("auto", "reference"):
+            raise EngineError(
+                f"kernel {kernel!r} takes Euler steps only; use solver 'euler', or kernel 'auto'"
+            )
         if sigmas.ndim == 2 or not np.all(np.diff(sigmas) < 0):
             raise ScheduleError("solver 'multistep' wants falling noise levels, the same for all samples")
         x_dst = _multistep(policy, x_src, sigmas)
     elif kernel == "reference":
         x_dst = _euler(policy, x_src, sigmas)
-    elif (reason := cpu.obstacle(policy, x_src)) is None:
-        x_dst = cpu.rollout(policy, x_src, sigmas, num_threads=num_threads)
-    elif kernel == "cpu":
-        raise EngineError(f"kernel 'cpu' cannot run: {reason}")
     else:
-        if cpu.library() is None:
-            _log_once(reason)
-        x_dst = (
-            policy.closed_form(x_src, sigmas)
-            if isinstance(policy, DXPolicy)
-            else _euler(policy, x_src, sigmas)
-        )
+        place = ("cuda" if is_on_gpu(x_src) else "cpu") if kernel == "auto" else kernel
+        compiled = cuda if place == "cuda" else cpu
+        if (reason := compiled.obstacle(policy, x_src)) is None:
+            settings = {"num_threads": num_threads} if place == "cpu" else {}
+            x_dst = compiled.rollout(policy, x_src, sigmas, **settings)
+        elif kernel != "auto":
+            raise EngineError(f"kernel {kernel!r} cannot run: {reason}")
+        else:
+            if compiled.missing():
+                _log_once(reason)
+            closed = isinstance(policy, DXPolicy)
+            x_dst = policy.closed_form(x_src, sigmas) if closed else _euler(policy, x_src, sigmas)
     return array_namespace(x_src).astype(x_dst, x_src.dtype, copy=False)
 
 

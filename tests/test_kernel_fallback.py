@@ -12,7 +12,8 @@ from piflow_edge import DXPolicy, GMPolicy, PiFlowError, integrator
 from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu
 
-from test_kernels import KERNELS, dx_case, gm_case, levels, run
+from rollout_cases import dx_case, gm_case, levels
+from test_kernels import KERNELS, run
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")

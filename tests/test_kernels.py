@@ -18,6 +18,7 @@ from piflow_edge.schedule import count_substeps, substep_sigmas
 
 from golden_cases import case_id, cases
 from golden_policies import make_policy, sampler_shift
+from rollout_cases import dx_case, gm_case, levels, wide
 
 ROUNDING = 2.0**-24  # what rounding a number to float32 costs at most, relative to it
 
@@ -26,40 +27,6 @@ KERNELS = Path(cpu.__file__).parent
 
 compiled = pytest.mark.skipif(cpu.library() is None, reason="the kernels were not compiled")
 pytestmark = compiled
-
-
-def gm_case(seed, *, B=2, K=5, C=3, size=(5, 7), sigma_src=1.0, logstd=-2.0, spread=1.0, sharpness=1.0):
-    """Inputs of a GMPolicy in float32; `spread` scales the means, `sharpness` the log-weights."""
-    rng = np.random.default_rng(seed)
-    return dict(
-        means=(spread * rng.standard_normal((B, K, C, *size))).astype(np.float32),
-        logweights=(sharpness * rng.standard_normal((B, K, 1, *size))).astype(np.float32),
-        logstds=np.full((B, 1, 1, *(1 for _ in size)), logstd, np.float32),
-        x_src=rng.standard_normal((B, C, *size)).astype(np.float32),
-        sigma_src=sigma_src,
-    )
-
-
-def dx_case(seed, *, B=2, N=4, C=3, size=(5, 7), sigma_src=1.0, **options):
-    rng = np.random.default_rng(seed)
-    return dict(
-        grid=rng.standard_normal((B, N, C, *size)).astype(np.float32),
-        x_src=rng.standard_normal((B, C, *size)).astype(np.float32),
-        sigma_src=sigma_src,
-        segment_size=0.5,
-        **options,
-    )
-
-
-def wide(inputs):
-    """The same numbers in float64, exactly."""
-    return {
-        k: v.astype(np.float64) if getattr(v, "dtype", None) == np.float32 else v for k, v in inputs.items()
-    }
-
-
-def levels(sigma_src, sigma_dst=0.0, substeps=16):
-    return np.linspace(sigma_src, sigma_dst, substeps + 1)
 
 
 # --- correct
@@ -368,7 +335,7 @@ def test_half_precision_states_are_widened_and_come_back(half, library):
     ("change", "words"),
     [
         (dict(kernel="fast"), "kernel is one of"),
-        (dict(kernel="cuda"), "not in this installation"),
+        (dict(kernel="cuda"), "GPU memory"),
         (dict(dtype=np.float64), "float32"),
         (dict(x_dtype=np.float64), "float32"),
         (dict(x_dtype=np.int32), "float32"),

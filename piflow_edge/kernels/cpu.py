@@ -65,13 +65,20 @@ def isas() -> list[str]:
     return library().piflow_isas().decode().split() if library() else []
 
 
+def missing() -> str | None:
+    """What this installation lacks for the compiled kernels, and what to do; None if it has all."""
+    if library() is not None:
+        return None
+    return (
+        "the compiled kernels are not in this installation; with a C++ compiler at hand, "
+        "pip install --force-reinstall --no-deps --no-cache-dir piflow-edge builds them"
+    )
+
+
 def obstacle(policy, x_start: Array) -> str | None:
     """Why the compiled kernels cannot carry `x_start` along `policy`, as a sentence; None if they can."""
-    if library() is None:
-        return (
-            "the compiled kernels are not in this installation; with a C++ compiler at hand, "
-            "pip install --force-reinstall --no-deps --no-cache-dir piflow-edge builds them"
-        )
+    if (reason := missing()) is not None:
+        return reason
     if isinstance(policy, GMPolicy):
         arrays = (policy.means, policy.logweights, policy.x_0_variance, policy.x_src)
     elif isinstance(policy, DXPolicy):
@@ -81,15 +88,15 @@ def obstacle(policy, x_start: Array) -> str | None:
     if all(map(is_torch_array, (*arrays, x_start))):
         if any(array.device.type != "cpu" for array in (*arrays, x_start)):
             return "the compiled kernels run on the CPU; a tensor lies on another device"
-        if _needs_gradient(*arrays, x_start):
+        if needs_gradient(*arrays, x_start):
             return "the compiled kernels give no gradients; detach policy and state, or use 'reference'"
     elif not all(map(is_numpy_array, (*arrays, x_start))):
         return "the compiled kernels take NumPy arrays or torch tensors, all of one kind"
     for array in arrays:
-        if _dtype_name(array) != "float32":
-            return f"the compiled kernels compute in float32; the policy is in {_dtype_name(array)}"
-    if _dtype_name(x_start) not in _HALF_OR_SINGLE:
-        return f"the compiled kernels compute in float32; the state is in {_dtype_name(x_start)}"
+        if dtype_name(array) != "float32":
+            return f"the compiled kernels compute in float32; the policy is in {dtype_name(array)}"
+    if dtype_name(x_start) not in _HALF_OR_SINGLE:
+        return f"the compiled kernels compute in float32; the state is in {dtype_name(x_start)}"
     return None
 
 
@@ -170,11 +177,13 @@ def _host(array: Array) -> np.ndarray:
     return np.require(array, np.float32, ["C", "A"])
 
 
-def _dtype_name(array: Array) -> str:
+def dtype_name(array: Array) -> str:
+    """ "float32" and so on, of any library."""
     return str(array.dtype).removeprefix("torch.")
 
 
-def _needs_gradient(*tensors) -> bool:
+def needs_gradient(*tensors) -> bool:
+    """Whether torch would record what is done with these tensors."""
     import torch  # torch tensors came in: it is loaded already
 
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -20,6 +20,13 @@
 
 #include "lanes.h"
 
+// Before a loop over components or channels: a compiler that is to hold a tile in registers must unroll it,
+// for registers have no addresses. rollout.cu says how far; on a CPU the tile lies in the L1 cache.
+#if !defined(PIFLOW_UNROLL_COMPONENTS)
+#define PIFLOW_UNROLL_COMPONENTS
+#define PIFLOW_UNROLL_CHANNELS
+#endif
+
 namespace piflow {
 
 // Coefficients of one Euler substep from sigma to sigma':
@@ -70,62 +77,78 @@ constexpr int kGroup = 4;
 
 using Index = long long;  // int64_t, without the header that NVRTC does not have
 
-PIFLOW_FN int padded_components(int num_components) {
+PIFLOW_FN constexpr int padded_components(int num_components) {
   return (num_components + kGroup - 1) / kGroup * kGroup;
 }
 
 // Everything one vector of pixels needs during the rollout. K counts the padding, whose weights vanish.
-template <class V>
+// Groups of components lie kSpread groups apart: 1, or the number of pixels whose groups alternate.
+template <class V, int kSpread = 1>
 struct GmTile {
   int K, C;
   V* offsets;                              // K * C
   V *logweights, *half_squares, *weights;  // K; weights is working space
   V *velocity, *noise, *y, *slope;         // C; slope is working space, f above
 
-  static PIFLOW_FN Index size(int K, int C) { return (Index(K) + 4) * C + 3 * Index(K); }
-  static PIFLOW_FN GmTile carve(V* memory, int K, int C) {
+  // Numbers for each pixel: those that run over components, and those that run over channels only.
+  static PIFLOW_FN constexpr Index component_size(int K, int C) { return Index(K) * (C + 3); }
+  static PIFLOW_FN constexpr Index channel_size(int C) { return 4 * Index(C); }
+  static PIFLOW_FN constexpr Index size(int K, int C) { return component_size(K, C) + channel_size(C); }
+
+  static PIFLOW_FN GmTile carve(V* components, V* channels, int K, int C) {
     GmTile tile;
     tile.K = K;
     tile.C = C;
-    tile.offsets = memory;
-    tile.logweights = tile.offsets + Index(K) * C;
-    tile.half_squares = tile.logweights + K;
-    tile.weights = tile.half_squares + K;
-    tile.velocity = tile.weights + K;
+    tile.offsets = components;
+    tile.logweights = tile.offsets + Index(K) * C * kSpread;
+    tile.half_squares = tile.logweights + Index(K) * kSpread;
+    tile.weights = tile.half_squares + Index(K) * kSpread;
+    tile.velocity = channels;
     tile.noise = tile.velocity + C;
     tile.y = tile.noise + C;
     tile.slope = tile.y + C;
     return tile;
   }
-  PIFLOW_FN V& offset(int k, int c) { return offsets[(Index(k / kGroup) * C + c) * kGroup + k % kGroup]; }
+  static PIFLOW_FN GmTile carve(V* memory, int K, int C) {
+    return carve(memory, memory + component_size(K, C), K, C);
+  }
+
+  // Where a group's first member stands, and a component, among the K numbers of one kind.
+  static PIFLOW_FN Index group(int k) { return Index(k) * kSpread; }
+  static PIFLOW_FN Index at(int k) { return group(k / kGroup * kGroup) + k % kGroup; }
+  PIFLOW_FN Index group(int k, int c) const { return (Index(k) * C + Index(c) * kGroup) * kSpread; }
+  PIFLOW_FN V& offset(int k, int c) { return offsets[group(k / kGroup * kGroup, c) + k % kGroup]; }
 };
 
 // sum_k weights_k offsets_kc for N channels from c on. The first call (`kFresh`) finds base-2 logits in
 // `weights`, makes weights of them on the way, which the others use, and tells their sum.
-template <int N, bool kFresh, class V>
-PIFLOW_FN void gm_weigh(GmTile<V> tile, int c, V largest, V* sums, V* total) {
+template <int N, bool kFresh, class V, int kSpread>
+PIFLOW_FN void gm_weigh(GmTile<V, kSpread> tile, int c, V largest, V* sums, V* total) {
   V totals[kGroup];
   for (int j = 0; j < kGroup; ++j) totals[j] = V::splat(0.0f);
   for (int i = 0; i < N; ++i) sums[i] = V::splat(0.0f);
+  PIFLOW_UNROLL_COMPONENTS
   for (int k = 0; k < tile.K; k += kGroup) {
-    const V* offsets = tile.offsets + (Index(k) * tile.C + Index(c) * kGroup);
+    const V* offsets = tile.offsets + tile.group(k, c);
+    V* weights = tile.weights + tile.group(k);
     for (int j = 0; j < kGroup; ++j) {
-      V w = tile.weights[k + j];
+      V w = weights[j];
       if (kFresh) {
         w = exp2_of_nonpositive(w - largest);
-        tile.weights[k + j] = w;
+        weights[j] = w;
         totals[j] = totals[j] + w;
       }
-      for (int i = 0; i < N; ++i) sums[i] = fma(w, offsets[i * kGroup + j], sums[i]);
+      for (int i = 0; i < N; ++i) sums[i] = fma(w, offsets[i * kGroup * kSpread + j], sums[i]);
     }
   }
   if (kFresh) *total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
 }
 
 // f(c, mean) for each channel from c on, in blocks of up to N whose sums fit the registers.
-template <int N, class V, class F>
-PIFLOW_FN void gm_mean_blocks(GmTile<V> tile, int c, bool fresh, V largest, V total, F f) {
+template <int N, class V, int kSpread, class F>
+PIFLOW_FN void gm_mean_blocks(GmTile<V, kSpread> tile, int c, bool fresh, V largest, V total, F f) {
   if constexpr (N > 0) {
+    PIFLOW_UNROLL_CHANNELS
     for (; c + N <= tile.C; c += N, fresh = false) {
       V sums[N];
       if (fresh) {
@@ -142,8 +165,8 @@ PIFLOW_FN void gm_mean_blocks(GmTile<V> tile, int c, bool fresh, V largest, V to
 
 // f(c, mean) for each channel, with mean = sum_k softmax_2(weights)_k offsets_kc; on entry `weights` are
 // base-2 logits, on return used up. `largest` is the greatest of them.
-template <class V, class F>
-PIFLOW_FN void gm_for_each_mean(GmTile<V> tile, V largest, F f) {
+template <class V, int kSpread, class F>
+PIFLOW_FN void gm_for_each_mean(GmTile<V, kSpread> tile, V largest, F f) {
   // Exponentials run between the sums of the first channels, so that neither waits for the other; but ahead
   // of them where registers are too few for both.
   constexpr bool kTogether = V::registers >= 32;
@@ -154,61 +177,73 @@ PIFLOW_FN void gm_for_each_mean(GmTile<V> tile, V largest, F f) {
 
 // Source point -> fixed vectors, and y at the start. On entry the tile holds `means` in offsets, natural
 // log-weights in logweights (padding: 0 and -inf), x_src in noise, and x_start - x_src in y.
-template <class V>
-PIFLOW_FN void gm_enter(GmTile<V> tile, double sigma_src, double sigma_start) {
+template <class V, int kSpread>
+PIFLOW_FN void gm_enter(GmTile<V, kSpread> tile, double sigma_src, double sigma_start) {
   V largest = tile.logweights[0];
-  for (int k = 1; k < tile.K; ++k) largest = max_or_second(largest, tile.logweights[k]);
+  PIFLOW_UNROLL_COMPONENTS
+  for (int k = 1; k < tile.K; ++k) largest = max_or_second(largest, tile.logweights[tile.at(k)]);
+  PIFLOW_UNROLL_COMPONENTS
   for (int k = 0; k < tile.K; ++k) {
-    tile.logweights[k] = (tile.logweights[k] - largest) * V::splat(1.44269504f);
-    tile.weights[k] = tile.logweights[k];
-    tile.half_squares[k] = V::splat(0.0f);
+    const Index i = tile.at(k);
+    tile.logweights[i] = (tile.logweights[i] - largest) * V::splat(1.44269504f);
+    tile.weights[i] = tile.logweights[i];
+    tile.half_squares[i] = V::splat(0.0f);
   }
   gm_for_each_mean(tile, V::splat(0.0f), [=](int c, V mean) { tile.velocity[c] = mean; });
 
   const V alpha_src = V::splat(float(1 - sigma_src)), ahead = V::splat(float(sigma_src - sigma_start));
+  PIFLOW_UNROLL_CHANNELS
   for (int c = 0; c < tile.C; ++c) {
     const V g = tile.velocity[c];
     tile.noise[c] = fma(alpha_src, g, tile.noise[c]);
     tile.y[c] = fma(ahead, g, tile.y[c]);
   }
+  PIFLOW_UNROLL_COMPONENTS
   for (int k = 0; k < tile.K; k += kGroup) {
+    V* half_squares = tile.half_squares + tile.group(k);
+    PIFLOW_UNROLL_CHANNELS
     for (int c = 0; c < tile.C; ++c) {
       for (int j = 0; j < kGroup; ++j) {
-        V& d = tile.offsets[(Index(k) * tile.C + Index(c) * kGroup) + j];
+        V& d = tile.offsets[tile.group(k, c) + j];
         d = d - tile.velocity[c];
-        tile.half_squares[k + j] = fma(d * V::splat(0.5f), d, tile.half_squares[k + j]);
+        half_squares[j] = fma(d * V::splat(0.5f), d, half_squares[j]);
       }
     }
   }
 }
 
-template <class V>
-PIFLOW_FN void gm_substep(GmTile<V> tile, const GmStep& step) {
+template <class V, int kSpread>
+PIFLOW_FN void gm_substep(GmTile<V, kSpread> tile, const GmStep& step) {
   const bool floored = step.logit_velocity != 0 || step.add_velocity != 0;
   {
     const V from_y = V::splat(step.logit_y), from_noise = V::splat(step.logit_noise);
+    PIFLOW_UNROLL_CHANNELS
     for (int c = 0; c < tile.C; ++c) tile.slope[c] = fma(from_y, tile.y[c], from_noise * tile.noise[c]);
   }
   if (floored) {
     const V from_velocity = V::splat(step.logit_velocity);
+    PIFLOW_UNROLL_CHANNELS
     for (int c = 0; c < tile.C; ++c) tile.slope[c] = fma(from_velocity, tile.velocity[c], tile.slope[c]);
   }
 
   const V square = V::splat(-step.logit_square);
   V largest[kGroup];
   for (int j = 0; j < kGroup; ++j) largest[j] = V::splat(-3.4e38f);
+  PIFLOW_UNROLL_COMPONENTS
   for (int k = 0; k < tile.K; k += kGroup) {
     V logits[kGroup];
+    const Index group = tile.group(k);
     for (int j = 0; j < kGroup; ++j) {
-      logits[j] = fma(square, tile.half_squares[k + j], tile.logweights[k + j]);
+      logits[j] = fma(square, tile.half_squares[group + j], tile.logweights[group + j]);
     }
-    const V* offsets = tile.offsets + Index(k) * tile.C;
-    for (int c = 0; c < tile.C; ++c, offsets += kGroup) {
+    const V* offsets = tile.offsets + tile.group(k, 0);
+    PIFLOW_UNROLL_CHANNELS
+    for (int c = 0; c < tile.C; ++c, offsets += kGroup * kSpread) {
       const V f = tile.slope[c];
       for (int j = 0; j < kGroup; ++j) logits[j] = fma(offsets[j], f, logits[j]);
     }
     for (int j = 0; j < kGroup; ++j) {
-      tile.weights[k + j] = logits[j];
+      tile.weights[group + j] = logits[j];
       largest[j] = max_or_second(logits[j], largest[j]);
     }
   }
@@ -222,13 +257,14 @@ PIFLOW_FN void gm_substep(GmTile<V> tile, const GmStep& step) {
   });
   if (floored) {
     const V add_velocity = V::splat(step.add_velocity);
+    PIFLOW_UNROLL_CHANNELS
     for (int c = 0; c < tile.C; ++c) tile.y[c] = fma(add_velocity, tile.velocity[c], tile.y[c]);
   }
 }
 
 // The state at sigma_dst, once the substeps are done: x_src + (sigma_dst - s) g + y.
-template <class V>
-PIFLOW_FN V gm_leave(GmTile<V> tile, int c, V x_src, double sigma_src, double sigma_dst) {
+template <class V, int kSpread>
+PIFLOW_FN V gm_leave(GmTile<V, kSpread> tile, int c, V x_src, double sigma_src, double sigma_dst) {
   return x_src + fma(V::splat(float(sigma_dst - sigma_src)), tile.velocity[c], tile.y[c]);
 }
 

@@ -9,7 +9,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define PIFLOW_FN __host__ __device__ __forceinline__
+#define PIFLOW_FN __device__ __forceinline__
 #elif defined(_MSC_VER)
 #define PIFLOW_FN __forceinline
 #else
