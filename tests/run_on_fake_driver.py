@@ -1,7 +1,5 @@
 """What test_cuda.py runs in a process of its own, whose libcuda.so.1 is fake_driver.cpp."""
 
-import itertools
-
 import numpy as np
 
 from piflow_edge import GMPolicy
