@@ -1,8 +1,9 @@
 """Is the CUDA kernel right on this GPU, and how fast is it beside the same formula in TorchScript?
 
-Needs an NVIDIA GPU, torch for CUDA with the cuda-bindings it brings, and this source tree; nothing else has to be
-installed. First random shapes, formats and noise levels are held to the formula in float64. Then every contender is
-timed with CUDA events, in turn, and medians are printed. Exit status: 0 right, 1 wrong somewhere, 2 no GPU.
+Needs an NVIDIA GPU, torch for CUDA with the cuda-bindings it brings, and this source tree; nothing else has
+to be installed. First random shapes, formats and noise levels are held to the formula in float64. Then every
+contender is timed with CUDA events, in turn, and medians are printed. Exit status: 0 right, 1 wrong
+somewhere, 2 no GPU.
 
 Run: python benchmarks/gpu_check.py --out gpu_check.json            (about 3 minutes)
 """

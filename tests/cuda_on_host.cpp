@@ -1,5 +1,5 @@
-// rollout.cu, compiled as C++ and run on the CPU, so that its indices, barriers and tails are tested where there
-// is no GPU. Every thread of a block is a thread here; blocks run one after the other.
+// rollout.cu, compiled as C++ and run on the CPU, so that its indices, barriers and tails are tested where
+// there is no GPU. Every thread of a block is a thread here; blocks run one after the other.
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -52,7 +52,8 @@ Chunk shared[(227 << 10) / sizeof(Chunk)];  // what a block has on the largest G
 }
 
 template <class Problem>
-static void launch(void (*kernel)(const Problem&), const Problem& problem, unsigned blocks, unsigned threads) {
+static void launch(void (*kernel)(const Problem&), const Problem& problem, unsigned blocks,
+                   unsigned threads) {
   barrier.set(threads);
   std::vector<std::thread> block;
   for (unsigned thread = 0; thread < threads; ++thread) {
@@ -70,11 +71,11 @@ static void launch(void (*kernel)(const Problem&), const Problem& problem, unsig
 
 // The mixtures test_cuda.py knows as COMPILED, each in every storage.
 #define MIXTURES(f) f(1, 1) f(3, 2) f(4, 16) f(5, 3) f(8, 1) f(9, 17)
-#define LAUNCH(K, C, storage, threads)                                           \
-  if (num_components == K && num_channels == C && kind == piflow::storage &&     \
-      (kind != piflow::kShared || block == threads)) {                           \
+#define LAUNCH(K, C, storage, threads)                                                  \
+  if (num_components == K && num_channels == C && kind == piflow::storage &&            \
+      (kind != piflow::kShared || block == threads)) {                                  \
     launch(piflow::gm_rollout<K, C, piflow::storage, threads>, problem, blocks, block); \
-    return 0;                                                                    \
+    return 0;                                                                           \
   }
 #define LAUNCH_ANY(K, C) \
   LAUNCH(K, C, kRegisters, 128) LAUNCH(K, C, kShared, 128) LAUNCH(K, C, kShared, 32) LAUNCH(K, C, kLocal, 128)

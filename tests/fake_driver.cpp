@@ -1,6 +1,7 @@
-// As much of CUDA's driver as the rollouts call, with host memory for device memory and the CPU for a GPU: NVIDIA's
-// bindings load it as libcuda.so.1, so that the calls made through them are tested where there is no driver. An
-// image is the text "K C storage". What an argument must be is checked; an error is a status no call should see.
+// As much of CUDA's driver as the rollouts call, with host memory for device memory and the CPU for a GPU:
+// NVIDIA's bindings load it as libcuda.so.1, so that the calls made through them are tested where there is no
+// driver. An image is the text "K C storage". What an argument must be is checked; an error is a status no
+// call should see.
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,11 +24,11 @@ DRIVER cuInit(unsigned flags) { return flags ? kInvalidValue : kOk; }
 DRIVER cuDriverGetVersion(int* version) { return *version = 12060, kOk; }
 DRIVER cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal ? kInvalidValue : kOk; }
 DRIVER cuDeviceGetAttribute(int* value, int attribute, int) {
-  switch (attribute) {  // numbers from cuda.h
-    case 16: return *value = 3, kOk;           // multiprocessors
-    case 75: return *value = 8, kOk;           // compute capability, major
-    case 76: return *value = 7, kOk;           // and minor
-    case 97: return *value = 163 << 10, kOk;   // shared memory per block, at most
+  switch (attribute) {                        // numbers from cuda.h
+    case 16: return *value = 3, kOk;          // multiprocessors
+    case 75: return *value = 8, kOk;          // compute capability, major
+    case 76: return *value = 7, kOk;          // and minor
+    case 97: return *value = 163 << 10, kOk;  // shared memory per block, at most
     default: return kInvalidValue;
   }
 }
@@ -49,7 +50,9 @@ DRIVER cuFuncSetAttribute(void* function, int attribute, int) {
   return function == &module && attribute == 8 ? kOk : kUnexpected;  // dynamic shared memory, at most
 }
 
-DRIVER cuMemAlloc_v2(void** memory, size_t size) { return *memory = malloc(size), contexts ? kOk : kUnexpected; }
+DRIVER cuMemAlloc_v2(void** memory, size_t size) {
+  return *memory = malloc(size), contexts ? kOk : kUnexpected;
+}
 DRIVER cuMemFree_v2(void* memory) { return free(memory), contexts ? kOk : kUnexpected; }
 DRIVER cuMemcpyHtoD_v2(void* to, const void* from, size_t size) { return memcpy(to, from, size), kOk; }
 DRIVER cuStreamSynchronize(void*) { return kOk; }

@@ -1,4 +1,4 @@
-"""The CUDA kernels: run on the CPU as C++, compiled for every GPU in question, and run on a GPU if there is one."""
+"""The CUDA kernels: run on the CPU as C++, compiled for every GPU in question, run on one if there is one."""
 
 import ctypes
 import importlib
@@ -268,7 +268,7 @@ def test_a_block_never_asks_for_more_shared_memory_than_there_is(shared_bytes):
 # --- compiled for every GPU
 
 
-MIXTURES = [(8, 1), (32, 4), (8, 16), (32, 16), (64, 32)]
+MIXTURES = [(8, 1), (32, 4), (8, 16), (32, 16), (64, 32), (16, 512)]
 
 
 @pytest.mark.skipif(not HAS_NVRTC, reason="cuda-bindings is not installed")

@@ -1,1 +1,1 @@
-"""Rollouts, compiled. `integrator.integrate` is the way in; `cpu` wraps the library, `cuda` the GPU's kernels."""
+"""Rollouts, compiled. `integrator.integrate` is the way in; `cpu` and `cuda` wrap the kernels."""

@@ -1,8 +1,8 @@
 """The CUDA kernels: rollout.cu, compiled for the GPU that is there when first used.
 
-`gm_rollout` and `dx_rollout` take device arrays of any library, in float32 or half precision, and queue one
-launch on the caller's stream; `rollout` is what `integrate` calls. Nothing waits for the GPU, but for the first
-rollout along a schedule, whose noise levels are copied to it: make one before capturing a CUDA graph.
+`gm_rollout` and `dx_rollout` take device arrays of any library, in float32 or half precision, and queue
+one launch on the caller's stream; `rollout` is what `integrate` calls. Nothing waits for the GPU, but for the
+first rollout along a schedule, whose noise levels are copied to it: make one before capturing a CUDA graph.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ _STEP_BYTES = 128 * 32  # kStepsAtOnce of GmStep
 _GROUP = 4
 
 _MOST_THREADS = 128
-# Numbers of a pixel that fit the 255 registers a thread may have: with more, ptxas begins to spill in earnest.
+# Numbers of a pixel that fit the 255 registers a thread may have; with more, ptxas spills in earnest.
 _MOST_IN_REGISTERS = 240
 
 

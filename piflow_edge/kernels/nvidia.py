@@ -1,7 +1,7 @@
 """NVIDIA's Python packages, and no more of them than a rollout needs: compile, load, upload, launch.
 
-`cuda-bindings` alone, not `cuda-core` on top of it: it comes with every recent torch for CUDA, and this is all
-that is wanted of it. Everything is imported when first used. Errors leave as `EngineError`.
+`cuda-bindings` alone, not `cuda-core` on top of it: it comes with every recent torch for CUDA, and this is
+all that is wanted of it. Everything is imported when first used. Errors leave as `EngineError`.
 """
 
 import ctypes

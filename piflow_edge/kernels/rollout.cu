@@ -8,16 +8,22 @@
 //
 //   kRegisters  all of them, with every loop unrolled: no memory is touched between the first read and the
 //               last write. Up to about K C = 128.
-//   kShared     what runs over components lies in shared memory, what runs over channels in registers. A
-//               pixel's group of four is one 16-byte access, and the groups of neighbouring threads alternate,
-//               so that a warp's accesses meet all banks alike. A block has as few threads as that takes.
+//   kShared     what runs over components lies in shared memory, what runs over channels in registers, up to
+//               32 of them. A pixel's group of four is one 16-byte access, and the groups of neighbouring
+//               threads alternate, so that a warp's accesses meet all banks alike. A block has as few threads
+//               as that takes.
 //   kLocal      for mixtures too large even so: the thread's own memory, which the hardware interleaves in
 //               the same way and keeps in the L1 and L2 caches as it can.
 //
 // Means are kept in float32 also where they come in half precision: what is kept are their differences to
 // their mean, which half precision would round.
 #if defined(PIFLOW_STORAGE)
+// Only as far as it brings registers: with hundreds of channels the compiler would take minutes.
+#if PIFLOW_STORAGE == 0 || PIFLOW_C <= 32
 #define PIFLOW_UNROLL_CHANNELS _Pragma("unroll")
+#else
+#define PIFLOW_UNROLL_CHANNELS _Pragma("unroll 1")
+#endif
 #if PIFLOW_STORAGE == 0
 #define PIFLOW_UNROLL_COMPONENTS _Pragma("unroll")
 #else
@@ -61,8 +67,8 @@ struct DxProblem {
 // Coefficients of so many substeps are worked out at a time, each by one thread, for the block to share.
 constexpr int kStepsAtOnce = 128;
 
-// How much of it there is the launch says, see `gm_plan`. First the steps, then, with kShared, the components,
-// in units of a group, so that each is one access.
+// How much of it there is the launch says, see `gm_plan`. First the steps, then, with kShared, the
+// components, in units of a group, so that each is one access.
 struct alignas(kGroup * sizeof(float)) Chunk {
   unsigned char bytes[kGroup * sizeof(float)];
 };
