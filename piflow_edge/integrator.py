@@ -48,8 +48,8 @@ def rollout(
             the reference does, but DX policies in closed form.
         num_threads: threads of the compiled kernel, at most; else one for each core this process may use.
         solver: "euler", or "multistep", which asks the policy at a quarter of the substeps and ends some 1e-3
-            from where Euler does (benchmarks/solvers.py). It is for arrays that no compiled kernel takes: that
-            takes all the Euler steps in less time.
+            from where Euler does (benchmarks/solvers.py). It is for GM policies that no compiled kernel takes:
+            the kernel does all the Euler steps in less time, and so does the closed form of DX policies.
 
     Returns:
         The state at `sigma_dst`, in the shape, dtype and device of `x_src`, which is left as it was.
