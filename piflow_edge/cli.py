@@ -325,14 +325,14 @@ def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, seed
     from .pictures import image_grid, png_bytes
     from .sampling import load
 
-    generator = load(bundle, engine=engine)
-    wanted = [_label(text, generator.class_names) for text in labels.split(",")]
-    settings = {"nfe": nfe, "substeps": substeps, "solver": solver, "temperature": temperature}
-    result = generator(wanted, seed=seed, **settings)
     if out.suffix.lower() not in ("", ".png"):
         raise click.UsageError(
             f"images are written as PNG; give --out a name that ends in .png, or a folder; got {out}"
         )
+    generator = load(bundle, engine=engine)
+    wanted = [_label(text, generator.class_names) for text in labels.split(",")]
+    settings = {"nfe": nfe, "substeps": substeps, "solver": solver, "temperature": temperature}
+    result = generator(wanted, seed=seed, **settings)
     if out.suffix:
         out.parent.mkdir(parents=True, exist_ok=True)
         files = {out: image_grid([result.images])}
