@@ -34,38 +34,33 @@ def rollout(
 ) -> Array:
     """Carry a state across one segment by Euler steps on the policy's velocity.
 
-        The network is not called: `policy` was made from its output and answers for every noise level down to
-        `sigma_dst`. Substeps are even in raw time.
+    The network is not called: `policy` was made from its output and answers for every noise level down to
+    `sigma_dst`. Substeps are even in raw time.
 
-        Args:
-            policy: this segment's velocity field; returns `u_t` with the shape of `x_t`.
-            x_src: state at the segment's start, shape (B, C, H, W), floating point, latent units.
-            sigma_src: noise level of `x_src`, dimensionless, at most 1 (pure noise); a float or (B,).
-            sigma_dst: noise level to stop at: 0 (data) or more, below `sigma_src`; a float or (B,).
-            substeps: Euler steps in this segment, 1 or more, an int or (B,). They add nothing to NFE.
-            shift: the schedule's shift, above 0; the student's bundle records it.
-            kernel: "reference" computes as the formulas read. "cpu" is compiled, for GM and DX policies in
-                float32, in host memory, without gradients; "cuda" the same in GPU memory, compiled on first use,
-                one launch. "auto" takes the one for the memory at hand where it can; elsewhere it computes as the
-                reference does, but DX policies in closed form.
-            num_threads: threads of the CPU kernel, at most; else one for each core this process may use.
-            solver: "euler", or "multistep", which asks the policy at a quarter of the substeps and ends some 1e-3
-    <<<<<<< HEAD
-                from where Euler does (benchmarks/solvers.py). It is for arrays that no compiled kernel takes: those
-                take all the Euler steps in less time.
-    =======
-                from where Euler does (benchmarks/solvers.py). It is for GM policies that no compiled kernel takes:
-                the kernel does all the Euler steps in less time, and so does the closed form of DX policies.
-    >>>>>>> graph
+    Args:
+        policy: this segment's velocity field; returns `u_t` with the shape of `x_t`.
+        x_src: state at the segment's start, shape (B, C, H, W), floating point, latent units.
+        sigma_src: noise level of `x_src`, dimensionless, at most 1 (pure noise); a float or (B,).
+        sigma_dst: noise level to stop at: 0 (data) or more, below `sigma_src`; a float or (B,).
+        substeps: Euler steps in this segment, 1 or more, an int or (B,). They add nothing to NFE.
+        shift: the schedule's shift, above 0; the student's bundle records it.
+        kernel: "reference" computes as the formulas read. "cpu" is compiled, for GM and DX policies in
+            float32, in host memory, without gradients; "cuda" the same in GPU memory, compiled on first use,
+            one launch. "auto" takes the one for the memory at hand where it can; elsewhere it computes as the
+            reference does, but DX policies in closed form.
+        num_threads: threads of the CPU kernel, at most; else one for each core this process may use.
+        solver: "euler", or "multistep", which asks the policy at a quarter of the substeps and ends some 1e-3
+            from where Euler does (benchmarks/solvers.py). It is for GM policies that no compiled kernel takes:
+            a kernel does all the Euler steps in less time, and so does the closed form of DX policies.
 
-        Returns:
-            The state at `sigma_dst`, in the shape, dtype and device of `x_src`, which is left as it was.
+    Returns:
+        The state at `sigma_dst`, in the shape, dtype and device of `x_src`, which is left as it was.
 
-        Raises:
-            ScheduleError: noise levels that do not run down within [0, 1]; `substeps` or `shift` too small.
-            EngineError: the kernel asked for cannot run here, on these arrays, or with this solver.
+    Raises:
+        ScheduleError: noise levels that do not run down within [0, 1]; `substeps` or `shift` too small.
+        EngineError: the kernel asked for cannot run here, on these arrays, or with this solver.
 
-        Source: Chen et al., pi-Flow, arXiv:2510.14974; `policy_rollout` in Lakonik/piFlow.
+    Source: Chen et al., pi-Flow, arXiv:2510.14974; `policy_rollout` in Lakonik/piFlow.
     """
     sigma_src, sigma_dst = np.asarray(sigma_src, np.float64), np.asarray(sigma_dst, np.float64)
     if not np.all((sigma_dst >= 0) & (sigma_dst < sigma_src) & (sigma_src <= 1)):  # NaN fails too
