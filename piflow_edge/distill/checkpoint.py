@@ -6,7 +6,7 @@ any moment, the folder holds the previous checkpoint or the new one, never a mix
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -150,11 +150,4 @@ def load_checkpoint(folder: Path, *, kind: str | None = None) -> Checkpoint:
 def inference_only(checkpoint: Checkpoint, dtype: torch.dtype = torch.float16) -> Checkpoint:
     """The checkpoint with nothing but its averaged weights, in `dtype`: small enough to ship."""
     tensors = {f"ema.{k}": v.to(dtype) for k, v in checkpoint.group("ema").items()}
-    return Checkpoint(
-        checkpoint.kind,
-        checkpoint.iteration,
-        checkpoint.architecture,
-        checkpoint.settings,
-        checkpoint.class_names,
-        tensors,
-    )
+    return replace(checkpoint, tensors=tensors)

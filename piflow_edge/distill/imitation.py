@@ -225,7 +225,7 @@ def average_velocity(
     Source: section 5 of the recorded reference; `policy_average_u` in Lakonik/piFlow.
     """
     sigma_t = warp(raw_t, config.shift)
-    # Not count_substeps: its floor of 1 makes no difference to "fewer than 2".
+    # The floor of 1 in count_substeps makes no difference to "fewer than 2".
     counts = count_substeps(raw_t, raw_t_end, config.total_substeps)
     at_point = policy.velocity(x_t, sigma_t)
     if np.all(counts < 2):

@@ -124,8 +124,9 @@ def train(
         tensors = {f"ema.{k}": v for k, v in ema.items()} | {
             f"raw.{k}": v.detach() for k, v in parameters.items()
         }
-        for (name, _), state in zip(parameters.items(), optimizer.state.values(), strict=False):
-            tensors |= {f"adam.{part}.{name}": state[part] for part in ("exp_avg", "exp_avg_sq", "step")}
+        for name, parameter in parameters.items():
+            state = optimizer.state.get(parameter, {})  # nothing before its first step
+            tensors |= {f"adam.{part}.{name}": value for part, value in state.items()}
         return Checkpoint(kind, iteration, network.config, settings, data.class_names, tensors)
 
     images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)

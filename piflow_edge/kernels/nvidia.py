@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib import import_module
 from pathlib import Path
 
 from piflow_edge.errors import EngineError
@@ -32,14 +33,19 @@ class Device:
     shared_bytes: int  # that one block may have, at most
 
 
-@cache
-def _nvrtc():
+def _bindings(name: str):
+    """A module of NVIDIA's `cuda.bindings`."""
     try:
-        from cuda.bindings import nvrtc
+        return import_module(f"cuda.bindings.{name}")
     except ImportError as error:
         raise EngineError(
             f"kernel 'cuda' needs NVIDIA's package cuda-bindings; get it with: {PIP_COMMAND}"
         ) from error
+
+
+@cache
+def _nvrtc():
+    nvrtc = _bindings("nvrtc")
     try:
         nvrtc.nvrtcVersion()
     except RuntimeError as error:  # the bindings are there, the library they bind is not
@@ -52,12 +58,7 @@ def _nvrtc():
 
 @cache
 def _driver():
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise EngineError(
-            f"kernel 'cuda' needs NVIDIA's package cuda-bindings; get it with: {PIP_COMMAND}"
-        ) from error
+    driver = _bindings("driver")
     try:
         (status,) = driver.cuInit(0)
     except RuntimeError as error:
