@@ -178,7 +178,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 def common_guidance(generators: dict[str, Generator]) -> float:
     """Guidance scale of the teacher that all students were distilled from; 1 without students."""
-    scales = {n: g.bundle.manifest.provenance["settings"]["guidance_scale"] for n, g in generators.items()}
+    scales = {n: g.bundle.manifest.provenance["settings"]["guidance"]["scale"] for n, g in generators.items()}
     if len(set(scales.values())) > 1:
         raise DataError(
             f"the students' teachers were guided differently ({scales}); give --guidance for the comparison"
@@ -190,22 +190,25 @@ def teacher_sampler(checkpoint, guidance_scale: float) -> Callable:
     """`(noise, labels, steps) -> images` by Euler steps of the guided teacher, its network in the runtime's engine."""
     import torch
 
-    from .distill.teacher import GuidedTeacher
+    from .distill.sources import network_of
+    from .distill.teacher import GuidanceConfig, GuidedTeacher
     from .engines import open_engine
     from .export.to_onnx import export_network
 
-    engine = open_engine(export_network(checkpoint.network()))
+    network = network_of(checkpoint)
+    engine = open_engine(export_network(network))
 
-    def network(x_t, t, labels):
-        inputs = {"x_t": x_t.numpy(), "t": t.numpy(), "class_labels": labels.numpy()}
-        return torch.from_numpy(engine.run(inputs)["u_t"])
+    class Exported:
+        def velocity(self, x_t, sigma_t, labels):
+            inputs = {"x_t": x_t.numpy(), "t": sigma_t.numpy(), "class_labels": labels.numpy()}
+            return torch.from_numpy(engine.run(inputs)["u_t"])
 
-    teacher = GuidedTeacher(network, checkpoint.architecture, guidance_scale)
+    teacher = GuidedTeacher(Exported(), GuidanceConfig(guidance_scale), null=network.null)
 
     def sample(noise, labels, steps):
         pieces = [slice(start, start + 250) for start in range(0, len(noise), 250)]
         made = [
-            teacher.sample(torch.from_numpy(noise[p]), torch.from_numpy(labels[p]), steps).numpy()
+            teacher.sample(torch.from_numpy(noise[p]), steps, labels=torch.from_numpy(labels[p])).numpy()
             for p in pieces
         ]
         return np.concatenate(made)

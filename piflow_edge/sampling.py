@@ -201,10 +201,7 @@ class Generator:
 
     def as_policy(self, outputs: dict[str, np.ndarray], x_src: np.ndarray, sigma_src: float) -> Policy:
         """The policy that network outputs stand for."""
-        eps = self.bundle.manifest.policy.eps
-        return GMPolicy(
-            outputs["means"], outputs["logweights"], outputs["logstds"], x_src, sigma_src, eps=eps
-        )
+        return self.bundle.manifest.policy.policy(outputs, x_src, sigma_src)
 
     def _label_ids(self, labels, count) -> np.ndarray:
         known = f"{len(self.class_names)} classes, 0 to {len(self.class_names) - 1}: {', '.join(self.class_names)}"
@@ -306,9 +303,9 @@ def load(
     opened = Bundle(bundle)
     network = open_engine(opened.graph(precision), engine=engine, device=device)
     log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
-    missing = {spec.name for spec in opened.manifest.network.outputs} ^ {"means", "logweights", "logstds"}
-    if missing:
+    policy = opened.manifest.policy
+    if {spec.name for spec in opened.manifest.network.outputs} != set(policy.outputs):
         raise BundleError(
-            f"a GM student returns means, logweights and logstds; {opened.name!r} differs: {missing}"
+            f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
         )
     return Generator(opened, network)

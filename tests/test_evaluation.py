@@ -9,7 +9,7 @@ from piflow_edge.evaluation import common_guidance, evaluate, unique_names
 
 
 def student(scale):
-    provenance = {"settings": {"guidance_scale": scale}}
+    provenance = {"settings": {"guidance": {"scale": scale}}}
     return SimpleNamespace(bundle=SimpleNamespace(manifest=SimpleNamespace(provenance=provenance)))
 
 

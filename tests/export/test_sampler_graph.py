@@ -10,6 +10,7 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge.bundle import Bundle
+from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import open_engine
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export import to_bundle
@@ -139,7 +140,7 @@ def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):
 
 
 def test_a_sampler_that_differs_from_the_runtime_is_not_exported(tmp_path, monkeypatch):
-    other = export_network(make_student(seed=1).network())
+    other = export_network(network_of(make_student(seed=1)))
     monkeypatch.setattr(to_bundle, "export_sampler", lambda student, *rest: export_sampler(other, *rest))
     with pytest.raises(CheckFailedError, match=r"sampler latents differ by .* in latents of nfe"):
         export_bundle(make_student(), tmp_path / "out", samplers=[1, 2])
