@@ -87,7 +87,7 @@ class DiT(nn.Module):
         rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
         tokens = self.patch_embed(x_t).flatten(2).transpose(1, 2)
         tokens = tokens + self._positions(rows, columns, tokens)
-        emb = F.silu(self.time_mlp(time_features(t)) + self.class_embed(labels))
+        emb = F.silu(self.time_mlp(time_features(t).to(tokens.dtype)) + self.class_embed(labels))
         for block in self.blocks:
             tokens = block(tokens, emb)
         return unpatchify(self.head(tokens, emb), (rows, columns), patch, self.out_channels)
