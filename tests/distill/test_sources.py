@@ -108,17 +108,13 @@ def test_a_sit_file_gives_its_velocity_in_our_time(sit, tmp_path, style):
     if style == "repa":
         weights["module.projectors.0.0.weight"] = torch.zeros(3, 3)
     torch.save({"ema": weights, "model": {}, "step": 7}, tmp_path / "sit.pt")
-    if style == "repa":
-        expected = lambda x, y: sit(x, SIGMA, y)[:, :2]  # noqa: E731
-    else:
-        expected = lambda x, y: -sit(x, 1 - SIGMA, y)[:, :2]  # noqa: E731
+    sign, time = (1, SIGMA) if style == "repa" else (-1, 1 - SIGMA)
     network = load_sit(tmp_path / "sit.pt", sample_size=4, style=style, num_heads=2)
     assert network.num_classes == 3
     x_t, labels = torch.randn(2, 2, 4, 4), torch.tensor([1, 3])
     with torch.no_grad():
-        torch.testing.assert_close(
-            network.velocity(x_t, SIGMA, labels=labels), expected(x_t, labels), atol=1e-5, rtol=0
-        )
+        expected = sign * sit(x_t, time, labels)[:, :2]
+        torch.testing.assert_close(network.velocity(x_t, SIGMA, labels=labels), expected, atol=1e-5, rtol=0)
 
 
 def test_files_that_are_no_sit_are_refused(sit, tmp_path):
@@ -131,7 +127,7 @@ def test_files_that_are_no_sit_are_refused(sit, tmp_path):
         load_sit(weights, sample_size=8, num_heads=2)
     with pytest.raises(CheckpointError, match=r"'pos_embed.proj.weight' for one|not known here"):
         load_sit(CHECKPOINTS / "teacher_dit" / "model.pth", sample_size=8, num_heads=2)
-    with pytest.raises(CheckpointError, match="it lacks 'patch_embed.weight'"):
+    with pytest.raises(CheckpointError, match=r"it lacks 'patch_embed\.weight'"):
         load_sit({}, sample_size=4)
     (tmp_path / "x.pt").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
