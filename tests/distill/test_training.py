@@ -12,7 +12,7 @@ from piflow_edge.distill import training
 from piflow_edge.distill.checkpoint import load_checkpoint
 from piflow_edge.distill.data import ImageData
 from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.heads import GMHead
+from piflow_edge.distill.heads import DXHead, GMHead
 from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.networks import DiTNetwork, attach_policy_head
 from piflow_edge.distill.sources import network_of, teacher_from_checkpoint
@@ -87,10 +87,22 @@ def test_a_student_starts_as_its_teacher(teacher):
     assert means.std(dim=1).min() > 0  # told apart, or they could never part
 
 
-def test_distillation_brings_one_call_close_to_the_teacher(teacher, data, tmp_path):
-    config = replace(SHORT, iterations=100, batch_size=32)
-    imitation = ImitationConfig(nfe=1, total_substeps=16)
-    student = network_of(run(teacher, data, tmp_path, config=config, imitation=imitation))
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        (GMHead(3), {}),
+        (GMHead(3), {"data_free": True}),
+        (GMHead(3), {"decay_iterations": 50, "gm_dropout": 0.2, "window_substeps": 4}),
+        (DXHead(4), {}),
+        (DXHead(3, mode="polynomial"), {}),
+        (GMHead(3), {"nfe": (1, 2)}),
+    ],
+    ids=["gm", "data-free", "mixing, dropout, windows", "dx", "polynomial", "several nfe"],
+)
+def test_distillation_brings_one_call_close_to_the_teacher(teacher, data, tmp_path, head, options):
+    config = replace(SHORT, iterations=150, batch_size=32, learning_rate=3e-3)
+    imitation = ImitationConfig(**{"nfe": 1, "total_substeps": 16, **options})
+    student = network_of(run(teacher, data, tmp_path, config=config, imitation=imitation, head=head))
     noise = torch.from_numpy(IterationRandom(2, 0).normal((64, 1, 4, 4)))
     labels = torch.from_numpy(data.labels)
     guided = GuidedTeacher(network_of(teacher), GuidanceConfig(1.5))
