@@ -23,10 +23,32 @@ _GOING_ON = {
     "distill": "; the same command with --resume goes on",
 }
 
+
+def _size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if not match:
+        raise click.BadParameter(f"give a side, such as 64, or height x width, such as 48x64; got {text!r}")
+    height, width = match.groups()
+    return (int(height), int(width)) if width else int(height)
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
+DATA = click.option(
+    "--data",
+    default="digits",
+    help="'digits', an .npz of images or latents, or a folder with one folder of images per class.",
+)
+IMAGE_SIZE = click.option(
+    "--size",
+    callback=_size,
+    metavar="N|HxW",
+    help="Bring the images of a folder to this height and width: scaled until they cover it, and cut to the middle.",
+)
 RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 
 
@@ -116,8 +138,8 @@ def demo(out, iterations, images, seed, as_json):
 
 
 @main.command("train-teacher")
-@click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
-@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@DATA
+@IMAGE_SIZE
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--iterations", type=click.IntRange(min=1), default=3000, help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Images per step.")
@@ -147,8 +169,8 @@ def train_teacher(
 
     images = load_images(data, size=size)
     architecture = DiTConfig(
-        in_channels=images.images.shape[1],
-        sample_size=images.images.shape[2],
+        in_channels=images.shape[0],
+        sample_size=images.shape[-2],
         patch_size=patch_size,
         hidden_size=hidden_size,
         depth=depth,
@@ -170,8 +192,8 @@ def train_teacher(
 
 @main.command()
 @click.option("--teacher", type=FOLDER, help="Checkpoint of the teacher; else the shipped digits teacher.")
-@click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
-@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@DATA
+@IMAGE_SIZE
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--nfe", type=click.IntRange(min=1), default=1, help="Network calls per image to train for.")
 @click.option("--components", type=click.IntRange(min=1), default=8, help="K of the Gaussian mixture.")

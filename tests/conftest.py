@@ -26,6 +26,14 @@ class Library:
         return value.numpy() if self.name == "torch" else value
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """No test reads or fills the cache of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIFLOW_EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=["numpy", pytest.param("torch", marks=pytest.mark.torch)])
 def library(request):
     if request.param == "torch":

@@ -11,7 +11,7 @@ from piflow_edge.errors import DataError
 from piflow_edge.policies import GMPolicy
 
 from .checkpoint import Checkpoint
-from .data import ImageData
+from .data import ImageData, check_same_latents
 from .dit import DiT, student_from_teacher
 from .imitation import ImitationConfig, imitation_loss
 from .teacher import GuidedTeacher
@@ -46,7 +46,7 @@ def distill(
         resume: go on from the checkpoint in `folder`.
 
     Raises:
-        DataError: the data's classes are not the teacher's.
+        DataError: the data's classes or latents are not the teacher's.
         DataError, CheckpointError, CheckFailedError: see `training.train`.
     """
     if data.class_names != teacher.class_names:
@@ -54,6 +54,7 @@ def distill(
             f"the teacher's classes are {', '.join(teacher.class_names)}; those of {data.name!r} are "
             f"{', '.join(data.class_names)}"
         )
+    check_same_latents(teacher.settings, data)
     guided = GuidedTeacher(teacher.network(), teacher.architecture, guidance_scale)
     network = student_from_teacher(teacher.network(), num_components, seed=training.seed)
     network.requires_grad_(True)

@@ -106,7 +106,7 @@ def train(
     """
     folder = Path(folder)
     _check_fit(network.config, data)
-    settings = {**settings, "data_sha256": data.fingerprint(), "training": vars(config).copy()}
+    settings = {**settings, **data.settings(), "training": vars(config).copy()}
     parameters = dict(network.named_parameters())
     ema = {k: v.detach().clone() for k, v in parameters.items()}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -129,7 +129,6 @@ def train(
             tensors |= {f"adam.{part}.{name}": value for part, value in state.items()}
         return Checkpoint(kind, iteration, network.config, settings, data.class_names, tensors)
 
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
     folder.mkdir(parents=True, exist_ok=True)
     network.train()
     done, began = start, time.perf_counter()
@@ -140,10 +139,10 @@ def train(
     ):
         for iteration in range(start, config.iterations):
             random = IterationRandom(config.seed, iteration)
-            picked = torch.from_numpy(random.choice(len(data), config.batch_size))
+            x_0, conditioning = data.batch(random.choice(len(data), config.batch_size))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, iteration)
-            value = loss(images[picked], labels[picked], random)
+            value = loss(torch.from_numpy(x_0), torch.from_numpy(conditioning["labels"]), random)
             optimizer.zero_grad()
             value.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
@@ -199,9 +198,11 @@ def _ctrl_c_between_steps() -> Iterator[Callable[[], bool]]:
 
 def _check_fit(config: DiTConfig, data: ImageData) -> None:
     size = (config.in_channels, config.sample_size, config.sample_size)
-    if data.images.shape[1:] != size:
+    if data.labels is None:
+        raise DataError(f"the network is class-conditional; {data.name!r} has no labels")
+    if data.shape != size:
         raise DataError(
-            f"the network is made for images (C, H, W) = {size}; those of {data.name!r} are {data.images.shape[1:]}"
+            f"the network is made for images (C, H, W) = {size}; those of {data.name!r} are {data.shape}"
         )
     if len(data.class_names) != config.num_classes:
         raise DataError(
