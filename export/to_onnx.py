@@ -34,7 +34,7 @@ def export_network(network: DiT) -> bytes:
     example = (torch.zeros(2, *size), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
     batch = torch.export.Dim("batch", min=1)
     outputs = GM_OUTPUTS if config.num_components else VELOCITY_OUTPUTS
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             network,
             example,
@@ -45,6 +45,15 @@ def export_network(network: DiT) -> bytes:
             dynamic_shapes=({0: batch}, {0: batch}, {0: batch}),
             verbose=False,
         )
+    return model_bytes(program)
+
+
+def model_bytes(program: torch.onnx.ONNXProgram) -> bytes:
+    """An exported program as a file without traces of this machine, checked.
+
+    Raises:
+        CheckFailedError: it is not valid ONNX.
+    """
     model = program.model_proto
     for entry in model.metadata_props[:]:
         model.metadata_props.remove(entry)
@@ -61,7 +70,7 @@ def export_network(network: DiT) -> bytes:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """The exporter's progress and deprecation chatter, silenced: what matters is checked afterwards."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -49,6 +49,11 @@ IMAGE_SIZE = click.option(
     metavar="N|HxW",
     help="Bring the images of a folder to this height and width: scaled until they cover it, and cut to the middle.",
 )
+AUTOENCODER = click.option(
+    "--autoencoder",
+    type=FOLDER,
+    help="Folder of an AutoencoderKL or AutoencoderTiny of diffusers: train on its latents of the images.",
+)
 RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 
 
@@ -137,9 +142,21 @@ def demo(out, iterations, images, seed, as_json):
         click.echo(f"report: {page.resolve()}")
 
 
+def _data(source: str, size, autoencoder: Path | None):
+    from .distill.data import load_images
+
+    images = load_images(source, size=size)
+    if autoencoder is None:
+        return images
+    from .distill.autoencoder import encode, load_autoencoder
+
+    return encode(images, load_autoencoder(autoencoder))
+
+
 @main.command("train-teacher")
 @DATA
 @IMAGE_SIZE
+@AUTOENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--iterations", type=click.IntRange(min=1), default=3000, help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Images per step.")
@@ -152,7 +169,7 @@ def demo(out, iterations, images, seed, as_json):
 @SEED
 @RESUME
 def train_teacher(
-    data, size, out, iterations, batch_size, learning_rate, patch_size, hidden_size, depth, num_heads,
+    data, size, autoencoder, out, iterations, batch_size, learning_rate, patch_size, hidden_size, depth, num_heads,
     weights_only, seed, resume,
 ):  # fmt: skip
     """Train a small class-conditional DiT with flow matching.
@@ -162,12 +179,11 @@ def train_teacher(
       piflow-edge train-teacher --data digits --out runs/teacher
     """
     from .distill.checkpoint import inference_only, save_checkpoint
-    from .distill.data import load_images
     from .distill.dit import DiTConfig
     from .distill.teacher import FlowMatchingConfig, train_teacher
     from .distill.training import TrainingConfig
 
-    images = load_images(data, size=size)
+    images = _data(data, size, autoencoder)
     architecture = DiTConfig(
         in_channels=images.shape[0],
         sample_size=images.shape[-2],
@@ -194,6 +210,7 @@ def train_teacher(
 @click.option("--teacher", type=FOLDER, help="Checkpoint of the teacher; else the shipped digits teacher.")
 @DATA
 @IMAGE_SIZE
+@AUTOENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--nfe", type=click.IntRange(min=1), default=1, help="Network calls per image to train for.")
 @click.option("--components", type=click.IntRange(min=1), default=8, help="K of the Gaussian mixture.")
@@ -207,8 +224,8 @@ def train_teacher(
 @SEED
 @RESUME
 def distill(
-    teacher, data, size, out, nfe, components, guidance, shift, iterations, batch_size, learning_rate, seed,
-    resume,
+    teacher, data, size, autoencoder, out, nfe, components, guidance, shift, iterations, batch_size,
+    learning_rate, seed, resume,
 ):  # fmt: skip
     """Distil a teacher into a few-step student with pi-ID.
 
@@ -218,14 +235,13 @@ def distill(
     """
     from .demo import shipped_teacher
     from .distill.checkpoint import load_checkpoint
-    from .distill.data import load_images
     from .distill.imitation import ImitationConfig
     from .distill.student import distill
     from .distill.training import TrainingConfig
 
     distill(
         load_checkpoint(teacher or shipped_teacher(), kind="teacher"),
-        load_images(data, size=size),
+        _data(data, size, autoencoder),
         ImitationConfig(nfe=nfe, shift=shift),
         TrainingConfig(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
         out,
@@ -287,17 +303,20 @@ def _calls(context, parameter, text: str | None) -> list[int]:
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
 @click.option("--sampler-graph", "samplers", callback=_calls, metavar="NFE,...",
               help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
+@click.option("--autoencoder", type=FOLDER,
+              help="Folder of the autoencoder the latents are of; its decoder goes into the bundle.")  # fmt: skip
 @click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
 @JSON
-def export(checkpoint, out, name, temperature, samplers, license_file, overwrite, as_json):
+def export(checkpoint, out, name, temperature, samplers, autoencoder, license_file, overwrite, as_json):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
 
     \b
     Example:
       piflow-edge export runs/student-1 --out bundles/digits
     """
+    from .distill.autoencoder import load_autoencoder
     from .distill.checkpoint import load_checkpoint
     from .export.to_bundle import NO_LICENSE, export_bundle
 
@@ -311,6 +330,7 @@ def export(checkpoint, out, name, temperature, samplers, license_file, overwrite
         name=name,
         temperature=temperature,
         samplers=samplers,
+        autoencoder=load_autoencoder(autoencoder) if autoencoder else None,
         license_text=license_text,
         license_name=license_file.name if license_file else "unstated",
         overwrite=overwrite,
@@ -435,6 +455,9 @@ def inspect(bundle, as_json):
     from rich.table import Table
 
     schedule, policy, latent = manifest.schedule, manifest.policy, manifest.latent
+    decoder, shape = manifest.decoder, lambda sizes: " x ".join(map(str, sizes))
+    scaled = f", scale {latent.scale}, shift {latent.shift}" if latent.kind == "latents" else ""
+    decoded = f"{decoder.kind}, to images of {shape(decoder.outputs[0].shape[1:])}" if decoder else "none"
     sizes = {name: spec.size for name, spec in manifest.files.items()}
     table = Table(title=f"bundle {manifest.name}", show_header=False)
     for key, value in {
@@ -442,7 +465,8 @@ def inspect(bundle, as_json):
         "policy": f"Gaussian mixture, {policy.num_components} components",
         "schedule": f"shift {schedule.shift}, {schedule.total_substeps} substeps, h {schedule.h}, "
         f"temperature {schedule.temperature}",
-        "latent": " x ".join(map(str, latent.shape)),
+        latent.kind: shape(latent.shape) + scaled,
+        "decoder": decoded,
         "classes": ", ".join(manifest.conditioning.class_names),
         "precisions": ", ".join(manifest.precisions),
         "sampler graphs": ", ".join(f"NFE {nfe}" for nfe in manifest.samplers) or "none",
