@@ -91,18 +91,20 @@ class ImageData:
             `x_0` float32 (B, C, H, W), pixels from -1 to 1 or scaled latents; and by name arrays (B, ...): "labels"
             int64 where there are classes, and `conditions`, floats as float32.
         """
-        picked = np.asarray(self.images[indices])
-        x_0 = picked.astype(np.float32)
-        if picked.dtype == np.uint8:
-            x_0 = x_0 / 127.5 - 1.0
+        picked = self.images[indices]
+        x_0 = np.array(picked, np.float32, order="C")
+        if picked.dtype == np.uint8:  # in place: a batch may be large
+            x_0 /= 127.5
+            x_0 -= 1.0
         elif self.latent:
-            x_0 = (x_0 - np.float32(self.latent.shift)) * np.float32(self.latent.scale)
+            x_0 -= self.latent.shift
+            x_0 *= self.latent.scale
         conditioning = {} if self.labels is None else {"labels": self.labels[indices]}
         for name, array in self.conditions.items():
             values = np.asarray(array[indices])
             floating = np.issubdtype(values.dtype, np.floating)
             conditioning[name] = values.astype(np.float32) if floating else values
-        return np.ascontiguousarray(x_0), conditioning
+        return x_0, conditioning
 
     def settings(self) -> dict:
         """What a checkpoint records of the data, beside its name."""
