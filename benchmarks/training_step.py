@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 
+import numpy as np
 import torch
 
 from piflow_edge.demo import GUIDANCE_SCALE, NUM_COMPONENTS, shipped_teacher
@@ -41,7 +42,7 @@ def main():
     optimizer = torch.optim.Adam(
         student.parameters(), lr=0.0, fused=True
     )  # the weights stay, the work is the same
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    images, labels = map(torch.from_numpy, (data.batch(np.arange(len(data)))[0], data.labels))
     config = imitation.ImitationConfig(nfe=options.nfe)
 
     def step(iteration, kernel):

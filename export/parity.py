@@ -6,10 +6,12 @@ import numpy as np
 import torch
 
 from piflow_edge.bundle import Manifest
+from piflow_edge.distill.autoencoder import Autoencoder
 from piflow_edge.distill.networks import FlowNetwork
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import GMPolicy
+from piflow_edge.sampling import decode
 from piflow_edge.verification import GOLDEN_SEED
 
 # Golden images per bundle: enough to see, few enough to keep a bundle small.
@@ -47,6 +49,15 @@ def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.nda
         x_t = x_dst.astype(np.float32)
     golden["latents"] = x_t
     return golden
+
+
+def golden_images(latents: np.ndarray, manifest: Manifest, autoencoder: Autoencoder | None) -> np.ndarray:
+    """The images of golden latents, uint8 (B, H, W, C), from PyTorch where there is an autoencoder."""
+    if autoencoder is None:
+        return decode(latents, manifest.latent)
+    unscaled = torch.from_numpy(latents / manifest.latent.scale + manifest.latent.shift)
+    # One at a time: large images would not fit otherwise.
+    return decode(torch.cat([autoencoder.decode(one) for one in unscaled.split(1)]).numpy())
 
 
 def golden_file(golden: dict[str, np.ndarray]) -> bytes:

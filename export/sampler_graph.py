@@ -11,6 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from piflow_edge.bundle import Manifest
+from piflow_edge.export.decoder_graph import DECODER_INPUTS, DECODER_OUTPUTS
 from piflow_edge.export.rollout_graph import (
     DOMAIN,
     dx_rollout,
@@ -22,14 +23,14 @@ from piflow_edge.export.rollout_graph import (
 from piflow_edge.export.to_onnx import OPSET
 from piflow_edge.schedule import Schedule, Segment, segment_sigmas
 
-_INPUTS = ["x_t", "t", "class_labels"]
+_INPUTS = ("x_t", "t", "class_labels")
 
 # Without re-noising the lines in `renoise` are left out, and so is the input. Its last row is read again after the
 # last segment, where it counts for nothing: a Scan's inputs are all of one length.
 _SAMPLER = """
 <ir_version: {ir_version}, opset_import: ["": {opset}, "{domain}": 1]>
 sampler (float[batch, {state}] noise, int64[batch] class_labels{renoise_input})
-  => (float[batch, {state}] latents, uint8[batch, {height}, {width}, {channels}] images)
+  => (float[batch, {state}] latents{images_output})
 {{
   batch = Shape <start = 0, end = 1> (noise)
   zero = Constant <value_ints = [0]> ()
@@ -41,17 +42,7 @@ sampler (float[batch, {state}] noise, int64[batch] class_labels{renoise_input})
     {rollout}
     {renoise}
   }}> (noise, {tables})
-
-  unscaled = Div (latents, latent_scale)
-  centred = Add (unscaled, latent_shift_plus_one)
-  pixels = Mul (centred, half_range)
-  black = Constant <value_float = 0.0> ()
-  white = Constant <value_float = 255.0> ()
-  clipped = Clip (pixels, black, white)
-  rounded = Round (clipped)
-  channels_last = Transpose <perm = [0, 2, 3, 1]> (rounded)
-  images = Cast <to = {uint8}> (channels_last)
-}}
+{images}}}
 """
 
 _ROLLOUTS = {
@@ -73,56 +64,84 @@ _RENOISE = """
     x_next = Add (kept_x, added_noise)
 """
 
+# `decoder` is Identity where the latents are pixels.
+_IMAGES = """
+  unscaled = Div (latents, latent_scale)
+  shifted = Add (unscaled, latent_shift)
+  decoded = {decoder} (shifted)
+  one = Constant <value_float = 1.0> ()
+  centred = Add (decoded, one)
+  pixels = Mul (centred, half_range)
+  black = Constant <value_float = 0.0> ()
+  white = Constant <value_float = 255.0> ()
+  clipped = Clip (pixels, black, white)
+  rounded = Round (clipped)
+  channels_last = Transpose <perm = [0, 2, 3, 1]> (rounded)
+  images = Cast <to = {uint8}> (channels_last)
+"""
 
-def export_sampler(student: bytes, manifest: Manifest, nfe: int) -> bytes:
+
+def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes | None = None) -> bytes:
     """A bundle's student, with all that is done around it, as one ONNX model with a dynamic batch.
 
     Inputs: `noise` float32 (batch, C, H, W), `class_labels` int64 (batch,), and where the schedule re-noises
     `renoise` float32 (nfe - 1, batch, C, H, W); both kinds of noise are standard normal. Outputs: `latents`
-    float32 (batch, C, H, W) and `images` uint8 (batch, H, W, C).
+    float32 (batch, C, H, W) and, where the bundle makes images, `images` uint8 (batch, H, W, C).
 
     Args:
         student: the network as `export_network` writes it.
         manifest: of its bundle; schedule, temperature, policy and latent are taken from it.
         nfe: student calls per image.
+        decoder: the network that makes images of latents, as `export_decoder` writes it.
 
     Raises:
         ScheduleError: substeps below the policy's floor; see `gm_substeps`.
     """
     network = onnx.load_from_string(student)
     tables = _tables(manifest, nfe)
-    channels, height, width = manifest.latent.shape
+    state = ", ".join(map(str, manifest.latent.shape))
+    rollout = {"gm": gm_rollout, "dx": dx_rollout}[manifest.policy.kind]()
+    functions = [_as_function(network, "Student", _INPUTS, manifest.policy.outputs), rollout]
+    images_output = images = ""
+    if manifest.makes_images:
+        shape = manifest.decoder.outputs[0].shape[1:] if manifest.decoder else manifest.latent.shape
+        channels, height, width = shape
+        images_output = f", uint8[batch, {height}, {width}, {channels}] images"
+        name = f"{DOMAIN}.Decoder" if manifest.decoder else "Identity"
+        images = _IMAGES.format(decoder=name, uint8=onnx.TensorProto.UINT8)
+    if manifest.decoder:
+        functions.append(
+            _as_function(onnx.load_from_string(decoder), "Decoder", DECODER_INPUTS, DECODER_OUTPUTS)
+        )
     renoises = "draw" in tables
     x_dst = "x_dst" if renoises else "x_next"
     text = _SAMPLER.format(
         ir_version=network.ir_version,
         opset=OPSET,
         domain=DOMAIN,
-        state=f"{channels}, {height}, {width}",
-        channels=channels,
-        height=height,
-        width=width,
-        renoise_input=f", float[{nfe - 1}, batch, {channels}, {height}, {width}] renoise" if renoises else "",
+        state=state,
+        images_output=images_output,
+        images=images,
+        renoise_input=f", float[{nfe - 1}, batch, {state}] renoise" if renoises else "",
         num_tables=len(tables),
         table_inputs=", ".join(f"{_onnx_type(table)}[] {name}" for name, table in tables.items()),
         tables=", ".join(f"{name}_of_segments" for name in tables),
         outputs=", ".join(manifest.policy.outputs),
         rollout=_ROLLOUTS[manifest.policy.kind].format(domain=DOMAIN, x_dst=x_dst),
         renoise=_RENOISE if renoises else "",
-        uint8=onnx.TensorProto.UINT8,
     )
     model = onnx.parser.parse_model(text)
     constants = {f"{name}_of_segments": table for name, table in tables.items()}
-    constants |= {
-        "latent_scale": np.float32(manifest.latent.scale),
-        "latent_shift_plus_one": np.float32(manifest.latent.shift + 1),
-        "half_range": np.float32(127.5),
-    }
+    if images:
+        constants |= {
+            "latent_scale": np.float32(manifest.latent.scale),
+            "latent_shift": np.float32(manifest.latent.shift),
+            "half_range": np.float32(127.5),
+        }
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()
     )
-    rollout = {"gm": gm_rollout, "dx": dx_rollout}[manifest.policy.kind]()
-    model.functions.extend([_as_function(network, manifest.policy.outputs), rollout])
+    model.functions.extend(functions)
     return inline(model).SerializeToString()
 
 
@@ -177,10 +196,12 @@ def _onnx_type(table: np.ndarray) -> str:
     return {"float32": "float", "int64": "int64"}[table.dtype.name]
 
 
-def _as_function(network: onnx.ModelProto, outputs: Sequence[str]) -> onnx.FunctionProto:
-    """The network as the function `Student`. Functions have no initialisers: weights become constants."""
+def _as_function(
+    network: onnx.ModelProto, name: str, inputs: Sequence[str], outputs: Sequence[str]
+) -> onnx.FunctionProto:
+    """The network as a function. Functions have no initialisers: weights become constants."""
     weights = [
         helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in network.graph.initializer
     ]
     nodes = [*weights, *network.graph.node]
-    return helper.make_function(DOMAIN, "Student", _INPUTS, list(outputs), nodes, network.opset_import)
+    return helper.make_function(DOMAIN, name, list(inputs), list(outputs), nodes, network.opset_import)

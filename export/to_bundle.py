@@ -1,5 +1,6 @@
 """Student checkpoint -> bundle: graph, manifest, golden samples and preview, checked before they are moved in place."""
 
+import logging
 import math
 import platform
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from piflow_edge.bundle import (
     FORMAT_VERSION,
     MANIFEST,
     ConditioningSpec,
+    DecoderSpec,
     DXPolicySpec,
     FileSpec,
     GMPolicySpec,
@@ -23,22 +25,27 @@ from piflow_edge.bundle import (
     ScheduleSpec,
     TensorSpec,
     ToleranceSpec,
+    decoder_file,
     manifest_bytes,
     sampler_file,
 )
+from piflow_edge.distill.autoencoder import Autoencoder
 from piflow_edge.distill.checkpoint import Checkpoint
 from piflow_edge.distill.heads import head_to_json
 from piflow_edge.distill.networks import FlowNetwork
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines.ort import runtime
-from piflow_edge.errors import BundleError, CheckFailedError, ScheduleError
-from piflow_edge.export.parity import golden_file, golden_samples
+from piflow_edge.errors import BundleError, CheckFailedError, DataError, ScheduleError
+from piflow_edge.export.decoder_graph import decoder_spec, export_decoder
+from piflow_edge.export.parity import golden_file, golden_images, golden_samples
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_onnx import OPSET, export_network
 from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.pictures import image_grid, png_bytes
-from piflow_edge.sampling import as_pil, decode, load
+from piflow_edge.sampling import as_pil, load
 from piflow_edge.verification import GOLDEN, Row, check, verify
+
+log = logging.getLogger(__name__)
 
 # Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
 # network of a few blocks; the policy divides by noise levels down to 1/128; one grey level may round the other way.
@@ -58,6 +65,7 @@ def export_bundle(
     temperature: float = 1.0,
     eps: float = 1e-4,
     samplers: Sequence[int] = (),
+    autoencoder: Autoencoder | None = None,
     license_text: str = NO_LICENSE,
     license_name: str = "unstated",
     overwrite: bool = False,
@@ -71,6 +79,8 @@ def export_bundle(
         temperature: recorded as the bundle's default.
         eps: floor inside the policy at run time.
         samplers: calls per image for which the whole sampler is written as one graph too.
+        autoencoder: of a student of latents; its decoder becomes part of the bundle, which makes images by it.
+            Without it such a bundle makes latents only.
         license_text, license_name: content of LICENSE, and its short name for the manifest.
         overwrite: replace a bundle that is there.
 
@@ -79,6 +89,7 @@ def export_bundle(
 
     Raises:
         BundleError: `folder` exists and `overwrite` is False, or it is not a bundle.
+        DataError: another autoencoder than the student's latents are of.
         CheckFailedError: the exported graph does not reproduce PyTorch, or gives NaN; nothing is left behind.
     """
     folder = Path(folder)
@@ -91,22 +102,27 @@ def export_bundle(
         raise BundleError(f"{folder} is not a bundle and will not be replaced; give another place")
     network = network_of(checkpoint)
     _check_conditioning(checkpoint)
-    manifest = _manifest(checkpoint, network, name or folder.name, temperature, eps, samplers, license_name)
+    _check_autoencoder(checkpoint, network, autoencoder)
+    manifest = _manifest(
+        checkpoint, network, name or folder.name, temperature, eps, samplers, license_name, autoencoder
+    )
     golden = golden_samples(network, manifest)
     for key, array in golden.items():
         if not np.isfinite(array).all():
             raise CheckFailedError(
                 f"the student gives NaN or infinity in {key}; it is not fit to be exported"
             )
-    golden["images"] = decode(golden["latents"], manifest.latent)
     student = export_network(network)
-    files = {
-        "student.fp32.onnx": student,
-        **{sampler_file(nfe, "fp32"): export_sampler(student, manifest, nfe) for nfe in manifest.samplers},
-        GOLDEN: golden_file(golden),
-        "preview.png": png_bytes(image_grid([as_pil(golden["images"])])),
-        "LICENSE": license_text.encode(),
-    }
+    files = {"student.fp32.onnx": student}
+    decoder = None
+    if autoencoder is not None:
+        decoder = files[decoder_file("fp32")] = export_decoder(autoencoder, manifest.latent.shape)
+    for calls in manifest.samplers:
+        files[sampler_file(calls, "fp32")] = export_sampler(student, manifest, calls, decoder)
+    if manifest.makes_images:
+        golden["images"] = golden_images(golden["latents"], manifest, autoencoder)
+        files["preview.png"] = png_bytes(image_grid([as_pil(golden["images"])]))
+    files |= {GOLDEN: golden_file(golden), "LICENSE": license_text.encode()}
     listed = {file: FileSpec(sha256(data), len(data)) for file, data in files.items()}
     manifest = replace(manifest, files=listed)
     with new_folder(folder) as work:
@@ -129,6 +145,25 @@ def _policy_spec(head, eps: float) -> GMPolicySpec | DXPolicySpec:
     return {"gm": GMPolicySpec, "dx": DXPolicySpec}[head.kind](**head_to_json(head), eps=eps)
 
 
+def _check_autoencoder(checkpoint: Checkpoint, network: FlowNetwork, autoencoder: Autoencoder | None) -> None:
+    latent = checkpoint.settings.get("latent")
+    if autoencoder is None:
+        if latent is not None:
+            log.warning("the bundle will make latents, not images: no autoencoder was given for its decoder")
+        return
+    if latent is None:
+        raise DataError("the student makes pixels, which need no decoder; leave --autoencoder out")
+    ours = vars(autoencoder.latent) | {"channels": autoencoder.latent_channels}
+    theirs = latent | {"channels": network.sample_shape[0]}
+    # The hash of an autoencoder that precomputed the latents is not known.
+    odd = [key for key, value in theirs.items() if value is not None and value != ours[key]]
+    if odd:
+        raise DataError(
+            f"the student was trained on latents of another autoencoder: {odd[0]} was {theirs[odd[0]]}, this one's is "
+            f"{ours[odd[0]]}; give the one they were made with"
+        )
+
+
 def _manifest(
     checkpoint: Checkpoint,
     network: FlowNetwork,
@@ -137,12 +172,21 @@ def _manifest(
     eps: float,
     samplers: Sequence[int],
     license_name: str,
+    autoencoder: Autoencoder | None,
 ) -> Manifest:
     imitation, head, size = checkpoint.settings["imitation"], network.head, list(network.sample_shape)
     outputs = [
         TensorSpec(output, "float32", ["batch", *shape])
         for output, shape in zip(head.outputs, head.output_shapes(network.sample_shape), strict=True)
     ]
+    trained_on = checkpoint.settings.get("latent")
+    decoder: DecoderSpec | None = None
+    if trained_on is None:
+        latent = LatentSpec("pixels", size, 1.0, 0.0)
+    else:
+        latent = LatentSpec("latents", size, trained_on["scale"], trained_on["shift"])
+    if autoencoder is not None:
+        decoder = decoder_spec(autoencoder, size)
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
@@ -166,8 +210,8 @@ def _manifest(
             opset=OPSET,
         ),
         conditioning=ConditioningSpec("class", list(checkpoint.class_names)),
-        latent=LatentSpec(size, 1.0, 0.0),
-        decoder=None,
+        latent=latent,
+        decoder=decoder,
         precisions=["fp32"],
         samplers=sorted(set(samplers)),
         files={},
@@ -175,6 +219,7 @@ def _manifest(
         provenance={
             "iteration": checkpoint.iteration,
             "settings": checkpoint.settings,
+            **({"autoencoder": autoencoder.sha256} if autoencoder else {}),
             "parameters": sum(math.prod(v.shape) for v in checkpoint.group("ema").values()),
             "versions": {
                 "piflow-edge": piflow_edge.__version__,

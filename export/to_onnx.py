@@ -53,7 +53,7 @@ def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = L
     )
     example = (torch.zeros(2, *network.sample_shape), torch.ones(2), given)
     batch = torch.export.Dim("batch", min=1)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             _Positional(network.eval(), tuple(conditioning)).eval(),
             example,
@@ -64,6 +64,15 @@ def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = L
             dynamic_shapes=({0: batch}, {0: batch}, tuple({0: batch} for _ in given)),
             verbose=False,
         )
+    return model_bytes(program)
+
+
+def model_bytes(program: torch.onnx.ONNXProgram) -> bytes:
+    """An exported program as a file without traces of this machine, checked.
+
+    Raises:
+        CheckFailedError: it is not valid ONNX.
+    """
     model = program.model_proto
     for entry in model.metadata_props[:]:
         model.metadata_props.remove(entry)
@@ -80,7 +89,7 @@ def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = L
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """The exporter's progress and deprecation chatter, silenced: what matters is checked afterwards."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -109,11 +109,25 @@ class ConditioningSpec:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The state that is sampled: `shape` (C, H, W). Images are `latent / scale + shift`, -1 black to 1 white."""
+    """The state that is sampled: `shape` (C, H, W). The network sees `(latent - shift) * scale`.
 
+    `kind`: "pixels" are images, -1 black to 1 white; of "latents" a decoder makes images.
+    """
+
+    kind: Literal["pixels", "latents"]
     shape: list[int]
     scale: float
     shift: float
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The network that makes images, -1 black to 1 white, of latents that are scaled back. `kind`: its class."""
+
+    kind: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    opset: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,8 @@ class ToleranceSpec:
 class Manifest:
     """All of `bundle.json`, in order, but for its own checksum.
 
-    `samplers`: calls per image of the sampler graphs, each there in every precision; see `sampler_file`.
+    `decoder`: there in every precision, or None. `samplers`: calls per image of the sampler graphs, each there in every
+    precision; see `sampler_file`.
     """
 
     format_version: int
@@ -152,13 +167,18 @@ class Manifest:
     network: NetworkSpec
     conditioning: ConditioningSpec
     latent: LatentSpec
-    decoder: None
+    decoder: DecoderSpec | None
     precisions: list[str]
     samplers: list[int]
     files: dict[str, FileSpec]
     license: str
     provenance: dict[str, Any]
     tolerances: ToleranceSpec
+
+    @property
+    def makes_images(self) -> bool:
+        """False for latents without a decoder."""
+        return self.latent.kind == "pixels" or self.decoder is not None
 
 
 class Bundle:
@@ -208,6 +228,12 @@ class Bundle:
         """The student network as ONNX; the first precision in the bundle unless one is named."""
         return self.read(f"student.{self._precision(precision)}.onnx")
 
+    def decoder(self, precision: str | None = None) -> bytes:
+        """The decoder as ONNX, for the precisions of `graph`."""
+        if self.manifest.decoder is None:
+            raise BundleError(f"bundle {self.name!r} has no decoder; export it with --autoencoder")
+        return self.read(decoder_file(self._precision(precision)))
+
     def sampler(self, nfe: int, precision: str | None = None) -> bytes:
         """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`."""
         if nfe not in self.manifest.samplers:
@@ -238,6 +264,11 @@ class Bundle:
                 return file.read(limit + 1)  # one more than allowed shows that it is too long
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def decoder_file(precision: str) -> str:
+    """Name of the file that holds the decoder."""
+    return f"decoder.{precision}.onnx"
 
 
 def sampler_file(nfe: int, precision: str) -> str:
@@ -280,13 +311,19 @@ def _parse(data: bytes, folder: Path) -> Manifest:
             raise BundleError(f"{place} lists a file outside its folder: {name!r}")
     wanted = {f"student.{precision}.onnx" for precision in manifest.precisions} | {"golden.npz"}
     wanted |= {sampler_file(nfe, precision) for nfe in manifest.samplers for precision in manifest.precisions}
+    if manifest.decoder is not None:
+        wanted |= {decoder_file(precision) for precision in manifest.precisions}
     if not manifest.precisions or not wanted <= manifest.files.keys():
         raise BundleError(
             f"{place} lacks {', '.join(sorted(wanted - manifest.files.keys())) or 'a precision'}"
         )
-    unlisted = [name for name in manifest.files if name.startswith("sampler.") and name not in wanted]
+    unlisted = [
+        name for name in manifest.files if name.startswith(("sampler.", "decoder.")) and name not in wanted
+    ]
     if unlisted:
-        raise BundleError(f"{place} has the file {unlisted[0]}, but no such sampler; copy the bundle again")
+        kind = unlisted[0].partition(".")[0]
+        raise BundleError(f"{place} has the file {unlisted[0]}, but no such {kind}; copy the bundle again")
+    _check_images(manifest, place)
     try:
         for nfe in (manifest.schedule.nfe, *manifest.samplers):
             manifest.schedule.schedule(nfe=nfe)
@@ -295,6 +332,20 @@ def _parse(data: bytes, folder: Path) -> Manifest:
     if not (manifest.policy.eps > 0 and manifest.schedule.temperature >= 0 and manifest.latent.scale != 0):
         raise BundleError(f"{place} has an eps, temperature or latent scale out of range; export again")
     return manifest
+
+
+def _check_images(manifest: Manifest, place: Path) -> None:
+    latent, decoder = manifest.latent, manifest.decoder
+    if latent.kind == "pixels":
+        fits = decoder is None and len(latent.shape) == 3 and latent.shape[0] in (1, 3)
+    elif decoder is not None:
+        inputs, outputs = ([spec.shape for spec in specs] for specs in (decoder.inputs, decoder.outputs))
+        fits = inputs == [["batch", *latent.shape]] and len(outputs) == 1
+        fits = fits and len(outputs[0]) == 4 and outputs[0][1] in (1, 3)
+    else:
+        fits = len(latent.shape) > 1
+    if not fits:
+        raise BundleError(f"{place} has latents and a decoder that do not fit each other; export again")
 
 
 def _typed(kind, value, where: str):
@@ -323,6 +374,9 @@ def _typed(kind, value, where: str):
     elif origin in (Union, types.UnionType):
         if any(type(value) is option for option in args):
             return value
+        described = [option for option in args if is_dataclass(option)]
+        if described:
+            return _typed(described[0], value, where)
     elif origin is Literal:
         if value in args:
             return value

@@ -24,10 +24,37 @@ _GOING_ON = {
     "distill": "; the same command with --resume goes on",
 }
 
+
+def _size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if not match:
+        raise click.BadParameter(f"give a side, such as 64, or height x width, such as 48x64; got {text!r}")
+    height, width = match.groups()
+    return (int(height), int(width)) if width else int(height)
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
+DATA = click.option(
+    "--data",
+    default="digits",
+    help="'digits', an .npz of images or latents, or a folder with one folder of images per class.",
+)
+IMAGE_SIZE = click.option(
+    "--size",
+    callback=_size,
+    metavar="N|HxW",
+    help="Bring the images of a folder to this height and width: scaled until they cover it, and cut to the middle.",
+)
+AUTOENCODER = click.option(
+    "--autoencoder",
+    type=FOLDER,
+    help="Folder of an AutoencoderKL or AutoencoderTiny of diffusers: train on its latents of the images.",
+)
 RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 
 
@@ -116,9 +143,21 @@ def demo(out, iterations, images, seed, as_json):
         click.echo(f"report: {page.resolve()}")
 
 
+def _data(source: str, size, autoencoder: Path | None):
+    from .distill.data import load_images
+
+    images = load_images(source, size=size)
+    if autoencoder is None:
+        return images
+    from .distill.autoencoder import encode, load_autoencoder
+
+    return encode(images, load_autoencoder(autoencoder))
+
+
 @main.command("train-teacher")
-@click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
-@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@DATA
+@IMAGE_SIZE
+@AUTOENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--iterations", type=click.IntRange(min=1), default=3000, help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Images per step.")
@@ -131,7 +170,7 @@ def demo(out, iterations, images, seed, as_json):
 @SEED
 @RESUME
 def train_teacher(
-    data, size, out, iterations, batch_size, learning_rate, patch_size, hidden_size, depth, num_heads,
+    data, size, autoencoder, out, iterations, batch_size, learning_rate, patch_size, hidden_size, depth, num_heads,
     weights_only, seed, resume,
 ):  # fmt: skip
     """Train a small class-conditional DiT with flow matching.
@@ -141,12 +180,11 @@ def train_teacher(
       piflow-edge train-teacher --data digits --out runs/teacher
     """
     from .distill.checkpoint import inference_only, save_checkpoint
-    from .distill.data import load_images
     from .distill.dit import DiTConfig
     from .distill.teacher import FlowMatchingConfig, train_teacher
     from .distill.training import TrainingConfig
 
-    images = load_images(data, size=size)
+    images = _data(data, size, autoencoder)
     architecture = DiTConfig(
         in_channels=images.shape[0],
         sample_size=images.shape[1:],
@@ -184,8 +222,9 @@ def _calls(context, parameter, text: str | None) -> list[int]:
 @click.option(
     "--teacher-style", type=click.Choice(["sit", "repa", "piflow"]), default="sit", help="Of a SiT file."
 )
-@click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
-@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@DATA
+@IMAGE_SIZE
+@AUTOENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--nfe", callback=_calls, default="1", metavar="NFE,...",
               help="Network calls per image to train for; 1,2,4 trains one student for each of them.")  # fmt: skip
@@ -233,10 +272,10 @@ def _calls(context, parameter, text: str | None) -> list[int]:
 @SEED
 @RESUME
 def distill(
-    source, teacher_style, data, size, out, nfe, policy, components, nodes, guidance, guidance_interval,
-    orthogonal_guidance, shift, dynamic_shift, final_step_size_scale, substeps, intermediate_states,
-    window_substeps, gm_dropout, loss_scale, decay_iterations, data_free, rank, lora_targets, iterations,
-    batch_size, learning_rate, seed, resume,
+    source, teacher_style, data, size, autoencoder, out, nfe, policy, components, nodes, guidance,
+    guidance_interval, orthogonal_guidance, shift, dynamic_shift, final_step_size_scale, substeps,
+    intermediate_states, window_substeps, gm_dropout, loss_scale, decay_iterations, data_free, rank,
+    lora_targets, iterations, batch_size, learning_rate, seed, resume,
 ):  # fmt: skip
     """Distil a teacher into a few-step student with pi-ID.
 
@@ -245,7 +284,6 @@ def distill(
       piflow-edge distill --nfe 1 --out runs/student-1
     """
     from .demo import shipped_teacher
-    from .distill.data import load_images
     from .distill.heads import DXHead, GMHead
     from .distill.imitation import ImitationConfig
     from .distill.lora import LoRAConfig
@@ -255,7 +293,7 @@ def distill(
     from .distill.training import TrainingConfig
     from .schedule import resolution_shift
 
-    images = load_images(data, size=size)
+    images = _data(data, size, autoencoder)
     if dynamic_shift is not None:
         base, largest, base_logshift, max_logshift = dynamic_shift
         shift = resolution_shift(
@@ -335,17 +373,20 @@ def evaluate(students, teacher, images, teacher_steps, guidance, out, seed, as_j
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
 @click.option("--sampler-graph", "samplers", callback=_calls, metavar="NFE,...",
               help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
+@click.option("--autoencoder", type=FOLDER,
+              help="Folder of the autoencoder the latents are of; its decoder goes into the bundle.")  # fmt: skip
 @click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
 @JSON
-def export(checkpoint, out, name, temperature, samplers, license_file, overwrite, as_json):
+def export(checkpoint, out, name, temperature, samplers, autoencoder, license_file, overwrite, as_json):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
 
     \b
     Example:
       piflow-edge export runs/student-1 --out bundles/digits
     """
+    from .distill.autoencoder import load_autoencoder
     from .distill.checkpoint import load_checkpoint
     from .export.to_bundle import NO_LICENSE, export_bundle
 
@@ -359,6 +400,7 @@ def export(checkpoint, out, name, temperature, samplers, license_file, overwrite
         name=name,
         temperature=temperature,
         samplers=samplers,
+        autoencoder=load_autoencoder(autoencoder) if autoencoder else None,
         license_text=license_text,
         license_name=license_file.name if license_file else "unstated",
         overwrite=overwrite,
@@ -483,6 +525,9 @@ def inspect(bundle, as_json):
     from rich.table import Table
 
     schedule, policy, latent = manifest.schedule, manifest.policy, manifest.latent
+    decoder, shape = manifest.decoder, lambda sizes: " x ".join(map(str, sizes))
+    scaled = f", scale {latent.scale}, shift {latent.shift}" if latent.kind == "latents" else ""
+    decoded = f"{decoder.kind}, to images of {shape(decoder.outputs[0].shape[1:])}" if decoder else "none"
     sizes = {name: spec.size for name, spec in manifest.files.items()}
     table = Table(title=f"bundle {manifest.name}", show_header=False)
     for key, value in {
@@ -493,7 +538,8 @@ def inspect(bundle, as_json):
         }[policy.kind](),
         "schedule": f"shift {schedule.shift}, {schedule.total_substeps} substeps, h {schedule.h}, "
         f"temperature {schedule.temperature}",
-        "latent": " x ".join(map(str, latent.shape)),
+        latent.kind: shape(latent.shape) + scaled,
+        "decoder": decoded,
         "classes": ", ".join(manifest.conditioning.class_names),
         "precisions": ", ".join(manifest.precisions),
         "sampler graphs": ", ".join(f"NFE {nfe}" for nfe in manifest.samplers) or "none",

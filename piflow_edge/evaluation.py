@@ -105,6 +105,7 @@ def evaluate(
     if count < 100:
         raise DataError(f"figures from fewer than 100 images mean nothing; got {count}")
     real = load_images("digits")  # the only images features are shipped for
+    real_images, _ = real.batch(np.arange(len(real)))
     generators = dict(zip(unique_names(students), map(load, students), strict=True))
     if guidance_scale is None:
         guidance_scale = common_guidance(generators)
@@ -120,14 +121,14 @@ def evaluate(
     contenders += [student_contender(name, generator) for name, generator in generators.items()]
 
     labels = np.arange(count) % len(real.class_names)
-    noise = philox_normal(seed, range(count), real.images.shape[1:])
+    noise = philox_normal(seed, range(count), real.shape)
     images = {}
     with progress("evaluating", len(contenders) + 2) as bar:
         for contender in contenders:
             images[contender.name] = contender.sample(noise, labels)
             bar(contender.name)
         features = {name: digit_features(made) for name, made in images.items()}
-        real_features = digit_features(real.images)
+        real_features = digit_features(real_images)
         bar("features")
         times = milliseconds(contenders, noise[:1], labels[:1])
         bar("times")

@@ -124,7 +124,7 @@ def real_row(evaluation: Evaluation) -> list[Image.Image]:
         index = next(i for i in np.flatnonzero(real.labels == label).tolist() if i not in taken)
         taken.add(index)
         chosen.append(index)
-    return _pictures(real.images[chosen])
+    return _pictures(real.batch(np.array(chosen))[0])
 
 
 def _pictures(images: np.ndarray) -> list[Image.Image]:

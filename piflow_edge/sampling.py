@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # Images that share a network call; a longer list is cut into such pieces.
 _BATCH_SIZE = 64
+# Pixels that are decoded at a time: a decoder's inner states are hundreds of times larger than its images.
+_DECODED_PIXELS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def sample(
 class Generator:
     """A bundle, opened and ready to make images. Made by `load`."""
 
-    def __init__(self, bundle: Bundle, engine: Engine):
-        self.bundle, self.engine = bundle, engine
+    def __init__(self, bundle: Bundle, engine: Engine, decoder: Engine | None = None):
+        self.bundle, self.engine, self.decoder = bundle, engine, decoder
         self.class_names = tuple(bundle.manifest.conditioning.class_names)
 
     def __call__(
@@ -138,11 +140,17 @@ class Generator:
             LabelError: a class the bundle does not know, or none given.
             ShapeError: noise of another shape, or not finite.
             ScheduleError: `nfe`, `substeps` or `temperature` out of range; an unknown solver.
+            BundleError: images are asked for, and the bundle makes latents and has no decoder.
             EngineError: the network call failed.
         """
         began = time.perf_counter()
         if output not in ("pil", "numpy", "latent"):
             raise ShapeError(f"output is 'pil', 'numpy' or 'latent'; got {output!r}")
+        if output != "latent" and not self.bundle.manifest.makes_images:
+            raise BundleError(
+                f"bundle {self.bundle.name!r} makes latents and has no decoder; ask for output='latent', or export it "
+                "with --autoencoder"
+            )
         ids = self._label_ids(labels, count)
         trained = self.bundle.manifest.schedule
         changes = {"nfe": nfe, "total_substeps": substeps}
@@ -183,12 +191,27 @@ class Generator:
             )
         latents = np.concatenate(latents)
         decoding = time.perf_counter()
-        images = None if output == "latent" else decode(latents, self.bundle.manifest.latent)
+        images = None if output == "latent" else self.decode(latents)
         if output == "pil":
             images = as_pil(images)
         clock("decode", time.perf_counter() - decoding)
         clock("total", time.perf_counter() - began)
         return Result(images, latents, seeds, self.engine.name, self.engine.device, timings)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them."""
+        spec = self.bundle.manifest.latent
+        if self.decoder is None:
+            return decode(latents, spec)
+        *_, height, width = self.bundle.manifest.decoder.outputs[0].shape
+        size = max(1, _DECODED_PIXELS // (height * width))
+        name = self.bundle.manifest.decoder.inputs[0].name
+        images = []
+        for start in range(0, len(latents), size):
+            unscaled = latents[start : start + size] / spec.scale + spec.shift
+            (decoded,) = self.decoder.run({name: unscaled}).values()
+            images.append(decode(decoded))
+        return np.concatenate(images)
 
     def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """One student call: the raw network outputs at `x_t` (B, C, H, W) for class ids (B,)."""
@@ -302,10 +325,13 @@ def load(
     """
     opened = Bundle(bundle)
     network = open_engine(opened.graph(precision), engine=engine, device=device)
+    decoder = None
+    if opened.manifest.decoder is not None:
+        decoder = open_engine(opened.decoder(precision), engine=network.name, device=network.device)
     log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
     policy = opened.manifest.policy
     if {spec.name for spec in opened.manifest.network.outputs} != set(policy.outputs):
         raise BundleError(
             f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
         )
-    return Generator(opened, network)
+    return Generator(opened, network, decoder)

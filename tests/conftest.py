@@ -26,6 +26,14 @@ class Library:
         return value.numpy() if self.name == "torch" else value
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory):
+    """No test reads or fills the cache of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIFLOW_EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=["numpy", pytest.param("torch", marks=pytest.mark.torch)])
 def library(request):
     if request.param == "torch":
@@ -38,7 +46,29 @@ def dtype(request):
     return request.param
 
 
-def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), **architecture):
+def make_autoencoder(kind, folder, *, seed=0, **settings):
+    """An autoencoder of random weights that halves the side of an image, as diffusers saves one."""
+    import diffusers
+    import torch
+
+    torch.manual_seed(seed)
+    if kind == "AutoencoderKL":
+        blocks = dict(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+        )
+        settings = blocks | dict(scaling_factor=0.3611, shift_factor=0.1159) | settings
+    else:
+        widths = {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+        counts = {f"num_{part}_blocks": (1, 1) for part in ("encoder", "decoder")}
+        settings = widths | counts | settings
+    getattr(diffusers, kind)(**settings).save_pretrained(folder)
+    return folder
+
+
+def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), latent=None, **architecture):
     """A student of a few thousand weights that was never trained, as a checkpoint."""
     import torch
 
@@ -59,6 +89,7 @@ def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), *
         "guidance": {"scale": 1.5, "interval": None, "orthogonal": 0.0},
         "conditioning": {"labels": {"shape": [], "dtype": "int64"}},
     }
+    settings |= {"latent": latent} if latent else {}
     tensors = {f"ema.{name}": value for name, value in student.state_dict().items()}
     return Checkpoint("student", 0, describe(student), settings, class_names, tensors)
 
@@ -71,6 +102,26 @@ def shared_bundle(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     export_bundle(make_student(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def autoencoder_folder(tmp_path_factory):
+    """A small AutoencoderKL."""
+    pytest.importorskip("diffusers", reason="autoencoders need the 'diffusers' extra")
+    return make_autoencoder("AutoencoderKL", tmp_path_factory.mktemp("autoencoders") / "kl")
+
+
+@pytest.fixture(scope="session")
+def latent_bundle(autoencoder_folder, tmp_path_factory):
+    """A small student of latents with its decoder, and a sampler graph of 2 calls. Not to be altered."""
+    from piflow_edge.distill.autoencoder import load_autoencoder
+    from piflow_edge.export.to_bundle import export_bundle
+
+    autoencoder = load_autoencoder(autoencoder_folder)
+    student = make_student(latent=vars(autoencoder.latent), in_channels=autoencoder.latent_channels)
+    folder = tmp_path_factory.mktemp("bundles") / "latent"
+    export_bundle(student, folder, autoencoder=autoencoder, samplers=[2])
     return folder
 
 

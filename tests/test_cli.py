@@ -166,6 +166,41 @@ def test_a_teacher_and_a_student_from_the_command_line(tmp_path):
 
 
 @pytest.mark.torch
+def test_a_folder_of_pictures_and_an_autoencoder_from_the_command_line(tmp_path):
+    pytest.importorskip("diffusers", reason="autoencoders need the 'diffusers' extra")
+    from PIL import Image
+
+    from piflow_edge.distill.checkpoint import save_checkpoint
+
+    from conftest import make_autoencoder, make_student
+
+    for i, name in enumerate(("cats", "dogs")):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for j in range(3):
+            Image.new("RGB", (20, 25), (100 * i, 50 * j, 99)).save(tmp_path / "set" / name / f"{j}.png")
+    (tmp_path / "set" / "cats" / "broken.png").write_bytes(b"?")
+    make_autoencoder("AutoencoderKL", tmp_path / "vae")
+    data = ["--data", tmp_path / "set", "--size", "16", "--autoencoder", tmp_path / "vae"]
+    short = ["--iterations", 2, "--batch-size", 4, "--out"]
+    shape = ["--hidden-size", 16, "--depth", 1, "--num-heads", 2]
+    done = run("train-teacher", *data, *shape, *short, tmp_path / "teacher")
+    assert "skipped 1 of 7 images" in done.stderr and "cats/broken.png: not an image" in done.stderr
+    assert "encoding set" in done.stderr
+    settings = json.loads((tmp_path / "teacher" / "checkpoint.json").read_text())["settings"]
+    save_checkpoint(tmp_path / "student", make_student(latent=settings["latent"], in_channels=4))
+    run("export", tmp_path / "student", "--autoencoder", tmp_path / "vae", "--out", tmp_path / "bundle")
+    with Image.open(tmp_path / "bundle" / "preview.png") as image:
+        assert image.width > image.height > 16
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("size", ["0", "8x"])
+def test_a_size_that_makes_no_sense_exits_with_2(tmp_path, size):
+    done = run("train-teacher", "--size", size, "--out", tmp_path / "out", code=2)
+    assert "such as 48x64" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.torch
 def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(tmp_path):
     command = ["distill", "--out", tmp_path, "--iterations", 100, "--batch-size", 2]
     process = subprocess.Popen(
@@ -189,7 +224,7 @@ def test_an_unreadable_image_folder_exits_with_2(tmp_path):
     (tmp_path / "data" / "cats").mkdir(parents=True)
     (tmp_path / "data" / "cats" / "0.png").write_bytes(b"not an image")
     done = run("train-teacher", "--data", tmp_path / "data", "--out", tmp_path / "out", code=2)
-    assert "0.png cannot be read as an image" in done.stderr
+    assert "more than half" in done.stderr and "cats/0.png: not an image" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

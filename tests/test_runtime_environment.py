@@ -35,7 +35,7 @@ def test_the_wheel_puts_nothing_but_its_package_into_site_packages():
 
 
 def test_there_is_no_torch_and_nothing_of_the_train_extra():
-    absent = ["torch", "onnx", "onnxscript", "safetensors", "accelerate", "sklearn", "scipy"]
+    absent = ["torch", "onnx", "onnxscript", "safetensors", "accelerate", "sklearn", "scipy", "diffusers"]
     found = run(
         "import json, sys; from importlib.util import find_spec;"
         "print(json.dumps([m for m in sys.argv[1:] if find_spec(m)]))",
@@ -60,8 +60,25 @@ def test_it_makes_the_same_images(shared_bundle, tmp_path):
     np.testing.assert_allclose(np.load(out), here, rtol=0, atol=1e-6)
 
 
-def test_verify_passes_there(shared_bundle):
-    command = [PYTHON, "-I", "-m", "piflow_edge.cli", "verify", str(shared_bundle), "--json"]
+def test_it_decodes_latents(latent_bundle, tmp_path):
+    import piflow_edge as pf
+
+    out = tmp_path / "images.npy"
+    answer = run(
+        "import json, sys, numpy, piflow_edge as pf;"
+        "r = pf.load(sys.argv[1])(labels=[3, 7], seed=5, output='numpy'); numpy.save(sys.argv[2], r.images);"
+        "print(json.dumps([m for m in ('torch', 'diffusers') if m in sys.modules]))",
+        latent_bundle,
+        out,
+    )
+    assert answer == []
+    here = pf.load(latent_bundle)([3, 7], seed=5, output="numpy").images
+    assert np.abs(np.load(out).astype(int) - here).max() <= 1  # rounded the other way
+
+
+@pytest.mark.parametrize("kind", ["shared_bundle", "latent_bundle"])
+def test_verify_passes_there(kind, request):
+    command = [PYTHON, "-I", "-m", "piflow_edge.cli", "verify", str(request.getfixturevalue(kind)), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["passed"]

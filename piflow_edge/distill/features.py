@@ -67,7 +67,7 @@ def train_classifier(folder: Path, *, epochs: int = 40, seed: int = 0) -> dict:
     torch.manual_seed(seed)
     data = load_images("digits")
     order = IterationRandom(seed, 0).permutation(len(data))
-    images, labels = torch.from_numpy(data.images[order]), torch.from_numpy(data.labels[order])
+    images, labels = torch.from_numpy(data.batch(order)[0]), torch.from_numpy(data.labels[order])
     held, kept = (images[:_HELD_OUT], labels[:_HELD_OUT]), (images[_HELD_OUT:], labels[_HELD_OUT:])
     classifier = DigitsClassifier()
     steps_per_epoch = len(kept[0]) // 50

@@ -12,7 +12,7 @@ from piflow_edge.errors import CheckFailedError, DataError
 from piflow_edge.policies import Policy
 
 from .checkpoint import Checkpoint
-from .data import ImageData
+from .data import ImageData, check_same_latents
 from .heads import DXHead, Head, head_to_json
 from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
 from .lora import LoRAConfig
@@ -72,7 +72,7 @@ def distill(
         resume: go on from the checkpoint in `folder`.
 
     Raises:
-        DataError: the data's classes are not the teacher's.
+        DataError: the data's classes or latents are not the teacher's.
         CheckFailedError: the student does not start as its teacher.
         DataError, CheckpointError, CheckFailedError: see `training.train`.
     """
@@ -81,6 +81,8 @@ def distill(
             f"the teacher's classes are {', '.join(teacher.class_names)}; those of {data.name!r} are "
             f"{', '.join(data.class_names)}"
         )
+    if "settings" in teacher.provenance:  # of a teacher that was trained here
+        check_same_latents(teacher.provenance["settings"], data)
     check_fit(teacher.network, data)
     if isinstance(head, DXHead):
         head = replace(

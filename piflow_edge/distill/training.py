@@ -111,7 +111,7 @@ def train(
     """
     folder = Path(folder)
     check_fit(network, data)
-    settings = {**settings, "data_sha256": data.fingerprint(), "training": vars(config).copy()}
+    settings = {**settings, **data.settings(), "training": vars(config).copy()}
     parameters = {k: v for k, v in network.named_parameters() if v.requires_grad}
     ema = {k: v.detach().clone() for k, v in parameters.items()}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -204,6 +204,8 @@ def _ctrl_c_between_steps() -> Iterator[Callable[[], bool]]:
 
 def check_fit(network: FlowNetwork, data: ImageData) -> None:
     """Raise DataError unless the data's states and classes are those the network is made for."""
+    if network.num_classes is not None and data.labels is None:
+        raise DataError(f"the network is class-conditional; {data.name!r} has no labels")
     if data.shape != network.sample_shape:
         raise DataError(
             f"the network is made for states (C, H, W) = {network.sample_shape}; those of {data.name!r} are "
