@@ -18,7 +18,7 @@ import numpy as np
 from piflow_edge.engines.ort import runtime
 
 from .errors import DataError
-from .metrics import agreement, class_diversity, frechet_distance, precision_recall
+from .metrics import agreement, class_diversity, frechet_distance, territory
 from .noise import philox_normal
 from .progress import progress
 from .sampling import Generator, load
@@ -42,7 +42,7 @@ class Score:
 
     `network_calls`: per image; a guided call runs the network on two samples. `fid`: Frechet distance to the real
     images in the shipped features. `fid_ratio`: to the teacher's. `diversity`: mean feature distance inside a class.
-    `diversity_ratio`: to the teacher's. `precision`, `recall`: see `metrics.precision_recall`. `mse`: to the
+    `diversity_ratio`: to the teacher's. `precision`, `recall`: see `metrics.territory`. `mse`: to the
     teacher's images from the same noise. `ms_per_image`: median, one image at a time.
     """
 
@@ -137,7 +137,7 @@ def evaluate(
     scores = []
     for contender in contenders:
         name = contender.name
-        precision, recall = precision_recall(real_features, features[name])
+        precision, recall, *_ = territory(real_features, features[name])
         scores.append(
             Score(
                 name,
