@@ -151,9 +151,9 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> Kid:
-    """Squared maximum mean discrepancy between two sets, kernel `(x.y / D + 1)^3`; KID when features are an Inception's.
+    """Squared maximum mean discrepancy of kernel `(x.y / D + 1)^3`; KID when features are an Inception's.
 
-    Lower is better; unbiased, so that equal distributions give 0 on average, and single estimates below 0.
+    Lower is better; unbiased: equal distributions give 0 on average, and single estimates below 0.
 
     Args:
         a, b: features (M, D).
