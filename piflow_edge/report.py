@@ -29,13 +29,17 @@ figcaption { font-weight: 600; } pre { background: #f4f4f4; padding: 1rem; overf
 
 @dataclass(frozen=True)
 class _Column:
-    """One of the table's columns. `short`: its heading in a terminal, "" where it is left to the report."""
+    """One of the table's columns. `short`: its heading in a terminal. `beside_teacher`: only where there is one.
+
+    `spare`: left out in a terminal where the columns beside the teacher need the room.
+    """
 
     heading: str
     short: str
     cell: Callable[[Score], str]
     meaning: str
     beside_teacher: bool = False
+    spare: bool = False
 
 
 _COLUMNS = [
@@ -43,14 +47,14 @@ _COLUMNS = [
         "network calls",
         "calls",
         lambda s: f"{s.network_calls}",
-        "per image; a guided teacher's call runs the network on two samples",
+        "per image; one with guidance runs the network on two samples",
     ),
     _Column("FID", "FID", lambda s: _short(s.fid), "Fréchet distance to the real images; lower is better"),
-    _Column("× teacher", "×", lambda s: f"{s.fid_ratio:.2f}", "FID over the full teacher's", True),
+    _Column("× teacher", "FID×", lambda s: f"{s.fid_ratio:.2f}", "FID over the full teacher's", True),
     _Column(
         "KID",
         "KID",
-        lambda s: f"{_short(s.kid)} ± {_short(s.kid_std)}",
+        lambda s: f"{_short(s.kid)} ± {_short(s.kid_std, 2)}",
         "kernel distance to the real images, and its spread over random subsets; lower is better",
     ),
     _Column(
@@ -64,7 +68,7 @@ _COLUMNS = [
         "density",
         "dens.",
         lambda s: f"{s.density:.3f}",
-        "how many real images' surroundings an image lies in",
+        "how many real images' surroundings an image lies in, over those it would at equal distributions",
     ),
     _Column(
         "coverage",
@@ -77,9 +81,10 @@ _COLUMNS = [
         "diversity",
         lambda s: _short(s.diversity),
         "mean feature distance between two images of one class",
+        spare=True,
     ),
     _Column(
-        "× teacher", "×", lambda s: f"{s.diversity_ratio:.3f}", "diversity over the full teacher's", True
+        "× teacher", "div.×", lambda s: f"{s.diversity_ratio:.3f}", "diversity over the full teacher's", True
     ),
     _Column(
         "worst class",
@@ -174,8 +179,8 @@ def text_table(evaluation: Evaluation):
     table = Table(
         box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0), caption=f"in {evaluation.conditions['features']}"
     )
-    table.add_column("", no_wrap=True)
-    columns = [column for column in _columns(evaluation) if column.short]
+    table.add_column("", overflow="fold")
+    columns = [column for column in _columns(evaluation) if not (column.spare and evaluation.has_teacher)]
     for column in columns:
         table.add_column(column.short, justify="right", no_wrap=True)
     for score in evaluation.scores:
@@ -218,13 +223,11 @@ def _html_table(heads: list[tuple[str, str]], rows: list[list[str]]) -> str:
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _short(value: float) -> str:
-    """Four digits that count, and no exponent for the sizes that figures have."""
-    return (
-        f"{value:.{max(0, 3 - int(np.floor(np.log10(abs(value)))))}f}"
-        if abs(value) >= 1e-4
-        else f"{value:.1g}"
-    )
+def _short(value: float, digits: int = 4) -> str:
+    """So many digits that count, or all before the point, and no exponent for the sizes that figures have."""
+    if abs(value) < 1e-4:
+        return f"{value:.1g}"
+    return f"{value:.{max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))}f}"
 
 
 def _slug(name: str) -> str:
