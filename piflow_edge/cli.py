@@ -275,7 +275,7 @@ def evaluate(
     are measured in the features of a network; --out adds the pictures side by side.
 
     \b
-    Examples:
+    Example:
       piflow-edge evaluate demo/bundles/digits-nfe1 --json
       piflow-edge evaluate bundles/* --data images.npz --teacher runs/teacher --features features.onnx --out report
     """

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,6 +204,17 @@ class TestOnOwnData:
         assert "teacher" not in (tmp_path / "report.html").read_text().partition("<h2>Conditions")[0]
         table = invoke("evaluate", shapes / "student", *self.settings(shapes)).stdout
         assert "MSE" not in table and "×" not in table and "KID" in table
+
+    def test_bundles_alone_are_compared_without_torch(self, shapes):
+        arguments = list(map(str, ("evaluate", shapes / "student", *self.settings(shapes), "--json")))
+        code = (
+            "import sys; from piflow_edge.cli import main\n"
+            f"main({arguments}, standalone_mode=False)\n"
+            "assert not {'torch', 'onnx', 'sklearn'} & set(sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["scores"][0]["name"] == "student"
 
     def test_features_are_asked_for(self, shapes):
         done = invoke("evaluate", shapes / "student", "--data", shapes / "shapes.npz", code=2)
