@@ -174,7 +174,8 @@ def evaluate(
         checkpoint = load_checkpoint(teacher_folder, kind="teacher")
         guidance_scale = common_guidance(generators) if guidance_scale is None else guidance_scale
         steps = (teacher_steps, *(cut for cut in cut_steps if cut != teacher_steps))
-        teachers = teacher_contenders(checkpoint, guidance_scale, steps)
+        decoder = next((g for g in generators.values() if g.bundle.manifest.decoder is not None), None)
+        teachers = teacher_contenders(checkpoint, guidance_scale, steps, decoder)
         contenders, full = teachers + contenders, teachers[0].name
         fits["the teacher"] = _noise_shape(checkpoint), checkpoint.class_names
     noise_shape = _common_noise(fits, data)
@@ -290,14 +291,21 @@ def common_guidance(generators: dict[str, Generator]) -> float:
     return next(iter(scales.values()), 1.0)
 
 
-def teacher_contenders(checkpoint, guidance_scale: float, steps: Sequence[int]) -> list[Contender]:
-    """The teacher in so many Euler steps each."""
+def teacher_contenders(
+    checkpoint, guidance_scale: float, steps: Sequence[int], decoder: Generator | None = None
+) -> list[Contender]:
+    """The teacher in so many Euler steps each; `decoder`: a student whose decoder makes images of its latents."""
     velocity_steps = teacher_sampler(checkpoint, guidance_scale)
+
+    def sample(noise, labels, n):
+        latents = velocity_steps(noise, labels, n)
+        return latents if decoder is None else images_of(decoder, latents)
+
     return [
         Contender(
             f"teacher, {n} step{'s' if n > 1 else ''}",
             n,
-            lambda noise, labels, seeds, n=n: velocity_steps(noise, labels, n),
+            lambda noise, labels, seeds, n=n: sample(noise, labels, n),
         )
         for n in steps
     ]
@@ -333,15 +341,21 @@ def teacher_sampler(checkpoint, guidance_scale: float) -> Callable:
 def student_contender(name: str, generator: Generator) -> Contender:
     """A bundle as a contender."""
     manifest = generator.bundle.manifest
-    spec = manifest.latent
 
     def sample(noise, labels, seeds):
         # A schedule that draws noise between calls wants the seeds, which make the same starting noise.
         start = {"noise": noise} if manifest.schedule.h == 0 else {"seed": seeds}
-        latents = generator(labels=labels.tolist(), output="latent", **start).latents
-        return latents / spec.scale + spec.shift
+        return images_of(generator, generator(labels=labels.tolist(), output="latent", **start).latents)
 
     return Contender(name, manifest.schedule.nfe, sample)
+
+
+def images_of(generator: Generator, latents: np.ndarray) -> np.ndarray:
+    """Images float32 (B, C, H, W) of latents; pixels as they are, and what a decoder makes of the others in 8 bits."""
+    manifest = generator.bundle.manifest
+    if manifest.decoder is None:
+        return latents / manifest.latent.scale + manifest.latent.shift
+    return generator.decode(latents).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
 
 
 def milliseconds(
@@ -405,7 +419,7 @@ def _make(contenders, full, data, features, labels, columns, noise_shape, seed) 
                 if images.shape[1:] != shape:
                     raise DataError(
                         f"{name} makes images {images.shape[1:]}; those of {data.name!r} are {shape}; give the data "
-                        "in the same size"
+                        "in the same size, and for latents a student with its decoder"
                     )
                 check_finite(images, f"the images of {name}", first=start)
                 if name == full:

@@ -181,7 +181,8 @@ class OnnxFeatures:
 def pixels(data, indices: np.ndarray) -> np.ndarray:
     """Images of an `ImageData` at `indices`, float32 (B, C, H, W) in [-1, 1]."""
     picked = np.asarray(data.images[indices])
-    return picked.astype(np.float32) / 127.5 - 1 if picked.dtype == np.uint8 else picked
+    floats = picked.astype(np.float32)
+    return floats / 127.5 - 1 if picked.dtype == np.uint8 else floats
 
 
 def batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -19,6 +19,7 @@ from piflow_edge.evaluation import (
     common_guidance,
     evaluate,
     evaluation_labels,
+    images_of,
     picture_columns,
     unique_names,
 )
@@ -50,6 +51,21 @@ def test_the_teacher_is_guided_as_the_students_were_taught():
     assert common_guidance({}) == 1.0
     with pytest.raises(DataError, match="guided differently"):
         common_guidance({"a": student(1.5), "b": student(2.0)})
+
+
+def test_a_decoder_s_images_are_what_is_compared():
+    """Pixels come as the student leaves them, latents as the images that are decoded from them."""
+    latent = SimpleNamespace(scale=2.0, shift=0.5)
+    latents = np.array([-3.0, 1.0], np.float32).reshape(1, 2, 1, 1)
+
+    def generator(decoder):
+        bundle = SimpleNamespace(manifest=SimpleNamespace(decoder=decoder, latent=latent))
+        return SimpleNamespace(bundle=bundle, decode=lambda x: np.array([[[[0, 51, 255]]]], np.uint8))
+
+    assert images_of(generator(None), latents).ravel().tolist() == [-1.0, 1.0]
+    decoded = images_of(generator("a decoder"), latents)
+    assert decoded.shape == (1, 3, 1, 1) and decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded.ravel(), [-1, -0.6, 1], atol=1e-6)
 
 
 class TestLabels:
