@@ -21,6 +21,8 @@ from piflow_edge.engines.ort import runtime
 from .errors import DataError
 from .features import DIGITS, Features, open_features, pixels
 from .metrics import (
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
     FeatureSet,
     agreement,
     check_finite,
@@ -205,6 +207,10 @@ def evaluate(
         "features": features.description,
         "features_source": features.source,
         **_real_diversity(real, data.labels, class_keys),
+        "kid": {
+            "subsets": KID_SUBSETS,
+            "images_per_subset": min(KID_SUBSET_SIZE, count // 2, len(data) // 2),
+        },
         "neighbours": {"precision, recall": _NEIGHBOURS, "density, coverage": _DENSITY_NEIGHBOURS},
         "timing": f"median of {rounds} rounds of one image, all contenders in turn, noise given",
         **machine(),

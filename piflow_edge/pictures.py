@@ -38,7 +38,7 @@ def side_by_side(rows: dict[str, Sequence[Image.Image]], headings: Sequence[str]
     draw = ImageDraw.Draw(sheet)
     pitch = (grid.width - _GAP) // len(headings), (grid.height - _GAP) // len(rows)
     for x, heading in enumerate(headings):
-        text = _fitted(font, heading, pitch[0] - _GAP)
+        text = _fitted(font, heading, pitch[0] - 6)
         draw.text((left + _GAP + x * pitch[0], 2), text, "black", font)
     for y, name in enumerate(rows):
         middle = top + _GAP + y * pitch[1] + (pitch[1] - _TEXT_SIZE) // 2

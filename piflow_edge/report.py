@@ -17,7 +17,7 @@ from .sampling import as_pil, decode
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1400px; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 14px; }
-th, td { padding: .3rem .6rem; text-align: right; }
+th, td { padding: .3rem .45rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; } td { white-space: nowrap; }
 tr { border-bottom: 1px solid #ddd; } thead { background: #f4f4f4; } .table { overflow-x: auto; }
 img { max-width: 100%; image-rendering: pixelated; display: block; } figure { margin: 1rem 0; }
