@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from piflow_edge.bundle import Manifest
-from piflow_edge.distill.dit import DiT
-from piflow_edge.export.to_onnx import GM_OUTPUTS
+from piflow_edge.distill.networks import FlowNetwork
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import GMPolicy
@@ -18,7 +17,7 @@ GOLDEN_IMAGES = 10
 
 
 @torch.no_grad()
-def golden_samples(network: DiT, manifest: Manifest) -> dict[str, np.ndarray]:
+def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.ndarray]:
     """Run the student in PyTorch, policies in float64, and record every layer; see `verification`."""
     spec, schedule = manifest.schedule, manifest.schedule.schedule()
     labels = np.arange(min(GOLDEN_IMAGES, len(manifest.conditioning.class_names)))
@@ -27,18 +26,19 @@ def golden_samples(network: DiT, manifest: Manifest) -> dict[str, np.ndarray]:
     x_t = philox_normal(GOLDEN_SEED, indices, shape)
     golden = {"noise": x_t, "labels": labels}
     for i, segment in enumerate(schedule.segments):
-        t = torch.full((len(labels),), segment.sigma_src * manifest.network.num_timesteps)
-        outputs = [out.numpy() for out in network(torch.from_numpy(x_t), t, torch.from_numpy(labels))]
+        sigma = torch.full((len(labels),), segment.sigma_src)
+        parts = network(torch.from_numpy(x_t), sigma, labels=torch.from_numpy(labels))
+        outputs = {name: part.numpy() for name, part in zip(manifest.policy.outputs, parts, strict=True)}
         golden[f"x_t.{i}"] = x_t
-        golden |= {f"{name}.{i}": out for name, out in zip(GM_OUTPUTS, outputs, strict=True)}
-        wide = [out.astype(np.float64) for out in outputs]
+        golden |= {f"{name}.{i}": part for name, part in outputs.items()}
+        wide = {name: part.astype(np.float64) for name, part in outputs.items()}
         x_src = x_t.astype(np.float64)
-        policy = GMPolicy(*wide, x_src, segment.sigma_src, eps=manifest.policy.eps)
+        policy = manifest.policy.policy(wide, x_src, segment.sigma_src)
         # The source, and down to a tenth of the way above the segment's end, where velocities are still tame.
         levels = segment.sigma_src + np.array([0.0, 0.5, 0.9]) * (segment.sigma_dst - segment.sigma_src)
         golden[f"levels.{i}"] = levels
         golden[f"velocities.{i}"] = np.stack([policy.velocity(x_src, level) for level in levels.tolist()])
-        if i < schedule.nfe - 1:
+        if isinstance(policy, GMPolicy) and i < schedule.nfe - 1:
             policy = policy.tempered(spec.temperature)
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
         x_dst = rollout(policy, x_src, *ends, shift=schedule.shift, kernel="reference")

@@ -4,14 +4,25 @@ Segments are the steps of an outer `Scan`, substeps those of an inner one, so th
 whatever the NFE.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from piflow_edge.bundle import Manifest
-from piflow_edge.export.rollout_graph import DOMAIN, gm_rollout, gm_substeps, inline
-from piflow_edge.export.to_onnx import GM_OUTPUTS, INPUTS, OPSET
-from piflow_edge.schedule import segment_sigmas
+from piflow_edge.export.rollout_graph import (
+    DOMAIN,
+    dx_rollout,
+    dx_weights,
+    gm_rollout,
+    gm_substeps,
+    inline,
+)
+from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.schedule import Schedule, Segment, segment_sigmas
+
+_INPUTS = ["x_t", "t", "class_labels"]
 
 # Without re-noising the lines in `renoise` are left out, and so is the input. Its last row is read again after the
 # last segment, where it counts for nothing: a Scan's inputs are all of one length.
@@ -26,11 +37,8 @@ sampler (float[batch, {state}] noise, int64[batch] class_labels{renoise_input})
     float[] x_t, {table_inputs}
   ) => (float[] x_next) {{
     t = Expand (time, batch)
-    means, logweights, logstds = {domain}.Student (x_t, t, class_labels)
-    substeps = Slice (padded_substeps, zero, count, zero)
-    {x_dst} = {domain}.GMRollout (
-      means, logweights, logstds, x_t, sigma_src, sigma_dst, temperature, substeps
-    )
+    {outputs} = {domain}.Student (x_t, t, class_labels)
+    {rollout}
     {renoise}
   }}> (noise, {tables})
 
@@ -45,6 +53,18 @@ sampler (float[batch, {state}] noise, int64[batch] class_labels{renoise_input})
   images = Cast <to = {uint8}> (channels_last)
 }}
 """
+
+_ROLLOUTS = {
+    "gm": """
+    substeps = Slice (padded_substeps, zero, count, zero)
+    {x_dst} = {domain}.GMRollout (
+      means, logweights, logstds, x_t, sigma_src, sigma_dst, temperature, substeps
+    )
+""",
+    "dx": """
+    {x_dst} = {domain}.DXRollout (grid, x_t, weights)
+""",
+}
 
 _RENOISE = """
     fresh = Gather (renoise, draw)
@@ -73,6 +93,7 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int) -> bytes:
     tables = _tables(manifest, nfe)
     channels, height, width = manifest.latent.shape
     renoises = "draw" in tables
+    x_dst = "x_dst" if renoises else "x_next"
     text = _SAMPLER.format(
         ir_version=network.ir_version,
         opset=OPSET,
@@ -85,7 +106,8 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int) -> bytes:
         num_tables=len(tables),
         table_inputs=", ".join(f"{_onnx_type(table)}[] {name}" for name, table in tables.items()),
         tables=", ".join(f"{name}_of_segments" for name in tables),
-        x_dst="x_dst" if renoises else "x_next",
+        outputs=", ".join(manifest.policy.outputs),
+        rollout=_ROLLOUTS[manifest.policy.kind].format(domain=DOMAIN, x_dst=x_dst),
         renoise=_RENOISE if renoises else "",
         uint8=onnx.TensorProto.UINT8,
     )
@@ -99,34 +121,52 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int) -> bytes:
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()
     )
-    model.functions.extend([_as_function(network), gm_rollout()])
+    rollout = {"gm": gm_rollout, "dx": dx_rollout}[manifest.policy.kind]()
+    model.functions.extend([_as_function(network, manifest.policy.outputs), rollout])
     return inline(model).SerializeToString()
 
 
 def _tables(manifest: Manifest, nfe: int) -> dict[str, np.ndarray]:
     """What each segment must know of time, one row a segment, under the names it has in the graph."""
-    spec, eps = manifest.schedule, manifest.policy.eps
-    schedule = spec.schedule(nfe=nfe)
+    schedule = manifest.schedule.schedule(nfe=nfe)
     segments = schedule.segments
+    tables = {"time": _float32(segment.sigma_src * manifest.network.num_timesteps for segment in segments)}
+    tables |= {"gm": _gm_tables, "dx": _dx_tables}[manifest.policy.kind](manifest, schedule)
+    if any(segment.renoises for segment in segments):
+        tables["draw"] = np.minimum(np.arange(nfe, dtype=np.int64), nfe - 2)
+        kept, added = zip(*(segment.renoise_scales for segment in segments), strict=True)
+        tables |= {"kept": _float32(kept), "added": _float32(added)}
+    return tables
+
+
+def _gm_tables(manifest: Manifest, schedule: Schedule) -> dict[str, np.ndarray]:
+    segments, eps, nfe = schedule.segments, manifest.policy.eps, schedule.nfe
     longest = max(segment.substeps for segment in segments)
     padded = np.zeros((nfe, longest, 4, 1, 1), np.float32)
     for row, segment in zip(padded, segments, strict=True):
-        sigmas = segment_sigmas(segment.sigma_src, segment.sigma_dst, segment.substeps, schedule.shift)
-        row[: segment.substeps] = gm_substeps(sigmas, eps)
-    temperature = min(max(spec.temperature, eps), 1.0)  # as GMPolicy.tempered
-    tables = {
-        "time": _float32(segment.sigma_src * manifest.network.num_timesteps for segment in segments),
+        row[: segment.substeps] = gm_substeps(_sigmas(segment, schedule), eps)
+    temperature = min(max(manifest.schedule.temperature, eps), 1.0)  # as GMPolicy.tempered
+    return {
         "sigma_src": _float32(segment.sigma_src for segment in segments),
         "sigma_dst": _float32(segment.sigma_dst for segment in segments),
         "temperature": _float32([temperature] * (nfe - 1) + [1.0]),
         "padded_substeps": padded,
         "count": np.array([[segment.substeps] for segment in segments], np.int64),
     }
-    if any(segment.renoises for segment in segments):
-        tables["draw"] = np.minimum(np.arange(nfe, dtype=np.int64), nfe - 2)
-        kept, added = zip(*(segment.renoise_scales for segment in segments), strict=True)
-        tables |= {"kept": _float32(kept), "added": _float32(added)}
-    return tables
+
+
+def _dx_tables(manifest: Manifest, schedule: Schedule) -> dict[str, np.ndarray]:
+    spec = manifest.policy
+    values = np.zeros((1, spec.num_nodes + 1, 1, 1, 1))  # which do not matter
+    rows = []
+    for segment in schedule.segments:
+        policy = spec.policy({"grid": values[:, 1:]}, values[:, 0], segment.sigma_src)
+        rows.append(dx_weights(policy, _sigmas(segment, schedule)))
+    return {"weights": np.stack(rows)}
+
+
+def _sigmas(segment: Segment, schedule: Schedule) -> np.ndarray:
+    return segment_sigmas(segment.sigma_src, segment.sigma_dst, segment.substeps, schedule.shift)
 
 
 def _float32(values) -> np.ndarray:
@@ -137,10 +177,10 @@ def _onnx_type(table: np.ndarray) -> str:
     return {"float32": "float", "int64": "int64"}[table.dtype.name]
 
 
-def _as_function(network: onnx.ModelProto) -> onnx.FunctionProto:
+def _as_function(network: onnx.ModelProto, outputs: Sequence[str]) -> onnx.FunctionProto:
     """The network as the function `Student`. Functions have no initialisers: weights become constants."""
     weights = [
         helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in network.graph.initializer
     ]
     nodes = [*weights, *network.graph.node]
-    return helper.make_function(DOMAIN, "Student", INPUTS, GM_OUTPUTS, nodes, network.opset_import)
+    return helper.make_function(DOMAIN, "Student", _INPUTS, list(outputs), nodes, network.opset_import)

@@ -14,11 +14,12 @@ from piflow_edge.bundle import (
     FORMAT_VERSION,
     MANIFEST,
     ConditioningSpec,
+    DXPolicySpec,
     FileSpec,
+    GMPolicySpec,
     LatentSpec,
     Manifest,
     NetworkSpec,
-    PolicySpec,
     ScheduleSpec,
     TensorSpec,
     ToleranceSpec,
@@ -26,11 +27,14 @@ from piflow_edge.bundle import (
     sampler_file,
 )
 from piflow_edge.distill.checkpoint import Checkpoint
+from piflow_edge.distill.heads import head_to_json
+from piflow_edge.distill.networks import FlowNetwork
+from piflow_edge.distill.sources import network_of
 from piflow_edge.engines.ort import runtime
 from piflow_edge.errors import BundleError, CheckFailedError, ScheduleError
 from piflow_edge.export.parity import golden_file, golden_samples
 from piflow_edge.export.sampler_graph import export_sampler
-from piflow_edge.export.to_onnx import GM_OUTPUTS, OPSET, export_network
+from piflow_edge.export.to_onnx import OPSET, export_network
 from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.pictures import image_grid, png_bytes
 from piflow_edge.sampling import as_pil, decode, load
@@ -85,8 +89,9 @@ def export_bundle(
         raise BundleError(f"{folder} exists; give another place, or --overwrite to replace the bundle")
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} is not a bundle and will not be replaced; give another place")
-    network = checkpoint.network()
-    manifest = _manifest(checkpoint, name or folder.name, temperature, eps, samplers, license_name)
+    network = network_of(checkpoint)
+    _check_conditioning(checkpoint)
+    manifest = _manifest(checkpoint, network, name or folder.name, temperature, eps, samplers, license_name)
     golden = golden_samples(network, manifest)
     for key, array in golden.items():
         if not np.isfinite(array).all():
@@ -112,28 +117,38 @@ def export_bundle(
     return rows
 
 
+def _check_conditioning(checkpoint: Checkpoint) -> None:
+    names = set(checkpoint.settings["conditioning"])
+    if names != {"labels"}:
+        raise BundleError(
+            f"a bundle's student takes labels and nothing else; this one takes {', '.join(sorted(names)) or 'nothing'}"
+        )
+
+
+def _policy_spec(head, eps: float) -> GMPolicySpec | DXPolicySpec:
+    return {"gm": GMPolicySpec, "dx": DXPolicySpec}[head.kind](**head_to_json(head), eps=eps)
+
+
 def _manifest(
     checkpoint: Checkpoint,
+    network: FlowNetwork,
     name: str,
     temperature: float,
     eps: float,
     samplers: Sequence[int],
     license_name: str,
 ) -> Manifest:
-    config, imitation = checkpoint.architecture, checkpoint.settings["imitation"]
-    size = [config.in_channels, config.sample_size, config.sample_size]
-    components = config.num_components
-    shapes = ([components, *size], [components, 1, *size[1:]], [1, 1, 1, 1])
+    imitation, head, size = checkpoint.settings["imitation"], network.head, list(network.sample_shape)
     outputs = [
         TensorSpec(output, "float32", ["batch", *shape])
-        for output, shape in zip(GM_OUTPUTS, shapes, strict=True)
+        for output, shape in zip(head.outputs, head.output_shapes(network.sample_shape), strict=True)
     ]
     return Manifest(
         format_version=FORMAT_VERSION,
         name=name,
-        policy=PolicySpec("gm", components, eps),
+        policy=_policy_spec(head, eps),
         schedule=ScheduleSpec(
-            nfe=imitation["nfe"],
+            nfe=int(np.max(imitation["nfe"])),  # of several it was trained for, the best
             shift=imitation["shift"],
             final_step_size_scale=imitation["final_step_size_scale"],
             total_substeps=imitation["total_substeps"],
@@ -147,7 +162,7 @@ def _manifest(
                 TensorSpec("class_labels", "int64", ["batch"]),
             ],
             outputs=outputs,
-            num_timesteps=config.num_timesteps,
+            num_timesteps=1.0,  # the graph takes the noise level and knows the network's own time
             opset=OPSET,
         ),
         conditioning=ConditioningSpec("class", list(checkpoint.class_names)),

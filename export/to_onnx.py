@@ -3,46 +3,65 @@
 import contextlib
 import logging
 import warnings
+from collections.abc import Mapping
 
 import onnx
 import torch
+from torch import nn
 
-from piflow_edge.distill.dit import DiT
+from piflow_edge.distill.networks import FlowNetwork
 from piflow_edge.errors import CheckFailedError
 
 # TensorRT 8.6 (JetPack 6.0) reads up to 17 in full and most of 18; torch's exporter writes 18 or newer.
 OPSET = 18
 
-INPUTS = ("x_t", "t", "class_labels")
-GM_OUTPUTS = ("means", "logweights", "logstds")
+# What the graph calls a conditioning input; others keep their name.
+GRAPH_NAMES = {"labels": "class_labels"}
 VELOCITY_OUTPUTS = ("u_t",)
 
+# Of a class-conditional network: name -> shape without the batch, and dtype.
+LABELS = {"labels": {"shape": [], "dtype": "int64"}}
 
-def export_network(network: DiT) -> bytes:
+
+class _Positional(nn.Module):
+    """The network with its inputs in a fixed order, as a graph has them."""
+
+    def __init__(self, network: FlowNetwork, names: tuple[str, ...]):
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, x_t, t, conditioning):
+        return self.network(x_t, t, **dict(zip(self.names, conditioning, strict=True)))
+
+
+def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = LABELS) -> bytes:
     """The network as an ONNX model with a dynamic batch, its weights inside.
 
-    Inputs: `x_t` float32 (batch, C, H, W), `t` float32 (batch,), `class_labels` int64 (batch,). Outputs: `means`,
-    `logweights`, `logstds` of a student, `u_t` of a teacher.
+    Inputs: `x_t` float32 (batch, C, H, W), `t` float32 (batch,), the noise level, and the conditioning, of which
+    `labels` is called `class_labels`. Outputs: a policy's parts of a student, `u_t` of a teacher.
+
+    Args:
+        network: teacher or student.
+        conditioning: name -> `shape` without the batch axis and `dtype` of every conditioning input.
 
     Raises:
         CheckFailedError: the exported graph is not valid ONNX.
     """
-    config = network.config
-    network = network.eval()
-    size = (config.in_channels, config.sample_size, config.sample_size)
     # Two samples: torch.export takes an axis of one for a constant.
-    example = (torch.zeros(2, *size), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    given = tuple(
+        torch.zeros(2, *spec["shape"], dtype=getattr(torch, spec["dtype"])) for spec in conditioning.values()
+    )
+    example = (torch.zeros(2, *network.sample_shape), torch.ones(2), given)
     batch = torch.export.Dim("batch", min=1)
-    outputs = GM_OUTPUTS if config.num_components else VELOCITY_OUTPUTS
     with _quiet():
         program = torch.onnx.export(
-            network,
+            _Positional(network.eval(), tuple(conditioning)).eval(),
             example,
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(INPUTS),
-            output_names=list(outputs),
-            dynamic_shapes=({0: batch}, {0: batch}, {0: batch}),
+            input_names=["x_t", "t", *(GRAPH_NAMES.get(name, name) for name in conditioning)],
+            output_names=list(network.head.outputs if network.head else VELOCITY_OUTPUTS),
+            dynamic_shapes=({0: batch}, {0: batch}, tuple({0: batch} for _ in given)),
             verbose=False,
         )
     model = program.model_proto

@@ -7,27 +7,59 @@ followed, and a file is handed out only after its hash matched.
 
 import json
 import types
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import BundleError, PiFlowError
 from .files import sha256
+from .policies import Array, DXPolicy, GMPolicy
 from .schedule import Schedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 # A manifest is a few kilobytes; anything this large is no manifest.
 _MANIFEST_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
-class PolicySpec:
-    """The policy's fixed numbers. `num_components`: K. `eps`: its floor; see `GMPolicy`."""
+class GMPolicySpec:
+    """A GM policy's fixed numbers. `num_components`: K. `eps`: its floor; see `GMPolicy`."""
 
     kind: Literal["gm"]
     num_components: int
     eps: float
+
+    outputs: ClassVar[tuple[str, ...]] = ("means", "logweights", "logstds")
+
+    def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> GMPolicy:
+        """The policy that the network's outputs at `x_src` (B, C, H, W) stand for."""
+        return GMPolicy(*(outputs[name] for name in self.outputs), x_src, sigma_src, eps=self.eps)
+
+
+@dataclass(frozen=True)
+class DXPolicySpec:
+    """A DX policy's fixed numbers. `num_nodes`: N. The others as in `DXPolicy`, fixed since training."""
+
+    kind: Literal["dx"]
+    num_nodes: int
+    segment_size: float
+    shift: float
+    mode: Literal["grid", "polynomial"]
+    eps: float
+
+    outputs: ClassVar[tuple[str, ...]] = ("grid",)
+
+    def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> DXPolicy:
+        """The policy that the network's output at `x_src` (B, C, H, W) stands for."""
+        settings = {
+            "segment_size": self.segment_size,
+            "shift": self.shift,
+            "mode": self.mode,
+            "eps": self.eps,
+        }
+        return DXPolicy(outputs["grid"], x_src, sigma_src, **settings)
 
 
 @dataclass(frozen=True)
@@ -115,7 +147,7 @@ class Manifest:
 
     format_version: int
     name: str
-    policy: PolicySpec
+    policy: GMPolicySpec | DXPolicySpec
     schedule: ScheduleSpec
     network: NetworkSpec
     conditioning: ConditioningSpec
@@ -283,7 +315,12 @@ def _typed(kind, value, where: str):
         return [_typed(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {key: _typed(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    if origin in (Union, types.UnionType):
+    if origin in (Union, types.UnionType) and all(map(is_dataclass, args)):
+        named = value.get("kind") if isinstance(value, dict) else None
+        for option in args:
+            if named in get_args(get_type_hints(option)["kind"]):
+                return _typed(option, value, where)
+    elif origin in (Union, types.UnionType):
         if any(type(value) is option for option in args):
             return value
     elif origin is Literal:

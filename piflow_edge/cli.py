@@ -5,6 +5,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -147,8 +148,8 @@ def train_teacher(
 
     images = load_images(data, size=size)
     architecture = DiTConfig(
-        in_channels=images.images.shape[1],
-        sample_size=images.images.shape[2],
+        in_channels=images.shape[0],
+        sample_size=images.shape[1:],
         patch_size=patch_size,
         hidden_size=hidden_size,
         depth=depth,
@@ -168,16 +169,63 @@ def train_teacher(
     click.echo(out)
 
 
+def _calls(context, parameter, text: str | None) -> list[int]:
+    if text is None:
+        return []
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise click.BadParameter(f"give calls per image, separated by commas, such as 1,2,4; got {text!r}")
+    return [int(nfe) for nfe in text.split(",")]
+
+
 @main.command()
-@click.option("--teacher", type=FOLDER, help="Checkpoint of the teacher; else the shipped digits teacher.")
+@click.option("--teacher", "source", metavar="SOURCE",
+              help="Checkpoint of train-teacher, package.module:function, SiT file, diffusers folder or hub id; "
+              "else the shipped digits teacher.")  # fmt: skip
+@click.option(
+    "--teacher-style", type=click.Choice(["sit", "repa", "piflow"]), default="sit", help="Of a SiT file."
+)
 @click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
 @click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
-@click.option("--nfe", type=click.IntRange(min=1), default=1, help="Network calls per image to train for.")
-@click.option("--components", type=click.IntRange(min=1), default=8, help="K of the Gaussian mixture.")
+@click.option("--nfe", callback=_calls, default="1", metavar="NFE,...",
+              help="Network calls per image to train for; 1,2,4 trains one student for each of them.")  # fmt: skip
+@click.option("--policy", type=click.Choice(["gm", "dx", "dx-polynomial"]), default="gm", help="Gaussian mixture, "
+              "grid of x_0 predictions, or polynomial.")  # fmt: skip
+@click.option("--components", type=click.IntRange(min=1), default=8, help="K of a Gaussian mixture.")
+@click.option("--nodes", type=click.IntRange(min=1), default=10, help="N of a DX policy.")
 @click.option("--guidance", type=click.FloatRange(min=1), default=1.5, help="Guidance scale of the teacher.")
 @click.option(
+    "--guidance-interval", type=(float, float), metavar="LOW HIGH", help="Noise levels it is guided at."
+)
+@click.option("--orthogonal-guidance", type=click.FloatRange(0, 1), default=0.0,
+              help="Share of the guidance along x_0 that is taken out.")  # fmt: skip
+@click.option(
     "--shift", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Of the noise levels."
+)
+@click.option("--dynamic-shift", type=(int, int, float, float), metavar="BASE MAX BASE_LOG MAX_LOG",
+              help="Shift by resolution instead: two sequence lengths, and their shifts' logarithms.")  # fmt: skip
+@click.option("--final-step-size-scale", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+              help="Length of the last segment relative to the others.")  # fmt: skip
+@click.option(
+    "--substeps", type=click.IntRange(min=1), default=128, help="Euler steps of the policy, in all."
+)
+@click.option("--intermediate-states", type=click.IntRange(min=1), default=2,
+              help="Points of a segment at which the teacher corrects.")  # fmt: skip
+@click.option("--window-substeps", type=click.IntRange(min=0), default=0,
+              help="Substeps over which velocities are averaged before they are compared.")  # fmt: skip
+@click.option("--gm-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+              help="Share of components left out of the path.")  # fmt: skip
+@click.option(
+    "--loss-scale", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Factor of the loss."
+)
+@click.option("--decay-iterations", type=click.IntRange(min=0), default=0,
+              help="Steps over which the teacher's share of the path falls from 1 to 0.")  # fmt: skip
+@click.option("--data-free", is_flag=True, help="Start from pure noise and go through all segments.")
+@click.option(
+    "--lora", "rank", type=click.IntRange(min=1), help="Train adapters of this rank, not all weights."
+)
+@click.option(
+    "--lora-targets", default="all-linear", help="Ends of layer names to adapt, separated by commas."
 )
 @click.option("--iterations", type=click.IntRange(min=1), default=1400, help="Training steps.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images per step.")
@@ -185,8 +233,10 @@ def train_teacher(
 @SEED
 @RESUME
 def distill(
-    teacher, data, size, out, nfe, components, guidance, shift, iterations, batch_size, learning_rate, seed,
-    resume,
+    source, teacher_style, data, size, out, nfe, policy, components, nodes, guidance, guidance_interval,
+    orthogonal_guidance, shift, dynamic_shift, final_step_size_scale, substeps, intermediate_states,
+    window_substeps, gm_dropout, loss_scale, decay_iterations, data_free, rank, lora_targets, iterations,
+    batch_size, learning_rate, seed, resume,
 ):  # fmt: skip
     """Distil a teacher into a few-step student with pi-ID.
 
@@ -195,20 +245,48 @@ def distill(
       piflow-edge distill --nfe 1 --out runs/student-1
     """
     from .demo import shipped_teacher
-    from .distill.checkpoint import load_checkpoint
     from .distill.data import load_images
+    from .distill.heads import DXHead, GMHead
     from .distill.imitation import ImitationConfig
+    from .distill.lora import LoRAConfig
+    from .distill.sources import load_teacher
     from .distill.student import distill
+    from .distill.teacher import GuidanceConfig
     from .distill.training import TrainingConfig
+    from .schedule import resolution_shift
 
+    images = load_images(data, size=size)
+    if dynamic_shift is not None:
+        base, largest, base_logshift, max_logshift = dynamic_shift
+        shift = resolution_shift(
+            math.prod(images.shape[1:]),  # positions of the state
+            base_seq_len=base,
+            max_seq_len=largest,
+            base_logshift=base_logshift,
+            max_logshift=max_logshift,
+        )
+    imitation = ImitationConfig(
+        nfe=tuple(nfe),
+        shift=shift,
+        final_step_size_scale=final_step_size_scale,
+        total_substeps=substeps,
+        num_intermediate_states=intermediate_states,
+        window_substeps=window_substeps,
+        gm_dropout=gm_dropout,
+        loss_scale=loss_scale,
+        decay_iterations=decay_iterations,
+        data_free=data_free,
+    )
+    grid = DXHead(nodes, mode="polynomial" if policy == "dx-polynomial" else "grid")
     distill(
-        load_checkpoint(teacher or shipped_teacher(), kind="teacher"),
-        load_images(data, size=size),
-        ImitationConfig(nfe=nfe, shift=shift),
+        load_teacher(source or shipped_teacher(), sample_shape=images.shape, style=teacher_style),
+        images,
+        imitation,
         TrainingConfig(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
         out,
-        guidance_scale=guidance,
-        num_components=components,
+        guidance=GuidanceConfig(guidance, guidance_interval, orthogonal_guidance),
+        head=GMHead(components) if policy == "gm" else grid,
+        lora=LoRAConfig(rank, float(rank), tuple(lora_targets.split(","))) if rank else None,
         resume=resume,
     )
     click.echo(out)
@@ -307,14 +385,6 @@ def evaluate(
         _emit(evaluation.as_json())
     else:
         _show(text_table(evaluation))
-
-
-def _calls(context, parameter, text: str | None) -> list[int]:
-    if text is None:
-        return []
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise click.BadParameter(f"give calls per image, separated by commas, such as 1,2,4; got {text!r}")
-    return [int(nfe) for nfe in text.split(",")]
 
 
 @main.command()
@@ -476,7 +546,10 @@ def inspect(bundle, as_json):
     table = Table(title=f"bundle {manifest.name}", show_header=False)
     for key, value in {
         "network calls per image": schedule.nfe,
-        "policy": f"Gaussian mixture, {policy.num_components} components",
+        "policy": {
+            "gm": lambda: f"Gaussian mixture, {policy.num_components} components",
+            "dx": lambda: f"DX {policy.mode}, {policy.num_nodes} nodes",
+        }[policy.kind](),
         "schedule": f"shift {schedule.shift}, {schedule.total_substeps} substeps, h {schedule.h}, "
         f"temperature {schedule.temperature}",
         "latent": " x ".join(map(str, latent.shape)),

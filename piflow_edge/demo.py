@@ -56,14 +56,16 @@ def run_demo(
         CheckpointError: `folder` holds students that were trained with other settings.
         CheckFailedError: training diverged, or a bundle does not reproduce its student.
     """
-    from .distill.checkpoint import load_checkpoint
     from .distill.data import load_images
+    from .distill.heads import GMHead
     from .distill.imitation import ImitationConfig
+    from .distill.sources import load_teacher
     from .distill.student import distill
+    from .distill.teacher import GuidanceConfig
     from .distill.training import TrainingConfig
     from .export.to_bundle import export_bundle
 
-    teacher, data = load_checkpoint(shipped_teacher(), kind="teacher"), load_images("digits")
+    teacher, data = load_teacher(shipped_teacher()), load_images("digits")
     bundles = []
     for nfe, iterations in config.iterations.items():
         say(f"distilling a student for {nfe} network call{'s' if nfe > 1 else ''} per image")
@@ -73,8 +75,8 @@ def run_demo(
             ImitationConfig(nfe=nfe),
             TrainingConfig(iterations=iterations, seed=config.seed),
             folder / "students" / f"nfe{nfe}",
-            guidance_scale=GUIDANCE_SCALE,
-            num_components=NUM_COMPONENTS,
+            guidance=GuidanceConfig(GUIDANCE_SCALE),
+            head=GMHead(NUM_COMPONENTS),
             resume=True,
         )
         say("exporting it, and checking the bundle against PyTorch")

@@ -19,7 +19,7 @@ import numpy as np
 from piflow_edge.engines.ort import runtime
 
 from .errors import DataError
-from .features import DIGITS, Features, open_features, pixels
+from .features import DIGITS, Features, open_features
 from .metrics import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,
@@ -167,7 +167,7 @@ def evaluate(
         raise DataError(f"images are compared class by class; {data.name!r} has no labels")
     features = default_features(data) if features is None else features
     generators = dict(zip(unique_names(students), map(load, students), strict=True))
-    contenders = [student_contender(name, generator) for name, generator in generators.items()]
+    contenders = [c for name, generator in generators.items() for c in student_contenders(name, generator)]
     fits = {n: (tuple(g.bundle.manifest.latent.shape), g.class_names) for n, g in generators.items()}
     full = None
     if teacher_folder is not None:
@@ -179,11 +179,11 @@ def evaluate(
         decoder = next((g for g in generators.values() if g.bundle.manifest.decoder is not None), None)
         teachers = teacher_contenders(checkpoint, guidance_scale, steps, decoder)
         contenders, full = teachers + contenders, teachers[0].name
-        fits["the teacher"] = _noise_shape(checkpoint), checkpoint.class_names
+        fits["the teacher"] = tuple(checkpoint.network["sample_shape"]), checkpoint.class_names
     noise_shape = _common_noise(fits, data)
 
     labels = evaluation_labels(data.labels, len(data.class_names), count)
-    columns = picture_columns(labels, data.images.shape[-1])
+    columns = picture_columns(labels, data.shape[-1])
     made = _make(contenders, full, data, features, labels, columns, noise_shape, seed)
     real = FeatureSet(_real_features(data, features), f"the {REAL}")
     noise = philox_normal(seed, range(1), noise_shape)
@@ -200,7 +200,7 @@ def evaluate(
         "data": data.name,
         "real_images": len(data),
         "images": count,
-        "image_shape": list(data.images.shape[1:]),
+        "image_shape": list(data.shape),
         "images_per_class": dict(zip(class_keys, np.bincount(labels).tolist(), strict=True)),
         "seed": seed,
         "guidance_scale": guidance_scale if full is not None else None,
@@ -224,7 +224,7 @@ def default_features(data: "ImageData") -> Features:
     Raises:
         DataError: other images; nothing is shipped for them.
     """
-    if data.name != DIGITS or data.images.shape[1:] != (1, 8, 8):
+    if data.name != DIGITS or data.shape != (1, 8, 8):
         raise DataError(
             f"features are shipped for 'digits' alone; for {data.name!r} give --features: Inception-v3 weights (.pth) "
             "for photographs, any extractor as .onnx, or one trained on these classes by: piflow-edge train-features"
@@ -289,7 +289,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 def common_guidance(generators: dict[str, Generator]) -> float:
     """Guidance scale of the teacher that all students were distilled from; 1 without students."""
-    scales = {n: g.bundle.manifest.provenance["settings"]["guidance_scale"] for n, g in generators.items()}
+    scales = {n: g.bundle.manifest.provenance["settings"]["guidance"]["scale"] for n, g in generators.items()}
     if len(set(scales.values())) > 1:
         raise DataError(
             f"the students' teachers were guided differently ({scales}); give --guidance for the comparison"
@@ -321,22 +321,25 @@ def teacher_sampler(checkpoint, guidance_scale: float) -> Callable:
     """`(noise, labels, steps) -> images` by Euler steps of the guided teacher, its network in the runtime's engine."""
     import torch
 
-    from .distill.teacher import GuidedTeacher
+    from .distill.sources import network_of
+    from .distill.teacher import GuidanceConfig, GuidedTeacher
     from .engines import open_engine
     from .export.to_onnx import export_network
 
-    engine = open_engine(export_network(checkpoint.network()))
+    network = network_of(checkpoint)
+    engine = open_engine(export_network(network))
 
-    def network(x_t, t, labels):
-        inputs = {"x_t": x_t.numpy(), "t": t.numpy(), "class_labels": labels.numpy()}
-        return torch.from_numpy(engine.run(inputs)["u_t"])
+    class Exported:
+        def velocity(self, x_t, sigma_t, labels):
+            inputs = {"x_t": x_t.numpy(), "t": sigma_t.numpy(), "class_labels": labels.numpy()}
+            return torch.from_numpy(engine.run(inputs)["u_t"])
 
-    teacher = GuidedTeacher(network, checkpoint.architecture, guidance_scale)
+    teacher = GuidedTeacher(Exported(), GuidanceConfig(guidance_scale), null=network.null)
 
     def sample(noise, labels, steps):
         pieces = [slice(start, start + 250) for start in range(0, len(noise), 250)]
         made = [
-            teacher.sample(torch.from_numpy(noise[p]), torch.from_numpy(labels[p]), steps).numpy()
+            teacher.sample(torch.from_numpy(noise[p]), steps, labels=torch.from_numpy(labels[p])).numpy()
             for p in pieces
         ]
         return np.concatenate(made)
@@ -344,16 +347,25 @@ def teacher_sampler(checkpoint, guidance_scale: float) -> Callable:
     return sample
 
 
-def student_contender(name: str, generator: Generator) -> Contender:
-    """A bundle as a contender."""
-    manifest = generator.bundle.manifest
+def student_contenders(name: str, generator: Generator) -> list[Contender]:
+    """A bundle as a contender, or as several if it was trained for several numbers of calls."""
+    noisy = generator.bundle.manifest.schedule.h != 0
 
-    def sample(noise, labels, seeds):
+    def sample(noise, labels, seeds, nfe):
         # A schedule that draws noise between calls wants the seeds, which make the same starting noise.
-        start = {"noise": noise} if manifest.schedule.h == 0 else {"seed": seeds}
-        return images_of(generator, generator(labels=labels.tolist(), output="latent", **start).latents)
+        start = {"seed": seeds} if noisy else {"noise": noise}
+        made = generator(labels=labels.tolist(), output="latent", nfe=nfe, **start)
+        return images_of(generator, made.latents)
 
-    return Contender(name, manifest.schedule.nfe, sample)
+    several = len(generator.trained_nfes) > 1
+    return [
+        Contender(
+            f"{name}, {nfe} call{'s' if nfe > 1 else ''}" if several else name,
+            nfe,
+            lambda noise, labels, seeds, nfe=nfe: sample(noise, labels, seeds, nfe),
+        )
+        for nfe in generator.trained_nfes
+    ]
 
 
 def images_of(generator: Generator, latents: np.ndarray) -> np.ndarray:
@@ -407,7 +419,7 @@ class _Made:
 
 def _make(contenders, full, data, features, labels, columns, noise_shape, seed) -> _Made:
     """Make all images, a piece at a time, each from the same noise for every contender."""
-    count, shape = len(labels), tuple(data.images.shape[1:])
+    count, shape = len(labels), tuple(data.shape)
     size = max(1, min(_PIECE, _PIECE_VALUES // int(np.prod(shape))))
     starts = range(0, count, size)
     found = {c.name: [] for c in contenders}
@@ -490,7 +502,7 @@ def _real_features(data: "ImageData", features: Features) -> np.ndarray:
     with progress("real images", len(starts)) as bar:
         found = []
         for start in starts:
-            found.append(features(pixels(data, np.arange(start, min(start + _PIECE, len(data))))))
+            found.append(features(data.batch(np.arange(start, min(start + _PIECE, len(data))))[0]))
             bar("")
     return np.concatenate(found)
 
@@ -517,7 +529,7 @@ def _real_pictures(data: "ImageData", labels: np.ndarray) -> np.ndarray:
         wanted = int(np.count_nonzero(labels == label))
         chosen.append(places[seen[label] * len(places) // wanted])
         seen[label] += 1
-    return pixels(data, np.array(chosen))
+    return data.batch(np.array(chosen))[0]
 
 
 def _class_keys(names: Sequence[str]) -> list[str]:
@@ -541,11 +553,6 @@ def _common_noise(
     if len(set(shapes.values())) > 1:
         raise DataError(f"all start from the same noise, so of one shape; got {shapes}")
     return next(iter(shapes.values()))
-
-
-def _noise_shape(checkpoint) -> tuple[int, ...]:
-    architecture = checkpoint.architecture
-    return (architecture.in_channels, architecture.sample_size, architecture.sample_size)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -178,13 +178,6 @@ class OnnxFeatures:
         return found[: len(images)].astype(np.float32)
 
 
-def pixels(data, indices: np.ndarray) -> np.ndarray:
-    """Images of an `ImageData` at `indices`, float32 (B, C, H, W) in [-1, 1]."""
-    picked = np.asarray(data.images[indices])
-    floats = picked.astype(np.float32)
-    return floats / 127.5 - 1 if picked.dtype == np.uint8 else floats
-
-
 def batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Images (M, ...) in pieces of `size`, the last of them shorter."""
     return (images[start : start + size] for start in range(0, len(images), size))

@@ -105,6 +105,14 @@ class Generator:
         self.bundle, self.engine = bundle, engine
         self.class_names = tuple(bundle.manifest.conditioning.class_names)
 
+    @property
+    def trained_nfes(self) -> tuple[int, ...]:
+        """Student calls per image that it was trained for, rising; the last is what it makes an image with."""
+        settings = self.bundle.manifest.provenance.get("settings", {})
+        recorded = settings.get("imitation", {}).get("nfe")
+        several = recorded if isinstance(recorded, list) else []
+        return tuple(sorted({*several, self.bundle.manifest.schedule.nfe}))
+
     def __call__(
         self,
         labels: int | str | Sequence[int | str] | None = None,
@@ -150,10 +158,10 @@ class Generator:
         temperature = trained.temperature if temperature is None else temperature
         if not (isinstance(temperature, numbers.Real) and temperature >= 0):
             raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
-        if schedule.nfe != trained.nfe:
+        if schedule.nfe not in self.trained_nfes:
             log.warning(
-                "bundle %r was trained for %d calls per image and runs with %d", self.bundle.name, trained.nfe,
-                schedule.nfe,
+                "bundle %r was trained for %s calls per image and runs with %d", self.bundle.name,
+                " or ".join(map(str, self.trained_nfes)), schedule.nfe,
             )  # fmt: skip
         timings = dict.fromkeys(("noise", "network", "policy", "decode", "total"), 0.0)
 
@@ -201,10 +209,7 @@ class Generator:
 
     def as_policy(self, outputs: dict[str, np.ndarray], x_src: np.ndarray, sigma_src: float) -> Policy:
         """The policy that network outputs stand for."""
-        eps = self.bundle.manifest.policy.eps
-        return GMPolicy(
-            outputs["means"], outputs["logweights"], outputs["logstds"], x_src, sigma_src, eps=eps
-        )
+        return self.bundle.manifest.policy.policy(outputs, x_src, sigma_src)
 
     def _label_ids(self, labels, count) -> np.ndarray:
         known = f"{len(self.class_names)} classes, 0 to {len(self.class_names) - 1}: {', '.join(self.class_names)}"
@@ -306,9 +311,9 @@ def load(
     opened = Bundle(bundle)
     network = open_engine(opened.graph(precision), engine=engine, device=device)
     log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
-    missing = {spec.name for spec in opened.manifest.network.outputs} ^ {"means", "logweights", "logstds"}
-    if missing:
+    policy = opened.manifest.policy
+    if {spec.name for spec in opened.manifest.network.outputs} != set(policy.outputs):
         raise BundleError(
-            f"a GM student returns means, logweights and logstds; {opened.name!r} differs: {missing}"
+            f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
         )
     return Generator(opened, network)

@@ -38,25 +38,29 @@ def dtype(request):
     return request.param
 
 
-def make_student(*, nfe=2, seed=0, class_names=tuple("0123456789"), **architecture):
+def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), **architecture):
     """A student of a few thousand weights that was never trained, as a checkpoint."""
     import torch
 
     from piflow_edge.distill.checkpoint import Checkpoint
-    from piflow_edge.distill.dit import DiT, DiTConfig, student_from_teacher
+    from piflow_edge.distill.dit import DiTConfig
+    from piflow_edge.distill.heads import GMHead
+    from piflow_edge.distill.networks import DiTNetwork, attach_policy_head, describe
 
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, depth=1, num_heads=2, num_classes=len(class_names)) | architecture
-    teacher = DiT(DiTConfig(**sizes))
-    torch.nn.init.normal_(teacher.head.out.weight, std=0.2)  # adaLN-zero starts at 0, where bugs hide
-    torch.nn.init.normal_(teacher.head.modulation.weight, std=0.2)
-    student = student_from_teacher(teacher, 3, seed=seed)
+    teacher = DiTNetwork(DiTConfig(**sizes))
+    last = teacher.module.head
+    torch.nn.init.normal_(last.out.weight, std=0.2)  # adaLN-zero starts at 0, where bugs hide
+    torch.nn.init.normal_(last.modulation.weight, std=0.2)
+    student = attach_policy_head(teacher, head or GMHead(3), seed=seed)
     settings = {
         "imitation": dict(nfe=nfe, shift=1.0, final_step_size_scale=1.0, total_substeps=128),
-        "guidance_scale": 1.5,
+        "guidance": {"scale": 1.5, "interval": None, "orthogonal": 0.0},
+        "conditioning": {"labels": {"shape": [], "dtype": "int64"}},
     }
     tensors = {f"ema.{name}": value for name, value in student.state_dict().items()}
-    return Checkpoint("student", 0, student.config, settings, class_names, tensors)
+    return Checkpoint("student", 0, describe(student), settings, class_names, tensors)
 
 
 @pytest.fixture(scope="session")

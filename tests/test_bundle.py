@@ -135,13 +135,14 @@ def test_a_check_that_failed_names_the_worst_case():
 def test_another_network_under_the_same_golden_samples_fails_verification(bundle, tmp_path):
     from piflow_edge.bundle import FileSpec
     from piflow_edge.distill.checkpoint import Checkpoint
+    from piflow_edge.distill.sources import network_of
     from piflow_edge.export.to_onnx import export_network
     from piflow_edge.files import sha256
 
     from conftest import make_student
 
     other: Checkpoint = make_student(seed=1)
-    data = export_network(other.network())
+    data = export_network(network_of(other))
     (bundle / "student.fp32.onnx").write_bytes(data)
     spec = FileSpec(sha256(data), len(data))
     edit(bundle, lambda body: body["files"].update({"student.fp32.onnx": vars(spec)}))

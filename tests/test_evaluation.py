@@ -31,7 +31,7 @@ needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="students are made with t
 
 
 def student(scale):
-    provenance = {"settings": {"guidance_scale": scale}}
+    provenance = {"settings": {"guidance": {"scale": scale}}}
     return SimpleNamespace(bundle=SimpleNamespace(manifest=SimpleNamespace(provenance=provenance)))
 
 
@@ -154,8 +154,10 @@ def shapes(tmp_path_factory):
     tiny = ("--iterations", 2, "--batch-size", 4)
     sizes = ("--hidden-size", 16, "--depth", 1, "--num-heads", 2)
     invoke("train-teacher", *data, "--out", folder / "teacher", *tiny, *sizes)
-    invoke("distill", *data, "--teacher", folder / "teacher", "--out", folder / "run", "--nfe", 2, *tiny)
-    invoke("export", folder / "run", "--out", folder / "student")
+    for name, nfe in (("student", "2"), ("both", "1,2")):
+        run = folder / f"run-{name}"
+        invoke("distill", *data, "--teacher", folder / "teacher", "--out", run, "--nfe", nfe, *tiny)
+        invoke("export", run, "--out", folder / name)
     answer = invoke(
         "train-features", *data, "--out", folder / "features.onnx", "--epochs", 2, "--json"
     ).stdout
@@ -220,6 +222,17 @@ class TestOnOwnData:
         assert "teacher" not in (tmp_path / "report.html").read_text().partition("<h2>Conditions")[0]
         table = invoke("evaluate", shapes / "student", *self.settings(shapes)).stdout
         assert "MSE" not in table and "×" not in table and "KID" in table
+
+    def test_a_student_of_several_numbers_of_calls_is_scored_with_each(self, shapes, caplog):
+        done = invoke("evaluate", shapes / "both", shapes / "student", *self.settings(shapes), "--json")
+        scores = json.loads(done.stdout)["scores"]
+        assert [(score["name"], score["network_calls"]) for score in scores] == [
+            ("both, 1 call", 1),
+            ("both, 2 calls", 2),
+            ("student", 2),
+        ]
+        assert len({score["fid"] for score in scores}) == 3
+        assert "was trained for" not in caplog.text
 
     def test_bundles_alone_are_compared_without_torch(self, shapes):
         arguments = list(map(str, ("evaluate", shapes / "student", *self.settings(shapes), "--json")))
@@ -299,9 +312,9 @@ class TestOnDigits:
                 images[[index == 61 for _, index in seeds]] = np.nan
                 return images
 
-            return Contender(name, 1, sample)
+            return [Contender(name, 1, sample)]
 
-        monkeypatch.setattr(evaluation, "student_contender", broken)
+        monkeypatch.setattr(evaluation, "student_contenders", broken)
         with pytest.raises(
             ShapeError, match="the images of tiny must be finite; NaN or infinity in image 61"
         ):

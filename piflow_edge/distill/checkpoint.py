@@ -6,45 +6,39 @@ any moment, the folder holds the previous checkpoint or the new one, never a mix
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from piflow_edge.errors import CheckpointError
 from piflow_edge.files import sha256, write_atomic
 
-from .dit import DiT, DiTConfig
-
-FORMAT_VERSION = 1
-_KEYS = {"format_version", "kind", "iteration", "architecture", "settings", "class_names", "file", "sha256"}
+FORMAT_VERSION = 2
+_KEYS = {"format_version", "kind", "iteration", "network", "settings", "class_names", "file", "sha256"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A trained network, and what is needed to go on training it.
 
-    `kind`: "teacher" or "student". `iteration`: optimiser steps taken. `architecture`: of the network. `settings`: JSON
-    of how it was trained; for a student the imitation settings and where its teacher came from. `class_names`: names
-    of the classes. `tensors`: `ema.*` the weights to use; when training can go on also `raw.*` and `adam.*`.
+    `kind`: "teacher" or "student". `iteration`: optimiser steps taken. `network`: JSON of its architecture, see
+    `networks.describe`. `settings`: JSON of how it was trained; for a student the imitation settings and where its
+    teacher came from. `class_names`: names of the classes. `tensors`: `ema.*` the weights to use; when training can
+    go on also `raw.*` and `adam.*`.
     """
 
     kind: str
     iteration: int
-    architecture: DiTConfig
+    network: dict[str, Any]
     settings: dict
     class_names: tuple[str, ...]
     tensors: dict[str, Tensor] = field(repr=False)
-
-    def network(self) -> DiT:
-        """The network with its averaged weights, in float32, ready to be called."""
-        network = DiT(self.architecture)
-        load_weights(network, self.group("ema"))
-        return network.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
         """SHA-256 of the averaged weights: the same network has the same, wherever its files are."""
@@ -56,13 +50,19 @@ class Checkpoint:
         return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
 
 
-def load_weights(network: DiT, weights: Mapping[str, Tensor]) -> None:
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, trained_only: bool = False) -> None:
     """Copy `weights` into the network.
+
+    Args:
+        trained_only: the weights are those of the parameters that require gradients, not all.
 
     Raises:
         CheckpointError: names or shapes that are not this architecture's.
     """
-    expected = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    own = network.state_dict()
+    if trained_only:
+        own = {name: own[name] for name, p in network.named_parameters() if p.requires_grad}
+    expected = {k: tuple(v.shape) for k, v in own.items()}
     found = {k: tuple(v.shape) for k, v in weights.items()}
     if expected != found:
         wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
@@ -71,7 +71,9 @@ def load_weights(network: DiT, weights: Mapping[str, Tensor]) -> None:
             f"the weights are of another architecture: {name!r} should be {expected.get(name, 'absent')}, is "
             f"{found.get(name, 'absent')} ({len(wrong)} such tensors); use the checkpoint this run was started from"
         )
-    network.load_state_dict({k: v.float() for k, v in weights.items()})
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)  # state_dict shares memory with the network
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -86,7 +88,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "format_version": FORMAT_VERSION,
         "kind": checkpoint.kind,
         "iteration": checkpoint.iteration,
-        "architecture": asdict(checkpoint.architecture),
+        "network": checkpoint.network,
         "settings": checkpoint.settings,
         "class_names": list(checkpoint.class_names),
         "file": name,
@@ -134,13 +136,12 @@ def load_checkpoint(folder: Path, *, kind: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{name} in {folder} does not match its checksum; copy the checkpoint again")
     try:
         tensors = load_tensors(data)
-        architecture = DiTConfig(**description["architecture"])
-    except (SafetensorError, TypeError) as error:
+    except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be used: {error}") from error
     return Checkpoint(
         description["kind"],
         description["iteration"],
-        architecture,
+        description["network"],
         description["settings"],
         tuple(description["class_names"]),
         tensors,

@@ -26,6 +26,15 @@ class ImageData:
     def __len__(self):
         return len(self.images)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one image."""
+        return self.images.shape[1:]
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Images (B, C, H, W), float32, and what they are conditioned on: `labels` (B,)."""
+        return self.images[indices], {"labels": self.labels[indices]}
+
     def fingerprint(self) -> str:
         """SHA-256 of images and labels."""
         return sha256(self.images.tobytes() + self.labels.tobytes())

@@ -1,11 +1,11 @@
-"""A diffusion transformer (DiT) with adaLN-zero, class-conditional with a null class, and its two heads.
+"""A diffusion transformer (DiT) with adaLN-zero, class-conditional with a null class.
 
-The trunk follows Peebles & Xie (arXiv:2212.09748): patches, fixed sin/cos positions, one embedding of time and class
-that modulates every block. A velocity head makes it a flow teacher; a Gaussian-mixture head a pi-Flow student.
+It follows Peebles & Xie (arXiv:2212.09748): patches, fixed sin/cos positions, one embedding of time and class that
+modulates every block. SiT and REPA checkpoints are of the same architecture.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,35 +23,40 @@ class DiTConfig:
 
     Args:
         in_channels: channels of the state, C.
-        sample_size: height and width of the state; another size is accepted at run time.
+        sample_size: height and width of the state, or one number for both; another size is accepted at run time.
         patch_size: side of the square patch that becomes one token.
         hidden_size: width of a token; a multiple of 4 and of `num_heads`.
         depth: number of blocks.
         num_heads: attention heads.
         num_classes: real classes; label `num_classes` is the null class.
-        num_timesteps: the network's time input is `sigma_t * num_timesteps`.
-        num_components: K of the Gaussian-mixture head; 0 for a teacher's velocity head.
     """
 
     in_channels: int = 1
-    sample_size: int = 8
+    sample_size: int | tuple[int, int] = 8
     patch_size: int = 2
     hidden_size: int = 64
     depth: int = 4
     num_heads: int = 4
     num_classes: int = 10
-    num_timesteps: float = 1000.0
-    num_components: int = 0
 
     def __post_init__(self):
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:
             raise ShapeError(
                 f"hidden_size is a multiple of 4 and of num_heads; got {self.hidden_size} and {self.num_heads}"
             )
-        if self.sample_size % self.patch_size:
+        if not isinstance(self.sample_size, int):  # JSON has lists; equal sides are one number
+            height, width = self.sample_size
+            object.__setattr__(self, "sample_size", height if height == width else (height, width))
+        if any(side % self.patch_size for side in self.sample_shape[1:]):
             raise ShapeError(
                 f"sample_size is a multiple of patch_size; got {self.sample_size} and {self.patch_size}"
             )
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a state."""
+        size = self.sample_size
+        return (self.in_channels, *(size if isinstance(size, tuple) else (size, size)))
 
     @property
     def null_label(self) -> int:
@@ -60,34 +65,36 @@ class DiTConfig:
 
 
 class DiT(nn.Module):
-    """Trunk and head. Returns a velocity (B, C, H, W), or a GM policy's `(means, logweights, logstds)`."""
+    """State, time and class -> prediction (B, out_channels, H, W).
+
+    `out_channels` says how many planes the layer `head.out` writes: C, unless a policy head has widened it.
+    """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
-        self.config = config
+        self.config, self.out_channels = config, config.in_channels
         width, patch = config.hidden_size, config.patch_size
         self.patch_embed = nn.Conv2d(config.in_channels, width, patch, stride=patch)
         self.time_mlp = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embed = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
-        head = GMHead if config.num_components else VelocityHead
-        self.head = head(config)
+        self.head = Head(width, patch**2 * config.in_channels)
         self._initialise()
 
-    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor):
-        """Network output at state `x_t` (B, C, H, W), time `t` (B,) = sigma * num_timesteps, labels (B,)."""
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Prediction at states `x_t` (B, C, H, W), times `t` (B,), class ids (B,)."""
         patch = self.config.patch_size
         rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
         tokens = self.patch_embed(x_t).flatten(2).transpose(1, 2)
         tokens = tokens + self._positions(rows, columns, tokens)
-        emb = F.silu(self.time_mlp(time_features(t)) + self.class_embed(class_labels))
+        emb = F.silu(self.time_mlp(time_features(t).to(tokens.dtype)) + self.class_embed(labels))
         for block in self.blocks:
             tokens = block(tokens, emb)
-        return self.head(tokens, emb, (rows, columns))
+        return unpatchify(self.head(tokens, emb), (rows, columns), patch, self.out_channels)
 
     def _positions(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        scale = self.config.sample_size // self.config.patch_size
-        return position_table(rows, columns, self.config.hidden_size, scale).to(like)
+        height, width = (side // self.config.patch_size for side in self.config.sample_shape[1:])
+        return position_table(rows, columns, self.config.hidden_size, (height, width)).to(like)
 
     def _initialise(self):
         for module in self.modules():
@@ -99,8 +106,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.head.modulation.weight)
-        if isinstance(self.head, VelocityHead):
-            nn.init.zeros_(self.head.out.weight)
+        nn.init.zeros_(self.head.out.weight)
 
 
 class Block(nn.Module):
@@ -130,38 +136,16 @@ class Block(nn.Module):
         return self.attention_out(mixed.transpose(1, 2).flatten(2))
 
 
-class VelocityHead(nn.Module):
-    """Tokens -> velocity (B, C, H, W)."""
+class Head(nn.Module):
+    """Tokens -> the prediction's patches, (B, L, rows of `out`)."""
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, width: int, rows: int):
         super().__init__()
-        self.config = config
-        self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.patch_size**2 * config.in_channels)
-
-    def forward(self, tokens: Tensor, emb: Tensor, grid: tuple[int, int]) -> Tensor:
-        tokens = modulate(tokens, *self.modulation(emb).unsqueeze(1).chunk(2, dim=-1))
-        return unpatchify(self.out(tokens), grid, self.config.patch_size, 1)[:, 0]
-
-
-class GMHead(nn.Module):
-    """Tokens -> means (B, K, C, H, W), log-weights (B, K, 1, H, W); embedding -> log-std (B, 1, 1, 1, 1)."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.config = config
-        width, per_patch = config.hidden_size, config.patch_size**2
         self.modulation = nn.Linear(width, 2 * width)
-        self.means = nn.Linear(width, per_patch * config.num_components * config.in_channels)
-        self.logweights = nn.Linear(width, per_patch * config.num_components)
-        self.logstds = nn.Linear(width, 1)
+        self.out = nn.Linear(width, rows)
 
-    def forward(self, tokens: Tensor, emb: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = modulate(tokens, *self.modulation(emb).unsqueeze(1).chunk(2, dim=-1))
-        patch, components = self.config.patch_size, self.config.num_components
-        means = unpatchify(self.means(tokens), grid, patch, components)
-        logweights = unpatchify(self.logweights(tokens), grid, patch, components).log_softmax(dim=1)
-        return means, logweights, self.logstds(emb)[:, :, None, None, None]
+    def forward(self, tokens: Tensor, emb: Tensor) -> Tensor:
+        return self.out(modulate(tokens, *self.modulation(emb).unsqueeze(1).chunk(2, dim=-1)))
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -169,11 +153,11 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, components: int) -> Tensor:
-    """(B, rows * columns, p * p * K * C), features in the order (p, p, K, C) -> (B, K, C, rows p, columns p)."""
-    x = tokens.unflatten(2, (patch, patch, components, -1)).unflatten(1, grid)
-    x = x.permute(0, 5, 6, 1, 3, 2, 4)  # (B, K, C, rows, p, columns, p)
-    return x.flatten(5, 6).flatten(3, 4)
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, planes: int) -> Tensor:
+    """(B, rows * columns, p * p * M), features in the order (p, p, M) -> (B, M, rows p, columns p)."""
+    x = tokens.unflatten(2, (patch, patch, planes)).unflatten(1, grid)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, M, rows, p, columns, p)
+    return x.flatten(4, 5).flatten(2, 3)
 
 
 def time_features(t: Tensor) -> Tensor:
@@ -184,52 +168,17 @@ def time_features(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def position_table(rows: int, columns: int, width: int, scale: float) -> Tensor:
+def position_table(rows: int, columns: int, width: int, trained_on: tuple[int, int]) -> Tensor:
     """Fixed sin/cos positions, (rows * columns, width): first half from the column, second from the row.
 
-    A grid other than the one trained on (`scale` tokens a side) is stretched onto it.
+    A grid other than the one trained on, rows and columns, is stretched onto it.
     """
     frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
 
-    def waves(count):
-        angles = torch.arange(count, dtype=torch.float64)[:, None] * (scale / count) * frequencies
+    def waves(count, trained):
+        angles = torch.arange(count, dtype=torch.float64)[:, None] * (trained / count) * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
-    column = waves(columns)[None, :, :].expand(rows, columns, width // 2)
-    row = waves(rows)[:, None, :].expand(rows, columns, width // 2)
+    column = waves(columns, trained_on[1])[None, :, :].expand(rows, columns, width // 2)
+    row = waves(rows, trained_on[0])[:, None, :].expand(rows, columns, width // 2)
     return torch.cat([column, row], dim=-1).reshape(rows * columns, width).float()
-
-
-# Spread of the components around the teacher's velocity, and their standard deviation, when a student starts; the
-# authors' values (arXiv:2510.14974, released configurations).
-_MEAN_SPREAD, _INITIAL_STD = 0.05, 0.05
-
-
-def student_from_teacher(teacher: DiT, num_components: int, *, seed: int = 0) -> DiT:
-    """A GM student that starts as its teacher: trunk copied, output layer widened to K components.
-
-    Every component gets the teacher's output plus a small constant of its own (alike at all positions, so that the
-    patch grid does not show), equal weights and a narrow spread: the policy's velocity is the teacher's.
-
-    Args:
-        teacher: a DiT with a velocity head.
-        num_components: K, 1 or more.
-        seed: of the components' offsets.
-    """
-    config = replace(teacher.config, num_components=num_components)
-    student = DiT(config)
-    student.load_state_dict(teacher.state_dict(), strict=False)  # all but the output layers
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        per_patch, channels = config.patch_size**2, config.in_channels
-        weight, bias = teacher.head.out.weight, teacher.head.out.bias
-        offsets = _MEAN_SPREAD * torch.randn(num_components, channels, generator=generator)
-        weight = weight.view(per_patch, 1, channels, -1).expand(-1, num_components, -1, -1)
-        student.head.means.weight.copy_(weight.reshape(-1, config.hidden_size))
-        bias = bias.view(per_patch, 1, channels) + offsets
-        student.head.means.bias.copy_(bias.reshape(-1))
-        for layer in (student.head.logweights, student.head.logstds):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        student.head.logstds.bias.fill_(math.log(_INITIAL_STD))
-    return student

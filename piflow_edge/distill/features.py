@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from piflow_edge.errors import CheckFailedError, DataError, ShapeError
-from piflow_edge.features import pixels, resized
+from piflow_edge.features import resized
 from piflow_edge.files import sha256, write_atomic
 from piflow_edge.progress import progress
 
@@ -125,7 +125,7 @@ def train_classifier(
         DataError: fewer than two classes, or images of fewer than 8 pixels a side.
         CheckFailedError: the training diverged.
     """
-    channels, size = data.images.shape[1], min(data.images.shape[2], _LARGEST)
+    channels, size = data.shape[0], min(data.shape[1], _LARGEST)
     classes = len(data.class_names)
     if len(np.unique(data.labels)) < 2:
         raise DataError(
@@ -179,12 +179,12 @@ def train_classifier(
 
 
 def _images(data: ImageData, indices: np.ndarray, size: int) -> Tensor:
-    return torch.from_numpy(resized(pixels(data, indices), size, size))
+    return torch.from_numpy(resized(data.batch(indices)[0], size, size))
 
 
 def _background(data: ImageData) -> Tensor:
     """What lies beyond the images' edges: each channel's median there, (1, C, 1, 1)."""
-    some = pixels(data, IterationRandom(0, 0).permutation(len(data))[:1000])
+    some = data.batch(IterationRandom(0, 0).permutation(len(data))[:1000])[0]
     edges = np.concatenate([some[:, :, 0], some[:, :, -1], some[..., 0], some[..., -1]], axis=-1)
     return torch.from_numpy(np.median(edges, axis=(0, 2)).astype(np.float32))[None, :, None, None]
 

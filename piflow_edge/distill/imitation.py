@@ -34,13 +34,18 @@ class Random(Protocol):
         """float32 standard normal."""
         ...
 
+    def shared_choice(self, count: int) -> int:
+        """A whole number below `count`, the same for all samples of the iteration, on whatever process they are."""
+        ...
+
 
 @dataclass(frozen=True)
 class ImitationConfig:
     """Settings of the imitation loss.
 
     Args:
-        nfe: student calls per image the student is trained for, 1 or more.
+        nfe: student calls per image the student is trained for, 1 or more; several numbers for one student that can
+            do with any of them.
         shift: shift between raw time and noise level, above 0.
         final_step_size_scale: length of the last segment relative to the others, in (0, 1].
         total_substeps: Euler steps of the policy over all of raw time.
@@ -48,10 +53,13 @@ class ImitationConfig:
         window_substeps: substeps over which the policy's mean velocity is compared; 0 compares it at the point.
         gm_dropout: share of mixture components left out of the path that is followed.
         loss_scale: constant factor of the loss.
-        policy_eps: floor inside the policy; the authors train with 1e-6 for GM.
+        policy_eps: floor inside the policy; None is what the authors train with, 1e-6 for GM and 1e-4 for DX.
+        decay_iterations: iterations over which the share of each segment that is walked with the teacher's velocity
+            falls from 1 to 0; 0 walks with the policy's from the start.
+        data_free: start from pure noise and go through all segments, instead of from noised data in one.
     """
 
-    nfe: int = 1
+    nfe: int | tuple[int, ...] = 1
     shift: float = 1.0
     final_step_size_scale: float = 1.0
     total_substeps: int = 128
@@ -59,16 +67,36 @@ class ImitationConfig:
     window_substeps: int = 0
     gm_dropout: float = 0.0
     loss_scale: float = 1.0
-    policy_eps: float = 1e-6
+    policy_eps: float | None = None
+    decay_iterations: int = 0
+    data_free: bool = False
 
     def __post_init__(self):
-        for name in ("nfe", "total_substeps", "num_intermediate_states"):
+        if isinstance(self.nfe, list | tuple):  # one number stays a number
+            several = tuple(sorted(set(self.nfe)))
+            object.__setattr__(self, "nfe", several[0] if len(several) == 1 else several)
+        if not self.nfes or min(self.nfes) < 1:
+            raise ScheduleError(f"nfe is 1 or more; got {self.nfe}")
+        for name in ("total_substeps", "num_intermediate_states"):
             if getattr(self, name) < 1:
                 raise ScheduleError(f"{name} is 1 or more; got {getattr(self, name)}")
         if not self.shift > 0:
             raise ScheduleError(f"shift is above 0; got {self.shift}")
         if not 0 < self.final_step_size_scale <= 1:
             raise ScheduleError(f"final_step_size_scale lies in (0, 1]; got {self.final_step_size_scale}")
+
+    @property
+    def nfes(self) -> tuple[int, ...]:
+        """All numbers of student calls it is trained for."""
+        return self.nfe if isinstance(self.nfe, tuple) else (self.nfe,)
+
+    def segment_length(self, nfe):
+        """Raw time of every segment but the last, for `nfe` calls, a number or an array."""
+        return 1 / (nfe - 1 + self.final_step_size_scale)
+
+    def teacher_ratio(self, iteration: int) -> float:
+        """Share of each segment that is walked with the teacher's velocity, at this iteration."""
+        return 1 - min(iteration / self.decay_iterations, 1.0) if self.decay_iterations else 0.0
 
 
 @dataclass(frozen=True)
@@ -86,15 +114,17 @@ class SegmentLoss:
     targets: Tensor
 
 
-def source_segments(config: ImitationConfig, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def source_segments(
+    config: ImitationConfig, uniforms: np.ndarray, nfe: int | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Raw time at which each sample's segment starts, and the segment's length, both (B,).
 
-    Samples fall into segments in proportion to the segments' lengths.
+    Samples fall into segments in proportion to the segments' lengths. `nfe` may differ from sample to sample.
     """
     scale = max(config.final_step_size_scale, TRAIN_EPS)
-    base = 1 / (config.nfe - 1 + scale)
+    base = 1 / (nfe - 1 + scale)
     raw_t = np.maximum(1 - uniforms, TRAIN_EPS)
-    number = np.clip(np.ceil(raw_t / base + (1 - scale)), 1, config.nfe)  # 1 is the segment that ends at data
+    number = np.clip(np.ceil(raw_t / base + (1 - scale)), 1, nfe)  # 1 is the segment that ends at data
     raw_t_src = np.clip((number - (1 - scale)) * base, TRAIN_EPS, 1.0)
     return raw_t_src, np.where(number == 1, scale * base, base)
 
@@ -120,7 +150,9 @@ def imitation_loss(
 
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `PiFlowImitation.forward_train` in Lakonik/piFlow.
     """
-    raw_t_src, length = source_segments(config, random.uniform((len(x_0),)))
+    raw_t_src, length = source_segments(
+        config, random.uniform((len(x_0),)), _nfe_of_samples(config, len(x_0), random)
+    )
     noise = torch.from_numpy(random.normal(tuple(x_0.shape))).to(x_0)
     sigma_src = warp(raw_t_src, config.shift)
     level = _per_sample(sigma_src, x_0)
@@ -155,11 +187,12 @@ def datafree_imitation_loss(
 
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `PiFlowImitationDataFree` in Lakonik/piFlow.
     """
-    base = 1 / (config.nfe - 1 + config.final_step_size_scale)
+    nfe = config.nfes[0] if len(config.nfes) == 1 else config.nfes[random.shared_choice(len(config.nfes))]
+    base = config.segment_length(nfe)
     x_src, raw_t_src = noise, np.ones(len(noise))
     total, parts = noise.new_zeros(()), []
-    for step in range(config.nfe):
-        size = base if step < config.nfe - 1 else config.final_step_size_scale * base
+    for step in range(nfe):
+        size = base if step < nfe - 1 else config.final_step_size_scale * base
         length = np.full(len(noise), size)
         policy = student(x_src, warp(raw_t_src, config.shift))
         followed = _followed(policy, config, random)
@@ -243,6 +276,12 @@ def _followed(policy: Policy, config: ImitationConfig, random: Random) -> Policy
         uniforms = torch.from_numpy(random.uniform((batch, num_components))).to(followed.logweights.device)
         followed = followed.dropped(uniforms, config.gm_dropout)
     return followed
+
+
+def _nfe_of_samples(config: ImitationConfig, batch: int, random: Random) -> int | np.ndarray:
+    if len(config.nfes) == 1:
+        return config.nfes[0]
+    return np.array(config.nfes)[(random.uniform((batch,)) * len(config.nfes)).astype(int)]
 
 
 def _follow(policy, x_t, raw_t, raw_t_end, config):

@@ -1,77 +1,144 @@
 """Distil a teacher into a few-step student with pi-ID."""
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from piflow_edge.errors import DataError
-from piflow_edge.policies import GMPolicy
+from piflow_edge.errors import CheckFailedError, DataError
+from piflow_edge.policies import Policy
 
 from .checkpoint import Checkpoint
 from .data import ImageData
-from .dit import DiT, student_from_teacher
-from .imitation import ImitationConfig, imitation_loss
-from .teacher import GuidedTeacher
-from .training import TrainingConfig, train
+from .heads import DXHead, Head, head_to_json
+from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
+from .lora import LoRAConfig
+from .networks import FlowNetwork, Teacher, attach_policy_head
+from .sources import TeacherModel
+from .teacher import GuidanceConfig, GuidedTeacher
+from .training import TrainingConfig, check_fit, train
+
+# Floor inside the policy in training, where the settings do not say; the authors' class defaults.
+_POLICY_EPS = {"gm": 1e-6, "dx": 1e-4}
 
 
-def policy_of(network: DiT, x_src: Tensor, sigma_src: np.ndarray, labels: Tensor, *, eps: float) -> GMPolicy:
-    """One student call: the policy for the segment that starts at `x_src` (B, C, H, W), `sigma_src` (B,)."""
-    t = torch.from_numpy(sigma_src).to(x_src) * network.config.num_timesteps
-    return GMPolicy(*network(x_src, t, labels), x_src, sigma_src, eps=eps)
+def policy_of(
+    network: nn.Module,
+    head: Head,
+    x_src: Tensor,
+    sigma_src: np.ndarray,
+    conditioning: Mapping[str, Tensor],
+    *,
+    eps: float | None = None,
+) -> Policy:
+    """One student call: the policy for the segment that starts at `x_src` (B, C, *S), `sigma_src` (B,).
+
+    Args:
+        network: the student, or what a launcher has wrapped it in.
+        head: of the student.
+        eps: floor inside the policy; None is the authors' for training.
+    """
+    outputs = network(x_src, torch.from_numpy(sigma_src).to(x_src), **conditioning)
+    return head.policy(outputs, x_src, sigma_src, _POLICY_EPS[head.kind] if eps is None else eps)
 
 
 def distill(
-    teacher: Checkpoint,
+    teacher: TeacherModel,
     data: ImageData,
     imitation: ImitationConfig,
     training: TrainingConfig,
     folder: Path,
     *,
-    guidance_scale: float,
-    num_components: int,
+    guidance: GuidanceConfig,
+    head: Head,
+    lora: LoRAConfig | None = None,
+    null: Mapping[str, Tensor] | None = None,
     resume: bool = False,
 ) -> Checkpoint:
-    """Train a GM student that starts as its teacher, and leave its checkpoint in `folder`.
+    """Train a student that starts as its teacher, and leave its checkpoint in `folder`.
 
     Args:
-        teacher: checkpoint of a velocity network.
-        data: images the segments start from, noised.
+        teacher: the network to imitate. With `lora` it is changed into the student's trunk.
+        data: what the segments start from, noised; of a data-free run only their shape and conditions matter.
         imitation, training: settings of the loss and of the loop.
-        guidance_scale: of the teacher that corrects; the student needs no guidance afterwards.
-        num_components: K of the mixture.
+        guidance: of the teacher that corrects; the student needs no guidance afterwards.
+        head: which policy. The nodes of a DX policy are laid over the student's longest segment, whatever the head
+            says, in raw time of the shift it is trained with.
+        lora: train adapters on the teacher's weights; None trains a copy of them.
+        null: what stands for "no condition"; see `GuidedTeacher`.
         resume: go on from the checkpoint in `folder`.
 
     Raises:
         DataError: the data's classes are not the teacher's.
+        CheckFailedError: the student does not start as its teacher.
         DataError, CheckpointError, CheckFailedError: see `training.train`.
     """
-    if data.class_names != teacher.class_names:
+    if teacher.class_names is not None and data.class_names != teacher.class_names:
         raise DataError(
             f"the teacher's classes are {', '.join(teacher.class_names)}; those of {data.name!r} are "
             f"{', '.join(data.class_names)}"
         )
-    guided = GuidedTeacher(teacher.network(), teacher.architecture, guidance_scale)
-    network = student_from_teacher(teacher.network(), num_components, seed=training.seed)
-    network.requires_grad_(True)
+    check_fit(teacher.network, data)
+    if isinstance(head, DXHead):
+        head = replace(
+            head, segment_size=imitation.segment_length(min(imitation.nfes)), shift=imitation.shift
+        )
+    student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
+    guided = GuidedTeacher(student if lora else teacher.network, guidance, null=null)
+    example, conditioning = data.batch(np.arange(min(len(data), 2)))
+    check_start(student, guided.teacher, example, conditioning)
+    imitate = datafree_imitation_loss if imitation.data_free else imitation_loss
 
-    def loss(x_0, labels, random):
-        return imitation_loss(
-            lambda x_src, sigma: policy_of(network, x_src, sigma, labels, eps=imitation.policy_eps),
-            lambda x_t, sigma: guided.velocity(x_t, sigma, labels),
-            x_0,
+    def loss(network, x_0, conditioning, random):
+        start = torch.from_numpy(random.normal(tuple(x_0.shape))).to(x_0) if imitation.data_free else x_0
+        result = imitate(
+            lambda x_src, sigma: policy_of(
+                network, head, x_src, sigma, conditioning, eps=imitation.policy_eps
+            ),
+            lambda x_t, sigma: guided.velocity(x_t, sigma, **conditioning),
+            start,
             imitation,
             random,
-        ).loss
+            teacher_ratio=imitation.teacher_ratio(random.iteration),
+        )
+        return result[0] if imitation.data_free else result.loss
 
     settings = {
         "imitation": asdict(imitation),
-        "guidance_scale": guidance_scale,
+        "guidance": asdict(guidance),
+        "head": head_to_json(head),
         "data": data.name,
-        "teacher": teacher.settings,
-        "teacher_sha256": teacher.fingerprint(),
+        "teacher": teacher.provenance,
+        "conditioning": {
+            k: {"shape": list(v.shape[1:]), "dtype": str(v.dtype)} for k, v in conditioning.items()
+        },
     }
-    return train(network, loss, data, training, folder, kind="student", settings=settings, resume=resume)
+    return train(student, loss, data, training, folder, kind="student", settings=settings, resume=resume)
+
+
+@torch.no_grad()
+def check_start(
+    student: FlowNetwork, teacher: Teacher, x_0: np.ndarray, conditioning: Mapping[str, np.ndarray]
+) -> None:
+    """See that the student's policy is the teacher's velocity where it starts.
+
+    Raises:
+        CheckFailedError: it is not. The output layer is another one, or its rows are ordered otherwise.
+    """
+    device = next(student.parameters()).device
+    x_t = torch.from_numpy(x_0).to(device)
+    given = {name: torch.from_numpy(array).to(device) for name, array in conditioning.items()}
+    sigma = np.full(len(x_t), 0.5)
+    u_t = teacher.velocity(x_t, torch.from_numpy(sigma).to(x_t), **given)
+    started = policy_of(student, student.head, x_t, sigma, given).velocity(x_t, sigma)
+    off, size = (tensor.square().mean().sqrt().item() for tensor in (started - u_t, u_t))
+    # The components' offsets are a tenth of this; rows in a wrong order are as far off as the velocity is large.
+    if not off <= 0.2 + 0.5 * size:
+        raise CheckFailedError(
+            f"the student should start as its teacher, but its velocity is off by {off:.3g} where the teacher's is "
+            f"{size:.3g}; is {student.output_layer!r} the layer that writes the prediction, and "
+            f"channel_major={student.channel_major} the order of its rows?"
+        )

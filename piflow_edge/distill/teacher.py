@@ -1,20 +1,21 @@
 """The teacher's side: classifier-free guidance, Euler sampling, and flow-matching training."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from piflow_edge.errors import ScheduleError
 from piflow_edge.schedule import warp
 
 from .checkpoint import Checkpoint
 from .data import ImageData
-from .dit import DiT, DiTConfig
+from .dit import DiTConfig
+from .networks import DiTNetwork, Teacher
 from .training import TrainingConfig, train
 
 
@@ -55,37 +56,77 @@ def guide(
     return u_cond + bias
 
 
-class GuidedTeacher:
-    """A class-conditional network with classifier-free guidance as one velocity field.
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """How a teacher is guided.
 
     Args:
-        network: `(x_t, t, labels) -> u_t`, a trained DiT or an engine that runs one.
-        config: the network's architecture.
-        scale: guidance scale, 1 or more; 1 asks the network once per call, above 1 for two samples per sample.
+        scale: of classifier-free guidance; 1 is none and asks the network once per call, more asks it twice.
+        interval: noise levels, both ends included, outside which the scale is 1; None is everywhere.
+        orthogonal: share of the push along the predicted x_0 that is taken out.
     """
 
-    def __init__(self, network: Callable[[Tensor, Tensor, Tensor], Tensor], config: DiTConfig, scale: float):
-        if not scale >= 1:
-            raise ScheduleError(f"guidance scale is 1 (none) or more; got {scale!r}")
-        self.network, self.config, self.scale = network, config, float(scale)
+    scale: float = 1.0
+    interval: tuple[float, float] | None = None
+    orthogonal: float = 0.0
+
+    def __post_init__(self):
+        if not self.scale >= 1:
+            raise ScheduleError(f"guidance scale is 1 (none) or more; got {self.scale!r}")
+        if self.interval is not None:
+            low, high = self.interval
+            if not 0 <= low <= high <= 1:
+                raise ScheduleError(f"a guidance interval runs up within [0, 1]; got {self.interval}")
+            object.__setattr__(self, "interval", (low, high))  # from JSON it comes as a list
+
+
+class GuidedTeacher:
+    """A teacher with classifier-free guidance as one velocity field.
+
+    Args:
+        teacher: the network.
+        guidance: see `GuidanceConfig`.
+        null: what stands for "no condition", one entry without the batch axis per name; for a text model the
+            embeddings of the null prompt. None is what the network says. Names that are not in it stay as they are.
+
+    Raises:
+        ScheduleError: guidance is wanted and nothing says what "no condition" is.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        guidance: GuidanceConfig = GuidanceConfig(),
+        *,
+        null: Mapping[str, Tensor] | None = None,
+    ):
+        null = getattr(teacher, "null", {}) if null is None else null
+        if guidance.scale > 1 and not null:
+            raise ScheduleError(
+                "guidance needs to know what stands for 'no condition'; give the null condition, or scale 1"
+            )
+        self.teacher, self.guidance, self.null = teacher, guidance, dict(null)
 
     @torch.no_grad()
-    def velocity(self, x_t: Tensor, sigma_t, labels: Tensor) -> Tensor:
-        """u_t at states (B, C, H, W), noise level a float or (B,), labels (B,); no gradient."""
-        sigma = torch.as_tensor(np.broadcast_to(sigma_t, x_t.shape[:1]).copy(), dtype=x_t.dtype)
-        t = sigma.to(x_t.device) * self.config.num_timesteps
-        if self.scale == 1:
-            return self.network(x_t, t, labels)
-        null = torch.full_like(labels, self.config.null_label)
-        twice = self.network(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, labels]))
+    def velocity(self, x_t: Tensor, sigma_t, **conditioning: Tensor) -> Tensor:
+        """u_t at states (B, C, *S), noise level a float or (B,); no gradient."""
+        sigma = torch.as_tensor(np.broadcast_to(sigma_t, x_t.shape[:1]).copy()).to(x_t)
+        if self.guidance.scale == 1:
+            return self.teacher.velocity(x_t, sigma, **conditioning)
+        doubled = {}
+        for name, given in conditioning.items():
+            null = self.null[name].to(given).expand_as(given) if name in self.null else given
+            doubled[name] = torch.cat([null, given])
+        twice = self.teacher.velocity(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), **doubled)
         u_uncond, u_cond = twice.chunk(2)
-        return guide(u_cond, u_uncond, x_t, t, scale=self.scale, num_timesteps=self.config.num_timesteps)
+        # In units in which the network's time is the noise level.
+        return guide(u_cond, u_uncond, x_t, sigma, num_timesteps=1.0, **vars(self.guidance))
 
-    def sample(self, noise: Tensor, labels: Tensor, steps: int, *, shift: float = 1.0) -> Tensor:
-        """Images by `steps` Euler steps from `noise` (B, C, H, W), even in raw time."""
+    def sample(self, noise: Tensor, steps: int, *, shift: float = 1.0, **conditioning: Tensor) -> Tensor:
+        """Images by `steps` Euler steps from `noise` (B, C, *S), even in raw time."""
         x_t = noise
         for sigma_t, sigma_next in pairwise(warp(np.linspace(1.0, 0.0, steps + 1), shift).tolist()):
-            x_t = x_t + self.velocity(x_t, sigma_t, labels) * (sigma_next - sigma_t)
+            x_t = x_t + self.velocity(x_t, sigma_t, **conditioning) * (sigma_next - sigma_t)
         return x_t
 
 
@@ -103,7 +144,7 @@ class FlowMatchingConfig:
 
 
 def flow_matching_loss(
-    network: DiT, x_0: Tensor, labels: Tensor, config: FlowMatchingConfig, random
+    network: nn.Module, x_0: Tensor, labels: Tensor, null_label: int, config: FlowMatchingConfig, random
 ) -> Tensor:
     """Mean squared error between the network's velocity and `noise - x_0`, at random noise levels.
 
@@ -115,8 +156,8 @@ def flow_matching_loss(
     noise = torch.from_numpy(random.normal(x_0.shape)).to(x_0)
     level = sigma.view(-1, *(1,) * (x_0.ndim - 1))
     x_t = (1 - level) * x_0 + level * noise
-    labels = torch.where(dropped, network.config.null_label, labels)
-    u_t = network(x_t, sigma * network.config.num_timesteps, labels)
+    labels = torch.where(dropped, null_label, labels)
+    u_t = network(x_t, sigma, labels=labels)
     return (u_t - (noise - x_0)).square().mean()
 
 
@@ -141,10 +182,11 @@ def train_teacher(
         CheckpointError, CheckFailedError: see `training.train`.
     """
     torch.manual_seed(training.seed)  # the initial weights
-    network = DiT(architecture)
+    network = DiTNetwork(architecture)
 
-    def loss(x_0, labels, random):
-        return flow_matching_loss(network, x_0, labels, flow_matching, random)
+    def loss(network, x_0, conditioning, random):
+        labels, null = conditioning["labels"], architecture.null_label
+        return flow_matching_loss(network, x_0, labels, null, flow_matching, random)
 
     settings = {"flow_matching": asdict(flow_matching), "data": data.name}
     return train(network, loss, data, training, folder, kind="teacher", settings=settings, resume=resume)

@@ -22,7 +22,7 @@ from piflow_edge.progress import progress
 
 from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from .data import ImageData
-from .dit import DiT, DiTConfig
+from .networks import FlowNetwork, describe
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class IterationRandom:
     """The random numbers of one iteration; see `imitation.Random`."""
 
     def __init__(self, seed: int, iteration: int):
+        self.iteration = iteration
         self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, iteration])))
 
     def uniform(self, shape) -> np.ndarray:
@@ -61,6 +62,9 @@ class IterationRandom:
 
     def normal(self, shape) -> np.ndarray:
         return self._generator.standard_normal(shape, dtype=np.float32)
+
+    def shared_choice(self, count: int) -> int:
+        return int(self._generator.integers(0, count))
 
     def choice(self, count: int, size: int) -> np.ndarray:
         """`size` whole numbers below `count`, with repetition."""
@@ -71,11 +75,12 @@ class IterationRandom:
         return self._generator.permutation(count)
 
 
-Loss = Callable[[Tensor, Tensor, IterationRandom], Tensor]  # (x_0, labels, random) -> scalar
+# (network, x_0, conditioning, random) -> scalar
+Loss = Callable[[FlowNetwork, Tensor, dict[str, Tensor], IterationRandom], Tensor]
 
 
 def train(
-    network: DiT,
+    network: FlowNetwork,
     loss: Loss,
     data: ImageData,
     config: TrainingConfig,
@@ -92,8 +97,8 @@ def train(
 
     Args:
         network: starts from the weights it has, unless a checkpoint is resumed.
-        loss: `(x_0, labels, random) -> scalar` with gradient.
-        data: where `x_0` and `labels` are drawn from.
+        loss: `(network, x_0, conditioning, random) -> scalar` with gradient.
+        data: where `x_0` and `conditioning` are drawn from.
         config: how to train.
         folder: where the checkpoint goes.
         kind, settings: recorded in the checkpoint; on `resume` they must be the same.
@@ -105,9 +110,9 @@ def train(
         CheckFailedError: the loss is not finite.
     """
     folder = Path(folder)
-    _check_fit(network.config, data)
+    check_fit(network, data)
     settings = {**settings, "data_sha256": data.fingerprint(), "training": vars(config).copy()}
-    parameters = dict(network.named_parameters())
+    parameters = {k: v for k, v in network.named_parameters() if v.requires_grad}
     ema = {k: v.detach().clone() for k, v in parameters.items()}
     optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     start = 0
@@ -117,7 +122,7 @@ def train(
                 f"{folder} holds a checkpoint already; give --resume to go on, or another folder"
             )
         checkpoint = load_checkpoint(folder, kind=kind)
-        _check_same_run(checkpoint, network.config, data, settings, folder)
+        _check_same_run(checkpoint, describe(network), data, settings, folder)
         start = _restore(checkpoint, network, ema, optimizer)
 
     def snapshot(iteration):
@@ -127,9 +132,8 @@ def train(
         for name, parameter in parameters.items():
             state = optimizer.state.get(parameter, {})  # nothing before its first step
             tensors |= {f"adam.{part}.{name}": value for part, value in state.items()}
-        return Checkpoint(kind, iteration, network.config, settings, data.class_names, tensors)
+        return Checkpoint(kind, iteration, describe(network), settings, data.class_names, tensors)
 
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
     folder.mkdir(parents=True, exist_ok=True)
     network.train()
     done, began = start, time.perf_counter()
@@ -140,10 +144,11 @@ def train(
     ):
         for iteration in range(start, config.iterations):
             random = IterationRandom(config.seed, iteration)
-            picked = torch.from_numpy(random.choice(len(data), config.batch_size))
+            x_0, conditioning = data.batch(random.choice(len(data), config.batch_size))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, iteration)
-            value = loss(images[picked], labels[picked], random)
+            given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
+            value = loss(network, torch.from_numpy(x_0), given, random)
             optimizer.zero_grad()
             value.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
@@ -197,24 +202,23 @@ def _ctrl_c_between_steps() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _check_fit(config: DiTConfig, data: ImageData) -> None:
-    size = (config.in_channels, config.sample_size, config.sample_size)
-    if data.images.shape[1:] != size:
+def check_fit(network: FlowNetwork, data: ImageData) -> None:
+    """Raise DataError unless the data's states and classes are those the network is made for."""
+    if data.shape != network.sample_shape:
         raise DataError(
-            f"the network is made for images (C, H, W) = {size}; those of {data.name!r} are {data.images.shape[1:]}"
+            f"the network is made for states (C, H, W) = {network.sample_shape}; those of {data.name!r} are "
+            f"{data.shape}"
         )
-    if len(data.class_names) != config.num_classes:
+    if network.num_classes not in (None, len(data.class_names)):
         raise DataError(
-            f"the network knows {config.num_classes} classes; {data.name!r} has {len(data.class_names)}"
+            f"the network knows {network.num_classes} classes; {data.name!r} has {len(data.class_names)}"
         )
 
 
-def _check_same_run(
-    checkpoint: Checkpoint, architecture: DiTConfig, data: ImageData, settings: dict, folder: Path
-):
-    was = {"architecture": vars(checkpoint.architecture), "class_names": list(checkpoint.class_names)}
-    now = {"architecture": vars(architecture), "class_names": list(data.class_names)}
-    was, now = _flat({**was, **checkpoint.settings}), _flat({**now, **json.loads(json.dumps(settings))})
+def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, settings: dict, folder: Path):
+    was = {"network": checkpoint.network, "class_names": list(checkpoint.class_names)}
+    now = {"network": network, "class_names": list(data.class_names)}
+    was, now = _flat({**was, **checkpoint.settings}), _flat(json.loads(json.dumps({**now, **settings})))
     odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]
     if odd:
         raise CheckpointError(
@@ -237,11 +241,13 @@ def _restore(checkpoint, network, ema, optimizer) -> int:
         raise CheckpointError(
             "the checkpoint holds averaged weights only; it can be used but not trained further"
         )
-    load_weights(network, raw)
+    load_weights(network, raw, trained_only=True)
     for name, value in checkpoint.group("ema").items():
         ema[name].copy_(value)
     for name, parameter in network.named_parameters():
-        if f"exp_avg.{name}" in moments:  # absent when it was saved before the first step
+        if (
+            parameter.requires_grad and f"exp_avg.{name}" in moments
+        ):  # absent when it was saved before the first step
             optimizer.state[parameter] = {
                 part: moments[f"{part}.{name}"].clone() for part in ("step", "exp_avg", "exp_avg_sq")
             }

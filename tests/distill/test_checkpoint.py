@@ -12,17 +12,19 @@ from piflow_edge.distill.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from piflow_edge.distill.dit import DiT, DiTConfig
+from piflow_edge.distill.dit import DiTConfig
+from piflow_edge.distill.networks import DiTNetwork
+from piflow_edge.distill.sources import network_of
 from piflow_edge.errors import CheckpointError
 
 from conftest import make_student
 
 
 def same(a: Checkpoint, b: Checkpoint):
-    assert (a.kind, a.iteration, a.architecture, a.settings) == (
+    assert (a.kind, a.iteration, a.network, a.settings) == (
         b.kind,
         b.iteration,
-        b.architecture,
+        b.network,
         b.settings,
     )
     assert a.tensors.keys() == b.tensors.keys()
@@ -71,8 +73,8 @@ def test_a_save_cut_short_leaves_the_previous_checkpoint_whole(tmp_path, monkeyp
 
 
 def test_weights_of_another_architecture_are_refused():
-    network = DiT(DiTConfig(hidden_size=16, depth=2, num_heads=2))
-    with pytest.raises(CheckpointError, match=r"another architecture: 'blocks\.1"):
+    network = DiTNetwork(DiTConfig(hidden_size=16, depth=2, num_heads=2))
+    with pytest.raises(CheckpointError, match=r"another architecture: 'module\.blocks\.1"):
         load_weights(network, make_student().group("ema"))
 
 
@@ -98,14 +100,10 @@ def damage_json(folder, change):
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"\0" * 64), "checksum"),
         (
             lambda folder: damage_json(folder, lambda d: d.update(format_version=7)),
-            "not a checkpoint of version 1",
+            "not a checkpoint of version 2",
         ),
         (lambda folder: damage_json(folder, lambda d: d.update(colour="red")), "unknown keys: colour"),
         (lambda folder: damage_json(folder, lambda d: d.update(file="../x")), "outside its folder"),
-        (
-            lambda folder: damage_json(folder, lambda d: d["architecture"].update(wings=2)),
-            "cannot be used.*wings",
-        ),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(tmp_path, damage, words):
@@ -115,10 +113,17 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage, words):
         load_checkpoint(tmp_path)
 
 
+def test_an_architecture_that_is_not_known_is_refused():
+    student = make_student()
+    student.network["config"]["wings"] = 2
+    with pytest.raises(CheckpointError, match=r"cannot be read.*wings"):
+        network_of(student)
+
+
 def test_the_small_form_keeps_nothing_but_the_averaged_weights(tmp_path):
     student = make_student()
     student.tensors["raw.x"] = torch.zeros(3)
     small = inference_only(student)
     assert set(small.tensors) == {name for name in student.tensors if name.startswith("ema.")}
     assert all(value.dtype == torch.float16 for value in small.tensors.values())
-    small.network()
+    network_of(small)

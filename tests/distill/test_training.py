@@ -11,10 +11,19 @@ from piflow_edge import rollout
 from piflow_edge.distill import training
 from piflow_edge.distill.checkpoint import load_checkpoint
 from piflow_edge.distill.data import ImageData
-from piflow_edge.distill.dit import DiT, DiTConfig, student_from_teacher
+from piflow_edge.distill.dit import DiTConfig
+from piflow_edge.distill.heads import DXHead, GMHead
 from piflow_edge.distill.imitation import ImitationConfig
+from piflow_edge.distill.networks import DiTNetwork, attach_policy_head
+from piflow_edge.distill.sources import network_of, teacher_from_checkpoint
 from piflow_edge.distill.student import distill, policy_of
-from piflow_edge.distill.teacher import FlowMatchingConfig, GuidedTeacher, train_teacher
+from piflow_edge.distill.teacher import (
+    FlowMatchingConfig,
+    GuidanceConfig,
+    GuidedTeacher,
+    flow_matching_loss,
+    train_teacher,
+)
 from piflow_edge.distill.training import IterationRandom, TrainingConfig
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, PiFlowError
 
@@ -37,31 +46,38 @@ def teacher(data, tmp_path_factory):
     return train_teacher(data, TINY, FlowMatchingConfig(), config, tmp_path_factory.mktemp("teacher"))
 
 
-def run(teacher, data, folder, *, config=SHORT, imitation=None, resume=False):
+def run(teacher, data, folder, *, config=SHORT, imitation=None, head=GMHead(3), resume=False):  # noqa: B008
     imitation = imitation or ImitationConfig(nfe=2, total_substeps=16)
     return distill(
-        teacher, data, imitation, config, folder, guidance_scale=1.5, num_components=3, resume=resume
+        teacher_from_checkpoint(teacher),
+        data,
+        imitation,
+        config,
+        folder,
+        guidance=GuidanceConfig(1.5),
+        head=head,
+        resume=resume,
     )
 
 
 def test_a_teacher_learns_its_classes(teacher, data):
     noise = torch.from_numpy(IterationRandom(1, 0).normal((64, 1, 4, 4)))
     labels = torch.from_numpy(data.labels)
-    images = GuidedTeacher(teacher.network(), TINY, 1.0).sample(noise, labels, 20)
+    images = GuidedTeacher(network_of(teacher)).sample(noise, 20, labels=labels)
     means = [images[labels == label].mean().item() for label in (0, 1)]
     assert means == pytest.approx([-0.5, 0.5], abs=0.15)
 
 
 def test_a_student_starts_as_its_teacher(teacher):
-    network = teacher.network()
-    student = student_from_teacher(network, 4).eval()
+    network = network_of(teacher)
+    student = attach_policy_head(network, GMHead(4))
     x_t, labels = torch.randn(5, 1, 4, 4), torch.tensor([0, 1, 0, 1, 2])
     sigma = np.array([1.0, 0.8, 0.5, 0.3, 0.1])
     with torch.no_grad():
-        u_teacher = GuidedTeacher(network, TINY, 1.0).velocity(x_t, sigma, labels)
-        policy = policy_of(student, x_t, sigma, labels, eps=1e-6)
+        u_teacher = GuidedTeacher(network).velocity(x_t, sigma, labels=labels)
+        policy = policy_of(student, student.head, x_t, sigma, {"labels": labels})
         u_student = policy.velocity(x_t, sigma)
-        means = student(x_t, torch.from_numpy(sigma).float() * 1000, labels)[0]
+        means = student(x_t, torch.from_numpy(sigma).float(), labels=labels)[0]
     # The components lie 0.05 apart at random, so their mean is off by about 0.05 / sqrt(4), alike everywhere.
     offset = u_student - u_teacher
     assert offset.abs().max() < 0.15
@@ -71,17 +87,28 @@ def test_a_student_starts_as_its_teacher(teacher):
     assert means.std(dim=1).min() > 0  # told apart, or they could never part
 
 
-def test_distillation_brings_one_call_close_to_the_teacher(teacher, data, tmp_path):
-    config = replace(SHORT, iterations=100, batch_size=32)
-    student = run(
-        teacher, data, tmp_path, config=config, imitation=ImitationConfig(nfe=1, total_substeps=16)
-    ).network()
+@pytest.mark.parametrize(
+    ("head", "options"),
+    [
+        (GMHead(3), {}),
+        (GMHead(3), {"data_free": True}),
+        (GMHead(3), {"decay_iterations": 50, "gm_dropout": 0.2, "window_substeps": 4}),
+        (DXHead(4), {}),
+        (DXHead(3, mode="polynomial"), {}),
+        (GMHead(3), {"nfe": (1, 2)}),
+    ],
+    ids=["gm", "data-free", "mixing, dropout, windows", "dx", "polynomial", "several nfe"],
+)
+def test_distillation_brings_one_call_close_to_the_teacher(teacher, data, tmp_path, head, options):
+    config = replace(SHORT, iterations=150, batch_size=32, learning_rate=3e-3)
+    imitation = ImitationConfig(**{"nfe": 1, "total_substeps": 16, **options})
+    student = network_of(run(teacher, data, tmp_path, config=config, imitation=imitation, head=head))
     noise = torch.from_numpy(IterationRandom(2, 0).normal((64, 1, 4, 4)))
     labels = torch.from_numpy(data.labels)
-    guided = GuidedTeacher(teacher.network(), TINY, 1.5)
-    target, cut = guided.sample(noise, labels, 50), guided.sample(noise, labels, 1)
+    guided = GuidedTeacher(network_of(teacher), GuidanceConfig(1.5))
+    target, cut = (guided.sample(noise, steps, labels=labels) for steps in (50, 1))
     with torch.no_grad():
-        policy = policy_of(student, noise, np.ones(64), labels, eps=1e-4)
+        policy = policy_of(student, student.head, noise, np.ones(64), {"labels": labels}, eps=1e-4)
     error = (rollout(policy, noise, 1.0, 0.0, 16) - target).square().mean()
     assert error < 0.5 * (cut - target).square().mean()
 
@@ -149,8 +176,11 @@ def test_resuming_with_other_settings_is_refused(teacher, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(num_heads=4), r"architecture\.num_heads was 2, is 4"),  # the shapes of the weights are the same
-        (dict(patch_size=4), r"architecture\.patch_size was 2, is 4"),
+        (
+            dict(num_heads=4),
+            r"network\.config\.num_heads was 2, is 4",
+        ),  # the shapes of the weights are the same
+        (dict(patch_size=4), r"network\.config\.patch_size was 2, is 4"),
     ],
 )
 def test_resuming_with_another_architecture_is_refused(data, tmp_path, change, words):
@@ -164,7 +194,7 @@ def test_resuming_with_another_architecture_is_refused(data, tmp_path, change, w
 def test_resuming_with_another_teacher_or_other_images_is_refused(teacher, data, tmp_path):
     run(teacher, data, tmp_path)
     other = replace(teacher, tensors={k: v + 1e-3 for k, v in teacher.tensors.items()})
-    with pytest.raises(CheckpointError, match="teacher_sha256"):
+    with pytest.raises(CheckpointError, match=r"teacher\.sha256"):
         run(other, data, tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="data_sha256"):
         run(teacher, replace(data, images=data.images * 0.9), tmp_path, resume=True)
@@ -195,20 +225,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert not (tmp_path / "checkpoint.json").exists()
 
 
-def test_guidance_below_one_is_refused(teacher):
+def test_guidance_below_one_is_refused():
     with pytest.raises(PiFlowError, match="guidance scale"):
-        GuidedTeacher(teacher.network(), TINY, 0.5)
+        GuidanceConfig(0.5)
 
 
 def test_labels_dropped_in_training_are_the_null_class():
-    network = DiT(TINY)
-    seen = []
-    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    network, seen = DiTNetwork(TINY), []
+    network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["labels"]), with_kwargs=True
+    )
     config = FlowMatchingConfig(label_dropout=0.5)
-    from piflow_edge.distill.teacher import flow_matching_loss
-
-    labels = torch.zeros(400, dtype=torch.int64)
-    flow_matching_loss(network, torch.zeros(400, 1, 4, 4), labels, config, IterationRandom(0, 0))
+    labels, x_0 = torch.zeros(400, dtype=torch.int64), torch.zeros(400, 1, 4, 4)
+    flow_matching_loss(network, x_0, labels, TINY.null_label, config, IterationRandom(0, 0))
     share = (seen[0] == TINY.null_label).float().mean().item()
     assert share == pytest.approx(0.5, abs=0.1)  # four standard errors of 400 throws
     assert set(seen[0].tolist()) == {0, TINY.null_label}

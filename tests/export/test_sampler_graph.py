@@ -1,5 +1,6 @@
 """The whole sampler as one graph makes what the Python runtime makes."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge.bundle import Bundle
+from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import open_engine
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export import to_bundle
@@ -139,8 +141,36 @@ def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):
 
 
 def test_a_sampler_that_differs_from_the_runtime_is_not_exported(tmp_path, monkeypatch):
-    other = export_network(make_student(seed=1).network())
+    other = export_network(network_of(make_student(seed=1)))
     monkeypatch.setattr(to_bundle, "export_sampler", lambda student, *rest: export_sampler(other, *rest))
     with pytest.raises(CheckFailedError, match=r"sampler latents differ by .* in latents of nfe"):
         export_bundle(make_student(), tmp_path / "out", samplers=[1, 2])
     assert list(tmp_path.iterdir()) == []
+
+
+NODE = """
+const ort = require("onnxruntime-node"), fs = require("fs");
+const floats = (file) => new Float32Array(new Uint8Array(fs.readFileSync(file)).buffer);
+(async () => {
+  const sampler = await ort.InferenceSession.create(process.argv[1]);
+  const noise = new ort.Tensor("float32", floats(process.argv[2]), [3, 1, 8, 8]);
+  const class_labels = new ort.Tensor("int64", [0n, 1n, 2n], [3]);
+  const { latents, images } = await sampler.run({ noise, class_labels });
+  fs.writeFileSync(process.argv[3], new Uint8Array(latents.data.buffer));
+  fs.writeFileSync(process.argv[4], images.data);
+})();
+"""
+
+
+def test_javascript_makes_the_images(folder, tmp_path):
+    probe = ["node", "-e", 'require("onnxruntime-node")']
+    if not shutil.which("node") or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("needs node, and onnxruntime-node where NODE_PATH points to")
+    noise = pf.philox_normal(7, range(3), (1, 8, 8))
+    noise.tofile(tmp_path / "noise")
+    files = [folder / "sampler.nfe2.fp32.onnx", *(tmp_path / name for name in ("noise", "latents", "images"))]
+    subprocess.run(["node", "-e", NODE, *map(str, files)], check=True)
+    expected = pf.load(folder)([0, 1, 2], noise=noise, output="numpy")
+    latents = np.fromfile(files[2], np.float32).reshape(3, 1, 8, 8)
+    np.testing.assert_allclose(latents, expected.latents, **TOLERANCE)
+    np.testing.assert_array_equal(np.fromfile(files[3], np.uint8).reshape(3, 8, 8, 1), expected.images)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from piflow_edge import files
+from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import open_engine
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export import to_bundle
@@ -22,13 +23,12 @@ def snapshot(folder):
 @pytest.mark.parametrize("architecture", [{}, dict(in_channels=3, sample_size=12, patch_size=3)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_graph_computes_what_pytorch_does(architecture, batch):
-    network = make_student(**architecture).network()
+    network = network_of(make_student(**architecture))
     engine = open_engine(export_network(network))
-    config = network.config
-    x_t = torch.randn(batch, config.in_channels, config.sample_size, config.sample_size)
-    t, labels = torch.linspace(1000, 10, batch), torch.arange(batch)
+    x_t = torch.randn(batch, *network.sample_shape)
+    t, labels = torch.linspace(1, 0.01, batch), torch.arange(batch)
     with torch.no_grad():
-        expected = network(x_t, t, labels)
+        expected = network(x_t, t, labels=labels)
     found = engine.run({"x_t": x_t.numpy(), "t": t.numpy(), "class_labels": labels.numpy()})
     for name, value in zip(("means", "logweights", "logstds"), expected, strict=True):
         # Float32 sums of 16 to 64 terms in another order.
@@ -36,7 +36,7 @@ def test_the_graph_computes_what_pytorch_does(architecture, batch):
 
 
 def test_the_graph_states_its_opset_and_carries_no_paths():
-    model = onnx.load_from_string(export_network(make_student().network()))
+    model = onnx.load_from_string(export_network(network_of(make_student())))
     assert [o.version for o in model.opset_import if o.domain == ""] == [OPSET]
     assert not model.metadata_props
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
@@ -45,15 +45,15 @@ def test_the_graph_states_its_opset_and_carries_no_paths():
 
 def test_a_student_that_gives_nan_is_not_exported(tmp_path):
     student = make_student()
-    student.tensors["ema.head.logweights.bias"] = torch.full((12,), float("nan"))
+    student.tensors["ema.module.head.out.bias"][3] = float("nan")  # of the first log-weight
     with pytest.raises(CheckFailedError, match=r"NaN or infinity in logweights\.0"):
         export_bundle(student, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_graph_that_differs_from_pytorch_is_not_exported(tmp_path, monkeypatch):
-    other = make_student(seed=1).network()
-    monkeypatch.setattr(to_bundle, "export_network", lambda network: export_network(other))
+    other = network_of(make_student(seed=1))
+    monkeypatch.setattr(to_bundle, "export_network", lambda *given: export_network(other))
     with pytest.raises(CheckFailedError, match="network outputs differ"):
         export_bundle(make_student(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
