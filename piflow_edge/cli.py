@@ -330,29 +330,88 @@ def distill(
     click.echo(out)
 
 
+@main.command("train-features")
+@click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
+@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="ONNX file to write."
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=40, help="Passes over the images.")
+@SEED
+@JSON
+def train_features(data, size, out, epochs, seed, as_json):
+    """Train a small classifier on your images, whose features `evaluate` can compare them in.
+
+    Figures measured in one such file can be set beside each other, so keep it.
+
+    \b
+    Example:
+      piflow-edge train-features --data images.npz --out features.onnx
+    """
+    from .distill.data import load_images
+    from .export.feature_extractor import train_features
+
+    if out.suffix.lower() != ".onnx":
+        raise click.UsageError(
+            f"features are written as ONNX; give --out a name that ends in .onnx; got {out}"
+        )
+    trained = train_features(load_images(data, size=size), out, epochs=epochs, seed=seed)
+    if as_json:
+        _emit({"file": str(out), "accuracy": trained.accuracy, "images": trained.images})
+    else:
+        for part, share in trained.accuracy.items():
+            _say(f"{part.replace('_', ' ')}: {share:.1%} of {trained.images[part]} images right")
+        click.echo(out)
+
+
 @main.command()
 @click.argument("students", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--teacher", type=FOLDER, help="Checkpoint of the teacher; else the shipped digits teacher.")
+@click.option("--data", default="digits", help="The real images: 'digits', an .npz, or a folder per class.")
+@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@click.option("--features", help="digits, a feature extractor as .onnx, or Inception-v3 weights as .pth; "
+              "else digits for the digits.")  # fmt: skip
+@click.option("--value-range", type=click.Choice(["-1,1", "0,1", "0,255", "imagenet"]),
+              help="Of the .onnx file's input; else what train-features wrote into it, else -1,1.")  # fmt: skip
+@click.option("--teacher", type=FOLDER,
+              help="Checkpoint of the teacher; else for digits the shipped one, for other data none.")  # fmt: skip
+@click.option("--no-teacher", is_flag=True, help="Compare with the real images alone.")
 @click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per contender.")
 @click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
 @click.option("--guidance", type=click.FloatRange(min=1), help="Of the teacher; else the first student's.")
 @click.option("--out", type=FOLDER, help="Write report.html, pictures and evaluation.json here.")
 @SEED
 @JSON
-def evaluate(students, teacher, images, teacher_steps, guidance, out, seed, as_json):
-    """Score bundles of 8x8 digits against their teacher and the real digits, from the same noise.
+def evaluate(
+    students, data, size, features, value_range, teacher, no_teacher, images, teacher_steps, guidance, out, seed,
+    as_json,
+):  # fmt: skip
+    """Is it any good? Score bundles against their teacher and the real images, from the same noise.
+
+    Quality (FID, KID, precision, density), diversity (recall, coverage, class by class) and agreement with the teacher
+    are measured in the features of a network; --out adds the pictures side by side.
 
     \b
     Example:
       piflow-edge evaluate demo/bundles/digits-nfe1 --json
+      piflow-edge evaluate bundles/* --data images.npz --teacher runs/teacher --features features.onnx --out report
     """
     from .demo import shipped_teacher
+    from .distill.data import load_images
     from .evaluation import evaluate
+    from .features import open_features
     from .report import text_table, write_report
 
+    if no_teacher and teacher is not None:
+        raise click.UsageError("--teacher and --no-teacher exclude each other")
+    if value_range is not None and features is None:
+        raise click.UsageError("--value-range is that of a --features file; give one")
+    if teacher is None and data == "digits" and not no_teacher:
+        teacher = shipped_teacher()
     evaluation = evaluate(
         students,
-        teacher or shipped_teacher(),
+        teacher,
+        data=load_images(data, size=size),
+        features=None if features is None else open_features(features, value_range=value_range),
         count=images,
         seed=seed,
         guidance_scale=guidance,

@@ -23,6 +23,10 @@ class DataError(PiFlowError, ValueError):
     """Training or evaluation images that cannot be used."""
 
 
+class FeatureError(PiFlowError, ValueError):
+    """A feature extractor that cannot be read, or that does not fit the images."""
+
+
 class BundleError(PiFlowError, ValueError):
     """An exported folder that is incomplete, altered, or of another version."""
 

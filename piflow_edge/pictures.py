@@ -3,11 +3,14 @@
 import io
 from collections.abc import Sequence
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 2
 # Shorter sides are enlarged up to about this many pixels, whole pixels each, so that 8x8 digits can be seen.
 _VISIBLE = 64
+# Longer sides are shrunk to this many where pictures are only to be compared.
+_LARGEST = 256
+_TEXT_SIZE = 14
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -24,8 +27,62 @@ def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return sheet
 
 
+def side_by_side(rows: dict[str, Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
+    """`image_grid` with the rows' names on its left and a heading over every column, cut where it is too long."""
+    grid = image_grid(list(rows.values()))
+    font = _font()
+    left = max(_width(font, name) for name in rows) + 2 * _GAP + 8
+    top = _TEXT_SIZE + 8
+    sheet = Image.new("RGB", (left + grid.width, top + grid.height), "white")
+    sheet.paste(grid, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    pitch = (grid.width - _GAP) // len(headings), (grid.height - _GAP) // len(rows)
+    for x, heading in enumerate(headings):
+        text = _fitted(font, heading, pitch[0] - 6)
+        draw.text((left + _GAP + x * pitch[0], 2), text, "black", font)
+    for y, name in enumerate(rows):
+        middle = top + _GAP + y * pitch[1] + (pitch[1] - _TEXT_SIZE) // 2
+        draw.text((_GAP + 4, middle), _printable(font, name), "black", font)
+    return sheet
+
+
+def at_most(image: Image.Image, side: int = _LARGEST) -> Image.Image:
+    """The image, shrunk where a side is longer than `side` pixels."""
+    factor = side / max(image.size)
+    if factor >= 1:
+        return image
+    return image.resize([max(1, round(n * factor)) for n in image.size], Image.Resampling.LANCZOS)
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """The image as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def _font():
+    try:
+        return ImageFont.load_default(_TEXT_SIZE)
+    except TypeError:  # Pillow 10.0 has one of a fixed size
+        return ImageFont.load_default()
+
+
+def _printable(font, text: str) -> str:
+    """The text, without characters that Pillow's smallest font cannot draw."""
+    return (
+        text
+        if isinstance(font, ImageFont.FreeTypeFont)
+        else text.encode("latin-1", "replace").decode("latin-1")
+    )
+
+
+def _width(font, text: str) -> int:
+    return int(font.getlength(_printable(font, text))) + 1
+
+
+def _fitted(font, text: str, width: int) -> str:
+    """As much of the text as fits into `width` pixels."""
+    while text and _width(font, text) > width:
+        text = text[:-1]
+    return _printable(font, text)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["demo", "train-teacher", "distill", "evaluate", "export", "sample", "inspect", "verify"]
+COMMANDS = [
+    "demo", "train-teacher", "distill", "train-features", "evaluate", "export", "sample", "inspect", "verify",
+]  # fmt: skip
 
 
 def run(*arguments, code=0):

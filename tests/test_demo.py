@@ -34,7 +34,7 @@ def test_the_report_stands_alone_with_its_pictures_beside_it(demo):
     assert 'src="http' not in page and "href=" not in page
     assert len(list(folder.glob("*.png"))) == 9
     figures = json.loads((folder / "evaluation.json").read_text())
-    assert f"{figures['scores'][0]['fid']:.3f}" in page
+    assert f"<td>{figures['scores'][0]['fid']:#.4g}</td>" in page
 
 
 def test_its_bundles_are_whole(demo):

@@ -1,11 +1,13 @@
-"""The feature space that digits are compared in: a small classifier trained on the real ones.
+"""Feature spaces for images that no large network was made for: a small classifier trained on the real ones.
 
-It knows nothing but 8x8 digits. Distances in it say how alike two sets of digits are, and cannot be set beside FIDs
-of other papers. Made by `python -m piflow_edge.distill.features --out DIR`.
+Distances in it say how alike two sets of these images are, and cannot be set beside FIDs of other papers. The one of
+8x8 digits ships with the package, made by `python -m piflow_edge.distill.features --out DIR`; `piflow-edge
+train-features` makes others.
 """
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,87 +17,185 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from piflow_edge.errors import ShapeError
-from piflow_edge.files import write_atomic
+from piflow_edge.errors import CheckFailedError, DataError, ShapeError
+from piflow_edge.features import resized
+from piflow_edge.files import sha256, write_atomic
+from piflow_edge.progress import progress
 
-from .data import load_images
+from .data import ImageData, load_images
 from .training import IterationRandom
 
 ASSETS = Path(__file__).parent / "assets"
 _FILE = "digits_classifier.safetensors"
-_HELD_OUT = 297  # of 1,797 digits, only for the accuracy that is reported
+_BATCH_SIZE = 50
+# Larger images are looked at in this size: the classifier tells classes apart, and details below its grid are lost.
+_LARGEST = 64
 
 
-class DigitsClassifier(nn.Module):
-    """Two convolutions and a hidden layer of 64, whose activations are the features."""
+class SmallClassifier(nn.Module):
+    """Convolutions, each but the first at half the size, down to about 4x4; a hidden layer gives the features.
 
-    def __init__(self):
+    Args:
+        channels, size: of the square images; `size` 8 or more.
+        classes: to tell apart.
+        width: number of features.
+    """
+
+    def __init__(self, channels: int, size: int, classes: int, width: int = 64):
         super().__init__()
-        self.conv_1 = nn.Conv2d(1, 16, 3, padding=1)
-        self.conv_2 = nn.Conv2d(16, 32, 3, padding=1, stride=2)
-        self.hidden = nn.Linear(32 * 4 * 4, 64)
-        self.out = nn.Linear(64, 10)
+        self.channels, self.size, self.classes = channels, size, classes
+        filters, side, self.depth = 16, size, 1
+        self.conv_1 = nn.Conv2d(channels, filters, 3, padding=1)
+        while side > 4:
+            self.depth, side = self.depth + 1, (side + 1) // 2
+            setattr(self, f"conv_{self.depth}", nn.Conv2d(filters, 2 * filters, 3, padding=1, stride=2))
+            filters *= 2
+        self.hidden = nn.Linear(filters * side * side, width)
+        self.out = nn.Linear(width, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """(M, 1, 8, 8) in [-1, 1] -> (M, 64)."""
-        return self.hidden(F.silu(self.conv_2(F.silu(self.conv_1(images)))).flatten(1))
+        """(M, C, H, W) in [-1, 1] -> (M, width)."""
+        for number in range(1, self.depth + 1):
+            images = F.silu(getattr(self, f"conv_{number}")(images))
+        return self.hidden(images.flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.out(F.silu(self.features(images)))
 
 
-@torch.no_grad()
+class DigitFeatures:
+    """The 64 features of the shipped digits classifier, for images (M, 1, 8, 8)."""
+
+    description = "64 features of the shipped digits classifier, not Inception's"
+
+    def __init__(self):
+        file = ASSETS / _FILE
+        self.source = {"file": _FILE, "sha256": sha256(file.read_bytes())}
+        self._classifier = SmallClassifier(1, 8, 10)
+        self._classifier.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+        self._classifier.eval().requires_grad_(False)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Features float32 (M, 64) of digits (M, 1, 8, 8) in [-1, 1].
+
+        Raises:
+            ShapeError: images of another shape: the classifier was trained on 8x8 digits alone.
+        """
+        if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
+            raise ShapeError(
+                f"the shipped features are for 8x8 grey digits, (M, 1, 8, 8); got {images.shape}; for others train "
+                "your own: piflow-edge train-features"
+            )
+        return self._classifier.features(torch.from_numpy(images).float()).numpy()
+
+
 def digit_features(images: np.ndarray) -> np.ndarray:
-    """Features of digits (M, 1, 8, 8) in [-1, 1], float32 (M, 64), from the shipped classifier.
+    """Features of digits (M, 1, 8, 8) in [-1, 1], float32 (M, 64), from the shipped classifier."""
+    return DigitFeatures()(images)
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A classifier and how well it tells the classes apart.
+
+    `accuracy`: on the images it was "train"ed on and on those "held_out"; `images`: the number of each.
+    """
+
+    classifier: SmallClassifier
+    accuracy: dict[str, float]
+    images: dict[str, int]
+
+
+def train_classifier(
+    data: ImageData, *, epochs: int = 40, seed: int = 0, width: int = 64, held_out: int | None = None
+) -> TrainedClassifier:
+    """Train a classifier on a set of images, shifted by up to an eighth of their side.
+
+    Images of more than 64 pixels a side are looked at in 64. The features see what tells the classes apart; a set
+    whose classes look alike gives features that see little.
+
+    Args:
+        data: images of two classes or more.
+        epochs: passes over the images.
+        seed: of everything random.
+        width: number of features.
+        held_out: images kept back, only for the accuracy that is reported; None is a sixth.
 
     Raises:
-        ShapeError: images of another shape: the classifier was trained on 8x8 digits alone.
+        DataError: fewer than two classes, or images of fewer than 8 pixels a side.
+        CheckFailedError: the training diverged.
     """
-    if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
-        raise ShapeError(f"the shipped features are for 8x8 grey digits, (M, 1, 8, 8); got {images.shape}")
-    classifier = DigitsClassifier()
-    classifier.load_state_dict({k: v.float() for k, v in load_file(ASSETS / _FILE).items()})
-    return classifier.eval().features(torch.from_numpy(images).float()).numpy()
-
-
-def train_classifier(folder: Path, *, epochs: int = 40, seed: int = 0) -> dict:
-    """Train the classifier on the digits, shifted by up to a pixel, and write it to `folder`.
-
-    Returns:
-        Accuracy on digits it was trained on and on held-out ones, and the number of each.
-    """
+    channels, size = data.shape[0], min(data.shape[1], _LARGEST)
+    classes = len(data.class_names)
+    if len(np.unique(data.labels)) < 2:
+        raise DataError(
+            f"a classifier needs images of two classes or more; {data.name!r} has {len(np.unique(data.labels))}"
+        )
+    if size < 8:
+        raise DataError(
+            f"a classifier needs images of 8x8 pixels or more; those of {data.name!r} are {size}x{size}"
+        )
     torch.manual_seed(seed)
-    data = load_images("digits")
     order = IterationRandom(seed, 0).permutation(len(data))
-    images, labels = torch.from_numpy(data.batch(order)[0]), torch.from_numpy(data.labels[order])
-    held, kept = (images[:_HELD_OUT], labels[:_HELD_OUT]), (images[_HELD_OUT:], labels[_HELD_OUT:])
-    classifier = DigitsClassifier()
-    steps_per_epoch = len(kept[0]) // 50
+    split = len(order) // 6 if held_out is None else held_out
+    held, kept = order[:split], order[split:]
+    labels = torch.from_numpy(data.labels)
+    background = _background(data)
+    reach = max(1, size // 8)
+
+    classifier = SmallClassifier(channels, size, classes, width)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
-    for step in range(epochs * steps_per_epoch):
-        random = IterationRandom(seed, step + 1)
-        picked = torch.from_numpy(random.choice(len(kept[0]), 50))
-        down, right = random.choice(3, 2) - 1
-        shifted = F.pad(kept[0][picked], (1, 1, 1, 1), value=-1.0)
-        shifted = shifted[..., 1 + down : 9 + down, 1 + right : 9 + right]
-        loss = F.cross_entropy(classifier(shifted), kept[1][picked])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    steps = epochs * max(1, len(kept) // _BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with progress("training the classifier", steps) as bar:
+        for step in range(steps):
+            random = IterationRandom(seed, step + 1)
+            picked = kept[random.choice(len(kept), _BATCH_SIZE)]
+            down, right = random.choice(2 * reach + 1, 2) - reach
+            wide = F.pad(_images(data, picked, size) - background, (reach,) * 4) + background
+            shifted = wide[..., reach + down :, reach + right :][..., :size, :size]
+            loss = F.cross_entropy(classifier(shifted), labels[picked])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar(f"loss {loss.item():.3f}")
+    if not torch.isfinite(loss):
+        raise CheckFailedError(f"the classifier's training diverged: its loss is {loss.item()}")
+    classifier.eval().requires_grad_(False)
+
+    def accuracy(indices: np.ndarray) -> float:
+        pieces = np.array_split(indices, max(1, len(indices) // 500))
+        right = sum(
+            int((classifier(_images(data, piece, size)).argmax(1) == labels[piece]).sum()) for piece in pieces
+        )
+        return right / max(1, len(indices))
+
+    return TrainedClassifier(
+        classifier,
+        {"train": accuracy(kept), "held_out": accuracy(held)},
+        {"train": len(kept), "held_out": len(held)},
+    )
+
+
+def _images(data: ImageData, indices: np.ndarray, size: int) -> Tensor:
+    return torch.from_numpy(resized(data.batch(indices)[0], size, size))
+
+
+def _background(data: ImageData) -> Tensor:
+    """What lies beyond the images' edges: each channel's median there, (1, C, 1, 1)."""
+    some = data.batch(IterationRandom(0, 0).permutation(len(data))[:1000])[0]
+    edges = np.concatenate([some[:, :, 0], some[:, :, -1], some[..., 0], some[..., -1]], axis=-1)
+    return torch.from_numpy(np.median(edges, axis=(0, 2)).astype(np.float32))[None, :, None, None]
+
+
+def write_digits_classifier(folder: Path) -> dict:
+    """Train the classifier that ships with the package and write it to `folder`; its accuracy."""
+    trained = train_classifier(load_images("digits"), held_out=297)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half() for k, v in classifier.state_dict().items()}
+    weights = {k: v.half() for k, v in trained.classifier.state_dict().items()}
     write_atomic(folder / _FILE, save_tensors(weights))
-
-    def accuracy(pair):
-        with torch.no_grad():
-            return (classifier(pair[0]).argmax(1) == pair[1]).float().mean().item()
-
-    return {
-        "accuracy": {"train": accuracy(kept), "held_out": accuracy(held)},
-        "images": {"train": len(kept[0]), "held_out": _HELD_OUT},
-    }
+    return {"accuracy": trained.accuracy, "images": trained.images}
 
 
 if __name__ == "__main__":
@@ -103,4 +203,4 @@ if __name__ == "__main__":
         description="Train the digits classifier whose features FID is measured in."
     )
     parser.add_argument("--out", type=Path, default=ASSETS, help="folder for the weights")
-    print(json.dumps(train_classifier(parser.parse_args().out)))
+    print(json.dumps(write_digits_classifier(parser.parse_args().out)))

@@ -1,0 +1,100 @@
+"""A small classifier -> a feature extractor as ONNX, for `evaluate --features FILE.onnx`."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from piflow_edge.distill.data import ImageData
+from piflow_edge.distill.features import SmallClassifier, TrainedClassifier, train_classifier
+from piflow_edge.errors import CheckFailedError
+from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.features import DESCRIPTION_KEY, RANGE_KEY, OnnxFeatures, eight_bit
+from piflow_edge.files import write_atomic
+
+# Relative to the largest feature; PyTorch and ONNX Runtime add up a few thousand float32 products in another order.
+_TOLERANCE = 1e-4
+
+
+def train_features(data: ImageData, path: Path, *, epochs: int = 40, seed: int = 0) -> TrainedClassifier:
+    """Train a classifier on `data` and write its features to `path`, an .onnx file for `open_features`.
+
+    Args:
+        data: images of two classes or more.
+        path: the file; its folder is made.
+        epochs, seed: see `train_classifier`.
+
+    Raises:
+        DataError, CheckFailedError: see `train_classifier`; the file does not give the classifier's features.
+    """
+    trained = train_classifier(data, epochs=epochs, seed=seed)
+    held_out = trained.accuracy["held_out"]
+    description = (
+        f"{trained.classifier.hidden.out_features} features of a small classifier of {data.name!r} "
+        f"({held_out:.0%} of held-out images right), not Inception's"
+    )
+    graph = feature_graph(trained.classifier, {RANGE_KEY: "-1,1", DESCRIPTION_KEY: description})
+    with TemporaryDirectory() as folder:  # checked before it replaces what may stand at `path`
+        copy = Path(folder) / path.name
+        copy.write_bytes(graph)
+        _check(trained.classifier, copy)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, graph)
+    return trained
+
+
+def feature_graph(classifier: SmallClassifier, metadata: dict[str, str]) -> bytes:
+    """The classifier up to its features as ONNX: `images` float32 (batch, C, H, W) -> `features` (batch, D)."""
+    nodes, value = [], "images"
+    for number in range(1, classifier.depth + 1):
+        layer = f"conv_{number}"
+        stride = list(getattr(classifier, layer).stride)
+        nodes += [
+            helper.make_node(
+                "Conv", [value, f"{layer}.weight", f"{layer}.bias"], [layer], pads=[1] * 4, strides=stride
+            ),
+            helper.make_node("Sigmoid", [layer], [f"{layer}.gate"]),
+            helper.make_node("Mul", [layer, f"{layer}.gate"], [f"{layer}.silu"]),
+        ]
+        value = f"{layer}.silu"
+    nodes += [
+        helper.make_node("Flatten", [value], ["flat"]),
+        helper.make_node("Gemm", ["flat", "hidden.weight", "hidden.bias"], ["features"], transB=1),
+    ]
+    weights = [
+        numpy_helper.from_array(value.numpy(), name)
+        for name, value in classifier.state_dict().items()
+        if not name.startswith("out.")
+    ]
+    size = [classifier.channels, classifier.size, classifier.size]
+    graph = helper.make_graph(
+        nodes,
+        "features",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", *size])],
+        [
+            helper.make_tensor_value_info(
+                "features", TensorProto.FLOAT, ["batch", classifier.hidden.out_features]
+            )
+        ],
+        weights,
+    )
+    model = helper.make_model(
+        graph, producer_name="piflow-edge", opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9
+    )
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+@torch.no_grad()
+def _check(classifier: SmallClassifier, path: Path) -> None:
+    """Hold the file to the classifier it was made from."""
+    shape = (3, classifier.channels, classifier.size, classifier.size)
+    images = eight_bit(np.random.default_rng(0).uniform(-1, 1, shape))
+    expected = classifier.features(torch.from_numpy(images)).numpy()
+    error = np.abs(OnnxFeatures(path)(images) - expected).max() / np.abs(expected).max()
+    if not error <= _TOLERANCE:
+        raise CheckFailedError(f"{path.name} differs from the classifier it was made from by {error:.1e}")
