@@ -19,9 +19,9 @@ from piflow_edge.distill import imitation
 from piflow_edge.distill.checkpoint import load_checkpoint
 from piflow_edge.distill.data import load_images
 from piflow_edge.distill.dit import student_from_teacher
+from piflow_edge.distill.randomness import IterationRandom
 from piflow_edge.distill.student import policy_of
 from piflow_edge.distill.teacher import GuidedTeacher
-from piflow_edge.distill.training import IterationRandom
 from piflow_edge.evaluation import machine
 from piflow_edge.integrator import integrate
 

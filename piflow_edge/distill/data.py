@@ -26,6 +26,10 @@ class ImageData:
     def __len__(self):
         return len(self.images)
 
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Images `x_0`, float32 (B, C, H, W), and what they are conditioned on, by name: "labels", int64 (B,)."""
+        return self.images[indices], {"labels": self.labels[indices]}
+
     def fingerprint(self) -> str:
         """SHA-256 of images and labels."""
         return sha256(self.images.tobytes() + self.labels.tobytes())

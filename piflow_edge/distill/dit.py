@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from piflow_edge.errors import ShapeError
 
@@ -72,7 +73,12 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
         head = GMHead if config.num_components else VelocityHead
         self.head = head(config)
+        self.checkpoints_gradients = False
         self._initialise()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on keep a block's input only, and compute the rest again in the backward pass: slower, smaller."""
+        self.checkpoints_gradients = True
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor):
         """Network output at state `x_t` (B, C, H, W), time `t` (B,) = sigma * num_timesteps, labels (B,)."""
@@ -82,7 +88,10 @@ class DiT(nn.Module):
         tokens = tokens + self._positions(rows, columns, tokens)
         emb = F.silu(self.time_mlp(time_features(t)) + self.class_embed(class_labels))
         for block in self.blocks:
-            tokens = block(tokens, emb)
+            if self.checkpoints_gradients and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, emb, use_reentrant=False)
+            else:
+                tokens = block(tokens, emb)
         return self.head(tokens, emb, (rows, columns))
 
     def _positions(self, rows: int, columns: int, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from piflow_edge.errors import ShapeError
 from piflow_edge.files import write_atomic
 
 from .data import load_images
-from .training import IterationRandom
+from .randomness import IterationRandom
 
 ASSETS = Path(__file__).parent / "assets"
 _FILE = "digits_classifier.safetensors"

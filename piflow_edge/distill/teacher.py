@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from piflow_edge.errors import ScheduleError
+from piflow_edge.errors import ScheduleError, ShapeError
+from piflow_edge.noise import philox_normal
+from piflow_edge.sampling import decode
 from piflow_edge.schedule import warp
 
 from .checkpoint import Checkpoint
 from .data import ImageData
 from .dit import DiT, DiTConfig
-from .training import TrainingConfig, train
+from .processes import unwrapped
+from .training import RunConfig, TrainingConfig, train
 
 
 def guide(
@@ -89,6 +92,25 @@ class GuidedTeacher:
         return x_t
 
 
+# How many samples a sheet shows, and how a teacher makes them: enough to see what it has learnt.
+_PREVIEW_COUNT, _PREVIEW_STEPS, _PREVIEW_GUIDANCE = 40, 10, 1.5
+
+
+def preview_inputs(config: DiTConfig) -> tuple[Tensor, Tensor]:
+    """Noise and labels that sheets of samples are made from, always the same.
+
+    Raises:
+        ShapeError: the network makes no pictures.
+    """
+    if config.in_channels not in (1, 3):
+        raise ShapeError(
+            f"sheets of samples show 1 or 3 channels; the network makes {config.in_channels}: set sample_every to 0"
+        )
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    noise = torch.from_numpy(philox_normal(0, range(_PREVIEW_COUNT), shape))
+    return noise, torch.arange(_PREVIEW_COUNT) % config.num_classes
+
+
 @dataclass(frozen=True)
 class FlowMatchingConfig:
     """Settings of the teacher's training loss.
@@ -103,7 +125,7 @@ class FlowMatchingConfig:
 
 
 def flow_matching_loss(
-    network: DiT, x_0: Tensor, labels: Tensor, config: FlowMatchingConfig, random
+    network: nn.Module, x_0: Tensor, labels: Tensor, config: FlowMatchingConfig, random
 ) -> Tensor:
     """Mean squared error between the network's velocity and `noise - x_0`, at random noise levels.
 
@@ -115,9 +137,10 @@ def flow_matching_loss(
     noise = torch.from_numpy(random.normal(x_0.shape)).to(x_0)
     level = sigma.view(-1, *(1,) * (x_0.ndim - 1))
     x_t = (1 - level) * x_0 + level * noise
-    labels = torch.where(dropped, network.config.null_label, labels)
-    u_t = network(x_t, sigma * network.config.num_timesteps, labels)
-    return (u_t - (noise - x_0)).square().mean()
+    architecture = unwrapped(network).config
+    labels = torch.where(dropped, architecture.null_label, labels)
+    u_t = network(x_t, sigma * architecture.num_timesteps, labels)
+    return (u_t.float() - (noise - x_0)).square().mean()
 
 
 def train_teacher(
@@ -127,6 +150,7 @@ def train_teacher(
     training: TrainingConfig,
     folder: Path,
     *,
+    run: RunConfig = RunConfig(),  # noqa: B008 (frozen)
     resume: bool = False,
 ) -> Checkpoint:
     """Train a DiT from scratch with flow matching, and leave its checkpoint in `folder`.
@@ -135,16 +159,27 @@ def train_teacher(
         data: what to train on.
         architecture: of the network.
         flow_matching, training: settings of the loss and of the loop.
+        run: how the run is carried out.
         resume: go on from the checkpoint in `folder`.
 
     Raises:
-        CheckpointError, CheckFailedError: see `training.train`.
+        CheckpointError, CheckFailedError and others: see `training.train`.
     """
     torch.manual_seed(training.seed)  # the initial weights
     network = DiT(architecture)
 
-    def loss(x_0, labels, random):
-        return flow_matching_loss(network, x_0, labels, flow_matching, random)
+    def loss(network, x_0, conditioning, random):
+        return flow_matching_loss(network, x_0, conditioning["labels"], flow_matching, random)
+
+    inputs = preview_inputs(architecture) if run.sample_every else ()
+
+    def preview(network):
+        noise, labels = (tensor.to(next(network.parameters()).device) for tensor in inputs)
+        guided = GuidedTeacher(network, architecture, _PREVIEW_GUIDANCE)
+        return decode(guided.sample(noise, labels, _PREVIEW_STEPS, shift=flow_matching.shift).cpu().numpy())
 
     settings = {"flow_matching": asdict(flow_matching), "data": data.name}
-    return train(network, loss, data, training, folder, kind="teacher", settings=settings, resume=resume)
+    return train(
+        network, loss, data, training, folder, kind="teacher", settings=settings, run=run, preview=preview,
+        resume=resume,
+    )  # fmt: skip

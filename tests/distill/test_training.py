@@ -13,13 +13,14 @@ from piflow_edge.distill.checkpoint import load_checkpoint
 from piflow_edge.distill.data import ImageData
 from piflow_edge.distill.dit import DiT, DiTConfig, student_from_teacher
 from piflow_edge.distill.imitation import ImitationConfig
+from piflow_edge.distill.randomness import IterationRandom
 from piflow_edge.distill.student import distill, policy_of
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidedTeacher, train_teacher
-from piflow_edge.distill.training import IterationRandom, TrainingConfig
+from piflow_edge.distill.training import RunConfig, TrainingConfig
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, PiFlowError
 
 TINY = DiTConfig(sample_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=2)
-SHORT = TrainingConfig(iterations=6, batch_size=8, warmup=2, save_every=100)
+SHORT = TrainingConfig(iterations=6, batch_size=8, warmup=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,12 @@ def teacher(data, tmp_path_factory):
     return train_teacher(data, TINY, FlowMatchingConfig(), config, tmp_path_factory.mktemp("teacher"))
 
 
-def run(teacher, data, folder, *, config=SHORT, imitation=None, resume=False):
+def run(teacher, data, folder, *, config=SHORT, imitation=None, resume=False, **how):
     imitation = imitation or ImitationConfig(nfe=2, total_substeps=16)
     return distill(
-        teacher, data, imitation, config, folder, guidance_scale=1.5, num_components=3, resume=resume
-    )
+        teacher, data, imitation, config, folder, guidance_scale=1.5, num_components=3, run=RunConfig(**how),
+        resume=resume,
+    )  # fmt: skip
 
 
 def test_a_teacher_learns_its_classes(teacher, data):
@@ -101,14 +103,13 @@ def test_a_resumed_run_ends_with_the_same_weights(teacher, data, tmp_path, monke
 
 
 def test_a_run_that_is_killed_goes_on_from_the_last_checkpoint(teacher, data, tmp_path, monkeypatch):
-    config = replace(SHORT, save_every=2)
-    whole = run(teacher, data, tmp_path / "whole", config=config)
+    whole = run(teacher, data, tmp_path / "whole", save_every=2)
     interrupt(monkeypatch, 5, lambda: 1 / 0)  # nothing is saved on the way out, as with kill -9
     with pytest.raises(ZeroDivisionError):
-        run(teacher, data, tmp_path / "parts", config=config)
+        run(teacher, data, tmp_path / "parts", save_every=2)
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "parts").iteration == 4
-    resumed = run(teacher, data, tmp_path / "parts", config=config, resume=True)
+    resumed = run(teacher, data, tmp_path / "parts", save_every=2, resume=True)
     assert all(torch.equal(value, resumed.tensors[name]) for name, value in whole.tensors.items())
 
 
@@ -190,7 +191,7 @@ def test_data_the_teacher_does_not_know_is_refused(teacher, data, tmp_path, chan
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     broken = ImageData("broken", np.full_like(data.images, np.nan), data.labels, data.class_names)
-    with pytest.raises(CheckFailedError, match="not finite at iteration 0"):
+    with pytest.raises(CheckFailedError, match="not finite in 6 steps in a row"):
         train_teacher(broken, TINY, FlowMatchingConfig(), SHORT, tmp_path)
     assert not (tmp_path / "checkpoint.json").exists()
 
