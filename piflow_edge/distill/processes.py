@@ -53,13 +53,19 @@ class Processes:
         self.parts = self.accelerator.gradient_accumulation_steps
         kind = self.accelerator.distributed_type
         if kind in _UNSUPPORTED:
-            raise EngineError(f"training runs on one device, with DDP or with FSDP; accelerate is set up for {kind.value}")
+            raise EngineError(
+                f"training is for one device, DDP or FSDP; accelerate is set up for {kind.value}"
+            )
         if kind == DistributedType.FSDP and not self.sharded:
             raise EngineError("of FSDP only version 2 is supported; give accelerate launch --fsdp_version 2")
         if not self.sharded and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise EngineError(f"FSDP was asked for, and accelerate shares nothing out on {self.device.type!r}")
+            raise EngineError(
+                f"FSDP was asked for, and accelerate shares nothing out on {self.device.type!r}"
+            )
         if self.mixed_precision not in PRECISIONS:
-            raise EngineError(f"mixed precision is one of {', '.join(PRECISIONS)}; got {self.mixed_precision!r}")
+            raise EngineError(
+                f"mixed precision is one of {', '.join(PRECISIONS)}; got {self.mixed_precision!r}"
+            )
         if self.mixed_precision == "fp16" and self.accelerator.scaler is None:
             raise EngineError(f"fp16 needs a GPU, and this is {self.device.type!r}; bf16 runs here")
 
@@ -85,8 +91,10 @@ class Processes:
             # The times that a network is given do not survive half precision. So inputs stay as they are, and
             # autocast decides by operation, as it does without FSDP; gradients are summed in float32.
             dtype = torch.bfloat16 if self.mixed_precision == "bf16" else torch.float16
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
-                param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = (
+                torch.distributed.fsdp.MixedPrecisionPolicy(
+                    param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+                )
             )
         with warnings.catch_warnings():  # torch has renamed what accelerate still calls by its old name
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)

@@ -109,7 +109,9 @@ class State:
                 if f"adam.exp_avg.{name}" in names:  # absent when it was saved before the first step
                     count = torch.zeros((), device=self.processes.device)
                     self.optimizer.state[parameter] = {
-                        part: receive(f"adam.{part}.{name}", count if part == "step" else parameter).detach().clone()
+                        part: receive(f"adam.{part}.{name}", count if part == "step" else parameter)
+                        .detach()
+                        .clone()
                         for part in _ADAM
                     }
         if "run.skipped" in names:

@@ -18,10 +18,12 @@ from .dit import student_from_teacher
 from .imitation import ImitationConfig, imitation_loss
 from .processes import unwrapped
 from .teacher import GuidedTeacher, preview_inputs
-from .training import RunConfig, TrainingConfig, train
+from .training import DEFAULT_RUN, RunConfig, TrainingConfig, train
 
 
-def policy_of(network: nn.Module, x_src: Tensor, sigma_src: np.ndarray, labels: Tensor, *, eps: float) -> GMPolicy:
+def policy_of(
+    network: nn.Module, x_src: Tensor, sigma_src: np.ndarray, labels: Tensor, *, eps: float
+) -> GMPolicy:
     """One student call: the policy for the segment that starts at `x_src` (B, C, H, W), `sigma_src` (B,)."""
     t = torch.from_numpy(sigma_src).to(x_src) * unwrapped(network).config.num_timesteps
     return GMPolicy(*network(x_src, t, labels), x_src, sigma_src, eps=eps)
@@ -36,7 +38,7 @@ def distill(
     *,
     guidance_scale: float,
     num_components: int,
-    run: RunConfig = RunConfig(),  # noqa: B008 (frozen)
+    run: RunConfig = DEFAULT_RUN,
     resume: bool = False,
 ) -> Checkpoint:
     """Train a GM student that starts as its teacher, and leave its checkpoint in `folder`.

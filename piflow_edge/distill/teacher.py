@@ -18,7 +18,7 @@ from .checkpoint import Checkpoint
 from .data import ImageData
 from .dit import DiT, DiTConfig
 from .processes import unwrapped
-from .training import RunConfig, TrainingConfig, train
+from .training import DEFAULT_RUN, RunConfig, TrainingConfig, train
 
 
 def guide(
@@ -150,7 +150,7 @@ def train_teacher(
     training: TrainingConfig,
     folder: Path,
     *,
-    run: RunConfig = RunConfig(),  # noqa: B008 (frozen)
+    run: RunConfig = DEFAULT_RUN,
     resume: bool = False,
 ) -> Checkpoint:
     """Train a DiT from scratch with flow matching, and leave its checkpoint in `folder`.

@@ -77,6 +77,8 @@ class RunConfig:
     tensorboard: bool = False
 
 
+DEFAULT_RUN = RunConfig()
+
 # (network, x_0, conditioning, random) -> scalar. The network to call is the one given: it is prepared for training.
 Loss = Callable[[nn.Module, Tensor, dict[str, Tensor], Share], Tensor]
 # (network) -> images, uint8 (B, H, W, C) with C 1 or 3, from the same noise each time.
@@ -92,7 +94,7 @@ def train(
     *,
     kind: str,
     settings: dict,
-    run: RunConfig = RunConfig(),  # noqa: B008 (frozen)
+    run: RunConfig = DEFAULT_RUN,
     frozen: Sequence[nn.Module] = (),
     preview: Preview | None = None,
     resume: bool = False,
