@@ -1,11 +1,16 @@
 """Training at a size where it takes seconds: what it starts from, where it goes, how it is stopped and resumed."""
 
+import json
 import signal
+import sys
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from piflow_edge import rollout
 from piflow_edge.distill import training
@@ -15,9 +20,17 @@ from piflow_edge.distill.dit import DiT, DiTConfig, student_from_teacher
 from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.randomness import IterationRandom
 from piflow_edge.distill.student import distill, policy_of
-from piflow_edge.distill.teacher import FlowMatchingConfig, GuidedTeacher, train_teacher
-from piflow_edge.distill.training import RunConfig, TrainingConfig
-from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, PiFlowError
+from piflow_edge.distill.teacher import FlowMatchingConfig, GuidedTeacher, flow_matching_loss, train_teacher
+from piflow_edge.distill.training import RunConfig, TrainingConfig, train
+from piflow_edge.errors import (
+    CheckFailedError,
+    CheckpointError,
+    DataError,
+    EngineError,
+    MissingExtraError,
+    PiFlowError,
+    ShapeError,
+)
 
 TINY = DiTConfig(sample_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=2)
 SHORT = TrainingConfig(iterations=6, batch_size=8, warmup=2)
@@ -196,6 +209,116 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert not (tmp_path / "checkpoint.json").exists()
 
 
+def test_a_skipped_step_leaves_everything_as_it_was(data, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        training, "save_checkpoint", lambda folder, checkpoint: saved.append(copied(checkpoint))
+    )
+    steps = 0
+
+    def loss(network, x_0, conditioning, random):
+        nonlocal steps
+        steps += 1
+        value = flow_matching_loss(network, x_0, conditioning["labels"], FlowMatchingConfig(), random)
+        return value * torch.nan if steps in (3, 4) else value
+
+    train(DiT(TINY), loss, data, SHORT, tmp_path, kind="teacher", settings={}, run=RunConfig(save_every=1))
+    counts = [checkpoint.tensors.pop("run.skipped").tolist() for checkpoint in saved]
+    assert counts == [[0, 0], [0, 0], [1, 1], [2, 2], [2, 0], [2, 0]]
+    changed = [
+        [not torch.equal(value, after.tensors[name]) for name, value in before.tensors.items()]
+        for before, after in pairwise(saved)
+    ]
+    assert [any(names) for names in changed] == [True, False, False, True, True]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["skipped"] == 2 and log[-1]["iteration"] == 6
+
+
+def copied(checkpoint):
+    return replace(checkpoint, tensors={name: value.clone() for name, value in checkpoint.tensors.items()})
+
+
+def test_what_needs_no_gradient_is_neither_trained_nor_saved(data, tmp_path):
+    network = DiT(TINY).requires_grad_(False)
+    network.head.requires_grad_(True)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def loss(network, x_0, conditioning, random):
+        return flow_matching_loss(network, x_0, conditioning["labels"], FlowMatchingConfig(), random)
+
+    checkpoint = train(network, loss, data, SHORT, tmp_path, kind="teacher", settings={})
+    trained = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert trained == {"head.modulation.weight", "head.modulation.bias", "head.out.weight", "head.out.bias"}
+    assert checkpoint.group("raw").keys() == checkpoint.group("ema").keys() == trained
+
+
+def test_sheets_of_samples_show_the_averaged_weights(data, tmp_path, monkeypatch):
+    config = replace(SHORT, ema_decay=0.0)  # no average: what is shown are the weights themselves
+    seen = []
+
+    def preview(network):
+        assert not network.training and not torch.is_grad_enabled()
+        seen.append({name: value.clone() for name, value in network.state_dict().items()})
+        return np.zeros((12, 4, 4, 1), np.uint8)
+
+    def loss(network, x_0, conditioning, random):
+        return flow_matching_loss(network, x_0, conditioning["labels"], FlowMatchingConfig(), random)
+
+    def run(folder, **changes):
+        how = RunConfig(sample_every=6)
+        return train(
+            DiT(TINY), loss, data, replace(config, **changes), tmp_path / folder, kind="teacher", settings={}, run=how,
+            preview=preview,
+        )  # fmt: skip
+
+    for decay, group in ((0.0, "raw"), (0.9, "ema")):
+        checkpoint = run(group, ema_decay=decay)
+        assert all(torch.equal(value, seen[-1][name]) for name, value in checkpoint.group(group).items())
+        with Image.open(tmp_path / group / "samples" / "0000006.png") as sheet:
+            assert sheet.width > sheet.height  # rows of ten
+
+
+def test_a_teacher_and_a_student_make_samples_of_themselves(teacher, data, tmp_path):
+    how = RunConfig(sample_every=3)
+    train_teacher(data, TINY, FlowMatchingConfig(), SHORT, tmp_path / "teacher", run=how)
+    run(teacher, data, tmp_path / "student", sample_every=3)
+    for name in ("teacher", "student"):
+        assert len(list((tmp_path / name / "samples").iterdir())) == 2
+
+
+def test_samples_of_what_is_no_picture_are_refused_at_once(tmp_path):
+    latents = ImageData("latents", np.zeros((8, 4, 4, 4), np.float32), np.arange(8) % 2, ("a", "b"))
+    with pytest.raises(ShapeError, match="1 or 3 channels; the network makes 4"):
+        how = RunConfig(sample_every=1)
+        train_teacher(latents, replace(TINY, in_channels=4), FlowMatchingConfig(), SHORT, tmp_path, run=how)
+
+
+def test_tensorboard_gets_what_the_log_gets(teacher, data, tmp_path):
+    pytest.importorskip("tensorboardX")
+    run(teacher, data, tmp_path, tensorboard=True, log_every=1, sample_every=3)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for name in (b"loss", b"gradient_norm", b"learning_rate", b"skipped", b"images_per_s", b"samples"):
+        assert name in content
+
+
+def test_tensorboard_that_is_not_installed_is_named(teacher, data, tmp_path, monkeypatch):
+    for name in ("tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"piflow-edge\[tensorboard\]"):
+        run(teacher, data, tmp_path / "out", tensorboard=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gradient_checkpointing_is_asked_of_networks_that_have_it():
+    asked = SimpleNamespace(gradient_checkpointing_enable=lambda: seen.append("transformers"))
+    seen = []
+    training._checkpoint_gradients(asked)
+    assert seen == ["transformers"]
+    with pytest.raises(EngineError, match="Linear has no gradient checkpointing"):
+        training._checkpoint_gradients(torch.nn.Linear(2, 2))
+
+
 def test_guidance_below_one_is_refused(teacher):
     with pytest.raises(PiFlowError, match="guidance scale"):
         GuidedTeacher(teacher.network(), TINY, 0.5)
@@ -206,8 +329,6 @@ def test_labels_dropped_in_training_are_the_null_class():
     seen = []
     network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
     config = FlowMatchingConfig(label_dropout=0.5)
-    from piflow_edge.distill.teacher import flow_matching_loss
-
     labels = torch.zeros(400, dtype=torch.int64)
     flow_matching_loss(network, torch.zeros(400, 1, 4, 4), labels, config, IterationRandom(0, 0))
     share = (seen[0] == TINY.null_label).float().mean().item()
