@@ -18,7 +18,7 @@ from .dit import student_from_teacher
 from .imitation import ImitationConfig, imitation_loss
 from .processes import unwrapped
 from .teacher import GuidedTeacher, preview_inputs
-from .training import DEFAULT_RUN, RunConfig, TrainingConfig, train
+from .training import DEFAULT_RUN, Loss, RunConfig, TrainingConfig, train
 
 
 def policy_of(
@@ -27,6 +27,22 @@ def policy_of(
     """One student call: the policy for the segment that starts at `x_src` (B, C, H, W), `sigma_src` (B,)."""
     t = torch.from_numpy(sigma_src).to(x_src) * unwrapped(network).config.num_timesteps
     return GMPolicy(*network(x_src, t, labels), x_src, sigma_src, eps=eps)
+
+
+def student_loss(guided: GuidedTeacher, imitation: ImitationConfig) -> Loss:
+    """The imitation loss of a class-conditional student, for `train`."""
+
+    def loss(network, x_0, conditioning, random):
+        labels = conditioning["labels"]
+        return imitation_loss(
+            lambda x_src, sigma: policy_of(network, x_src, sigma, labels, eps=imitation.policy_eps),
+            lambda x_t, sigma: guided.velocity(x_t, sigma, labels),
+            x_0,
+            imitation,
+            random,
+        ).loss
+
+    return loss
 
 
 def distill(
@@ -66,16 +82,6 @@ def distill(
     network = student_from_teacher(teacher.network(), num_components, seed=training.seed)
     network.requires_grad_(True)
 
-    def loss(network, x_0, conditioning, random):
-        labels = conditioning["labels"]
-        return imitation_loss(
-            lambda x_src, sigma: policy_of(network, x_src, sigma, labels, eps=imitation.policy_eps),
-            lambda x_t, sigma: guided.velocity(x_t, sigma, labels),
-            x_0,
-            imitation,
-            random,
-        ).loss
-
     schedule = Schedule(
         imitation.nfe, imitation.shift, imitation.final_step_size_scale, imitation.total_substeps
     )
@@ -99,6 +105,6 @@ def distill(
         "teacher_sha256": teacher.fingerprint(),
     }
     return train(
-        network, loss, data, training, folder, kind="student", settings=settings, run=run, frozen=[frozen],
+        network, student_loss(guided, imitation), data, training, folder, kind="student", settings=settings, run=run, frozen=[frozen],
         preview=preview, resume=resume,
     )  # fmt: skip

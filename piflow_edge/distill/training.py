@@ -166,7 +166,7 @@ def train(
             opened = open_journal(folder, f"training {kind}", config, run, start)
             journal = stack.enter_context(opened)
         for iteration in range(start, config.iterations):
-            value = _gradients(state, loss, data, config, pieces, iteration)
+            value = gradients(state, loss, data, config, pieces, iteration)
             norm = state.clip(config.max_grad_norm)
             # Every process must decide alike, so none goes by its own numbers.
             value, norm, stop = processes.mean(value, norm, stopped())
@@ -191,15 +191,10 @@ def train(
     return final
 
 
-def _gradients(
-    state: State,
-    loss: Loss,
-    data: ImageData,
-    config: TrainingConfig,
-    pieces: list[slice],
-    iteration: int,
+def gradients(
+    state: State, loss: Loss, data: ImageData, config: TrainingConfig, pieces: list[slice], iteration: int
 ) -> Tensor:
-    """Take the gradient of one batch, over all processes; the mean loss of this process's share."""
+    """Take the gradient of an iteration's batch, over all processes; the mean loss of the rows in `pieces`."""
     processes = state.processes
     random = SharedRandom(IterationRandom(config.seed, iteration), config.batch_size)
     picked = random.random.choice(len(data), config.batch_size)
