@@ -73,6 +73,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
         head = GMHead if config.num_components else VelocityHead
         self.head = head(config)
+        side = config.sample_size // patch
+        self.register_buffer("positions", position_table(side, side, width, side), persistent=False)
         self.checkpoints_gradients = False
         self._initialise()
 
@@ -96,6 +98,8 @@ class DiT(nn.Module):
 
     def _positions(self, rows: int, columns: int, like: Tensor) -> Tensor:
         scale = self.config.sample_size // self.config.patch_size
+        if rows == columns == scale:
+            return self.positions.to(like)
         return position_table(rows, columns, self.config.hidden_size, scale).to(like)
 
     def _initialise(self):
@@ -129,8 +133,8 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             self.modulation(emb).unsqueeze(1).chunk(6, dim=-1)
         )
-        tokens = tokens + gate_a * self.attention(modulate(tokens, shift_a, scale_a))
-        return tokens + gate_m * self.mlp(modulate(tokens, shift_m, scale_m))
+        tokens = torch.addcmul(tokens, gate_a, self.attention(modulate(tokens, shift_a, scale_a)))
+        return torch.addcmul(tokens, gate_m, self.mlp(modulate(tokens, shift_m, scale_m)))
 
     def attention(self, tokens: Tensor) -> Tensor:
         # (B, L, 3 D) -> three of (B, heads, L, D / heads)
@@ -175,7 +179,7 @@ class GMHead(nn.Module):
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without parameters of its own, then the embedding's scale and shift."""
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, components: int) -> Tensor:

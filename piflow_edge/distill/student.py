@@ -36,10 +36,11 @@ def student_loss(guided: GuidedTeacher, imitation: ImitationConfig) -> Loss:
         labels = conditioning["labels"]
         return imitation_loss(
             lambda x_src, sigma: policy_of(network, x_src, sigma, labels, eps=imitation.policy_eps),
-            lambda x_t, sigma: guided.velocity(x_t, sigma, labels),
+            lambda x_t, sigma: guided.velocity(x_t, sigma, labels.repeat(len(x_t) // len(labels))),
             x_0,
             imitation,
             random,
+            teacher_takes_all=True,
         ).loss
 
     return loss
@@ -81,11 +82,9 @@ def distill(
     guided = GuidedTeacher(frozen, teacher.architecture, guidance_scale)
     network = student_from_teacher(teacher.network(), num_components, seed=training.seed)
     network.requires_grad_(True)
-
     schedule = Schedule(
         imitation.nfe, imitation.shift, imitation.final_step_size_scale, imitation.total_substeps
     )
-
     inputs = preview_inputs(network.config) if run.sample_every else ()
 
     def preview(network):
@@ -104,7 +103,8 @@ def distill(
         "teacher": teacher.settings,
         "teacher_sha256": teacher.fingerprint(),
     }
+    loss = student_loss(guided, imitation)
     return train(
-        network, student_loss(guided, imitation), data, training, folder, kind="student", settings=settings, run=run, frozen=[frozen],
+        network, loss, data, training, folder, kind="student", settings=settings, run=run, frozen=[frozen],
         preview=preview, resume=resume,
     )  # fmt: skip
