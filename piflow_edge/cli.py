@@ -6,6 +6,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -56,6 +57,33 @@ AUTOENCODER = click.option(
     help="Folder of an AutoencoderKL or AutoencoderTiny of diffusers: train on its latents of the images.",
 )
 RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+PRECISION = click.option(
+    "--mixed-precision",
+    type=click.Choice(["no", "bf16", "fp16"]),
+    help="Of the networks; else what accelerate launch says, or no.",
+)
+COUNT = click.IntRange(min=1)
+# How a run is carried out: the fields of RunConfig.
+RUN = (
+    click.option("--gradient-accumulation", type=COUNT, default=1,
+                 help="Pieces in which each process takes its share of a batch."),
+    click.option("--gradient-checkpointing", is_flag=True,
+                 help="Compute activations again in the backward pass: less memory, more time."),
+    click.option("--max-skipped-in-a-row", type=COUNT, default=10,
+                 help="Steps that are not finite after which to stop."),
+    click.option("--save-every", type=COUNT, default=500, help="Steps between checkpoints."),
+    click.option("--log-every", type=COUNT, default=50, help="Steps between lines of log.jsonl."),
+    click.option("--sample-every", type=click.IntRange(min=0), default=0,
+                 help="Steps between sheets of samples, in samples/; 0 is none."),
+    click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, in tensorboard/."),
+)  # fmt: skip
+
+
+def run_options(command):
+    """The options of `RUN`, which the command gets as `**run`."""
+    for option in reversed(RUN):
+        command = option(command)
+    return command
 
 
 class Group(click.Group):
@@ -98,6 +126,11 @@ def _emit(value) -> None:
 
 def _say(line: str) -> None:
     click.echo(line, err=True)
+
+
+def _is_main_process() -> bool:
+    """Whether nobody else reports: of the processes that a launcher starts, the first does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _show(table) -> None:
@@ -160,7 +193,9 @@ def _data(source: str, size, autoencoder: Path | None):
 @AUTOENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--iterations", type=click.IntRange(min=1), default=3000, help="Training steps.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Images per step.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=128, help="Images per step, over all processes."
+)
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, help="Of Adam.")
 @click.option("--patch-size", type=click.IntRange(min=1), default=2, help="Side of a token in pixels.")
 @click.option("--hidden-size", type=click.IntRange(min=4), default=64, help="Width of a token.")
@@ -168,12 +203,16 @@ def _data(source: str, size, autoencoder: Path | None):
 @click.option("--num-heads", type=click.IntRange(min=1), default=4, help="Attention heads.")
 @click.option("--weights-only", is_flag=True, help="Leave a small float16 checkpoint that cannot be resumed.")
 @SEED
+@PRECISION
+@run_options
 @RESUME
 def train_teacher(
     data, size, autoencoder, out, iterations, batch_size, learning_rate, patch_size, hidden_size, depth, num_heads,
-    weights_only, seed, resume,
+    weights_only, seed, mixed_precision, resume, **run,
 ):  # fmt: skip
     """Train a small class-conditional DiT with flow matching.
+
+    On several GPUs: accelerate launch --multi_gpu -m piflow_edge.cli train-teacher, and the same options.
 
     \b
     Example:
@@ -182,7 +221,7 @@ def train_teacher(
     from .distill.checkpoint import inference_only, save_checkpoint
     from .distill.dit import DiTConfig
     from .distill.teacher import FlowMatchingConfig, train_teacher
-    from .distill.training import TrainingConfig
+    from .distill.training import RunConfig, TrainingConfig
 
     images = _data(data, size, autoencoder)
     architecture = DiTConfig(
@@ -200,11 +239,15 @@ def train_teacher(
         learning_rate=learning_rate,
         seed=seed,
         ema_decay=0.9995,
+        mixed_precision=mixed_precision,
     )
-    checkpoint = train_teacher(images, architecture, FlowMatchingConfig(), training, out, resume=resume)
-    if weights_only:
-        save_checkpoint(out, inference_only(checkpoint))
-    click.echo(out)
+    checkpoint = train_teacher(
+        images, architecture, FlowMatchingConfig(), training, out, run=RunConfig(**run), resume=resume
+    )
+    if _is_main_process():
+        if weights_only:
+            save_checkpoint(out, inference_only(checkpoint))
+        click.echo(out)
 
 
 def _calls(context, parameter, text: str | None) -> list[int]:
@@ -267,17 +310,23 @@ def _calls(context, parameter, text: str | None) -> list[int]:
     "--lora-targets", default="all-linear", help="Ends of layer names to adapt, separated by commas."
 )
 @click.option("--iterations", type=click.IntRange(min=1), default=1400, help="Training steps.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Images per step.")
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=64, help="Images per step, over all processes."
+)
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=2e-3, help="Of Adam.")
 @SEED
+@PRECISION
+@run_options
 @RESUME
 def distill(
     source, teacher_style, data, size, autoencoder, out, nfe, policy, components, nodes, guidance,
     guidance_interval, orthogonal_guidance, shift, dynamic_shift, final_step_size_scale, substeps,
     intermediate_states, window_substeps, gm_dropout, loss_scale, decay_iterations, data_free, rank,
-    lora_targets, iterations, batch_size, learning_rate, seed, resume,
+    lora_targets, iterations, batch_size, learning_rate, seed, mixed_precision, resume, **run,
 ):  # fmt: skip
     """Distil a teacher into a few-step student with pi-ID.
+
+    On several GPUs: accelerate launch --multi_gpu -m piflow_edge.cli distill, and the same options.
 
     \b
     Example:
@@ -290,7 +339,7 @@ def distill(
     from .distill.sources import load_teacher
     from .distill.student import distill
     from .distill.teacher import GuidanceConfig
-    from .distill.training import TrainingConfig
+    from .distill.training import RunConfig, TrainingConfig
     from .schedule import resolution_shift
 
     images = _data(data, size, autoencoder)
@@ -320,14 +369,22 @@ def distill(
         load_teacher(source or shipped_teacher(), sample_shape=images.shape, style=teacher_style),
         images,
         imitation,
-        TrainingConfig(iterations=iterations, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
+        TrainingConfig(
+            iterations=iterations,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            mixed_precision=mixed_precision,
+        ),
         out,
         guidance=GuidanceConfig(guidance, guidance_interval, orthogonal_guidance),
         head=GMHead(components) if policy == "gm" else grid,
         lora=LoRAConfig(rank, float(rank), tuple(lora_targets.split(","))) if rank else None,
+        run=RunConfig(**run),
         resume=resume,
     )
-    click.echo(out)
+    if _is_main_process():
+        click.echo(out)
 
 
 @main.command("train-features")

@@ -54,14 +54,12 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, trained_o
     """Copy `weights` into the network.
 
     Args:
-        trained_only: the weights are those of the parameters that require gradients, not all.
+        trained_only: the weights are those of the parameters that require gradients, not of all.
 
     Raises:
         CheckpointError: names or shapes that are not this architecture's.
     """
-    own = network.state_dict()
-    if trained_only:
-        own = {name: own[name] for name, p in network.named_parameters() if p.requires_grad}
+    own = {name: p for name, p in network.named_parameters() if p.requires_grad or not trained_only}
     expected = {k: tuple(v.shape) for k, v in own.items()}
     found = {k: tuple(v.shape) for k, v in weights.items()}
     if expected != found:
@@ -73,7 +71,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, trained_o
         )
     with torch.no_grad():
         for name, tensor in weights.items():
-            own[name].copy_(tensor)  # state_dict shares memory with the network
+            own[name].copy_(tensor)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from piflow_edge.errors import ShapeError
 
@@ -79,7 +80,15 @@ class DiT(nn.Module):
         self.class_embed = nn.Embedding(config.num_classes + 1, width)
         self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
         self.head = Head(width, patch**2 * config.in_channels)
+        rows, columns = (side // patch for side in config.sample_shape[1:])
+        table = position_table(rows, columns, width, (rows, columns))
+        self.register_buffer("positions", table, persistent=False)
+        self.checkpoints_gradients = False
         self._initialise()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on keep a block's input only, and compute the rest again in the backward pass: slower, smaller."""
+        self.checkpoints_gradients = True
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Prediction at states `x_t` (B, C, H, W), times `t` (B,), class ids (B,)."""
@@ -89,12 +98,17 @@ class DiT(nn.Module):
         tokens = tokens + self._positions(rows, columns, tokens)
         emb = F.silu(self.time_mlp(time_features(t).to(tokens.dtype)) + self.class_embed(labels))
         for block in self.blocks:
-            tokens = block(tokens, emb)
+            if self.checkpoints_gradients and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, emb, use_reentrant=False)
+            else:
+                tokens = block(tokens, emb)
         return unpatchify(self.head(tokens, emb), (rows, columns), patch, self.out_channels)
 
     def _positions(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        height, width = (side // self.config.patch_size for side in self.config.sample_shape[1:])
-        return position_table(rows, columns, self.config.hidden_size, (height, width)).to(like)
+        trained_on = tuple(side // self.config.patch_size for side in self.config.sample_shape[1:])
+        if (rows, columns) == trained_on:
+            return self.positions.to(like)
+        return position_table(rows, columns, self.config.hidden_size, trained_on).to(like)
 
     def _initialise(self):
         for module in self.modules():
@@ -126,8 +140,8 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             self.modulation(emb).unsqueeze(1).chunk(6, dim=-1)
         )
-        tokens = tokens + gate_a * self.attention(modulate(tokens, shift_a, scale_a))
-        return tokens + gate_m * self.mlp(modulate(tokens, shift_m, scale_m))
+        tokens = torch.addcmul(tokens, gate_a, self.attention(modulate(tokens, shift_a, scale_a)))
+        return torch.addcmul(tokens, gate_m, self.mlp(modulate(tokens, shift_m, scale_m)))
 
     def attention(self, tokens: Tensor) -> Tensor:
         # (B, L, 3 D) -> three of (B, heads, L, D / heads)
@@ -150,7 +164,7 @@ class Head(nn.Module):
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without parameters of its own, then the embedding's scale and shift."""
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, planes: int) -> Tensor:

@@ -23,7 +23,7 @@ from piflow_edge.files import sha256, write_atomic
 from piflow_edge.progress import progress
 
 from .data import ImageData, load_images
-from .training import IterationRandom
+from .randomness import IterationRandom
 
 ASSETS = Path(__file__).parent / "assets"
 _FILE = "digits_classifier.safetensors"

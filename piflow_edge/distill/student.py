@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.errors import CheckFailedError, DataError
+from piflow_edge.noise import philox_normal
 from piflow_edge.policies import Policy
+from piflow_edge.sampling import decode, sample
+from piflow_edge.schedule import Schedule
 
 from .checkpoint import Checkpoint
 from .data import ImageData, check_same_latents
@@ -18,8 +21,8 @@ from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
 from .lora import LoRAConfig
 from .networks import FlowNetwork, Teacher, attach_policy_head
 from .sources import TeacherModel
-from .teacher import GuidanceConfig, GuidedTeacher
-from .training import TrainingConfig, check_fit, train
+from .teacher import GuidanceConfig, GuidedTeacher, preview_inputs
+from .training import DEFAULT_RUN, Loss, RunConfig, TrainingConfig, check_fit, train
 
 # Floor inside the policy in training, where the settings do not say; the authors' class defaults.
 _POLICY_EPS = {"gm": 1e-6, "dx": 1e-4}
@@ -45,6 +48,31 @@ def policy_of(
     return head.policy(outputs, x_src, sigma_src, _POLICY_EPS[head.kind] if eps is None else eps)
 
 
+def student_loss(guided: GuidedTeacher, head: Head, imitation: ImitationConfig) -> Loss:
+    """The imitation loss of a student, for `train`."""
+
+    def loss(network, x_0, conditioning, random):
+        def student(x_src, sigma_src):
+            return policy_of(network, head, x_src, sigma_src, conditioning, eps=imitation.policy_eps)
+
+        def teacher(x_t, sigma_t):
+            times = len(x_t) // len(x_0)  # it may be asked about several points of every sample at once
+            given = {k: v.repeat(times, *(1,) * (v.ndim - 1)) for k, v in conditioning.items()}
+            return guided.velocity(x_t, sigma_t, **given)
+
+        ratio = imitation.teacher_ratio(random.iteration)
+        if imitation.data_free:
+            noise = torch.from_numpy(random.normal(tuple(x_0.shape))).to(x_0)
+            return datafree_imitation_loss(
+                student, teacher, noise, imitation, random, teacher_ratio=ratio, teacher_takes_all=True
+            )[0]
+        return imitation_loss(
+            student, teacher, x_0, imitation, random, teacher_ratio=ratio, teacher_takes_all=True
+        ).loss
+
+    return loss
+
+
 def distill(
     teacher: TeacherModel,
     data: ImageData,
@@ -56,6 +84,7 @@ def distill(
     head: Head,
     lora: LoRAConfig | None = None,
     null: Mapping[str, Tensor] | None = None,
+    run: RunConfig = DEFAULT_RUN,
     resume: bool = False,
 ) -> Checkpoint:
     """Train a student that starts as its teacher, and leave its checkpoint in `folder`.
@@ -69,12 +98,13 @@ def distill(
             says, in raw time of the shift it is trained with.
         lora: train adapters on the teacher's weights; None trains a copy of them.
         null: what stands for "no condition"; see `GuidedTeacher`.
+        run: how the run is carried out.
         resume: go on from the checkpoint in `folder`.
 
     Raises:
         DataError: the data's classes or latents are not the teacher's.
         CheckFailedError: the student does not start as its teacher.
-        DataError, CheckpointError, CheckFailedError: see `training.train`.
+        DataError, CheckpointError, CheckFailedError and others: see `training.train`.
     """
     if teacher.class_names is not None and data.class_names != teacher.class_names:
         raise DataError(
@@ -85,28 +115,25 @@ def distill(
         check_same_latents(teacher.provenance["settings"], data)
     check_fit(teacher.network, data)
     if isinstance(head, DXHead):
-        head = replace(
-            head, segment_size=imitation.segment_length(min(imitation.nfes)), shift=imitation.shift
-        )
+        longest = imitation.segment_length(min(imitation.nfes))
+        head = replace(head, segment_size=longest, shift=imitation.shift)
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
     guided = GuidedTeacher(student if lora else teacher.network, guidance, null=null)
-    example, conditioning = data.batch(np.arange(min(len(data), 2)))
-    check_start(student, guided.teacher, example, conditioning)
-    imitate = datafree_imitation_loss if imitation.data_free else imitation_loss
+    _, conditioning = data.batch(np.arange(2) % len(data))
+    check_start(student, guided.teacher, conditioning)
+    inputs = preview_inputs(student) if run.sample_every else ()
+    schedule = Schedule(
+        max(imitation.nfes), imitation.shift, imitation.final_step_size_scale, imitation.total_substeps
+    )
 
-    def loss(network, x_0, conditioning, random):
-        start = torch.from_numpy(random.normal(tuple(x_0.shape))).to(x_0) if imitation.data_free else x_0
-        result = imitate(
-            lambda x_src, sigma: policy_of(
-                network, head, x_src, sigma, conditioning, eps=imitation.policy_eps
-            ),
-            lambda x_t, sigma: guided.velocity(x_t, sigma, **conditioning),
-            start,
-            imitation,
-            random,
-            teacher_ratio=imitation.teacher_ratio(random.iteration),
-        )
-        return result[0] if imitation.data_free else result.loss
+    def preview(network):
+        noise, labels = (tensor.to(next(network.parameters()).device) for tensor in inputs)
+
+        def call(x_src, sigma_src):
+            levels = np.full(len(x_src), sigma_src)
+            return policy_of(network, head, x_src, levels, {"labels": labels}, eps=imitation.policy_eps)
+
+        return decode(sample(call, noise, schedule).cpu().numpy())
 
     settings = {
         "imitation": asdict(imitation),
@@ -118,20 +145,33 @@ def distill(
             k: {"shape": list(v.shape[1:]), "dtype": str(v.dtype)} for k, v in conditioning.items()
         },
     }
-    return train(student, loss, data, training, folder, kind="student", settings=settings, resume=resume)
+    return train(
+        student,
+        student_loss(guided, head, imitation),
+        data,
+        training,
+        folder,
+        kind="student",
+        settings=settings,
+        run=run,
+        frozen=[] if lora else [teacher.network],
+        preview=preview,
+        resume=resume,
+    )
 
 
 @torch.no_grad()
-def check_start(
-    student: FlowNetwork, teacher: Teacher, x_0: np.ndarray, conditioning: Mapping[str, np.ndarray]
-) -> None:
+def check_start(student: FlowNetwork, teacher: Teacher, conditioning: Mapping[str, np.ndarray]) -> None:
     """See that the student's policy is the teacher's velocity where it starts.
+
+    Args:
+        conditioning: of two samples.
 
     Raises:
         CheckFailedError: it is not. The output layer is another one, or its rows are ordered otherwise.
     """
     device = next(student.parameters()).device
-    x_t = torch.from_numpy(x_0).to(device)
+    x_t = torch.from_numpy(philox_normal(0, range(2), student.sample_shape)).to(device)
     given = {name: torch.from_numpy(array).to(device) for name, array in conditioning.items()}
     sigma = np.full(len(x_t), 0.5)
     u_t = teacher.velocity(x_t, torch.from_numpy(sigma).to(x_t), **given)

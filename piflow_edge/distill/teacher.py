@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from piflow_edge.errors import ScheduleError
+from piflow_edge.errors import ScheduleError, ShapeError
+from piflow_edge.noise import philox_normal
+from piflow_edge.sampling import decode
 from piflow_edge.schedule import warp
 
 from .checkpoint import Checkpoint
 from .data import ImageData
 from .dit import DiTConfig
-from .networks import DiTNetwork, Teacher
-from .training import TrainingConfig, train
+from .networks import DiTNetwork, FlowNetwork, Teacher
+from .training import DEFAULT_RUN, RunConfig, TrainingConfig, train
 
 
 def guide(
@@ -130,6 +132,25 @@ class GuidedTeacher:
         return x_t
 
 
+# How many samples a sheet shows, and how a teacher makes them: enough to see what it has learnt.
+_PREVIEW_COUNT, _PREVIEW_STEPS, _PREVIEW_GUIDANCE = 40, 10, 1.5
+
+
+def preview_inputs(network: FlowNetwork) -> tuple[Tensor, Tensor]:
+    """Noise and labels that sheets of samples are made from, always the same.
+
+    Raises:
+        ShapeError: the network makes no pictures, or not from labels.
+    """
+    if network.sample_shape[0] not in (1, 3) or network.num_classes is None:
+        raise ShapeError(
+            "sheets of samples show 1 or 3 channels, made from labels; the network makes "
+            f"{network.sample_shape[0]}{'' if network.num_classes else ' and takes none'}: set sample_every to 0"
+        )
+    noise = torch.from_numpy(philox_normal(0, range(_PREVIEW_COUNT), network.sample_shape))
+    return noise, torch.arange(_PREVIEW_COUNT) % network.num_classes
+
+
 @dataclass(frozen=True)
 class FlowMatchingConfig:
     """Settings of the teacher's training loss.
@@ -158,7 +179,7 @@ def flow_matching_loss(
     x_t = (1 - level) * x_0 + level * noise
     labels = torch.where(dropped, null_label, labels)
     u_t = network(x_t, sigma, labels=labels)
-    return (u_t - (noise - x_0)).square().mean()
+    return (u_t.float() - (noise - x_0)).square().mean()
 
 
 def train_teacher(
@@ -168,6 +189,7 @@ def train_teacher(
     training: TrainingConfig,
     folder: Path,
     *,
+    run: RunConfig = DEFAULT_RUN,
     resume: bool = False,
 ) -> Checkpoint:
     """Train a DiT from scratch with flow matching, and leave its checkpoint in `folder`.
@@ -176,10 +198,11 @@ def train_teacher(
         data: what to train on.
         architecture: of the network.
         flow_matching, training: settings of the loss and of the loop.
+        run: how the run is carried out.
         resume: go on from the checkpoint in `folder`.
 
     Raises:
-        CheckpointError, CheckFailedError: see `training.train`.
+        CheckpointError, CheckFailedError and others: see `training.train`.
     """
     torch.manual_seed(training.seed)  # the initial weights
     network = DiTNetwork(architecture)
@@ -188,5 +211,16 @@ def train_teacher(
         labels, null = conditioning["labels"], architecture.null_label
         return flow_matching_loss(network, x_0, labels, null, flow_matching, random)
 
+    inputs = preview_inputs(network) if run.sample_every else ()
+
+    def preview(network):
+        noise, labels = (tensor.to(next(network.parameters()).device) for tensor in inputs)
+        guided = GuidedTeacher(network, GuidanceConfig(_PREVIEW_GUIDANCE))
+        images = guided.sample(noise, _PREVIEW_STEPS, shift=flow_matching.shift, labels=labels)
+        return decode(images.cpu().numpy())
+
     settings = {"flow_matching": asdict(flow_matching), "data": data.name}
-    return train(network, loss, data, training, folder, kind="teacher", settings=settings, resume=resume)
+    return train(
+        network, loss, data, training, folder, kind="teacher", settings=settings, run=run, preview=preview,
+        resume=resume,
+    )  # fmt: skip

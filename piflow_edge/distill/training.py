@@ -1,43 +1,47 @@
-"""The training loop that teacher and student share: optimiser, averaged weights, checkpoints, progress.
+"""The training loop that teacher and student share, on one process or on many.
 
-Every iteration draws from a generator of its own, keyed by (seed, iteration): no random state has to be saved,
-and a resumed run takes the same steps as one that was never stopped.
+A batch and everything random about it is the same for any number of processes and pieces it is cut into, and after a
+run was stopped and resumed; see `randomness`.
 """
 
 import json
+import math
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
-from piflow_edge.progress import progress
+from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, EngineError
+from piflow_edge.files import sha256
 
-from .checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .data import ImageData
+from .journal import open_journal, summary_writer
 from .networks import FlowNetwork, describe
+from .processes import Processes
+from .randomness import IterationRandom, Share, SharedRandom
+from .state import State
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a network is trained.
+    """How a network is trained. A run is resumed with the same settings or not at all.
 
     Args:
         iterations: optimiser steps.
-        batch_size: samples per step.
+        batch_size: samples per step, over all processes.
         learning_rate: of Adam, reached after `warmup` steps, then falling to 0 along half a cosine.
         warmup: steps of linear rise.
         ema_decay: of the averaged weights; lower at the start.
         max_grad_norm: gradients longer than this are shortened to it.
         seed: of everything random.
-        save_every: steps between checkpoints.
+        mixed_precision: "no", "bf16" or "fp16", of the networks; None is what `accelerate launch` says, else "no".
     """
 
     iterations: int = 1400
@@ -47,36 +51,38 @@ class TrainingConfig:
     ema_decay: float = 0.999
     max_grad_norm: float = 1.0
     seed: int = 0
+    mixed_precision: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is carried out. None of it is part of what is learnt: it may change when a run is resumed.
+
+    Args:
+        gradient_accumulation: pieces in which each process takes its share of a batch, to save memory.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        max_skipped_in_a_row: steps without a finite loss and gradient after which the run stops.
+        save_every: steps between checkpoints.
+        log_every: steps between lines of `log.jsonl`.
+        sample_every: steps between sheets of samples; 0 is none.
+        tensorboard: also log for TensorBoard, in `tensorboard/`.
+    """
+
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    max_skipped_in_a_row: int = 10
     save_every: int = 500
+    log_every: int = 50
+    sample_every: int = 0
+    tensorboard: bool = False
 
 
-class IterationRandom:
-    """The random numbers of one iteration; see `imitation.Random`."""
+DEFAULT_RUN = RunConfig()
 
-    def __init__(self, seed: int, iteration: int):
-        self.iteration = iteration
-        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, iteration])))
-
-    def uniform(self, shape) -> np.ndarray:
-        return self._generator.random(shape)
-
-    def normal(self, shape) -> np.ndarray:
-        return self._generator.standard_normal(shape, dtype=np.float32)
-
-    def shared_choice(self, count: int) -> int:
-        return int(self._generator.integers(0, count))
-
-    def choice(self, count: int, size: int) -> np.ndarray:
-        """`size` whole numbers below `count`, with repetition."""
-        return self._generator.integers(0, count, size)
-
-    def permutation(self, count: int) -> np.ndarray:
-        """0 to count - 1 in random order."""
-        return self._generator.permutation(count)
-
-
-# (network, x_0, conditioning, random) -> scalar
-Loss = Callable[[FlowNetwork, Tensor, dict[str, Tensor], IterationRandom], Tensor]
+# (network, x_0, conditioning, random) -> scalar. The network to call is the one given: it is prepared for training.
+Loss = Callable[[nn.Module, Tensor, dict[str, Tensor], Share], Tensor]
+# (network) -> images, uint8 (B, H, W, C) with C 1 or 3, from the same noise each time.
+Preview = Callable[[nn.Module], np.ndarray]
 
 
 def train(
@@ -88,92 +94,154 @@ def train(
     *,
     kind: str,
     settings: dict,
+    run: RunConfig = DEFAULT_RUN,
+    frozen: Sequence[nn.Module] = (),
+    preview: Preview | None = None,
     resume: bool = False,
 ) -> Checkpoint:
     """Train `network` in place and leave a checkpoint in `folder`.
 
-    Ctrl-C ends the step that is being taken, saves a checkpoint and goes on as KeyboardInterrupt; a second one does
-    not wait. Steps are written to `log.jsonl`.
+    Under `accelerate launch` all processes call this alike; the main one reads and writes. Ctrl-C ends the step that is
+    being taken, saves a checkpoint and goes on as KeyboardInterrupt; a second one does not wait. A step whose loss or
+    gradient is not finite is skipped: weights, moments and average stay as they are.
 
     Args:
-        network: starts from the weights it has, unless a checkpoint is resumed.
-        loss: `(network, x_0, conditioning, random) -> scalar` with gradient.
-        data: where `x_0` and `conditioning` are drawn from.
+        network: starts from the weights it has, unless a checkpoint is resumed; what has `requires_grad` is trained.
+        loss: mean over the samples it is given, with gradient; see `Loss`.
+        data: where `x_0` and its conditioning are drawn from.
         config: how to train.
-        folder: where the checkpoint goes.
+        folder: where checkpoint, `log.jsonl` and samples go.
         kind, settings: recorded in the checkpoint; on `resume` they must be the same.
+        run: how to carry the run out.
+        frozen: other networks the loss calls; they are put on the device and run in mixed precision too.
+        preview: makes the sheets of samples, from the averaged weights.
         resume: go on from the checkpoint in `folder` instead of refusing to overwrite it.
 
     Raises:
-        DataError: the images or classes are not those the network is made for.
+        DataError: the images or classes are not those the network is made for, or differ between processes.
         CheckpointError: there is a checkpoint and `resume` is False, or it is of another run.
-        CheckFailedError: the loss is not finite.
+        CheckFailedError: too many steps in a row were skipped.
+        ShapeError, EngineError, MissingExtraError: a batch that cannot be cut; a setting that cannot run here.
     """
     folder = Path(folder)
     check_fit(network, data)
-    settings = {**settings, **data.settings(), "training": vars(config).copy()}
-    parameters = {k: v for k, v in network.named_parameters() if v.requires_grad}
-    ema = {k: v.detach().clone() for k, v in parameters.items()}
-    optimizer = torch.optim.Adam(parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
-    start = 0
-    if (folder / "checkpoint.json").exists():
-        if not resume:
-            raise CheckpointError(
-                f"{folder} holds a checkpoint already; give --resume to go on, or another folder"
-            )
-        checkpoint = load_checkpoint(folder, kind=kind)
-        _check_same_run(checkpoint, describe(network), data, settings, folder)
-        start = _restore(checkpoint, network, ema, optimizer)
+    processes = Processes(config.mixed_precision, run.gradient_accumulation)
+    pieces = processes.share(config.batch_size)
+    training = asdict(config) | {"mixed_precision": processes.mixed_precision}
+    settings = {**settings, **data.settings(), "training": training}
+    if processes.differ(sha256(json.dumps(settings, sort_keys=True).encode())):
+        raise DataError("the processes were not started alike: their data, teacher or settings differ")
+    tensors: dict[str, Tensor] = {}  # of the checkpoint, on the main process
 
-    def snapshot(iteration):
-        tensors = {f"ema.{k}": v for k, v in ema.items()} | {
-            f"raw.{k}": v.detach() for k, v in parameters.items()
-        }
-        for name, parameter in parameters.items():
-            state = optimizer.state.get(parameter, {})  # nothing before its first step
-            tensors |= {f"adam.{part}.{name}": value for part, value in state.items()}
-        return Checkpoint(kind, iteration, describe(network), settings, data.class_names, tensors)
+    def begin() -> tuple[int, list[str]]:
+        checkpoint = _earlier(folder, resume, kind, describe(network), data, settings)
+        if run.tensorboard:
+            summary_writer()
+        folder.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            return 0, []
+        tensors.update(checkpoint.tensors)
+        return checkpoint.iteration, list(tensors)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    start, names = processes.from_main(begin)
+    if run.gradient_checkpointing:
+        _checkpoint_gradients(network.module)
+    for module in frozen:
+        processes.place(module)
+    state = State(network, processes)
+    if names:
+        state.restore(tensors, names)
+    tensors.clear()
+
+    def save(iteration: int) -> Checkpoint:
+        found = Checkpoint(kind, iteration, describe(network), settings, data.class_names, state.tensors())
+        processes.from_main(lambda: save_checkpoint(folder, found))
+        return found
+
     network.train()
-    done, began = start, time.perf_counter()
-    with (
-        _ctrl_c_between_steps() as stopped,
-        progress(f"training {kind}", config.iterations, start=start) as bar,
-        _log(folder, start) as log,
-    ):
+    with ExitStack() as stack:
+        stopped = stack.enter_context(_ctrl_c_between_steps())
+        journal = None
+        if processes.is_main:
+            opened = open_journal(folder, f"training {kind}", config, run, start)
+            journal = stack.enter_context(opened)
         for iteration in range(start, config.iterations):
-            random = IterationRandom(config.seed, iteration)
-            x_0, conditioning = data.batch(random.choice(len(data), config.batch_size))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, iteration)
-            given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
-            value = loss(network, torch.from_numpy(x_0), given, random)
-            optimizer.zero_grad()
-            value.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise CheckFailedError(
-                    f"loss {value.item()} or its gradient is not finite at iteration {iteration}; the last "
-                    f"checkpoint is whole; try a lower learning rate than {config.learning_rate}"
-                )
-            optimizer.step()
-            # Averaged over fewer steps at first, so that the start is soon forgotten.
-            decay = min(config.ema_decay, (1 + iteration) / (10 + iteration))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.values()), list(parameters.values()), 1 - decay)
+            value = gradients(state, loss, data, config, pieces, iteration)
+            norm = state.clip(config.max_grad_norm)
+            # Every process must decide alike, so none goes by its own numbers.
+            value, norm, stop = processes.mean(value, norm, stopped())
+            rate = learning_rate(config, iteration)
+            if math.isfinite(value) and math.isfinite(norm):
+                # Averaged over fewer steps at first, so that the start is soon forgotten.
+                state.step(rate, decay=min(config.ema_decay, (1 + iteration) / (10 + iteration)))
+            else:
+                state.skip()
             done = iteration + 1
-            speed = (done - start) * config.batch_size / (time.perf_counter() - began)
-            bar(f"loss {value.item():.4f}, {speed:.0f} images/s")
-            if done % 50 == 0 or done == config.iterations:
-                log.write(json.dumps({"iteration": done, "loss": value.item(), "images_per_s": speed}) + "\n")
-            if stopped() or (done % config.save_every == 0 and done < config.iterations):
-                save_checkpoint(folder, snapshot(done))
-            if stopped():
+            if journal:
+                journal.step(done, value, norm, rate, state.skipped)
+            _check_progress(state, run, config, done)
+            if stop or (done % run.save_every == 0 and done < config.iterations):
+                save(done)
+            if stop:
                 raise KeyboardInterrupt
-    final = snapshot(done)
-    save_checkpoint(folder, final)
+            if preview and run.sample_every and done % run.sample_every == 0:
+                _show(preview, state, journal, done)
+    final = save(config.iterations)
+    processes.end()
     return final
+
+
+def gradients(
+    state: State, loss: Loss, data: ImageData, config: TrainingConfig, pieces: list[slice], iteration: int
+) -> Tensor:
+    """Take the gradient of an iteration's batch, over all processes; the mean loss of the rows in `pieces`."""
+    processes = state.processes
+    random = SharedRandom(IterationRandom(config.seed, iteration), config.batch_size)
+    picked = random.random.choice(len(data), config.batch_size)
+    # For networks that draw from torch's own state, as dropout does.
+    key = np.random.SeedSequence([config.seed, iteration, processes.index])
+    torch.manual_seed(int(key.generate_state(1)[0]))
+    state.optimizer.zero_grad()
+    total = 0.0
+    for piece in pieces:
+        x_0, conditioning = data.batch(picked[piece])
+        x_0 = torch.from_numpy(x_0).to(processes.device)
+        conditioning = {name: torch.from_numpy(v).to(processes.device) for name, v in conditioning.items()}
+        with processes.syncing(state.prepared, last=piece == pieces[-1]):
+            value = loss(state.prepared, x_0, conditioning, random.rows(piece))
+            processes.accelerator.backward(value)
+        total = total + value.detach() / len(pieces)
+    return total
+
+
+def _show(preview: Preview, state: State, journal, done: int) -> None:
+    """A sheet of samples, made by the main process; by all, where none has all the weights."""
+    if journal or state.processes.sharded:
+        with state.averaged() as network:
+            images = preview(network)
+        if journal:
+            journal.pictures(done, images)
+
+
+def _check_progress(state: State, run: RunConfig, config: TrainingConfig, done: int) -> None:
+    if state.skipped_in_a_row >= min(run.max_skipped_in_a_row, config.iterations):
+        raise CheckFailedError(
+            f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, up to iteration {done}; the "
+            f"last checkpoint is whole. Look at the learning rate ({config.learning_rate:g}; try a third), at the data "
+            "(finite, about -1 to 1?), at what the teacher returns for it, and at mixed precision "
+            f"({state.processes.mixed_precision}; 'no' or 'bf16' hold larger numbers than 'fp16')"
+        )
+
+
+def _checkpoint_gradients(network: nn.Module) -> None:
+    for name in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):
+        if hasattr(network, name):
+            getattr(network, name)()
+            return
+    raise EngineError(
+        f"{type(network).__name__} has no gradient checkpointing (a method enable_gradient_checkpointing); train it "
+        "without, with more gradient accumulation instead"
+    )
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
@@ -217,6 +285,21 @@ def check_fit(network: FlowNetwork, data: ImageData) -> None:
         )
 
 
+def _earlier(
+    folder: Path, resume: bool, kind: str, network: dict, data: ImageData, settings: dict
+) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one."""
+    if not (folder / "checkpoint.json").exists():
+        return None
+    if not resume:
+        raise CheckpointError(
+            f"{folder} holds a checkpoint already; give --resume to go on, or another folder"
+        )
+    checkpoint = load_checkpoint(folder, kind=kind)
+    _check_same_run(checkpoint, network, data, settings, folder)
+    return checkpoint
+
+
 def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, settings: dict, folder: Path):
     was = {"network": checkpoint.network, "class_names": list(checkpoint.class_names)}
     now = {"network": network, "class_names": list(data.class_names)}
@@ -235,26 +318,3 @@ def _flat(settings: dict, prefix: str = "") -> dict:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _restore(checkpoint, network, ema, optimizer) -> int:
-    raw, moments = checkpoint.group("raw"), checkpoint.group("adam")
-    if not raw:
-        raise CheckpointError(
-            "the checkpoint holds averaged weights only; it can be used but not trained further"
-        )
-    load_weights(network, raw, trained_only=True)
-    for name, value in checkpoint.group("ema").items():
-        ema[name].copy_(value)
-    for name, parameter in network.named_parameters():
-        if (
-            parameter.requires_grad and f"exp_avg.{name}" in moments
-        ):  # absent when it was saved before the first step
-            optimizer.state[parameter] = {
-                part: moments[f"{part}.{name}"].clone() for part in ("step", "exp_avg", "exp_avg_sq")
-            }
-    return checkpoint.iteration
-
-
-def _log(folder: Path, start: int):
-    return (folder / "log.jsonl").open("a" if start else "w", buffering=1)  # a line at a time, to be watched

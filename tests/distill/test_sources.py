@@ -280,7 +280,7 @@ def teacher_folder(tmp_path, data):
 def short_run(source, data, folder, **options):
     return distill(
         load_teacher(source, sample_shape=data.shape), data, ImitationConfig(nfe=2, total_substeps=16),
-        TrainingConfig(iterations=3, batch_size=4, save_every=100), folder,
+        TrainingConfig(iterations=3, batch_size=4), folder,
         **{"guidance": GuidanceConfig(1.5), "head": GMHead(2), **options},
     )  # fmt: skip
 
@@ -347,7 +347,7 @@ def test_several_numbers_of_calls_are_trained_in_one_student(teacher_folder, dat
     options = dict(guidance=GuidanceConfig(), head=DXHead(3))
     trained = distill(
         load_teacher(teacher_folder), data, ImitationConfig(nfe=(4, 1, 2), total_substeps=16),
-        TrainingConfig(iterations=2, batch_size=8, save_every=100), tmp_path / "student", **options,
+        TrainingConfig(iterations=2, batch_size=8), tmp_path / "student", **options,
     )  # fmt: skip
     assert trained.settings["imitation"]["nfe"] == (1, 2, 4)
     assert trained.network["head"] == {"kind": "dx", **asdict(DXHead(3, segment_size=1.0))}

@@ -1,11 +1,16 @@
 """Training at a size where it takes seconds: what it starts from, where it goes, how it is stopped and resumed."""
 
+import json
 import signal
+import sys
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from piflow_edge import rollout
 from piflow_edge.distill import training
@@ -15,6 +20,7 @@ from piflow_edge.distill.dit import DiTConfig
 from piflow_edge.distill.heads import DXHead, GMHead
 from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.networks import DiTNetwork, attach_policy_head
+from piflow_edge.distill.randomness import IterationRandom
 from piflow_edge.distill.sources import network_of, teacher_from_checkpoint
 from piflow_edge.distill.student import distill, policy_of
 from piflow_edge.distill.teacher import (
@@ -24,11 +30,19 @@ from piflow_edge.distill.teacher import (
     flow_matching_loss,
     train_teacher,
 )
-from piflow_edge.distill.training import IterationRandom, TrainingConfig
-from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, PiFlowError
+from piflow_edge.distill.training import RunConfig, TrainingConfig, train
+from piflow_edge.errors import (
+    CheckFailedError,
+    CheckpointError,
+    DataError,
+    EngineError,
+    MissingExtraError,
+    PiFlowError,
+    ShapeError,
+)
 
 TINY = DiTConfig(sample_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=2)
-SHORT = TrainingConfig(iterations=6, batch_size=8, warmup=2, save_every=100)
+SHORT = TrainingConfig(iterations=6, batch_size=8, warmup=2)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +60,7 @@ def teacher(data, tmp_path_factory):
     return train_teacher(data, TINY, FlowMatchingConfig(), config, tmp_path_factory.mktemp("teacher"))
 
 
-def run(teacher, data, folder, *, config=SHORT, imitation=None, head=GMHead(3), resume=False):  # noqa: B008
+def run(teacher, data, folder, *, config=SHORT, imitation=None, head=GMHead(3), resume=False, **how):  # noqa: B008
     imitation = imitation or ImitationConfig(nfe=2, total_substeps=16)
     return distill(
         teacher_from_checkpoint(teacher),
@@ -56,6 +70,7 @@ def run(teacher, data, folder, *, config=SHORT, imitation=None, head=GMHead(3), 
         folder,
         guidance=GuidanceConfig(1.5),
         head=head,
+        run=RunConfig(**how),
         resume=resume,
     )
 
@@ -128,14 +143,13 @@ def test_a_resumed_run_ends_with_the_same_weights(teacher, data, tmp_path, monke
 
 
 def test_a_run_that_is_killed_goes_on_from_the_last_checkpoint(teacher, data, tmp_path, monkeypatch):
-    config = replace(SHORT, save_every=2)
-    whole = run(teacher, data, tmp_path / "whole", config=config)
+    whole = run(teacher, data, tmp_path / "whole", save_every=2)
     interrupt(monkeypatch, 5, lambda: 1 / 0)  # nothing is saved on the way out, as with kill -9
     with pytest.raises(ZeroDivisionError):
-        run(teacher, data, tmp_path / "parts", config=config)
+        run(teacher, data, tmp_path / "parts", save_every=2)
     monkeypatch.undo()
     assert load_checkpoint(tmp_path / "parts").iteration == 4
-    resumed = run(teacher, data, tmp_path / "parts", config=config, resume=True)
+    resumed = run(teacher, data, tmp_path / "parts", save_every=2, resume=True)
     assert all(torch.equal(value, resumed.tensors[name]) for name, value in whole.tensors.items())
 
 
@@ -220,9 +234,130 @@ def test_data_the_teacher_does_not_know_is_refused(teacher, data, tmp_path, chan
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     broken = ImageData("broken", np.full_like(data.images, np.nan), data.labels, data.class_names)
-    with pytest.raises(CheckFailedError, match="not finite at iteration 0"):
+    with pytest.raises(CheckFailedError, match="not finite in 6 steps in a row"):
         train_teacher(broken, TINY, FlowMatchingConfig(), SHORT, tmp_path)
     assert not (tmp_path / "checkpoint.json").exists()
+
+
+def test_a_skipped_step_leaves_everything_as_it_was(data, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(
+        training, "save_checkpoint", lambda folder, checkpoint: saved.append(copied(checkpoint))
+    )
+    steps = 0
+
+    def loss(network, x_0, conditioning, random):
+        nonlocal steps
+        steps += 1
+        value = flow_matching_loss(network, x_0, conditioning["labels"], 2, FlowMatchingConfig(), random)
+        return value * torch.nan if steps in (3, 4) else value
+
+    train(
+        DiTNetwork(TINY),
+        loss,
+        data,
+        SHORT,
+        tmp_path,
+        kind="teacher",
+        settings={},
+        run=RunConfig(save_every=1),
+    )
+    counts = [checkpoint.tensors.pop("run.skipped").tolist() for checkpoint in saved]
+    assert counts == [[0, 0], [0, 0], [1, 1], [2, 2], [2, 0], [2, 0]]
+    changed = [
+        [not torch.equal(value, after.tensors[name]) for name, value in before.tensors.items()]
+        for before, after in pairwise(saved)
+    ]
+    assert [any(names) for names in changed] == [True, False, False, True, True]
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["skipped"] == 2 and log[-1]["iteration"] == 6
+
+
+def copied(checkpoint):
+    return replace(checkpoint, tensors={name: value.clone() for name, value in checkpoint.tensors.items()})
+
+
+def test_what_needs_no_gradient_is_neither_trained_nor_saved(data, tmp_path):
+    network = DiTNetwork(TINY).requires_grad_(False)
+    network.module.head.requires_grad_(True)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def loss(network, x_0, conditioning, random):
+        return flow_matching_loss(network, x_0, conditioning["labels"], 2, FlowMatchingConfig(), random)
+
+    checkpoint = train(network, loss, data, SHORT, tmp_path, kind="teacher", settings={})
+    trained = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert trained == {
+        f"module.head.{layer}.{kind}" for layer in ("modulation", "out") for kind in ("weight", "bias")
+    }
+    assert checkpoint.group("raw").keys() == checkpoint.group("ema").keys() == trained
+
+
+def test_sheets_of_samples_show_the_averaged_weights(data, tmp_path, monkeypatch):
+    config = replace(SHORT, ema_decay=0.0)  # no average: what is shown are the weights themselves
+    seen = []
+
+    def preview(network):
+        assert not network.training and not torch.is_grad_enabled()
+        seen.append({name: value.clone() for name, value in network.state_dict().items()})
+        return np.zeros((12, 4, 4, 1), np.uint8)
+
+    def loss(network, x_0, conditioning, random):
+        return flow_matching_loss(network, x_0, conditioning["labels"], 2, FlowMatchingConfig(), random)
+
+    def run(folder, **changes):
+        how = RunConfig(sample_every=6)
+        return train(
+            DiTNetwork(TINY), loss, data, replace(config, **changes), tmp_path / folder, kind="teacher", settings={},
+            run=how, preview=preview,
+        )  # fmt: skip
+
+    for decay, group in ((0.0, "raw"), (0.9, "ema")):
+        checkpoint = run(group, ema_decay=decay)
+        assert all(torch.equal(value, seen[-1][name]) for name, value in checkpoint.group(group).items())
+        with Image.open(tmp_path / group / "samples" / "0000006.png") as sheet:
+            assert sheet.width > sheet.height  # rows of ten
+
+
+def test_a_teacher_and_a_student_make_samples_of_themselves(teacher, data, tmp_path):
+    how = RunConfig(sample_every=3)
+    train_teacher(data, TINY, FlowMatchingConfig(), SHORT, tmp_path / "teacher", run=how)
+    run(teacher, data, tmp_path / "student", sample_every=3)
+    for name in ("teacher", "student"):
+        assert len(list((tmp_path / name / "samples").iterdir())) == 2
+
+
+def test_samples_of_what_is_no_picture_are_refused_at_once(tmp_path):
+    latents = ImageData("latents", np.zeros((8, 4, 4, 4), np.float32), np.arange(8) % 2, ("a", "b"))
+    with pytest.raises(ShapeError, match="1 or 3 channels, made from labels; the network makes 4"):
+        how = RunConfig(sample_every=1)
+        train_teacher(latents, replace(TINY, in_channels=4), FlowMatchingConfig(), SHORT, tmp_path, run=how)
+
+
+def test_tensorboard_gets_what_the_log_gets(teacher, data, tmp_path):
+    pytest.importorskip("tensorboardX")
+    run(teacher, data, tmp_path, tensorboard=True, log_every=1, sample_every=3)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    for name in (b"loss", b"gradient_norm", b"learning_rate", b"skipped", b"images_per_s", b"samples"):
+        assert name in content
+
+
+def test_tensorboard_that_is_not_installed_is_named(teacher, data, tmp_path, monkeypatch):
+    for name in ("tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"piflow-edge\[tensorboard\]"):
+        run(teacher, data, tmp_path / "out", tensorboard=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_gradient_checkpointing_is_asked_of_networks_that_have_it():
+    asked = SimpleNamespace(gradient_checkpointing_enable=lambda: seen.append("transformers"))
+    seen = []
+    training._checkpoint_gradients(asked)
+    assert seen == ["transformers"]
+    with pytest.raises(EngineError, match="Linear has no gradient checkpointing"):
+        training._checkpoint_gradients(torch.nn.Linear(2, 2))
 
 
 def test_guidance_below_one_is_refused():
