@@ -320,6 +320,17 @@ class TestOnDigits:
         ):
             evaluate([shared_bundle], count=100)
 
+    def test_latents_and_images_without_labels_are_refused(self):
+        from dataclasses import replace
+
+        from piflow_edge.distill.data import Latent, load_images
+
+        digits = load_images("digits")
+        with pytest.raises(DataError, match="'digits' holds latents"):
+            evaluate([], None, data=replace(digits, latent=Latent(1.0, 0.0)))
+        with pytest.raises(DataError, match="'digits' has no labels"):
+            evaluate([], None, data=replace(digits, labels=None))
+
     def test_nothing_to_compare_and_a_handful_of_images_are_refused(self):
         with pytest.raises(DataError, match="nothing to compare"):
             evaluate([], None)
