@@ -389,7 +389,7 @@ def distill(
 
 @main.command("train-features")
 @click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
-@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@IMAGE_SIZE
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="ONNX file to write."
 )
@@ -424,7 +424,7 @@ def train_features(data, size, out, epochs, seed, as_json):
 @main.command()
 @click.argument("students", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--data", default="digits", help="The real images: 'digits', an .npz, or a folder per class.")
-@click.option("--size", type=click.IntRange(min=1), help="Resize the images of a folder to this side.")
+@IMAGE_SIZE
 @click.option("--features", help="digits, a feature extractor as .onnx, or Inception-v3 weights as .pth; "
               "else digits for the digits.")  # fmt: skip
 @click.option("--value-range", type=click.Choice(["-1,1", "0,1", "0,255", "imagenet"]),

@@ -163,6 +163,8 @@ def evaluate(
         from .distill.data import load_images
 
         data = load_images(DIGITS)
+    if data.latent is not None:
+        raise DataError(f"images are compared, and {data.name!r} holds latents; give the images they are of")
     if data.labels is None:
         raise DataError(f"images are compared class by class; {data.name!r} has no labels")
     features = default_features(data) if features is None else features

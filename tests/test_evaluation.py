@@ -282,6 +282,28 @@ class TestOnOwnData:
 
 
 @needs_torch
+def test_students_and_a_teacher_of_latents_are_compared_by_their_decoded_images(
+    latent_bundle, autoencoder_folder, tmp_path
+):
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images, labels=np.arange(40) % 10)  # the bundle's classes, 0 to 9
+    data = ("--data", tmp_path / "set.npz")
+    sizes = ("--hidden-size", 16, "--depth", 1, "--num-heads", 2, "--iterations", 1, "--batch-size", 4)
+    vae = ("--autoencoder", autoencoder_folder)
+    invoke("train-teacher", *data, *vae, *sizes, "--out", tmp_path / "teacher")
+    invoke("train-features", *data, "--out", tmp_path / "features.onnx", "--epochs", 1)
+    compared = ("--features", tmp_path / "features.onnx", "--teacher", tmp_path / "teacher", "--images", 100)
+    student = (*data, *compared, "--teacher-steps", 2)
+    done = invoke("evaluate", latent_bundle, *student, "--out", tmp_path / "report", "--json")
+    scores = json.loads(done.stdout)["scores"]
+    assert len(scores) == 4 and scores[0]["mse"] == 0 and 0 < scores[-1]["mse"] < 4
+    with Image.open(tmp_path / "report" / "teacher-2-steps.png") as picture:
+        assert picture.size == (20 * 66 + 2, 66 + 2)
+    # Nobody decodes for a teacher alone.
+    assert "for latents a student with its decoder" in invoke("evaluate", *student, code=2).stderr
+
+
+@needs_torch
 class TestOnDigits:
     def test_the_table_fits_into_120_columns(self, shared_bundle):
         from rich.console import Console
@@ -319,6 +341,17 @@ class TestOnDigits:
             ShapeError, match="the images of tiny must be finite; NaN or infinity in image 61"
         ):
             evaluate([shared_bundle], count=100)
+
+    def test_latents_and_images_without_labels_are_refused(self):
+        from dataclasses import replace
+
+        from piflow_edge.distill.data import Latent, load_images
+
+        digits = load_images("digits")
+        with pytest.raises(DataError, match="'digits' holds latents"):
+            evaluate([], None, data=replace(digits, latent=Latent(1.0, 0.0)))
+        with pytest.raises(DataError, match="'digits' has no labels"):
+            evaluate([], None, data=replace(digits, labels=None))
 
     def test_nothing_to_compare_and_a_handful_of_images_are_refused(self):
         with pytest.raises(DataError, match="nothing to compare"):

@@ -245,9 +245,14 @@ class TestTrained:
     def test_data_that_a_classifier_cannot_learn_from_are_refused(self, reds, tmp_path):
         from dataclasses import replace
 
+        from piflow_edge.distill.data import Latent
         from piflow_edge.distill.features import train_classifier
 
         with pytest.raises(PiFlowError, match="two classes or more"):
             train_classifier(replace(reds, labels=np.zeros(120, np.int64)))
         with pytest.raises(PiFlowError, match="8x8 pixels or more"):
             train_classifier(replace(reds, images=reds.images[..., :6, :6]))
+        with pytest.raises(PiFlowError, match="with labels; 'reds' holds none"):
+            train_classifier(replace(reds, labels=None))
+        with pytest.raises(PiFlowError, match="'reds' holds latents"):
+            train_classifier(replace(reds, latent=Latent(1.0, 0.0)))

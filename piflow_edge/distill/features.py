@@ -125,6 +125,8 @@ def train_classifier(
         DataError: fewer than two classes, or images of fewer than 8 pixels a side.
         CheckFailedError: the training diverged.
     """
+    if data.latent is not None or data.labels is None:
+        raise DataError(f"a classifier learns from images with labels; {data.name!r} holds {_what(data)}")
     channels, size = data.shape[0], min(data.shape[1], _LARGEST)
     classes = len(data.class_names)
     if len(np.unique(data.labels)) < 2:
@@ -176,6 +178,10 @@ def train_classifier(
         {"train": accuracy(kept), "held_out": accuracy(held)},
         {"train": len(kept), "held_out": len(held)},
     )
+
+
+def _what(data: ImageData) -> str:
+    return "latents" if data.latent is not None else "none"
 
 
 def _images(data: ImageData, indices: np.ndarray, size: int) -> Tensor:
