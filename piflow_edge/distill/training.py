@@ -6,6 +6,8 @@ run was stopped and resumed; see `randomness`.
 
 import json
 import math
+import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +81,9 @@ class RunConfig:
 
 DEFAULT_RUN = RunConfig()
 
+# What a run killed while it wrote a file leaves behind; see `files.write_atomic`.
+_LEFT_BEHIND = re.compile(r"\.(checkpoint\.json|log\.jsonl|weights-.*\.safetensors)\.[0-9a-f]{8}")
+
 # (network, x_0, conditioning, random) -> scalar. The network to call is the one given: it is prepared for training.
 Loss = Callable[[nn.Module, Tensor, dict[str, Tensor], Share], Tensor]
 # (network) -> images, uint8 (B, H, W, C) with C 1 or 3, from the same noise each time.
@@ -138,6 +143,8 @@ def train(
         if run.tensorboard:
             summary_writer()
         folder.mkdir(parents=True, exist_ok=True)
+        for left in filter(_LEFT_BEHIND.fullmatch, os.listdir(folder)):
+            (folder / left).unlink()
         if checkpoint is None:
             return 0, []
         tensors.update(checkpoint.tensors)

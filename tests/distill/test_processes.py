@@ -389,6 +389,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_weights(runs, tmp
     do(count, (tmp_path, settings))
     assert_same_weights(tmp_path, runs / ("one" if count == 1 else "two"))
     assert losses(tmp_path) == losses(runs / ("one" if count == 1 else "two"))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 def test_accelerate_launch_trains_on_two_processes_until_ctrl_c(tmp_path):
