@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -482,6 +483,37 @@ def test_the_closed_form_has_the_gradients_of_the_loop():
         gradients.append([leaf.grad for leaf in leaves])
     for closed, loop in zip(*gradients, strict=True):
         torch.testing.assert_close(closed, loop, rtol=1e-12, atol=1e-13)
+
+
+# --- memory
+
+
+def test_a_rollout_takes_the_memory_of_its_result():
+    def roll_out(inputs):
+        return integrate(GMPolicy(**inputs), inputs["x_src"], levels(1.0, 0.0, 2), kernel="cpu")
+
+    roll_out(gm_case(17))  # modules are loaded once
+    inputs = gm_case(17, B=1, K=8, C=16, size=(128, 128))
+    tracemalloc.start()
+    x_end = roll_out(inputs)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert x_end.nbytes == inputs["x_src"].nbytes
+    assert peak <= 1.05 * x_end.nbytes
+
+
+def test_a_rollout_grows_the_process_by_the_memory_of_its_result(library):
+    # What tracemalloc does not see counts too: torch's tensors, threads and their tiles.
+    script = [sys.executable, TESTS / "rollout_memory.py", library.name]
+    # For glibc: take from the system, and give back, what is larger; memory used again would not count.
+    setting = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+    done = subprocess.run(
+        [str(word) for word in script], capture_output=True, text=True, env=os.environ | setting
+    )
+    if done.returncode and "no peaks here" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= float(done.stdout) <= 1.25  # times 1 MiB; twice the state is what we promise
 
 
 def test_importing_the_kernels_loads_no_torch():
