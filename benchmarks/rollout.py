@@ -86,9 +86,24 @@ def dx_contenders(size, batch, sigmas):
 
 
 def gm_operations(size, batch, substeps):
-    """Additions and multiplications of the kernel: 4 C + 22 for each component, 10 for each channel."""
+    """Additions and multiplications the kernel does, counted from its source; a multiply-add is two.
+
+    Components count with those that pad them to groups of four. Maxima, divisions and rounding do not count.
+    """
     K, C, *space = size
-    return batch * np.prod(space) * substeps * (K * (4 * C + 22) + 10 * C)
+    gram = -(-K // 4) * 4 <= C and C >= 8  # as gram_is_faster in gm_gram.h
+    K = -(-K // 4) * 4
+    exponential = 6 * 2 + 4  # a polynomial of degree 6; two differences, a power of two, the sum of weights
+    means_and_centring = C * K * (2 + 4)
+    if gram:
+        # Products of pairs, those with the noise, and the state at the end; then logits, exponentials and mix.
+        once = means_and_centring + C * K * (K + 4 + 2 + 2)
+        per_substep = K * ((2 * K + 5) + exponential + 3)
+    else:
+        # Slope; logits, exponentials and the weighted mean; the new state.
+        once = means_and_centring
+        per_substep = 3 * C + K * ((2 * C + 2) + exponential + 2 * C) + 6 * C
+    return batch * np.prod(space) * (once + substeps * per_substep)
 
 
 def time_ms(call):

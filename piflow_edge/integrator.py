@@ -91,7 +91,7 @@ def integrate(
         raise ShapeError(
             f"noise levels are (S + 1,), or (S + 1, {x_src.shape[0]}) with one per sample; got {sigmas.shape}"
         )
-    if not np.all((sigmas >= 0) & (sigmas <= 1)):  # NaN fails too
+    if not (sigmas.min() >= 0 and sigmas.max() <= 1):  # NaN fails too
         raise ScheduleError(f"noise levels lie in [0, 1]; got {sigmas}")
     if solver == "multistep":
         if kernel not in ("auto", "reference"):
@@ -116,7 +116,7 @@ def integrate(
                 _log_once(reason)
             closed = isinstance(policy, DXPolicy)
             x_dst = policy.closed_form(x_src, sigmas) if closed else _euler(policy, x_src, sigmas)
-    return array_namespace(x_src).astype(x_dst, x_src.dtype, copy=False)
+    return x_dst if x_dst.dtype == x_src.dtype else array_namespace(x_src).astype(x_dst, x_src.dtype)
 
 
 def _euler(policy, x_t, sigmas):

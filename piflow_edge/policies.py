@@ -5,11 +5,11 @@ device and precision they came in, float32 at least. The formulas are those of t
 """
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from typing import Any, Protocol
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_numpy_namespace, to_device
+from array_api_compat import array_namespace, device, is_numpy_namespace, is_torch_namespace, to_device
 
 from .errors import ScheduleError, ShapeError
 from .schedule import unwarp
@@ -23,6 +23,23 @@ class Policy(Protocol):
     def velocity(self, x_t: Array, sigma_t) -> Array:
         """u_t = dx/dsigma at state `x_t` and noise level `sigma_t`, a float or (B,); shape of `x_t`."""
         ...
+
+
+def _kept(compute):
+    """A property that is worked out for whoever asks first, and kept.
+
+    Compiled kernels ask for none of these, and each takes as much memory as the means, or the log-weights.
+    """
+
+    @wraps(compute)
+    def for_all_modes(policy):
+        xp = array_namespace(policy.x_src)
+        if is_torch_namespace(xp) and xp.is_inference_mode_enabled():
+            with xp.inference_mode(False):  # else the next who asks could not have gradients through it
+                return compute(policy)
+        return compute(policy)
+
+    return cached_property(for_all_modes)
 
 
 class GMPolicy:
@@ -64,22 +81,24 @@ class GMPolicy:
         _check_eps(eps)
         self.means, self.x_src, self.sigma_src, self.eps = means, x_src, sigma, eps
         self.x_0_variance = xp.exp(2 * logstds) * _per_sample(sigma, logstds, xp) ** 2
-        self.logweights = logweights - xp.max(logweights, axis=1, keepdims=True)
-        if not is_numpy_namespace(xp):
-            # torch: in the caller's gradient mode, not in that of whoever asks first. NumPy can wait, and the
-            # compiled kernels never ask.
-            _ = self._half_squares
+        self.logweights = logweights
+        self._keep_now(xp)
 
-    @cached_property
+    @_kept
     def x_0_means(self) -> Array:
         """Means in x_0 space, where the mixture does not depend on the noise level; shape of `means`."""
         xp = array_namespace(self.means)
         return _x_0(self.x_src, self.sigma_src, self.means, xp)
 
-    @cached_property
+    @_kept
     def _half_squares(self) -> Array:
         xp = array_namespace(self.means)
         return xp.sum(self.x_0_means**2, axis=2, keepdims=True) * 0.5
+
+    @_kept
+    def _scaled_logweights(self) -> Array:
+        xp = array_namespace(self.logweights)
+        return self.logweights - xp.max(self.logweights, axis=1, keepdims=True)
 
     def velocity(self, x_t: Array, sigma_t) -> Array:
         """u_t = (x_t - E[x_0 | x_t]) / sigma_t, shape of `x_t`; `sigma_t` a float or (B,), may be 0."""
@@ -98,7 +117,7 @@ class GMPolicy:
         zeta = _per_sample(zeta, self.x_0_means, xp)
         denominator = xp.clip(self.x_0_variance * zeta + 1, min=self.eps)
         evidence = xp.sum(self.x_0_means * nu, axis=2, keepdims=True) - zeta * self._half_squares
-        weights = _softmax(self.logweights + evidence / denominator, xp)
+        weights = _softmax(self._scaled_logweights + evidence / denominator, xp)
         mean = xp.sum(weights * self.x_0_means, axis=1, keepdims=True)
         x_0 = xp.squeeze((self.x_0_variance * nu + mean) / denominator, axis=1)
         return (x_t - x_0) / _per_sample(floor_t, x_t, xp)
@@ -115,7 +134,7 @@ class GMPolicy:
             return self
         temperature = max(float(temperature), self.eps)
         return self._with(
-            logweights=self.logweights / temperature, x_0_variance=self.x_0_variance * temperature
+            logweights=self._scaled_logweights / temperature, x_0_variance=self.x_0_variance * temperature
         )
 
     def dropped(self, uniforms: Array, p: float) -> "GMPolicy":
@@ -137,8 +156,15 @@ class GMPolicy:
 
     def _with(self, **changes) -> "GMPolicy":
         policy = object.__new__(GMPolicy)
-        policy.__dict__.update(vars(self) | changes)
+        policy.__dict__.update(vars(self))
+        policy.__dict__.pop("_scaled_logweights", None)
+        policy.__dict__.update(changes)
+        policy._keep_now(array_namespace(policy.x_src))
         return policy
+
+    def _keep_now(self, xp) -> None:
+        if _mode_matters(xp, self.means, self.logweights, self.x_src):
+            _ = self._half_squares, self._scaled_logweights
 
 
 @dataclass(frozen=True)
@@ -224,10 +250,10 @@ class DXPolicy:
         self.segment_size, self.shift, self.mode = float(segment_size), float(shift), mode
         sigmas = tuple(sigma) if np.ndim(sigma) else sigma
         self._nodes = _DXNodes(sigmas, grid.shape[1], self.segment_size, self.shift, mode, eps)
-        if not is_numpy_namespace(xp):
-            _ = self.x_0_grid  # torch: see GMPolicy
+        if _mode_matters(xp, grid, x_src):
+            _ = self.x_0_grid
 
-    @cached_property
+    @_kept
     def x_0_grid(self) -> Array:
         """The grid in x_0 space; shape of `grid`."""
         return _x_0(self.x_src, self.sigma_src, self.grid, array_namespace(self.grid))
@@ -284,6 +310,16 @@ def _x_0(x_src, sigma_src, velocities, xp):
     return xp.expand_dims(x_src, axis=1) - _per_sample(sigma_src, velocities, xp) * velocities
 
 
+def _mode_matters(xp, *arrays) -> bool:
+    """Whether what is worked out from `arrays` depends on when: on torch recording gradients, or not.
+
+    Then a policy does so in the mode of whoever makes it. Of libraries unknown here that is safer, too.
+    """
+    if is_torch_namespace(xp):
+        return any(array.requires_grad for array in arrays)
+    return not is_numpy_namespace(xp)
+
+
 def _detached(policy) -> dict:
     return {name: v.detach() if hasattr(v, "detach") else v for name, v in vars(policy).items()}
 
@@ -300,9 +336,11 @@ def _softmax(logits, xp):
 
 def _as_real(name, array, xp):
     """`array` in float32 or better: half precision loses the last substeps."""
+    if array.dtype == xp.float32:
+        return array
     if not xp.isdtype(array.dtype, "real floating"):
         raise ShapeError(f"{name} must be floating point; got {array.dtype}")
-    return array if array.dtype == xp.float64 else xp.astype(array, xp.float32, copy=False)
+    return array if array.dtype == xp.float64 else xp.astype(array, xp.float32)
 
 
 def _state(x_t, x_src, xp):

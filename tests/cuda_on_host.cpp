@@ -70,7 +70,7 @@ static void launch(void (*kernel)(const Problem&), const Problem& problem, unsig
 }
 
 // The mixtures test_cuda.py knows as COMPILED, each in every storage.
-#define MIXTURES(f) f(1, 1) f(3, 2) f(4, 16) f(5, 3) f(8, 1) f(9, 17)
+#define MIXTURES(f) f(1, 1) f(3, 2) f(4, 16) f(5, 3) f(8, 1) f(17, 17)
 #define LAUNCH(K, C, storage, threads)                                                  \
   if (num_components == K && num_channels == C && kind == piflow::storage &&            \
       (kind != piflow::kShared || block == threads)) {                                  \

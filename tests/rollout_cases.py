@@ -1,6 +1,11 @@
-"""Random policies, as the tests of the kernels take them."""
+"""Random policies, as the tests of the kernels take them, and how far a kernel may be from the exact answer."""
 
 import numpy as np
+
+from piflow_edge import GMPolicy
+from piflow_edge.integrator import integrate
+
+ROUNDING = 2.0**-24  # what rounding a number to float32 costs at most, relative to it
 
 
 def gm_case(seed, *, B=2, K=5, C=3, size=(5, 7), sigma_src=1.0, logstd=-2.0, spread=1.0, sharpness=1.0):
@@ -35,3 +40,35 @@ def wide(inputs):
 
 def levels(sigma_src, sigma_dst=0.0, substeps=16):
     return np.linspace(sigma_src, sigma_dst, substeps + 1)
+
+
+def takes_gram_form(K, C):
+    """Which form of the rollout the CPU kernel has for a mixture; as gram_is_faster in gm_gram.h."""
+    return -(-K // 4) * 4 <= C and C >= 8
+
+
+def exact_and_allowed(inputs, x_start, sigmas, *, temperature=1.0, eps=1e-4):
+    """The end of a rollout computed in float64, and the error allowed to float32 at each position.
+
+    Allowed is what a relative change of 4 roundings in every input makes of the exact answer there (sharp
+    mixtures amplify it), plus 32 roundings of the largest state met: the accumulated rounding of up to 16
+    steps, each of which rounds the state about twice.
+    """
+
+    def exact(inputs, x_start):
+        policy = GMPolicy(**wide(inputs), eps=eps).tempered(temperature)
+        return integrate(policy, x_start.astype(np.float64), sigmas, kernel="reference")
+
+    def nudged(rng, a):
+        return a * (1 + 4 * ROUNDING * rng.choice([-1.0, 1.0], a.shape)) if isinstance(a, np.ndarray) else a
+
+    expected = exact(inputs, x_start)
+    sensitivity = np.zeros_like(expected)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        moved = {k: v if k == "sigma_src" else nudged(rng, v) for k, v in inputs.items()}
+        sensitivity = np.maximum(sensitivity, np.abs(exact(moved, nudged(rng, x_start)) - expected))
+    # Channels of a position share its mixture weights; four draws may miss the worst direction, by some 8.
+    sensitivity = 8 * sensitivity.max(axis=1, keepdims=True)
+    largest = max(np.abs(a).max() for a in (expected, x_start, inputs["x_src"], inputs["means"]))
+    return expected, sensitivity + 32 * ROUNDING * largest

@@ -23,7 +23,7 @@ from piflow_edge.kernels import cpu, cuda, device_arrays, nvidia
 from piflow_edge.kernels.cuda import LOCAL, REGISTERS, SHARED
 
 from conftest import HAS_TORCH
-from rollout_cases import dx_case, gm_case, levels, wide
+from rollout_cases import dx_case, exact_and_allowed, gm_case, levels, takes_gram_form, wide
 
 TESTS = Path(__file__).parent
 KERNELS = Path(cuda.__file__).parent
@@ -33,7 +33,7 @@ HAS_GPU = cuda.missing() is None and HAS_TORCH
 NVCC = shutil.which("nvcc")
 ARCHS = ("sm_87", "sm_89", "sm_90", "sm_120")  # Orin, Ada, Hopper, Blackwell
 
-COMPILED = [(1, 1), (3, 2), (4, 16), (5, 3), (8, 1), (9, 17)]  # as MIXTURES in cuda_on_host.cpp
+COMPILED = [(1, 1), (3, 2), (4, 16), (5, 3), (8, 1), (17, 17)]  # as MIXTURES in cuda_on_host.cpp
 # Storage, and the shared memory of a pretended GPU that brings it about; with the last, a block has 32 threads.
 STORAGES = {
     "registers": (REGISTERS, 0),
@@ -160,11 +160,11 @@ def fused() -> str | None:
     sharpness=st.sampled_from([1.0, 100.0]),
 )
 @pytest.mark.skipif(fused() is None, reason="no CPU kernel with fused multiply-add to compare with")
-def test_any_gm_rollout_is_the_cpu_kernels_to_the_bit(
+def test_any_gm_rollout_is_the_cpu_kernels_to_the_bit_or_as_good(
     gpu_on_host, seed, B, mixture, size, storage, per_sample, offset, substeps, logstd, sharpness
 ):
-    # One header, the same operations in the same order: nothing may differ. The CPU kernel is itself held to the
-    # reference in float64, over more shapes than can be compiled here.
+    # One header, the same operations in the same order: nothing may differ, where the CPU kernel does not take
+    # Gram's form. It is itself held to the reference in float64, over more shapes than can be compiled here.
     (K, C), rng = mixture, np.random.default_rng(seed)
     sigma_src = rng.uniform(0.1, 1.0, B) if per_sample else float(rng.uniform(0.1, 1.0))
     sigmas = levels(sigma_src, sigma_src * rng.choice([0.0, 0.4]), substeps)
@@ -172,7 +172,6 @@ def test_any_gm_rollout_is_the_cpu_kernels_to_the_bit(
         sigmas[3:, 0] = sigmas[3, 0]  # done early
     case = gm_case(seed, B=B, K=K, C=C, size=size, sigma_src=sigma_src, logstd=logstd, sharpness=sharpness)
     policy, x_start = GMPolicy(**case), case["x_src"] + np.float32(offset)
-    expected = cpu.rollout(policy, x_start, sigmas, isa=fused())
 
     kind, gpu_on_host.shared_bytes = STORAGES[storage]
     if storage == "narrow":
@@ -182,7 +181,11 @@ def test_any_gm_rollout_is_the_cpu_kernels_to_the_bit(
         x_end = carry_gm(policy, x_start, sigmas)
     assert kind == gpu_on_host.launches[-1].PIFLOW_STORAGE
     assert storage != "narrow" or gpu_on_host.launches[-1].threads == 32
-    np.testing.assert_array_equal(x_end, expected)
+    if takes_gram_form(K, C):
+        exact, allowed = exact_and_allowed(case, x_start, sigmas)
+        assert np.all(np.abs(x_end - exact) <= allowed)
+    else:
+        np.testing.assert_array_equal(x_end, cpu.rollout(policy, x_start, sigmas, isa=fused()))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -625,7 +628,7 @@ def test_the_gpu_computes_what_the_reference_does(K, C):
     x_end = [integrate(policy, policy.x_src, sigmas, kernel=kernel).cpu() for kernel in ("auto", "cuda")]
     assert torch.equal(*x_end)
     np.testing.assert_allclose(x_end[0].numpy(), exact, rtol=0, atol=1e-4)
-    if fused():
+    if fused() and not takes_gram_form(K, C):
         np.testing.assert_array_equal(
             x_end[0].numpy(), cpu.rollout(GMPolicy(**case), case["x_src"], sigmas, isa=fused())
         )

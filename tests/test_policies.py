@@ -62,6 +62,38 @@ def test_at_the_source_logstds_have_no_gradient():
     assert torch.count_nonzero(inputs["logstds"].grad) == 0
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("first", ["no_grad", "inference_mode"])
+def test_whoever_asks_a_policy_first_takes_no_gradients_from_the_next(first):
+    # What a policy works out once and keeps must not depend on the mode of the first to ask.
+    torch = pytest.importorskip("torch")
+    grads = []
+    for leaf in ("means", "logweights", "x_t"):
+        inputs = {k: torch.from_numpy(v) for k, v in gm_inputs(np.random.default_rng(9)).items()}
+        x_t = inputs["x_src"] * 0.5
+        tensor = x_t if leaf == "x_t" else inputs[leaf]
+        tensor.requires_grad_()
+        for asked in (False, True):
+            policy = GMPolicy(**inputs, sigma_src=0.9).tempered(0.8)
+            if asked:
+                with getattr(torch, first)():
+                    policy.velocity(x_t, 0.4)
+            grads.append(torch.autograd.grad(policy.velocity(x_t, 0.4).square().sum(), tensor)[0])
+    for alone, after in zip(grads[::2], grads[1::2], strict=True):
+        assert torch.count_nonzero(alone) > 0
+        assert torch.equal(alone, after)
+
+
+@pytest.mark.torch
+def test_a_policy_made_without_gradients_has_none_later():
+    torch = pytest.importorskip("torch")
+    inputs = {k: torch.from_numpy(v) for k, v in gm_inputs(np.random.default_rng(10)).items()}
+    inputs["logweights"].requires_grad_()
+    with torch.no_grad():
+        policy = GMPolicy(**inputs, sigma_src=0.9)
+    assert not policy.velocity(inputs["x_src"] * 0.5, 0.4).requires_grad
+
+
 def test_one_component_at_every_level_is_a_gaussian_posterior():
     # K = 1 has a closed form: x_0 ~ N(m, v) at the source, then x_t = (1 - sigma) x_0 + sigma noise.
     inputs = gm_inputs(np.random.default_rng(2), K=1, dtype=np.float64)

@@ -34,15 +34,18 @@ namespace piflow {
 //   w_k = softmax_2(logweight_k + d_k . f - logit_square |d_k|^2 / 2)
 //   y <- keep_y y + add_noise e + add_velocity g + add_mean sum_k w_k d_k
 // Logits are to base 2. The terms in g vanish, but where a floor of eps acts.
-struct GmStep {
-  float logit_y, logit_noise, logit_velocity, logit_square;
-  float keep_y, add_noise, add_velocity, add_mean;
+template <class Real>
+struct GmCoefficients {
+  Real logit_y, logit_noise, logit_velocity, logit_square;
+  Real keep_y, add_noise, add_velocity, add_mean;
 };
+using GmStep = GmCoefficients<float>;
 
 namespace {
 
 // `variance` is that of a component in x_0, v below; eps as in GMPolicy.
-PIFLOW_FN GmStep gm_step(double sigma, double sigma_next, double sigma_src, double variance, double eps) {
+PIFLOW_FN GmCoefficients<double> gm_coefficients(double sigma, double sigma_next, double sigma_src,
+                                                 double variance, double eps) {
   constexpr double kLog2E = 1.4426950408889634;
   const double s = sigma_src;
   const double a = s > eps ? s : eps, b = sigma > eps ? sigma : eps;
@@ -59,16 +62,33 @@ PIFLOW_FN GmStep gm_step(double sigma, double sigma_next, double sigma_src, doub
   const double logit = -kLog2E * s / denominator;
   const double gain = variance / denominator;
   const double step = (sigma_next - sigma) / b;
-  GmStep out;
-  out.logit_y = float(logit * nu_y);
-  out.logit_noise = float(logit * nu_e);
-  out.logit_velocity = float(logit * nu_g);
-  out.logit_square = float(-logit * s * zeta);
-  out.keep_y = float(1 + step * (1 - gain * nu_y));
-  out.add_noise = float(step * (centre - gain * nu_e));
-  out.add_velocity = float(step * (sigma - b - gain * nu_g - centre));
-  out.add_mean = float(step * s / denominator);
+  GmCoefficients<double> out;
+  out.logit_y = logit * nu_y;
+  out.logit_noise = logit * nu_e;
+  out.logit_velocity = logit * nu_g;
+  out.logit_square = -logit * s * zeta;
+  out.keep_y = 1 + step * (1 - gain * nu_y);
+  out.add_noise = step * (centre - gain * nu_e);
+  out.add_velocity = step * (sigma - b - gain * nu_g - centre);
+  out.add_mean = step * s / denominator;
   return out;
+}
+
+PIFLOW_FN GmStep rounded(const GmCoefficients<double>& exact) {
+  GmStep step;
+  step.logit_y = float(exact.logit_y);
+  step.logit_noise = float(exact.logit_noise);
+  step.logit_velocity = float(exact.logit_velocity);
+  step.logit_square = float(exact.logit_square);
+  step.keep_y = float(exact.keep_y);
+  step.add_noise = float(exact.add_noise);
+  step.add_velocity = float(exact.add_velocity);
+  step.add_mean = float(exact.add_mean);
+  return step;
+}
+
+PIFLOW_FN GmStep gm_step(double sigma, double sigma_next, double sigma_src, double variance, double eps) {
+  return rounded(gm_coefficients(sigma, sigma_next, sigma_src, variance, eps));
 }
 
 // Components are stored in groups of four, their offsets as (group, channel, member). Sums over k run in the
@@ -117,7 +137,7 @@ struct GmTile {
   static PIFLOW_FN Index group(int k) { return Index(k) * kSpread; }
   static PIFLOW_FN Index at(int k) { return group(k / kGroup * kGroup) + k % kGroup; }
   PIFLOW_FN Index group(int k, int c) const { return (Index(k) * C + Index(c) * kGroup) * kSpread; }
-  PIFLOW_FN V& offset(int k, int c) { return offsets[group(k / kGroup * kGroup, c) + k % kGroup]; }
+  PIFLOW_FN V& offset(int k, int c) const { return offsets[group(k / kGroup * kGroup, c) + k % kGroup]; }
 };
 
 // sum_k weights_k offsets_kc for N channels from c on. The first call (`kFresh`) finds base-2 logits in

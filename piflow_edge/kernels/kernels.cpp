@@ -88,23 +88,60 @@ bool is_sound(const piflow_gm& p) {
          std::all_of(p.sigmas, p.sigmas + (p.substeps + 1) * p.batch, is_level);
 }
 
-void gm_rollout(const piflow_gm& p, const piflow_options& options, const Isa& isa) {
-  std::vector<GmStep> steps;
-  steps.reserve(size_t(p.substeps * p.batch));  // `schedules` points into it
-  std::vector<GmSchedule> schedules;
-  for (int64_t sample = 0; sample < p.batch; ++sample) {
-    const GmStep* first = steps.data() + steps.size();
-    const double* sigmas = p.sigmas + sample;
-    for (int64_t i = 0; i < p.substeps; ++i, sigmas += p.batch) {
-      const double sigma = sigmas[0], sigma_next = sigmas[p.batch];
-      if (sigma == sigma_next) continue;  // this sample is done, others of the batch are not
-      steps.push_back(gm_step(sigma, sigma_next, p.sigma_src[sample], p.variance[sample], p.eps));
+// Every sample's substeps, in the form of the rollout that its mixture takes.
+class GmSchedules {
+ public:
+  explicit GmSchedules(const piflow_gm& p) {
+    const bool gram = gram_is_faster(int(p.num_components), int(p.num_channels));
+    const size_t most = size_t(p.substeps * p.batch);  // schedules point into what is reserved
+    gram ? gram_steps_.reserve(most) : steps_.reserve(most);
+    for (int64_t sample = 0; sample < p.batch; ++sample) {
+      const double sigma_src = p.sigma_src[sample], *sigmas = p.sigmas + sample;
+      GmSchedule schedule = {};
+      schedule.steps = gram ? nullptr : steps_.data() + steps_.size();
+      schedule.gram_steps = gram ? gram_steps_.data() + gram_steps_.size() : nullptr;
+      schedule.sigma_start = sigmas[0];
+      schedule.sigma_dst = sigmas[p.substeps * p.batch];
+      schedule.span.start = 1;
+      schedule.moved = p.x_start != p.x_src || schedule.sigma_start != sigma_src;
+      for (int64_t i = 0; i < p.substeps; ++i, sigmas += p.batch) {
+        const double sigma = sigmas[0], sigma_next = sigmas[p.batch];
+        if (sigma == sigma_next) continue;  // this sample is done, others of the batch are not
+        ++schedule.num_steps;
+        const GmCoefficients<double> step =
+            gm_coefficients(sigma, sigma_next, sigma_src, p.variance[sample], p.eps);
+        if (!gram) {
+          steps_.push_back(rounded(step));
+          continue;
+        }
+        gram_steps_.push_back(gram_step(step, &schedule.span));
+        if (!schedule.moved) gram_steps_.back().logit_start = 0;
+        schedule.floored |= gram_steps_.back().logit_velocity != 0;
+      }
+      num_steps_ += schedule.num_steps;
+      schedules_.push_back(schedule);
     }
-    schedules.push_back({first, steps.data() + steps.size() - first, p.sigmas[sample], sigmas[0]});
   }
 
-  const double operations = double(steps.size()) * double(p.pixels) / isa.width * double(p.num_components) *
-                            (2.0 * double(p.num_channels) + 10.0);
+  const GmSchedule& operator[](int64_t sample) const { return schedules_[size_t(sample)]; }
+  int64_t num_steps() const { return num_steps_; }
+
+ private:
+  std::vector<GmStep> steps_;
+  std::vector<GramStep> gram_steps_;
+  std::vector<GmSchedule> schedules_;
+  int64_t num_steps_ = 0;
+};
+
+// Instructions of a substep for one register of pixels, about.
+double gm_operations(double K, double C) {
+  return gram_is_faster(int(K), int(C)) ? K * (K + 15) : K * (2 * C + 10);
+}
+
+void gm_rollout(const piflow_gm& p, const piflow_options& options, const Isa& isa) {
+  const GmSchedules schedules(p);
+  const double operations = double(schedules.num_steps()) * double(p.pixels) / isa.width *
+                            gm_operations(double(p.num_components), double(p.num_channels));
   const int64_t num_threads = std::min(most_threads(options), 1 + int64_t(operations / kOperationsPerThread));
   const int64_t pieces = (p.pixels + kPixels - 1) / kPixels;
   const size_t bytes = isa.gm_bytes(p);
@@ -114,7 +151,7 @@ void gm_rollout(const piflow_gm& p, const piflow_options& options, const Isa& is
     };
     return [&, memory = std::vector<Line>(bytes / sizeof(Line) + 1)](int64_t i) mutable {
       const int64_t sample = i / pieces, from = i % pieces * kPixels, to = std::min(from + kPixels, p.pixels);
-      isa.gm_pixels(p, schedules[size_t(sample)], sample, from, to, memory.data());
+      isa.gm_pixels(p, schedules[sample], sample, from, to, memory.data());
     };
   });
 }

@@ -147,23 +147,23 @@ PIFLOW_FN V exp2_of_fraction(V f) {
   return fma(p, f, V::splat(1.0f));
 }
 
-// 2^t for t <= 0, within 1.2 units in the last place; 2^-126 below -126, which is as good as 0 beside the
+// 2^t for t <= 0, within 1.2 units in the last place; below `least`, 2^least, which is as good as 0 beside the
 // largest weight, 1, and no subnormal number, which would slow the sums down; NaN for NaN. With n the nearest
 // whole number, t - n is exact, and so is the product with 2^n.
 template <class V>
-PIFLOW_FN V exp2_of_nonpositive(V t) {
+PIFLOW_FN V exp2_of_nonpositive(V t, float least = -126.0f) {
   // Adding 1.5 * 2^23 rounds a small number to a whole one, half to even, which its low bits then hold; with
   // 127 more, the exponent's bias, those bits shifted up by 23 are the float 2^n.
   const V round = V::splat(12582912.0f + 127.0f);
-  t = max_or_second(V::splat(-126.0f), t);  // in this order NaN passes through
+  t = max_or_second(V::splat(least), t);  // in this order NaN passes through
   const V n = t + round;
   return exp2_of_fraction(t - (n - round)) * shifted_to_exponent(n);
 }
 
 #if defined(__AVX512F__) && !defined(__CUDACC__)
 // The same numbers in fewer instructions.
-PIFLOW_FN Lanes exp2_of_nonpositive(Lanes t) {
-  t = max_or_second(Lanes::splat(-126.0f), t);
+PIFLOW_FN Lanes exp2_of_nonpositive(Lanes t, float least = -126.0f) {
+  t = max_or_second(Lanes::splat(least), t);
   const Lanes n = {_mm512_roundscale_ps(t.v, _MM_FROUND_TO_NEAREST_INT)};
   return {_mm512_scalef_ps(exp2_of_fraction(t - n).v, n.v)};
 }
