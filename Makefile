@@ -28,13 +28,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 demo: $(VENV)/.installed
 	$(BIN)/piflow-edge demo --out $(DEMO)
 
-test: $(VENV)/.installed $(RUNTIME)/.installed
+test: $(VENV)/.tools $(RUNTIME)/.installed
 	@rm -rf build .wheel
 	@$(PIP) wheel -q --no-index --no-deps --no-build-isolation -w .wheel .
 	@$(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q --no-index --no-deps --force-reinstall .wheel/*.whl
 	PIFLOW_EDGE_RUNTIME_PYTHON=$(abspath $(RUNTIME))/bin/python $(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -51,6 +51,10 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e '.[cpu,train]'
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
 	$(PIP) install -q --no-build-isolation -e '.[cpu,train,test]'
 	@touch $@
 
