@@ -135,10 +135,15 @@ def teacher_pairs(
     return Pairs(sigmas, torch.stack(states).cpu(), labels.cpu())
 
 
+def whole_numbers(random, count: int, size: int) -> np.ndarray:
+    """`size` whole numbers below `count`, with repetition."""
+    return (random.uniform((size,)) * count).astype(np.int64)
+
+
 def regression_loss(network: Network, pairs: Pairs, batch: int, random, device) -> Tensor:
     """Squared error of the mean velocity that leads from a segment's start to the end the teacher reached."""
-    picked = torch.from_numpy(random.choice(len(pairs), batch))
-    segment = torch.from_numpy(random.choice(len(pairs.sigmas) - 1, batch))
+    picked = torch.from_numpy(whole_numbers(random, len(pairs), batch))
+    segment = torch.from_numpy(whole_numbers(random, len(pairs.sigmas) - 1, batch))
     x_src, x_dst = (pairs.states[at, picked].to(device) for at in (segment, segment + 1))
     sigma_src, sigma_dst = pairs.sigmas[segment.numpy()], pairs.sigmas[segment.numpy() + 1]
     predicted = network(x_src, per_sample(sigma_src, x_src), labels=pairs.labels[picked].to(device))
@@ -178,7 +183,7 @@ def consistency_loss(
 
     Source: Song et al., Consistency models, arXiv:2303.01469, Algorithm 2.
     """
-    lower = random.choice(config.steps, len(x_0))
+    lower = whole_numbers(random, config.steps, len(x_0))
     sigma_t, sigma_next = (lower + 1) / config.steps, lower / config.steps
     x_t, _ = noised(x_0, sigma_t, random)
     with torch.no_grad():
@@ -296,8 +301,8 @@ def mean_flow_from(teacher: DiTNetwork, *, steps: int = 800, seed: int = 0) -> M
 
 def mean_flow_times(batch: int, random, config: MeanFlowConfig) -> tuple[np.ndarray, np.ndarray]:
     """Levels r <= t of every sample, (B,) each."""
-    levels = 1 / (1 + np.exp(-(config.mean + config.std * random.normal((2, batch)).astype(np.float64))))
-    r, t = levels.min(0), levels.max(0)
+    levels = 1 / (1 + np.exp(-(config.mean + config.std * random.normal((batch, 2)).astype(np.float64))))
+    r, t = levels.min(1), levels.max(1)
     return np.where(random.uniform((batch,)) < config.share, r, t), t
 
 
