@@ -1,0 +1,1 @@
+"""The subcommands of `piflow-edge`, by what they are about."""

@@ -1,0 +1,120 @@
+"""Commands about bundles: `export`, `verify`, `inspect`."""
+
+from pathlib import Path
+
+import click
+
+from .options import BUNDLE, FOLDER, JSON, calls, emit, report_rows, show
+
+
+@click.command()
+@click.argument("checkpoint", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Folder of the bundle.")
+@click.option("--name", help="Name of the bundle; else the folder's.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
+@click.option("--sampler-graph", "samplers", callback=calls, metavar="NFE,...",
+              help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
+@click.option("--autoencoder", type=FOLDER,
+              help="Folder of the autoencoder the latents are of; its decoder goes into the bundle.")  # fmt: skip
+@click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
+@JSON
+def export(checkpoint, out, name, temperature, samplers, autoencoder, license_file, overwrite, as_json):
+    """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
+
+    \b
+    Example:
+      piflow-edge export runs/student-1 --out bundles/digits
+    """
+    from piflow_edge.distill.autoencoder import load_autoencoder
+    from piflow_edge.distill.checkpoint import load_checkpoint
+    from piflow_edge.export.to_bundle import NO_LICENSE, export_bundle
+
+    try:
+        license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--license must be a text file in UTF-8: {error}") from error
+    rows = export_bundle(
+        load_checkpoint(checkpoint, kind="student"),
+        out,
+        name=name,
+        temperature=temperature,
+        samplers=samplers,
+        autoencoder=load_autoencoder(autoencoder) if autoencoder else None,
+        license_text=license_text,
+        license_name=license_file.name if license_file else "unstated",
+        overwrite=overwrite,
+    )
+    report_rows(rows, as_json, {"bundle": str(out)})
+    if not as_json:
+        click.echo(out)
+
+
+@click.command()
+@BUNDLE
+@click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
+@JSON
+def verify(bundle, engine, as_json):
+    """Check a bundle's files, and that it reproduces its golden samples here. Exit status 1 if not.
+
+    \b
+    Example:
+      piflow-edge verify demo/bundles/digits-nfe1
+    """
+    from piflow_edge.sampling import load
+    from piflow_edge.verification import check, verify
+
+    generator = load(bundle, engine=engine)
+    rows = verify(generator)
+    report_rows(rows, as_json, {"bundle": str(bundle), "engine": generator.engine.name})
+    check(rows, generator.bundle.name)
+
+
+@click.command()
+@BUNDLE
+@JSON
+def inspect(bundle, as_json):
+    """Show what a bundle holds, after checking all its files.
+
+    \b
+    Example:
+      piflow-edge inspect demo/bundles/digits-nfe1
+    """
+    from dataclasses import asdict
+
+    from piflow_edge.bundle import Bundle
+
+    manifest = Bundle(bundle).manifest
+    if as_json:
+        emit(asdict(manifest))
+        return
+    from rich.table import Table
+
+    schedule, policy, latent = manifest.schedule, manifest.policy, manifest.latent
+    decoder, shape = manifest.decoder, lambda sizes: " x ".join(map(str, sizes))
+    scaled = f", scale {latent.scale}, shift {latent.shift}" if latent.kind == "latents" else ""
+    decoded = f"{decoder.kind}, to images of {shape(decoder.outputs[0].shape[1:])}" if decoder else "none"
+    sizes = {name: spec.size for name, spec in manifest.files.items()}
+    table = Table(title=f"bundle {manifest.name}", show_header=False)
+    for key, value in {
+        "network calls per image": schedule.nfe,
+        "policy": {
+            "gm": lambda: f"Gaussian mixture, {policy.num_components} components",
+            "dx": lambda: f"DX {policy.mode}, {policy.num_nodes} nodes",
+        }[policy.kind](),
+        "schedule": f"shift {schedule.shift}, {schedule.total_substeps} substeps, h {schedule.h}, "
+        f"temperature {schedule.temperature}",
+        latent.kind: shape(latent.shape) + scaled,
+        "decoder": decoded,
+        "classes": ", ".join(manifest.conditioning.class_names),
+        "precisions": ", ".join(manifest.precisions),
+        "sampler graphs": ", ".join(f"NFE {nfe}" for nfe in manifest.samplers) or "none",
+        "ONNX opset": manifest.network.opset,
+        "parameters": f"{manifest.provenance.get('parameters', 0):,}",
+        "files": "\n".join(f"{name}  {size:,} bytes" for name, size in sizes.items()),
+        "licence": manifest.license,
+        "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
+    }.items():
+        table.add_row(key, str(value))
+    show(table)

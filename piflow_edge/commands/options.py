@@ -1,0 +1,112 @@
+"""What several commands share: options, and how results are told."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import click
+
+
+def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if not match:
+        raise click.BadParameter(f"give a side, such as 64, or height x width, such as 48x64; got {text!r}")
+    height, width = match.groups()
+    return (int(height), int(width)) if width else int(height)
+
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
+DATA = click.option(
+    "--data",
+    default="digits",
+    help="'digits', an .npz of images or latents, or a folder with one folder of images per class.",
+)
+IMAGE_SIZE = click.option(
+    "--size",
+    callback=size,
+    metavar="N|HxW",
+    help="Bring the images of a folder to this height and width: scaled until they cover it, and cut to the middle.",
+)
+AUTOENCODER = click.option(
+    "--autoencoder",
+    type=FOLDER,
+    help="Folder of an AutoencoderKL or AutoencoderTiny of diffusers: train on its latents of the images.",
+)
+RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
+PRECISION = click.option(
+    "--mixed-precision",
+    type=click.Choice(["no", "bf16", "fp16"]),
+    help="Of the networks; else what accelerate launch says, or no.",
+)
+COUNT = click.IntRange(min=1)
+# How a run is carried out: the fields of RunConfig.
+RUN = (
+    click.option("--gradient-accumulation", type=COUNT, default=1,
+                 help="Pieces in which each process takes its share of a batch."),
+    click.option("--gradient-checkpointing", is_flag=True,
+                 help="Compute activations again in the backward pass: less memory, more time."),
+    click.option("--max-skipped-in-a-row", type=COUNT, default=10,
+                 help="Steps that are not finite after which to stop."),
+    click.option("--save-every", type=COUNT, default=500, help="Steps between checkpoints."),
+    click.option("--log-every", type=COUNT, default=50, help="Steps between lines of log.jsonl."),
+    click.option("--sample-every", type=click.IntRange(min=0), default=0,
+                 help="Steps between sheets of samples, in samples/; 0 is none."),
+    click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, in tensorboard/."),
+)  # fmt: skip
+
+
+def run_options(command):
+    """The options of `RUN`, which the command gets as `**run`."""
+    for option in reversed(RUN):
+        command = option(command)
+    return command
+
+
+def calls(context, parameter, text: str | None) -> list[int]:
+    if text is None:
+        return []
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise click.BadParameter(f"give calls per image, separated by commas, such as 1,2,4; got {text!r}")
+    return [int(nfe) for nfe in text.split(",")]
+
+
+def emit(value) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def is_main_process() -> bool:
+    """Whether nobody else reports: of the processes that a launcher starts, the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def show(table) -> None:
+    from rich.console import Console
+
+    # Not a terminal: wide enough for every column, so that a file or a pipe gets whole lines.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def report_rows(rows, as_json: bool, context: dict) -> None:
+    if as_json:
+        layers = [{**vars(row), "passed": row.passed} for row in rows]
+        emit({**context, "passed": all(row.passed for row in rows), "layers": layers})
+        return
+    from rich.table import Table
+
+    table = Table("layer", "worst error", "allowed", "in", "")
+    for row in rows:
+        cells = (row.layer, f"{row.error:.2e}", f"{row.tolerance:.0e}", row.where)
+        table.add_row(*cells, "ok" if row.passed else "FAILED")
+    show(table)
