@@ -14,6 +14,7 @@ import piflow_edge
 from piflow_edge.bundle import (
     FORMAT_VERSION,
     MANIFEST,
+    PRECISIONS,
     ConditioningSpec,
     DecoderSpec,
     DXPolicySpec,
@@ -34,23 +35,35 @@ from piflow_edge.distill.checkpoint import Checkpoint
 from piflow_edge.distill.heads import head_to_json
 from piflow_edge.distill.networks import FlowNetwork
 from piflow_edge.distill.sources import network_of
-from piflow_edge.engines.ort import runtime
+from piflow_edge.engines.ort import first_non_finite, runtime
 from piflow_edge.errors import BundleError, CheckFailedError, DataError, ScheduleError
 from piflow_edge.export.decoder_graph import decoder_spec, export_decoder
 from piflow_edge.export.parity import golden_file, golden_images, golden_samples
+from piflow_edge.export.precisions import calibration_inputs, to_fp16, to_int8, trajectory_error
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_onnx import OPSET, export_network
 from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.pictures import image_grid, png_bytes
 from piflow_edge.sampling import as_pil, load
-from piflow_edge.verification import GOLDEN, Row, check, verify
+from piflow_edge.verification import GOLDEN, Row, check, rms_of_psnr, verify
 
 log = logging.getLogger(__name__)
 
 # Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
 # network of a few blocks; the policy divides by noise levels down to 1/128; one grey level may round the other way.
 # A sampler graph is held to the runtime, which runs the same network.
-FP32_TOLERANCES = ToleranceSpec(outputs=1e-4, velocities=1e-4, latents=1e-3, samplers=1e-4, images=1)
+FP32_TOLERANCES = ToleranceSpec(
+    outputs=1e-4, velocities=1e-4, latents=1e-3, samplers=1e-4, images=1, psnr=50.0
+)
+# What is promised of fp16 and int8 is the PSNR of whole images. The largest single errors are bounded loosely: rounding
+# of 11 or 7 bits adds up over the layers, and calls feed each other. Policies are float32 in every precision. Where a
+# rounding falls the other way, a sampler graph and the runtime part by as much.
+TOLERANCES = {
+    "fp32": FP32_TOLERANCES,
+    "fp16": ToleranceSpec(outputs=0.02, velocities=1e-4, latents=0.05, samplers=0.05, images=4, psnr=40.0),
+    "int8": ToleranceSpec(outputs=0.3, velocities=1e-4, latents=1.0, samplers=1.0, images=1, psnr=30.0),
+}
+TOLERANCES["int8-qdq"] = TOLERANCES["int8"]
 
 NO_LICENSE = (
     "No licence was stated for these weights. Ask whoever gave them to you what you may do with them.\n"
@@ -65,6 +78,7 @@ def export_bundle(
     temperature: float = 1.0,
     eps: float = 1e-4,
     samplers: Sequence[int] = (),
+    precisions: Sequence[str] = ("fp32",),
     autoencoder: Autoencoder | None = None,
     license_text: str = NO_LICENSE,
     license_name: str = "unstated",
@@ -79,13 +93,14 @@ def export_bundle(
         temperature: recorded as the bundle's default.
         eps: floor inside the policy at run time.
         samplers: calls per image for which the whole sampler is written as one graph too.
+        precisions: of `PRECISIONS`; the first is what the bundle runs in unless asked. The decoder of int8 is fp32.
         autoencoder: of a student of latents; its decoder becomes part of the bundle, which makes images by it.
             Without it such a bundle makes latents only.
         license_text, license_name: content of LICENSE, and its short name for the manifest.
         overwrite: replace a bundle that is there.
 
     Returns:
-        The comparison with PyTorch, layer by layer.
+        The comparison with PyTorch, layer by layer, in each precision.
 
     Raises:
         BundleError: `folder` exists and `overwrite` is False, or it is not a bundle.
@@ -100,25 +115,45 @@ def export_bundle(
         raise BundleError(f"{folder} exists; give another place, or --overwrite to replace the bundle")
     if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise BundleError(f"{folder} is not a bundle and will not be replaced; give another place")
+    precisions = tuple(dict.fromkeys(precisions))
+    if not precisions or not set(precisions) <= set(PRECISIONS):
+        raise BundleError(f"precisions are of {', '.join(PRECISIONS)}; got {', '.join(precisions) or 'none'}")
     network = network_of(checkpoint)
     _check_conditioning(checkpoint)
     _check_autoencoder(checkpoint, network, autoencoder)
     manifest = _manifest(
-        checkpoint, network, name or folder.name, temperature, eps, samplers, license_name, autoencoder
+        checkpoint,
+        network,
+        name or folder.name,
+        temperature,
+        eps,
+        samplers,
+        precisions,
+        license_name,
+        autoencoder,
     )
     golden = golden_samples(network, manifest)
+    student = export_network(network)
     for key, array in golden.items():
         if not np.isfinite(array).all():
             raise CheckFailedError(
-                f"the student gives NaN or infinity in {key}; it is not fit to be exported"
+                f"the student gives NaN or infinity in {key}; it is not fit to be exported. The first layer to do so: "
+                f"{_first_non_finite(student, golden, manifest)}"
             )
-    student = export_network(network)
-    files = {"student.fp32.onnx": student}
-    decoder = None
-    if autoencoder is not None:
-        decoder = files[decoder_file("fp32")] = export_decoder(autoencoder, manifest.latent.shape)
-    for calls in manifest.samplers:
-        files[sampler_file(calls, "fp32")] = export_sampler(student, manifest, calls, decoder)
+    decoder = None if autoencoder is None else export_decoder(autoencoder, manifest.latent.shape)
+    files: dict[str, bytes] = {}
+    kept: dict[str, dict] = {}
+    batches = []
+    if precisions != ("fp32",):
+        batches = calibration_inputs(student, manifest, trained_nfes(checkpoint))
+    for precision in precisions:
+        graph, decoding, kept[precision] = _converted(precision, student, decoder, manifest, batches)
+        files[f"student.{precision}.onnx"] = graph
+        if decoding is not None:
+            files[decoder_file(precision)] = decoding
+        for calls in manifest.samplers:
+            files[sampler_file(calls, precision)] = export_sampler(graph, manifest, calls, decoding)
+    manifest = replace(manifest, provenance={**manifest.provenance, "kept_in_fp32": kept})
     if manifest.makes_images:
         golden["images"] = golden_images(golden["latents"], manifest, autoencoder)
         files["preview.png"] = png_bytes(image_grid([as_pil(golden["images"])]))
@@ -128,9 +163,48 @@ def export_bundle(
     with new_folder(folder) as work:
         for file, data in {**files, MANIFEST: manifest_bytes(manifest)}.items():
             write_atomic(work / file, data)
-        rows = verify(load(work))
+        rows = [row for precision in precisions for row in verify(load(work, precision=precision))]
         check(rows, manifest.name)
     return rows
+
+
+def trained_nfes(checkpoint: Checkpoint) -> list[int]:
+    """Calls per image that the student was trained for, rising."""
+    return np.unique(checkpoint.settings["imitation"]["nfe"]).tolist()
+
+
+def _converted(
+    precision: str, student: bytes, decoder: bytes | None, manifest: Manifest, batches: list[dict]
+) -> tuple[bytes, bytes | None, dict]:
+    """Student, decoder, and for the provenance what of both stays in float32 and why."""
+    if precision == "fp32":
+        return student, decoder, {}
+    if precision == "fp16":
+        of_student = to_fp16(student, batches)
+        kept = {"student": of_student.kept}
+        if decoder is not None:
+            states = batches[-1]["x_t"][:1] / manifest.latent.scale + manifest.latent.shift
+            of_decoder = to_fp16(decoder, [{"latents": states.astype(np.float32)}])
+            decoder, kept["decoder"] = of_decoder.graph, of_decoder.kept
+        return of_student.graph, decoder, kept
+    allowed = 0.5 * rms_of_psnr(TOLERANCES[precision].psnr) / 127.5  # half of it is left to other inputs
+
+    def off(graph: bytes) -> float:
+        """Error of the states that the policies of the calibration inputs lead to, in units of what is allowed."""
+        return trajectory_error(student, graph, manifest, batches) / allowed
+
+    of_student = to_int8(student, batches, static=precision == "int8-qdq", accepts=off)
+    return of_student.graph, decoder, {"student": of_student.kept, **({"decoder": "all"} if decoder else {})}
+
+
+def _first_non_finite(student: bytes, golden: dict[str, np.ndarray], manifest: Manifest) -> str:
+    ids = golden["labels"]
+    for i, segment in enumerate(manifest.schedule.schedule().segments):
+        t = np.full(len(ids), segment.sigma_src * manifest.network.num_timesteps, np.float32)
+        layer = first_non_finite(student, {"x_t": golden[f"x_t.{i}"], "t": t, "class_labels": ids})
+        if layer:
+            return layer
+    return "none in ONNX Runtime, only in PyTorch or its policy"
 
 
 def _check_conditioning(checkpoint: Checkpoint) -> None:
@@ -171,6 +245,7 @@ def _manifest(
     temperature: float,
     eps: float,
     samplers: Sequence[int],
+    precisions: Sequence[str],
     license_name: str,
     autoencoder: Autoencoder | None,
 ) -> Manifest:
@@ -212,7 +287,7 @@ def _manifest(
         conditioning=ConditioningSpec("class", list(checkpoint.class_names)),
         latent=latent,
         decoder=decoder,
-        precisions=["fp32"],
+        precisions=list(precisions),
         samplers=sorted(set(samplers)),
         files={},
         license=license_name,
@@ -228,5 +303,5 @@ def _manifest(
                 "onnxruntime": runtime().__version__,
             },
         },
-        tolerances=FP32_TOLERANCES,
+        tolerances={precision: TOLERANCES[precision] for precision in precisions},
     )

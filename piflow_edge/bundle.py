@@ -17,8 +17,10 @@ from .files import sha256
 from .policies import Array, DXPolicy, GMPolicy
 from .schedule import Schedule
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
+# What a graph can be exported in. "int8" scales activations as they come, "int8-qdq" by calibration.
+PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
 # A manifest is a few kilobytes; anything this large is no manifest.
 _MANIFEST_LIMIT = 1 << 20
 
@@ -142,7 +144,8 @@ class FileSpec:
 class ToleranceSpec:
     """Largest error `verify` accepts, relative to the golden array's largest value; images in levels of 255.
 
-    `samplers`: of the latents that the sampler graphs make.
+    `samplers`: of the latents that the sampler graphs make. `psnr`: least agreement in dB of whole images, or of
+    latents where there are none, with those drawn from the same noise in PyTorch.
     """
 
     outputs: float
@@ -150,6 +153,7 @@ class ToleranceSpec:
     latents: float
     samplers: float
     images: int
+    psnr: float
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Manifest:
     """All of `bundle.json`, in order, but for its own checksum.
 
     `decoder`: there in every precision, or None. `samplers`: calls per image of the sampler graphs, each there in every
-    precision; see `sampler_file`.
+    precision; see `sampler_file`. `precisions`: the first is the default. `tolerances`: of each precision.
     """
 
     format_version: int
@@ -173,7 +177,7 @@ class Manifest:
     files: dict[str, FileSpec]
     license: str
     provenance: dict[str, Any]
-    tolerances: ToleranceSpec
+    tolerances: dict[str, ToleranceSpec]
 
     @property
     def makes_images(self) -> bool:
@@ -226,13 +230,13 @@ class Bundle:
 
     def graph(self, precision: str | None = None) -> bytes:
         """The student network as ONNX; the first precision in the bundle unless one is named."""
-        return self.read(f"student.{self._precision(precision)}.onnx")
+        return self.read(f"student.{self.precision(precision)}.onnx")
 
     def decoder(self, precision: str | None = None) -> bytes:
         """The decoder as ONNX, for the precisions of `graph`."""
         if self.manifest.decoder is None:
             raise BundleError(f"bundle {self.name!r} has no decoder; export it with --autoencoder")
-        return self.read(decoder_file(self._precision(precision)))
+        return self.read(decoder_file(self.precision(precision)))
 
     def sampler(self, nfe: int, precision: str | None = None) -> bytes:
         """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`."""
@@ -242,9 +246,10 @@ class Bundle:
                 f"bundle {self.name!r} has no sampler graph of {nfe} calls, its graphs are: {has}; export it with "
                 f"--sampler-graph {nfe}"
             )
-        return self.read(sampler_file(nfe, self._precision(precision)))
+        return self.read(sampler_file(nfe, self.precision(precision)))
 
-    def _precision(self, precision: str | None) -> str:
+    def precision(self, precision: str | None) -> str:
+        """The named precision, or the bundle's first for None; BundleError if the bundle has no such one."""
         available = self.manifest.precisions
         if precision is not None and precision not in available:
             raise BundleError(
@@ -317,6 +322,8 @@ def _parse(data: bytes, folder: Path) -> Manifest:
         raise BundleError(
             f"{place} lacks {', '.join(sorted(wanted - manifest.files.keys())) or 'a precision'}"
         )
+    if sorted(manifest.tolerances) != sorted(manifest.precisions):
+        raise BundleError(f"{place} must state tolerances for each of its precisions; export again")
     unlisted = [
         name for name in manifest.files if name.startswith(("sampler.", "decoder.")) and name not in wanted
     ]

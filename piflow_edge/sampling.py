@@ -103,7 +103,10 @@ def sample(
 class Generator:
     """A bundle, opened and ready to make images. Made by `load`."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, decoder: Engine | None = None):
+    def __init__(
+        self, bundle: Bundle, engine: Engine, decoder: Engine | None = None, precision: str | None = None
+    ):
+        self.precision = bundle.precision(precision)
         self.bundle, self.engine, self.decoder = bundle, engine, decoder
         self.class_names = tuple(bundle.manifest.conditioning.class_names)
 
@@ -223,8 +226,12 @@ class Generator:
 
     def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """One student call: the raw network outputs at `x_t` (B, C, H, W) for class ids (B,)."""
+        return self.engine.run(self.inputs(x_t, sigma_t, ids))
+
+    def inputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """What the network is fed in `outputs`."""
         t = np.full(len(x_t), sigma_t * self.bundle.manifest.network.num_timesteps, np.float32)
-        return self.engine.run({"x_t": x_t, "t": t, "class_labels": ids})
+        return {"x_t": x_t, "t": t, "class_labels": ids}
 
     def policy(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> Policy:
         """One student call as a policy; see `outputs`."""
@@ -342,4 +349,4 @@ def load(
         raise BundleError(
             f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
         )
-    return Generator(opened, network, decoder)
+    return Generator(opened, network, decoder, precision)

@@ -9,32 +9,35 @@ row that fails is the culprit.
 import io
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from piflow_edge.engines import open_engine
 
 from .bundle import Bundle
-from .errors import BundleError, CheckFailedError
+from .errors import BundleError, CheckFailedError, MissingExtraError
 from .sampling import Generator, sample
 
 GOLDEN = "golden.npz"
 # The golden images are numbers 0, 1, 2, ... of this seed.
 GOLDEN_SEED = 0
+# Images at a time that a network is checked with, beside all the golden ones.
+BATCHES = (1, 3)
 
 
 @dataclass(frozen=True)
 class Row:
     """One layer's comparison. `error`: worst difference, relative to the largest golden value (images: in levels).
 
-    `where`: the array it was found in. `tolerance`: what the bundle accepts.
+    `where`: the array it was found in, and the batch. `tolerance`: what the bundle accepts. `precision`: of the graphs.
     """
 
     layer: str
     error: float
     tolerance: float
     where: str
+    precision: str = "fp32"
 
     @property
     def passed(self) -> bool:
@@ -44,45 +47,72 @@ class Row:
 def verify(generator: Generator) -> list[Row]:
     """Compare a bundle's engine and kernels with its golden samples: outputs, velocities, latents, images.
 
-    Sampler graphs, if there are any, are compared too; those of other calls than trained with the runtime.
+    Networks are run with all golden images, and with batches of `BATCHES`. Whole images, drawn from the golden noise,
+    come last: their root mean square error, in levels.
+
+    Sampler graphs, if there are any, are compared too; with the runtime in the same precision.
 
     Files need no check here: opening the bundle has hashed them all.
 
     Raises:
         BundleError: the golden samples do not fit the bundle.
+        CheckFailedError: the network gives NaN or infinity; the layer that gives it first is named.
     """
     bundle = generator.bundle
-    golden, tolerances = read_golden(bundle), bundle.manifest.tolerances
+    golden, tolerances = read_golden(bundle), bundle.manifest.tolerances[generator.precision]
     ids = golden["labels"]
-    outputs, velocities = [], []
+    outputs, velocities, latents = [], [], []
+    sizes = sorted({min(size, len(ids)) for size in (*BATCHES, len(ids))})
     schedule = bundle.manifest.schedule.schedule()
     for i, segment in enumerate(schedule.segments):
         x_t = golden[f"x_t.{i}"]
-        ours = generator.outputs(x_t, segment.sigma_src, ids)
-        theirs = {name: golden[f"{name}.{i}"] for name in ours}
-        outputs += [(f"{name}.{i}", ours[name], theirs[name]) for name in ours]
+        theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in bundle.manifest.network.outputs}
+        for size in sizes:
+            ours = generator.outputs(x_t[:size], segment.sigma_src, ids[:size])
+            _check_finite(generator, ours, x_t[:size], segment.sigma_src, ids[:size])
+            outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
         # From the golden outputs, so that this row speaks of the policy alone.
         policy = generator.as_policy(theirs, x_t, segment.sigma_src)
         found = np.stack([policy.velocity(x_t, level) for level in golden[f"levels.{i}"].tolist()])
         velocities.append((f"velocities.{i}", found, golden[f"velocities.{i}"]))
-    result = generator(
-        labels=ids.tolist(), seed=GOLDEN_SEED, output="latent"
-    )  # the noise is compared with it
+    for size in sizes:  # from the seed, so that the noise is compared too
+        result = generator(labels=ids[:size].tolist(), seed=GOLDEN_SEED, output="latent")
+        latents.append((f"latents, batch {size}", result.latents, golden["latents"][:size]))
     rows = [
         _worst("network outputs", outputs, tolerances.outputs),
         _worst("policy velocities", velocities, tolerances.velocities),
-        _worst("latents", [("latents", result.latents, golden["latents"])], tolerances.latents),
+        _worst("latents", latents, tolerances.latents),
     ]
     if bundle.manifest.makes_images:
         # From the golden latents, so that this row speaks of the decoder alone.
         images = [("images", generator.decode(golden["latents"]), golden["images"])]
         rows.append(_worst("images", images, tolerances.images, measure=_levels))
+        drawn = [(name, generator.decode(ours), golden["images"][: len(ours)]) for name, ours, _ in latents]
+        rows.append(_worst("drawn images", drawn, rms_of_psnr(tolerances.psnr), measure=rms_levels))
     if bundle.manifest.samplers:
         latents, images = _sampler_pairs(generator, golden)
         rows.append(_worst("sampler latents", latents, tolerances.samplers))
         if images:
             rows.append(_worst("sampler images", images, tolerances.images, measure=_levels))
-    return rows
+    return [replace(row, precision=generator.precision) for row in rows]
+
+
+def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sigma, ids) -> None:
+    odd = [name for name, value in outputs.items() if not np.isfinite(value).all()]
+    if not odd:
+        return
+    from piflow_edge.engines.ort import first_non_finite  # needs onnx, of which the runtime is free
+
+    bundle, precision = generator.bundle, generator.precision
+    try:
+        layer = first_non_finite(bundle.graph(precision), generator.inputs(x_t, sigma, ids))
+        layer = layer or "none on its own, only the layers as the engine joins them"
+    except MissingExtraError as error:
+        layer = f"unknown, because {error}"
+    raise CheckFailedError(
+        f"bundle {bundle.name!r} in {precision} gives NaN or infinity in {odd[0]} at noise level {sigma:.3g}; the "
+        f"first layer to do so: {layer}"
+    )
 
 
 def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
@@ -91,16 +121,18 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
     noise, ids = golden["noise"], golden["labels"]
     latents, images = [], []
     for nfe in bundle.manifest.samplers:
-        graph = open_engine(bundle.sampler(nfe), engine=generator.engine.name, device=generator.engine.device)
+        graph = open_engine(
+            bundle.sampler(nfe, generator.precision),
+            engine=generator.engine.name,
+            device=generator.engine.device,
+        )
         found = graph.run({"noise": noise, "class_labels": ids})
-        expected = golden["latents"]
-        if nfe != spec.nfe:
-            expected = sample(
-                lambda x_t, sigma: generator.policy(x_t, sigma, ids),
-                noise,
-                spec.schedule(nfe=nfe),
-                temperature=spec.temperature,
-            )
+        expected = sample(
+            lambda x_t, sigma: generator.policy(x_t, sigma, ids),
+            noise,
+            spec.schedule(nfe=nfe),
+            temperature=spec.temperature,
+        )
         latents.append((f"latents of nfe{nfe}", found["latents"], expected))
         if bundle.manifest.makes_images:  # of the graph's own latents, as above
             images.append((f"images of nfe{nfe}", found["images"], generator.decode(found["latents"])))
@@ -113,8 +145,8 @@ def check(rows: list[Row], name: str) -> None:
     if failed:
         row = failed[0]
         raise CheckFailedError(
-            f"bundle {name!r} does not reproduce its golden samples: {row.layer} differ by {row.error:.3g} in "
-            f"{row.where}, {row.tolerance:.3g} is allowed"
+            f"bundle {name!r} does not reproduce its golden samples in {row.precision}: {row.layer} differ "
+            f"by {row.error:.3g} in {row.where}, {row.tolerance:.3g} is allowed"
         )
 
 
@@ -148,6 +180,18 @@ def _worst(layer: str, pairs, tolerance: float, measure=relative_error) -> Row:
     errors = {name: measure(ours, golden) for name, ours, golden in pairs}
     where = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
     return Row(layer, errors[where], float(tolerance), where)
+
+
+def rms_levels(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Root mean square difference between uint8 images in grey levels; infinite for another shape."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    return float(np.sqrt(np.mean((ours.astype(float) - golden) ** 2)))
+
+
+def rms_of_psnr(psnr: float) -> float:
+    """The root mean square difference, in levels of 255, that a PSNR in dB stands for."""
+    return 255 / 10 ** (psnr / 20)
 
 
 def _levels(ours: np.ndarray, golden: np.ndarray) -> float:

@@ -27,7 +27,13 @@ def test_every_file_is_there_and_nothing_else(shared_bundle):
 
 def test_a_bundle_reproduces_its_golden_samples(shared_bundle):
     rows = verify(pf.load(shared_bundle))
-    assert [row.layer for row in rows] == ["network outputs", "policy velocities", "latents", "images"]
+    assert [row.layer for row in rows] == [
+        "network outputs",
+        "policy velocities",
+        "latents",
+        "images",
+        "drawn images",
+    ]
     assert all(row.passed for row in rows)
 
 
@@ -99,14 +105,18 @@ def edit(bundle, change):
         (lambda body: body.update(colour="red"), "unknown key 'colour'"),
         (lambda body: body["policy"].update(colour="red"), "policy has the unknown key 'colour'"),
         (lambda body: body.pop("latent"), "must hold format_version, name, .*latent"),
-        (lambda body: body.update(format_version=99), "format version 99, this release reads 2"),
+        (lambda body: body.update(format_version=99), "format version 99, this release reads 3"),
         (lambda body: body["schedule"].update(nfe="two"), "nfe has a value of the wrong kind: 'two'"),
         (lambda body: body["schedule"].update(nfe=0), "unusable schedule: nfe"),
         (lambda body: body["policy"].update(kind="dx"), "unknown key 'num_components'"),
         (lambda body: body["policy"].update(eps=0.0), "eps, temperature or latent scale"),
         (lambda body: body["schedule"].update(temperature=-1.0), "eps, temperature or latent scale"),
         (lambda body: body["latent"].update(scale=0.0), "eps, temperature or latent scale"),
-        (lambda body: body.update(precisions=["fp16"]), r"lacks student\.fp16\.onnx"),
+        (
+            lambda body: body.update(precisions=["fp16"], tolerances={"fp16": body["tolerances"]["fp32"]}),
+            r"lacks student\.fp16\.onnx",
+        ),
+        (lambda body: body.update(tolerances={}), "tolerances for each of its precisions"),
         (lambda body: body.update(samplers=[3]), r"lacks sampler\.nfe3\.fp32\.onnx"),
         (lambda body: body.update(samplers=[True]), r"samplers\[0\] has a value of the wrong kind: True"),
         (

@@ -55,7 +55,7 @@ def test_usage_errors_exit_with_2():
 class TestOnABundle:
     def test_verify(self, shared_bundle):
         answer = json.loads(run("verify", shared_bundle, "--json").stdout)
-        assert answer["passed"] and len(answer["layers"]) == 4
+        assert answer["passed"] and len(answer["layers"]) == 5
         assert "latents" in run("verify", shared_bundle).stdout
 
     def test_inspect(self, shared_bundle):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import BUNDLE, FOLDER, JSON, calls, emit, report_rows, show
+from .options import BUNDLE, FOLDER, JSON, calls, emit, precisions, report_rows, show
 
 
 @click.command()
@@ -14,13 +14,17 @@ from .options import BUNDLE, FOLDER, JSON, calls, emit, report_rows, show
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
 @click.option("--sampler-graph", "samplers", callback=calls, metavar="NFE,...",
               help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
+@click.option("--precision", "precisions", callback=precisions, default="fp32", metavar="NAME,...",
+              help="Of the graphs: fp32, fp16, int8, int8-qdq; the first is the bundle's default.")  # fmt: skip
 @click.option("--autoencoder", type=FOLDER,
               help="Folder of the autoencoder the latents are of; its decoder goes into the bundle.")  # fmt: skip
 @click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
 @JSON
-def export(checkpoint, out, name, temperature, samplers, autoencoder, license_file, overwrite, as_json):
+def export(
+    checkpoint, out, name, temperature, samplers, precisions, autoencoder, license_file, overwrite, as_json
+):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
 
     \b
@@ -41,6 +45,7 @@ def export(checkpoint, out, name, temperature, samplers, autoencoder, license_fi
         name=name,
         temperature=temperature,
         samplers=samplers,
+        precisions=precisions,
         autoencoder=load_autoencoder(autoencoder) if autoencoder else None,
         license_text=license_text,
         license_name=license_file.name if license_file else "unstated",
@@ -54,8 +59,9 @@ def export(checkpoint, out, name, temperature, samplers, autoencoder, license_fi
 @click.command()
 @BUNDLE
 @click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
+@click.option("--precision", help="Check this one; else all of the bundle's.")
 @JSON
-def verify(bundle, engine, as_json):
+def verify(bundle, engine, precision, as_json):
     """Check a bundle's files, and that it reproduces its golden samples here. Exit status 1 if not.
 
     \b
@@ -65,8 +71,11 @@ def verify(bundle, engine, as_json):
     from piflow_edge.sampling import load
     from piflow_edge.verification import check, verify
 
-    generator = load(bundle, engine=engine)
+    generator = load(bundle, engine=engine, precision=precision)
     rows = verify(generator)
+    if precision is None:
+        for other in generator.bundle.manifest.precisions[1:]:
+            rows += verify(load(bundle, engine=engine, precision=other))
     report_rows(rows, as_json, {"bundle": str(bundle), "engine": generator.engine.name})
     check(rows, generator.bundle.name)
 

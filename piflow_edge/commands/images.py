@@ -115,9 +115,10 @@ def evaluate(
               help="Euler as trained, or a quarter of the policy's evaluations.")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(min=0), help="Of the mixture; else the bundle's.")
 @click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
+@click.option("--precision", help="One of the bundle's; else its first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the starting noise.")
 @JSON
-def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, seed, as_json):
+def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, precision, seed, as_json):
     """Draw images from a bundle.
 
     A PNG file shows all images side by side; a folder gets one PNG per image.
@@ -134,7 +135,7 @@ def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, seed
         raise click.UsageError(
             f"images are written as PNG; give --out a name that ends in .png, or a folder; got {out}"
         )
-    generator = load(bundle, engine=engine)
+    generator = load(bundle, engine=engine, precision=precision)
     wanted = [_label(text, generator.class_names) for text in labels.split(",")]
     settings = {"nfe": nfe, "substeps": substeps, "solver": solver, "temperature": temperature}
     result = generator(wanted, seed=seed, **settings)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from piflow_edge.bundle import PRECISIONS
+
 
 def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
     if text is None:
@@ -77,6 +79,15 @@ def calls(context, parameter, text: str | None) -> list[int]:
     return [int(nfe) for nfe in text.split(",")]
 
 
+def precisions(context, parameter, text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(PRECISIONS):
+        raise click.BadParameter(
+            f"give precisions of {', '.join(PRECISIONS)}, separated by commas; got {text!r}"
+        )
+    return names
+
+
 def emit(value) -> None:
     click.echo(json.dumps(value, indent=2))
 
@@ -105,8 +116,8 @@ def report_rows(rows, as_json: bool, context: dict) -> None:
         return
     from rich.table import Table
 
-    table = Table("layer", "worst error", "allowed", "in", "")
+    table = Table("precision", "layer", "worst error", "allowed", "in", "")
     for row in rows:
-        cells = (row.layer, f"{row.error:.2e}", f"{row.tolerance:.0e}", row.where)
+        cells = (row.precision, row.layer, f"{row.error:.2e}", f"{row.tolerance:.0e}", row.where)
         table.add_row(*cells, "ok" if row.passed else "FAILED")
     show(table)

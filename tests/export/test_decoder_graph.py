@@ -86,7 +86,8 @@ def test_from_images_to_a_bundle_that_makes_images(tmp_path):
     )
     assert student.settings["latent"] == vars(autoencoder.latent)
     rows = export_bundle(student, tmp_path / "bundle", autoencoder=autoencoder)
-    assert [row.layer for row in rows] == ["network outputs", "policy velocities", "latents", "images"]
+    layers = ["network outputs", "policy velocities", "latents", "images", "drawn images"]
+    assert [row.layer for row in rows] == layers
     code = (
         "import sys, numpy, piflow_edge as pf; r = pf.load(sys.argv[1])(['a', 1, 0], seed=3, output='numpy');"
         "numpy.savez(sys.argv[2], images=r.images, latents=r.latents);"
@@ -152,7 +153,8 @@ def test_verify_has_a_layer_from_latents_to_images(latent_bundle, tmp_path, othe
     spec = vars(FileSpec(sha256(other_decoder), len(other_decoder)))
     edit(altered, lambda body: body["files"].update({"decoder.fp32.onnx": spec}))
     rows = {row.layer: row for row in verify(pf.load(altered))}
-    assert [name for name, row in rows.items() if not row.passed] == ["images", "sampler images"]
+    failed = [name for name, row in rows.items() if not row.passed]
+    assert failed == ["images", "drawn images", "sampler images"]
 
 
 def test_a_decoder_that_differs_from_pytorch_is_not_exported(tmp_path, kl, other_decoder, monkeypatch):
