@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import BUNDLE, FOLDER, JSON, calls, emit, report_rows, show
+from .options import BUNDLE, FOLDER, JSON, TRUSTED_KEYS, calls, emit, report_rows, show
 
 
 @click.command()
@@ -18,9 +18,11 @@ from .options import BUNDLE, FOLDER, JSON, calls, emit, report_rows, show
               help="Folder of the autoencoder the latents are of; its decoder goes into the bundle.")  # fmt: skip
 @click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
+@click.option("--sign", "key", type=click.Path(dir_okay=False, path_type=Path), metavar="KEY",
+              help="Sign the bundle with this Ed25519 private key in PEM.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
 @JSON
-def export(checkpoint, out, name, temperature, samplers, autoencoder, license_file, overwrite, as_json):
+def export(checkpoint, out, name, temperature, samplers, autoencoder, license_file, key, overwrite, as_json):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
 
     \b
@@ -30,6 +32,7 @@ def export(checkpoint, out, name, temperature, samplers, autoencoder, license_fi
     from piflow_edge.distill.autoencoder import load_autoencoder
     from piflow_edge.distill.checkpoint import load_checkpoint
     from piflow_edge.export.to_bundle import NO_LICENSE, export_bundle
+    from piflow_edge.signature import SigningKey
 
     try:
         license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
@@ -44,6 +47,7 @@ def export(checkpoint, out, name, temperature, samplers, autoencoder, license_fi
         autoencoder=load_autoencoder(autoencoder) if autoencoder else None,
         license_text=license_text,
         license_name=license_file.name if license_file else "unstated",
+        signing_key=SigningKey(key) if key else None,
         overwrite=overwrite,
     )
     report_rows(rows, as_json, {"bundle": str(out)})
@@ -54,8 +58,9 @@ def export(checkpoint, out, name, temperature, samplers, autoencoder, license_fi
 @click.command()
 @BUNDLE
 @click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
+@TRUSTED_KEYS
 @JSON
-def verify(bundle, engine, as_json):
+def verify(bundle, engine, trusted_keys, as_json):
     """Check a bundle's files, and that it reproduces its golden samples here. Exit status 1 if not.
 
     \b
@@ -65,9 +70,13 @@ def verify(bundle, engine, as_json):
     from piflow_edge.sampling import load
     from piflow_edge.verification import check, verify
 
-    generator = load(bundle, engine=engine)
+    generator = load(bundle, engine=engine, trusted_keys=trusted_keys)
     rows = verify(generator)
-    report_rows(rows, as_json, {"bundle": str(bundle), "engine": generator.engine.name})
+    signature = generator.bundle.signature
+    context = {"bundle": str(bundle), "engine": generator.engine.name}
+    report_rows(rows, as_json, {**context, "signature": vars(signature) if signature else None})
+    if not as_json:
+        click.echo(f"signed by: {signature or 'nobody'}")
     check(rows, generator.bundle.name)
 
 
@@ -85,9 +94,10 @@ def inspect(bundle, as_json):
 
     from piflow_edge.bundle import Bundle
 
-    manifest = Bundle(bundle).manifest
+    opened = Bundle(bundle)
+    manifest, signature = opened.manifest, opened.signature
     if as_json:
-        emit(asdict(manifest))
+        emit({**asdict(manifest), "signature": vars(signature) if signature else None})
         return
     from rich.table import Table
 
@@ -114,6 +124,7 @@ def inspect(bundle, as_json):
         "parameters": f"{manifest.provenance.get('parameters', 0):,}",
         "files": "\n".join(f"{name}  {size:,} bytes" for name, size in sizes.items()),
         "licence": manifest.license,
+        "signed by": signature or "nobody",
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
     }.items():
         table.add_row(key, str(value))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import BUNDLE, FOLDER, IMAGE_SIZE, JSON, SEED, emit, say, show
+from .options import BUNDLE, FOLDER, IMAGE_SIZE, JSON, SEED, TRUSTED_KEYS, emit, say, show
 
 
 @click.command()
@@ -116,8 +116,9 @@ def evaluate(
 @click.option("--temperature", type=click.FloatRange(min=0), help="Of the mixture; else the bundle's.")
 @click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the starting noise.")
+@TRUSTED_KEYS
 @JSON
-def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, seed, as_json):
+def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, seed, trusted_keys, as_json):
     """Draw images from a bundle.
 
     A PNG file shows all images side by side; a folder gets one PNG per image.
@@ -134,7 +135,7 @@ def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, seed
         raise click.UsageError(
             f"images are written as PNG; give --out a name that ends in .png, or a folder; got {out}"
         )
-    generator = load(bundle, engine=engine)
+    generator = load(bundle, engine=engine, trusted_keys=trusted_keys)
     wanted = [_label(text, generator.class_names) for text in labels.split(",")]
     settings = {"nfe": nfe, "substeps": substeps, "solver": solver, "temperature": temperature}
     result = generator(wanted, seed=seed, **settings)
