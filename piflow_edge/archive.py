@@ -124,7 +124,6 @@ class _Frugal(io.FileIO):
         data = super().read(_CHUNK + 1)
         if len(data) > _CHUNK:
             raise zipfile.BadZipFile(f"its table of contents is above {_CHUNK} bytes")
-
         return data
 
 

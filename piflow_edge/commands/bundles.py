@@ -80,15 +80,26 @@ def verify(bundle, engine, trusted_keys, as_json):
     check(rows, generator.bundle.name)
 
 
+def print_schema(context, parameter, wanted):
+    if wanted and not context.resilient_parsing:
+        from piflow_edge.manifest_schema import schema_text
+
+        click.echo(schema_text(), nl=False)
+        context.exit()
+
+
 @click.command()
 @BUNDLE
+@click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=print_schema,
+              help="Print the JSON Schema of bundle.json instead; needs no BUNDLE.")  # fmt: skip
 @JSON
 def inspect(bundle, as_json):
-    """Show what a bundle holds, after checking all its files.
+    """Show what a bundle holds, after checking all its files, and where each of its precisions runs.
 
     \b
     Example:
       piflow-edge inspect demo/bundles/digits-nfe1
+      piflow-edge inspect --schema
     """
     from dataclasses import asdict
 
