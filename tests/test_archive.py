@@ -7,12 +7,13 @@ import struct
 import zipfile
 
 import pytest
-from test_signature import write_keys
 
 from piflow_edge.archive import pack, unpack
 from piflow_edge.bundle import Bundle
 from piflow_edge.errors import BundleError
 from piflow_edge.signature import sign
+
+from test_signature import write_keys
 
 pytestmark = pytest.mark.torch
 

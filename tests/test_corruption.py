@@ -3,11 +3,12 @@
 import random
 
 import pytest
-from test_signature import write_keys
 
 from piflow_edge.bundle import Bundle
 from piflow_edge.errors import BundleError
 from piflow_edge.signature import sign
+
+from test_signature import write_keys
 
 pytestmark = pytest.mark.torch
 
