@@ -62,7 +62,11 @@ class TestOnABundle:
     def test_inspect(self, shared_bundle):
         answer = json.loads(run("inspect", shared_bundle, "--json").stdout)
         assert answer["schedule"]["nfe"] == 2
-        assert "network calls per image" in run("inspect", shared_bundle).stdout
+        assert {row["answer"] for row in answer["compatibility"]} <= {"yes", "no", "unverified"}
+        assert answer["signature"] is None
+        text = run("inspect", shared_bundle).stdout
+        assert "network calls per image" in text and "TensorRT 8.6" in text and "nobody" in text
+        assert json.loads(run("inspect", "--schema").stdout)["additionalProperties"] is False
 
     def test_signed_packed_sent_and_used(self, bundle, tmp_path):
         from test_signature import write_keys

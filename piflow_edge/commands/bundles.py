@@ -104,11 +104,14 @@ def inspect(bundle, as_json):
     from dataclasses import asdict
 
     from piflow_edge.bundle import Bundle
+    from piflow_edge.compatibility import compatibility, gpu_names
 
     opened = Bundle(bundle)
     manifest, signature = opened.manifest, opened.signature
+    answers = compatibility(opened)
     if as_json:
-        emit({**asdict(manifest), "signature": vars(signature) if signature else None})
+        signed = vars(signature) if signature else None
+        emit({**asdict(manifest), "signature": signed, "compatibility": [vars(row) for row in answers]})
         return
     from rich.table import Table
 
@@ -139,4 +142,10 @@ def inspect(bundle, as_json):
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
     }.items():
         table.add_row(key, str(value))
+    show(table)
+    table = Table("precision", "runtime", "JetPack", "GPU, compute capability", "loads", "why",
+                  title="where it runs, by the makers' documents")  # fmt: skip
+    for row in answers:
+        jetpacks, gpus = ", ".join(row.jetpacks), gpu_names(row.gpus)
+        table.add_row(row.precision, row.runtime, jetpacks, gpus, row.answer, row.reason)
     show(table)
