@@ -67,6 +67,7 @@ for command in (
     sending.sign,
     sending.pack,
     sending.unpack,
+    sending.triton,
 ):
     main.add_command(command)
 

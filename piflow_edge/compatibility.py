@@ -54,7 +54,8 @@ class Runtime:
 class Answer:
     """Whether one precision loads on one runtime.
 
-    `answer`: "yes", "no" or "unverified". `reason`: what it takes, or why not. `gpus`: on which of the runtime's GPUs.
+    `answer`: "yes" and "no" where documents say so, else "unverified". `reason`: what it takes, or why not. `gpus`: on
+    which of the runtime's GPUs.
     """
 
     precision: str
@@ -135,14 +136,15 @@ def _tensorrt(runtime: Runtime, precision: str, opset: int, dynamic: list[str]) 
         reason = (
             "the fp16 or int8 flag of the builder must allow it" if precision != "fp32" else "no flag needed"
         )
-    if runtime.max_opset is not None and opset > runtime.max_opset:
-        answer, reason = (
-            "no",
-            f"its parser is stated to read opset {runtime.max_opset}; the bundle has {opset}",
-        )
-    elif dynamic:
+    if dynamic:
         answer = "no"
         reason = f"it has no {' and no '.join(dynamic)}; export int8 with static QDQ instead"
+    elif runtime.max_opset is not None and opset > runtime.max_opset:
+        # Not a no: a parser may read what it does not promise, and most operators stay as they were.
+        answer = "unverified"
+        reason = (
+            f"its parser promises opset {runtime.max_opset} and the bundle has {opset}: try it on the device"
+        )
     elif precision == "int8" and runtime.int8 == "weights only":
         gpus = tuple(gpu for gpu in gpus if gpu != _TURING)
         answer, reason = (

@@ -1,4 +1,4 @@
-"""Commands about sending a bundle to somebody: `sign`, `pack`, `unpack`."""
+"""Commands about sending a bundle to somebody, or to a server: `sign`, `pack`, `unpack`, `triton`."""
 
 from pathlib import Path
 
@@ -74,3 +74,33 @@ def unpack(file, out, trusted_keys, as_json):
         emit({"folder": str(out), "bundle": bundle.name, "signature": signature})
     else:
         click.echo(out)
+
+
+@click.command()
+@BUNDLE
+@click.option(
+    "--out", type=FOLDER, required=True, help="The model repository; the model becomes a folder in it."
+)
+@click.option("--nfe", type=click.IntRange(min=1), help="Network calls per image; else the bundle's.")
+@click.option("--precision", help="One of the bundle's; else its first.")
+@click.option("--max-batch", type=click.IntRange(min=1), default=64, help="Images in one run.")
+@TRUSTED_KEYS
+@JSON
+def triton(bundle, out, nfe, precision, max_batch, trusted_keys, as_json):
+    """Write the sampler graph as a model for NVIDIA Triton: noise and class_labels in, latents and images out.
+
+    The bundle must have the graph: export it with --sampler-graph.
+
+    \b
+    Example:
+      piflow-edge triton bundles/digits --out models --nfe 1
+    """
+    from piflow_edge.bundle import Bundle
+    from piflow_edge.triton import write_model
+
+    opened = Bundle(bundle, trusted_keys=trusted_keys)
+    model = write_model(opened, out, nfe=nfe, precision=precision, max_batch=max_batch)
+    if as_json:
+        emit({"model": model.name, "folder": str(model)})
+    else:
+        click.echo(model)
