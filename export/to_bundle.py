@@ -45,6 +45,7 @@ from piflow_edge.export.to_onnx import OPSET, export_network
 from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.pictures import image_grid, png_bytes
 from piflow_edge.sampling import as_pil, load
+from piflow_edge.signature import SIGNATURE, SigningKey
 from piflow_edge.verification import GOLDEN, Row, check, rms_of_psnr, verify
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def export_bundle(
     autoencoder: Autoencoder | None = None,
     license_text: str = NO_LICENSE,
     license_name: str = "unstated",
+    signing_key: SigningKey | None = None,
     overwrite: bool = False,
 ) -> list[Row]:
     """Write the student as a bundle, and check it there against PyTorch before it is moved to `folder`.
@@ -97,6 +99,7 @@ def export_bundle(
         autoencoder: of a student of latents; its decoder becomes part of the bundle, which makes images by it.
             Without it such a bundle makes latents only.
         license_text, license_name: content of LICENSE, and its short name for the manifest.
+        signing_key: signs the bundle.
         overwrite: replace a bundle that is there.
 
     Returns:
@@ -163,6 +166,8 @@ def export_bundle(
     with new_folder(folder) as work:
         for file, data in {**files, MANIFEST: manifest_bytes(manifest)}.items():
             write_atomic(work / file, data)
+        if signing_key is not None:
+            write_atomic(work / SIGNATURE, signing_key.sign(manifest_bytes(manifest)))
         rows = [row for precision in precisions for row in verify(load(work, precision=precision))]
         check(rows, manifest.name)
     return rows

@@ -7,7 +7,7 @@ followed, and a file is handed out only after its hash matched.
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,13 +16,14 @@ from .errors import BundleError, PiFlowError
 from .files import sha256
 from .policies import Array, DXPolicy, GMPolicy
 from .schedule import Schedule
+from .signature import SIGNATURE, SIGNATURE_LIMIT, TrustedKey, check_signature
 
 FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
 # What a graph can be exported in. "int8" scales activations as they come, "int8-qdq" by calibration.
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
 # A manifest is a few kilobytes; anything this large is no manifest.
-_MANIFEST_LIMIT = 1 << 20
+MANIFEST_LIMIT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -190,21 +191,27 @@ class Bundle:
 
     Args:
         folder: the bundle.
+        trusted_keys: as in `load`.
 
     Raises:
-        BundleError: it is not a bundle of this version, or is incomplete or altered.
+        BundleError: it is not a bundle of this version, or is incomplete or altered, or not signed as it must be.
+        SigningKeyError, MissingExtraError: as in `load`.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, trusted_keys: Sequence[TrustedKey] | None = None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise BundleError(f"a bundle is a folder; there is none at {self.folder}")
-        self.manifest = _parse(self._bytes(MANIFEST, limit=_MANIFEST_LIMIT), self.folder)
+        self.manifest_bytes = self._bytes(MANIFEST, limit=MANIFEST_LIMIT)
+        self.manifest = parse_manifest(self.manifest_bytes, self.folder)
         listed = set(self.manifest.files) | {MANIFEST}
         try:
             found = {file.name for file in self.folder.iterdir()}
         except OSError as error:
             raise BundleError(f"{self.folder} cannot be read: {error.strerror}") from error
+        self.signature_bytes = self._bytes(SIGNATURE, limit=SIGNATURE_LIMIT) if SIGNATURE in found else None
+        self.signature = check_signature(self.manifest_bytes, self.signature_bytes, self.folder, trusted_keys)
+        found.discard(SIGNATURE)  # it cannot be listed in what it signs
         if listed != found:
             missing, extra = sorted(listed - found), sorted(found - listed)
             what = f"{missing[0]} is missing" if missing else f"{extra[0]} does not belong to it"
@@ -292,7 +299,8 @@ def _canonical(body: dict) -> bytes:
     return (json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _parse(data: bytes, folder: Path) -> Manifest:
+def parse_manifest(data: bytes, folder: Path) -> Manifest:
+    """The manifest that the bytes of a `bundle.json` hold; `folder` is named in errors."""
     place = folder / MANIFEST
     try:
         body = json.loads(data)
@@ -312,7 +320,7 @@ def _parse(data: bytes, folder: Path) -> Manifest:
     if data != rewritten or digest != sha256(_canonical(body)):
         raise BundleError(f"{place} does not match its own checksum; copy the bundle again or re-export")
     for name in manifest.files:
-        if Path(name).name != name or name in (MANIFEST, ".", ".."):
+        if Path(name).name != name or name in (MANIFEST, SIGNATURE, ".", ".."):
             raise BundleError(f"{place} lists a file outside its folder: {name!r}")
     wanted = {f"student.{precision}.onnx" for precision in manifest.precisions} | {"golden.npz"}
     wanted |= {sampler_file(nfe, precision) for nfe in manifest.samplers for precision in manifest.precisions}

@@ -6,7 +6,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 
 import click
 
-from .commands import bundles, images, training
+from .commands import bundles, images, sending, training
 from .errors import MissingExtraError, PiFlowError
 
 # Packages of the `train` extra, by the name they are imported under.
@@ -64,6 +64,10 @@ for command in (
     images.sample,
     bundles.verify,
     bundles.inspect,
+    sending.sign,
+    sending.pack,
+    sending.unpack,
+    sending.triton,
 ):
     main.add_command(command)
 

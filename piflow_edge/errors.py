@@ -31,6 +31,10 @@ class BundleError(PiFlowError, ValueError):
     """An exported folder that is incomplete, altered, or of another version."""
 
 
+class SigningKeyError(PiFlowError, ValueError):
+    """A key file that is not an Ed25519 key in PEM."""
+
+
 class CheckpointError(PiFlowError, ValueError):
     """A training checkpoint that is incomplete, altered, or of another architecture."""
 

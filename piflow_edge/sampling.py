@@ -18,6 +18,7 @@ from .integrator import rollout
 from .noise import philox_normal
 from .policies import GMPolicy, Policy
 from .schedule import Schedule
+from .signature import TrustedKey
 
 log = logging.getLogger(__name__)
 
@@ -322,6 +323,8 @@ def load(
     engine: str = "auto",
     precision: str | None = None,
     device: str | None = None,
+    *,
+    trusted_keys: Sequence[TrustedKey] | None = None,
 ) -> Generator:
     """Open an exported student.
 
@@ -330,15 +333,20 @@ def load(
         engine: "auto" or the name of a backend ("ort").
         precision: one of the bundle's ("fp32"); None is its first.
         device: "cpu"; None is the backend's best.
+        trusted_keys: public keys in PEM, as files or as bytes: only a bundle that one of them signed is opened, and
+            with an empty list none is. None opens unsigned bundles too; a signature that is there must still fit,
+            which is checked where the `sign` extra is installed.
 
     Returns:
         A generator: call it with labels to make images.
 
     Raises:
-        BundleError: not a bundle, or altered.
-        EngineError, MissingExtraError: the engine cannot run here.
+        BundleError: not a bundle, or altered, or not signed by one of the `trusted_keys`.
+        SigningKeyError: one of the `trusted_keys` is not an Ed25519 public key.
+        EngineError: the engine cannot run here.
+        MissingExtraError: the engine's package is not installed, or `trusted_keys` are given and `cryptography` is not.
     """
-    opened = Bundle(bundle)
+    opened = Bundle(bundle, trusted_keys=trusted_keys)
     network = open_engine(opened.graph(precision), engine=engine, device=device)
     decoder = None
     if opened.manifest.decoder is not None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = [
-    "demo", "train-teacher", "distill", "train-features", "evaluate", "export", "sample", "inspect", "verify",
+    "demo", "train-teacher", "distill", "train-features", "evaluate", "export", "sample", "inspect", "verify", "sign",
+    "pack", "unpack", "triton",
 ]  # fmt: skip
 
 
@@ -61,7 +62,31 @@ class TestOnABundle:
     def test_inspect(self, shared_bundle):
         answer = json.loads(run("inspect", shared_bundle, "--json").stdout)
         assert answer["schedule"]["nfe"] == 2
-        assert "network calls per image" in run("inspect", shared_bundle).stdout
+        assert {row["answer"] for row in answer["compatibility"]} <= {"yes", "no", "unverified"}
+        assert answer["signature"] is None
+        text = run("inspect", shared_bundle).stdout
+        assert "network calls per image" in text and "TensorRT 8.6" in text and "nobody" in text
+        assert json.loads(run("inspect", "--schema").stdout)["additionalProperties"] is False
+
+    def test_signed_packed_sent_and_used(self, bundle, tmp_path):
+        from test_signature import write_keys
+
+        (private, public), (_, other) = write_keys(tmp_path, "ours"), write_keys(tmp_path, "theirs")
+        fingerprint = run("sign", bundle, "--key", private).stdout.strip()
+        run("pack", bundle, "--out", tmp_path / "sent.zip")
+        arrived = tmp_path / "arrived"
+        words = run("unpack", tmp_path / "sent.zip", "--out", arrived, "--trusted-key", other, code=2).stderr
+        assert f"signed by {fingerprint}, which is not trusted" in words and not arrived.exists()
+        run(
+            "unpack", tmp_path / "sent.zip", "--out", arrived, "--trusted-key", other, "--trusted-key", public
+        )
+        answer = json.loads(run("verify", arrived, "--trusted-key", public, "--json").stdout)
+        assert answer["signature"] == {"fingerprint": fingerprint, "verified": True, "trusted": True}
+        assert fingerprint in run("inspect", arrived).stdout
+        picture = ["--labels", 1, "--out", tmp_path / "x.png", "--trusted-key"]
+        assert "which is not trusted" in run("sample", arrived, *picture, other, code=2).stderr
+        assert not (tmp_path / "x.png").exists()
+        run("sample", arrived, *picture, public)
 
     def test_sample_to_one_file(self, shared_bundle, tmp_path):
         from PIL import Image

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import BUNDLE, FOLDER, JSON, calls, emit, precisions, report_rows, show
+from .options import BUNDLE, FOLDER, JSON, TRUSTED_KEYS, calls, emit, precisions, report_rows, show
 
 
 @click.command()
@@ -20,10 +20,22 @@ from .options import BUNDLE, FOLDER, JSON, calls, emit, precisions, report_rows,
               help="Folder of the autoencoder the latents are of; its decoder goes into the bundle.")  # fmt: skip
 @click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
+@click.option("--sign", "key", type=click.Path(dir_okay=False, path_type=Path), metavar="KEY",
+              help="Sign the bundle with this Ed25519 private key in PEM.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
 @JSON
 def export(
-    checkpoint, out, name, temperature, samplers, precisions, autoencoder, license_file, overwrite, as_json
+    checkpoint,
+    out,
+    name,
+    temperature,
+    samplers,
+    precisions,
+    autoencoder,
+    license_file,
+    key,
+    overwrite,
+    as_json,
 ):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
 
@@ -34,6 +46,7 @@ def export(
     from piflow_edge.distill.autoencoder import load_autoencoder
     from piflow_edge.distill.checkpoint import load_checkpoint
     from piflow_edge.export.to_bundle import NO_LICENSE, export_bundle
+    from piflow_edge.signature import SigningKey
 
     try:
         license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
@@ -49,6 +62,7 @@ def export(
         autoencoder=load_autoencoder(autoencoder) if autoencoder else None,
         license_text=license_text,
         license_name=license_file.name if license_file else "unstated",
+        signing_key=SigningKey(key) if key else None,
         overwrite=overwrite,
     )
     report_rows(rows, as_json, {"bundle": str(out)})
@@ -60,8 +74,9 @@ def export(
 @BUNDLE
 @click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
 @click.option("--precision", help="Check this one; else all of the bundle's.")
+@TRUSTED_KEYS
 @JSON
-def verify(bundle, engine, precision, as_json):
+def verify(bundle, engine, precision, trusted_keys, as_json):
     """Check a bundle's files, and that it reproduces its golden samples here. Exit status 1 if not.
 
     \b
@@ -71,32 +86,51 @@ def verify(bundle, engine, precision, as_json):
     from piflow_edge.sampling import load
     from piflow_edge.verification import check, verify
 
-    generator = load(bundle, engine=engine, precision=precision)
+    generator = load(bundle, engine=engine, precision=precision, trusted_keys=trusted_keys)
     rows = verify(generator)
     if precision is None:
         for other in generator.bundle.manifest.precisions[1:]:
-            rows += verify(load(bundle, engine=engine, precision=other))
-    report_rows(rows, as_json, {"bundle": str(bundle), "engine": generator.engine.name})
+            rows += verify(load(bundle, engine=engine, precision=other, trusted_keys=trusted_keys))
+    signature = generator.bundle.signature
+    context = {"bundle": str(bundle), "engine": generator.engine.name}
+    report_rows(rows, as_json, {**context, "signature": vars(signature) if signature else None})
+    if not as_json:
+        click.echo(f"signed by: {signature or 'nobody'}")
     check(rows, generator.bundle.name)
+
+
+def print_schema(context, parameter, wanted):
+    if wanted and not context.resilient_parsing:
+        from piflow_edge.manifest_schema import schema_text
+
+        click.echo(schema_text(), nl=False)
+        context.exit()
 
 
 @click.command()
 @BUNDLE
+@click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=print_schema,
+              help="Print the JSON Schema of bundle.json instead; needs no BUNDLE.")  # fmt: skip
 @JSON
 def inspect(bundle, as_json):
-    """Show what a bundle holds, after checking all its files.
+    """Show what a bundle holds, after checking all its files, and where each of its precisions runs.
 
     \b
     Example:
       piflow-edge inspect demo/bundles/digits-nfe1
+      piflow-edge inspect --schema
     """
     from dataclasses import asdict
 
     from piflow_edge.bundle import Bundle
+    from piflow_edge.compatibility import compatibility, gpu_names
 
-    manifest = Bundle(bundle).manifest
+    opened = Bundle(bundle)
+    manifest, signature = opened.manifest, opened.signature
+    answers = compatibility(opened)
     if as_json:
-        emit(asdict(manifest))
+        signed = vars(signature) if signature else None
+        emit({**asdict(manifest), "signature": signed, "compatibility": [vars(row) for row in answers]})
         return
     from rich.table import Table
 
@@ -123,7 +157,14 @@ def inspect(bundle, as_json):
         "parameters": f"{manifest.provenance.get('parameters', 0):,}",
         "files": "\n".join(f"{name}  {size:,} bytes" for name, size in sizes.items()),
         "licence": manifest.license,
+        "signed by": signature or "nobody",
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
     }.items():
         table.add_row(key, str(value))
+    show(table)
+    table = Table("precision", "runtime", "JetPack", "GPU, compute capability", "loads", "why",
+                  title="where it runs, by the makers' documents")  # fmt: skip
+    for row in answers:
+        jetpacks, gpus = ", ".join(row.jetpacks), gpu_names(row.gpus)
+        table.add_row(row.precision, row.runtime, jetpacks, gpus, row.answer, row.reason)
     show(table)

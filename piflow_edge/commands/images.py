@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import BUNDLE, FOLDER, IMAGE_SIZE, JSON, SEED, emit, say, show
+from .options import BUNDLE, FOLDER, IMAGE_SIZE, JSON, SEED, TRUSTED_KEYS, emit, say, show
 
 
 @click.command()
@@ -117,8 +117,11 @@ def evaluate(
 @click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
 @click.option("--precision", help="One of the bundle's; else its first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the starting noise.")
+@TRUSTED_KEYS
 @JSON
-def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, precision, seed, as_json):
+def sample(
+    bundle, labels, out, nfe, substeps, solver, temperature, engine, precision, seed, trusted_keys, as_json
+):
     """Draw images from a bundle.
 
     A PNG file shows all images side by side; a folder gets one PNG per image.
@@ -135,7 +138,7 @@ def sample(bundle, labels, out, nfe, substeps, solver, temperature, engine, prec
         raise click.UsageError(
             f"images are written as PNG; give --out a name that ends in .png, or a folder; got {out}"
         )
-    generator = load(bundle, engine=engine, precision=precision)
+    generator = load(bundle, engine=engine, precision=precision, trusted_keys=trusted_keys)
     wanted = [_label(text, generator.class_names) for text in labels.split(",")]
     settings = {"nfe": nfe, "substeps": substeps, "solver": solver, "temperature": temperature}
     result = generator(wanted, seed=seed, **settings)

@@ -23,6 +23,14 @@ def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+TRUSTED_KEYS = click.option(
+    "--trusted-key",
+    "trusted_keys",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=lambda context, parameter, keys: list(keys) or None,
+    help="Public key in PEM; can be given again. Use only a bundle that one of them signed.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
 DATA = click.option(
