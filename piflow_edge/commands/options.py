@@ -8,8 +8,6 @@ from pathlib import Path
 
 import click
 
-from piflow_edge.bundle import PRECISIONS
-
 
 def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
     if text is None:
@@ -88,6 +86,8 @@ def calls(context, parameter, text: str | None) -> list[int]:
 
 
 def precisions(context, parameter, text: str) -> list[str]:
+    from piflow_edge.bundle import PRECISIONS  # late: it brings in NumPy
+
     names = text.split(",")
     if not set(names) <= set(PRECISIONS):
         raise click.BadParameter(
