@@ -6,7 +6,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 
 import click
 
-from .commands import bundles, images, sending, training
+from .commands import bundles, device, images, sending, training
 from .errors import MissingExtraError, PiFlowError
 
 # Packages of the `train` extra, by the name they are imported under.
@@ -68,6 +68,7 @@ for command in (
     sending.pack,
     sending.unpack,
     sending.triton,
+    device.doctor,
 ):
     main.add_command(command)
 

@@ -12,7 +12,7 @@ import pytest
 
 COMMANDS = [
     "demo", "train-teacher", "distill", "train-features", "evaluate", "export", "sample", "inspect", "verify", "sign",
-    "pack", "unpack", "triton",
+    "pack", "unpack", "triton", "doctor",
 ]  # fmt: skip
 
 

@@ -9,11 +9,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from piflow_edge.cache import cache_folder
 from piflow_edge.errors import DataError, MissingExtraError
 from piflow_edge.files import sha256
 from piflow_edge.progress import progress
 
-from .cache import ArrayWriter, cache_folder, cached
+from .cache import ArrayWriter, cached
 from .data import ImageData, Latent
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")

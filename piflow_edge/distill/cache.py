@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -29,19 +28,6 @@ class Hashed(Protocol):
 
 
 Kept = TypeVar("Kept", bound=Hashed)
-
-
-def cache_folder() -> Path:
-    """Where made-once files go: PIFLOW_EDGE_CACHE, else the platform's place for such files."""
-    if chosen := os.environ.get("PIFLOW_EDGE_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "piflow-edge"
 
 
 class ArrayWriter:

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from piflow_edge.cache import cache_folder
 from piflow_edge.errors import DataError
 from piflow_edge.files import sha256
 from piflow_edge.progress import progress
 
-from .cache import ArrayWriter, cache_folder, cached
+from .cache import ArrayWriter, cached
 
 log = logging.getLogger(__name__)
 

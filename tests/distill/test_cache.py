@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from piflow_edge.distill import cache
-from piflow_edge.distill.cache import cache_folder, cached
+from piflow_edge import cache as places
+from piflow_edge.cache import cache_folder
+from piflow_edge.distill.cache import cached
 from piflow_edge.errors import DataError
 from piflow_edge.files import sha256
 
@@ -177,8 +178,8 @@ def test_the_folder_is_the_platforms_unless_one_is_named(monkeypatch, tmp_path):
         "darwin": "/home/of/Library/Caches/piflow-edge",
         "win32": "/home/of/AppData/Local/piflow-edge",
     }.items():
-        monkeypatch.setattr(cache.sys, "platform", platform)
+        monkeypatch.setattr(places.sys, "platform", platform)
         assert cache_folder().as_posix() == expected
-    monkeypatch.setattr(cache.sys, "platform", "linux")
+    monkeypatch.setattr(places.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     assert cache_folder().as_posix() == "/elsewhere/piflow-edge"

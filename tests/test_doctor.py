@@ -1,0 +1,118 @@
+"""The doctor: what it finds on a healthy machine, and what it says of each illness."""
+
+import json
+
+import numpy as np
+import pytest
+
+from piflow_edge import doctor
+from piflow_edge.doctor import OK, PROBLEM, WARNING
+from piflow_edge.kernels import cpu
+
+from test_cli import run
+
+
+def test_this_machine_is_well_and_torch_stays_out(tmp_path, monkeypatch):
+    import subprocess
+    import sys
+
+    monkeypatch.setenv("PIFLOW_EDGE_CACHE", str(tmp_path / "not" / "yet"))
+    pytest.importorskip("onnxruntime")
+    answer = json.loads(run("doctor", "--json").stdout)
+    found = {finding["subject"]: finding for finding in answer["findings"]}
+    assert answer["healthy"] and found["cache"]["detail"].startswith(str(tmp_path))
+    assert found["CPUExecutionProvider"]["status"] == found["self-test"]["status"] == OK
+    assert list(tmp_path.iterdir()) == []
+    code = "import sys; from piflow_edge.doctor import diagnose; diagnose(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_both_runtimes_are_a_problem_and_so_is_none(monkeypatch):
+    both = {"onnxruntime": "1.22.0", "onnxruntime-gpu": "1.21.0"}
+    monkeypatch.setattr(doctor, "nvidia_gpus", lambda: None)
+    finding = doctor.runtime_finding(both)
+    assert finding.status == PROBLEM and "1.21.0" in finding.detail
+    assert finding.fix.startswith("pip uninstall -y onnxruntime onnxruntime-gpu") and "[cpu]" in finding.fix
+    monkeypatch.setattr(doctor, "nvidia_gpus", lambda: [{"name": "a GPU"}])
+    assert "[cuda]" in doctor.runtime_finding(both).fix
+    assert doctor.runtime_finding({}).fix == "pip install 'piflow-edge[cpu]'"
+    assert doctor.runtime_finding({"onnxruntime": "1.22.0"}).status == OK
+
+
+@pytest.mark.parametrize(
+    ("running", "status"), [((3, 9, 1), PROBLEM), ((3, 10, 0), OK), ((3, 14, 0), WARNING)]
+)
+def test_python_is_judged_by_its_version(running, status):
+    finding = doctor.python_finding(running)
+    assert finding.status == status and (finding.fix is None) == (status == OK)
+
+
+def test_the_handwritten_model_is_valid_and_the_identity():
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load_from_string(doctor.identity_model())
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Identity"]
+    assert model.SerializeToString() == doctor.identity_model()
+
+
+def test_a_provider_whose_libraries_are_missing_does_not_pass_for_the_cpu():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is not of this build, which is the point
+        finding = doctor._provider_finding(onnxruntime, "CUDAExecutionProvider")
+    if finding.status == OK:
+        pytest.skip("CUDA works here")
+    assert finding.status == WARNING and "onnxruntime-gpu" in finding.fix
+
+
+def test_without_compiled_kernels_it_warns_with_the_command(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    finding = doctor.kernel_finding()
+    assert finding.status == WARNING and "pip install --force-reinstall" in finding.fix
+    assert doctor.self_test().status == OK  # NumPy computes the same
+
+
+def test_a_kernel_that_computes_something_else_is_a_problem(monkeypatch):
+    exact = doctor.integrate
+
+    def broken(policy, x_src, sigmas, *, kernel):
+        return exact(policy, x_src, sigmas, kernel=kernel) + (0.001 if kernel == "auto" else 0)
+
+    monkeypatch.setattr(doctor, "integrate", broken)
+    assert doctor.self_test().status == PROBLEM
+    monkeypatch.setattr(doctor, "integrate", lambda *a, **k: np.array(np.nan))
+    assert doctor.self_test().status == PROBLEM
+
+
+def test_software_for_gpus_without_a_driver_is_a_problem(monkeypatch):
+    monkeypatch.setattr(doctor, "nvidia_gpus", lambda: None)
+    monkeypatch.setattr(doctor, "driver_cuda_version", lambda: None)
+    assert [f.status for f in doctor.nvidia_findings({"onnxruntime": "1"})] == [OK]
+    (finding,) = doctor.nvidia_findings({"onnxruntime-gpu": "1"})
+    assert finding.status == PROBLEM and "driver" in finding.fix
+
+
+def test_a_compiler_newer_than_the_driver_is_a_problem():
+    installed = {"cuda-bindings": "13.0.1", "nvidia-cuda-nvrtc": "13.0.48"}
+    finding = doctor.compiler_finding(installed, (12, 6))
+    assert finding.status == PROBLEM and "nvidia-cuda-nvrtc-cu12" in finding.fix
+    assert doctor.compiler_finding(installed, (13, 0)).status == OK
+    assert doctor.compiler_finding({}, (13, 0)).status == WARNING
+
+
+def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    finding = doctor.cache_finding(tmp_path / "file" / "cache")
+    assert finding.status == PROBLEM and "PIFLOW_EDGE_CACHE" in finding.fix
+
+
+@pytest.mark.torch
+def test_a_bundle_is_verified(shared_bundle, bundle):
+    assert doctor.bundle_finding(shared_bundle, "auto").status == OK
+    (bundle / "LICENSE").unlink()
+    answer = json.loads(run("doctor", "--bundle", bundle, "--json", code=1).stdout)
+    (finding,) = (f for f in answer["findings"] if f["subject"] == "bundle")
+    assert not answer["healthy"] and "LICENSE is missing" in finding["detail"]
+    assert finding["fix"] == f"piflow-edge verify {bundle}"
