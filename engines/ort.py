@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from piflow_edge.engines import EngineOptions, Graph
 from piflow_edge.errors import EngineError, MissingExtraError
 
 
@@ -15,7 +16,7 @@ def runtime():
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError(
-            "engine 'ort' needs onnxruntime; get it with: pip install 'piflow-edge[cpu]'"
+            "engine 'ort-cpu' needs onnxruntime; get it with: pip install 'piflow-edge[cpu]'"
         ) from error
     return onnxruntime
 
@@ -26,20 +27,27 @@ class OrtEngine:
     Args:
         graph: an ONNX model.
         device: "cpu".
+        options: threads.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
         EngineError: ONNX Runtime cannot open or run the graph.
     """
 
-    name = "ort"
+    name = "ort-cpu"
+    max_batch = None
 
-    def __init__(self, graph: bytes, device: str):
+    def __init__(self, graph: Graph, device: str, options: EngineOptions):
         ort = runtime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
+        settings.intra_op_num_threads = options.num_threads or 0
+        if graph.weights:
+            names, contents = list(graph.weights), list(graph.weights.values())
+            sizes = [len(content) for content in contents]
+            settings.add_external_initializers_from_files_in_memory(names, contents, sizes)
         try:
-            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(graph.model, settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"onnxruntime {ort.__version__} cannot open the network: {error}") from error
         self.device = device
@@ -51,6 +59,10 @@ class OrtEngine:
             return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"the network call failed in onnxruntime: {error}") from error
+
+    def close(self) -> None:
+        """Free the network's memory."""
+        self._session = None
 
 
 def layer_values(graph: bytes, inputs: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:

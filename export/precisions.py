@@ -26,7 +26,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from piflow_edge.bundle import Manifest
-from piflow_edge.engines import open_engine
+from piflow_edge.engines import Graph, open_engine
 from piflow_edge.engines.ort import layer_values
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.noise import philox_normal
@@ -66,7 +66,7 @@ def calibration_inputs(student: bytes, manifest: Manifest, nfes: Iterable[int]) 
         manifest: of its bundle.
         nfes: calls per image; a trajectory is run for each.
     """
-    engine = open_engine(student)
+    engine = open_engine(Graph(student))
     shape, classes = manifest.latent.shape, len(manifest.conditioning.class_names)
     labels = np.arange(CALIBRATION_IMAGES, dtype=np.int64) % classes
     noise = philox_normal(CALIBRATION_SEED, range(len(labels)), shape)
@@ -90,7 +90,7 @@ def trajectory_error(
 
     Predictions are the policy's velocities at the inputs, followed straight down to noise level 0.
     """
-    exact, other = open_engine(student), open_engine(converted)
+    exact, other = open_engine(Graph(student)), open_engine(Graph(converted))
     squares = []
     for batch in batches:
         sigma = float(batch["t"][0]) / manifest.network.num_timesteps

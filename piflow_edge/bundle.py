@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from piflow_edge.engines import Graph
+
 from .errors import BundleError, PiFlowError
 from .files import sha256
 from .policies import Array, DXPolicy, GMPolicy
@@ -235,17 +237,17 @@ class Bundle:
             )
         return data
 
-    def graph(self, precision: str | None = None) -> bytes:
+    def graph(self, precision: str | None = None) -> Graph:
         """The student network as ONNX; the first precision in the bundle unless one is named."""
-        return self.read(f"student.{self.precision(precision)}.onnx")
+        return Graph(self.read(f"student.{self.precision(precision)}.onnx"))
 
-    def decoder(self, precision: str | None = None) -> bytes:
+    def decoder(self, precision: str | None = None) -> Graph:
         """The decoder as ONNX, for the precisions of `graph`."""
         if self.manifest.decoder is None:
             raise BundleError(f"bundle {self.name!r} has no decoder; export it with --autoencoder")
-        return self.read(decoder_file(self.precision(precision)))
+        return Graph(self.read(decoder_file(self.precision(precision))))
 
-    def sampler(self, nfe: int, precision: str | None = None) -> bytes:
+    def sampler(self, nfe: int, precision: str | None = None) -> Graph:
         """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`."""
         if nfe not in self.manifest.samplers:
             has = ", ".join(map(str, self.manifest.samplers)) or "none"
@@ -253,7 +255,7 @@ class Bundle:
                 f"bundle {self.name!r} has no sampler graph of {nfe} calls, its graphs are: {has}; export it with "
                 f"--sampler-graph {nfe}"
             )
-        return self.read(sampler_file(nfe, self.precision(precision)))
+        return Graph(self.read(sampler_file(nfe, self.precision(precision))))
 
     def precision(self, precision: str | None) -> str:
         """The named precision, or the bundle's first for None; BundleError if the bundle has no such one."""

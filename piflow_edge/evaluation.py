@@ -325,11 +325,11 @@ def teacher_sampler(checkpoint, guidance_scale: float) -> Callable:
 
     from .distill.sources import network_of
     from .distill.teacher import GuidanceConfig, GuidedTeacher
-    from .engines import open_engine
+    from .engines import Graph, open_engine
     from .export.to_onnx import export_network
 
     network = network_of(checkpoint)
-    engine = open_engine(export_network(network))
+    engine = open_engine(Graph(export_network(network)))
 
     class Exported:
         def velocity(self, x_t, sigma_t, labels):

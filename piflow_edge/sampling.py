@@ -330,7 +330,7 @@ def load(
 
     Args:
         bundle: the bundle's folder.
-        engine: "auto" or the name of a backend ("ort").
+        engine: "auto" or the name of a backend ("ort-cpu").
         precision: one of the bundle's ("fp32"); None is its first.
         device: "cpu"; None is the backend's best.
         trusted_keys: public keys in PEM, as files or as bytes: only a bundle that one of them signed is opened, and

@@ -105,7 +105,7 @@ def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sig
 
     bundle, precision = generator.bundle, generator.precision
     try:
-        layer = first_non_finite(bundle.graph(precision), generator.inputs(x_t, sigma, ids))
+        layer = first_non_finite(bundle.graph(precision).model, generator.inputs(x_t, sigma, ids))
         layer = layer or "none on its own, only the layers as the engine joins them"
     except MissingExtraError as error:
         layer = f"unknown, because {error}"

@@ -102,7 +102,7 @@ class TestOnABundle:
             run("sample", shared_bundle, "--labels", "1,2", "--out", tmp_path, "--json").stdout
         )
         assert sorted(f.name for f in tmp_path.iterdir()) == ["0-0.png", "0-1.png"]
-        assert answer["engine"] == "ort" and answer["seeds"] == [[0, 0], [0, 1]]
+        assert answer["engine"] == "ort-cpu" and answer["seeds"] == [[0, 0], [0, 1]]
 
     def test_an_unusable_bundle_exits_with_2_and_one_line(self, bundle, tmp_path):
         (bundle / "LICENSE").unlink()

@@ -55,7 +55,7 @@ def test_it_makes_the_same_images(shared_bundle, tmp_path):
         shared_bundle,
         out,
     )
-    assert answer == ["ort", "cpu", 2, False]
+    assert answer == ["ort-cpu", "cpu", 2, False]
     here = pf.load(shared_bundle)([3, 7], seed=5, output="latent").latents
     np.testing.assert_allclose(np.load(out), here, rtol=0, atol=1e-6)
 

@@ -72,7 +72,7 @@ def export(
 
 @click.command()
 @BUNDLE
-@click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
+@click.option("--engine", default="auto", help="Backend to run on: auto or ort-cpu.")
 @click.option("--precision", help="Check this one; else all of the bundle's.")
 @TRUSTED_KEYS
 @JSON

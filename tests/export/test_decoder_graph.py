@@ -133,11 +133,11 @@ def test_the_sampler_graph_makes_the_decoded_images(latent_bundle, kl, batch):
 
 def test_the_graphs_are_float32_and_standard(latent_bundle):
     opened = Bundle(latent_bundle)
-    for graph in (opened.decoder(), opened.sampler(2)):
+    for graph in (opened.decoder().model, opened.sampler(2).model):
         model = onnx.load_from_string(graph)
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
         assert not model.functions and b".py" not in graph
-    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(opened.decoder()), strict_mode=True)
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(opened.decoder().model), strict_mode=True)
     types = {value.type.tensor_type.elem_type for value in model.graph.value_info}
     assert types <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}  # whole numbers are shapes
     assert not any(node.op_type == "Cast" for node in model.graph.node)

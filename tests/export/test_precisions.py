@@ -45,7 +45,7 @@ def test_every_precision_reproduces_the_golden_samples(folder, precision):
 
 def test_fp16_keeps_the_time_embedding_and_the_outputs_in_float32(folder):
     kept = Bundle(folder).manifest.provenance["kept_in_fp32"]["fp16"]["student"]
-    model = onnx.load_from_string(Bundle(folder).graph("fp16"))
+    model = onnx.load_from_string(Bundle(folder).graph("fp16").model)
     types = {node.name: node.op_type for node in model.graph.node}
     assert {"Cos", "Sin", "LogSoftmax"} <= {types[name] for name in kept}
     values = [*model.graph.input, *model.graph.output]
@@ -54,7 +54,7 @@ def test_fp16_keeps_the_time_embedding_and_the_outputs_in_float32(folder):
 
 
 def test_fp16_mixes_no_types_within_a_node(folder):
-    model = onnx.load_from_string(Bundle(folder).graph("fp16"))
+    model = onnx.load_from_string(Bundle(folder).graph("fp16").model)
     # Data propagation and strict mode: a node with inputs of two types is an error here.
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
     types = {v.name: v.type.tensor_type.elem_type for v in [*inferred.value_info, *inferred.input]}

@@ -4,7 +4,7 @@ import pytest
 from onnx import helper
 
 from piflow_edge import DXPolicy, GMPolicy, Schedule
-from piflow_edge.engines import open_engine
+from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import ScheduleError
 from piflow_edge.export.rollout_graph import DOMAIN, dx_rollout, dx_weights, gm_rollout, gm_substeps, inline
 from piflow_edge.export.to_onnx import OPSET
@@ -24,7 +24,7 @@ def run(function, **inputs):
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     graph = helper.make_graph([call], "one_call", floats, [end])
     model = helper.make_model(graph, opset_imports=opsets, functions=[function], ir_version=10)
-    return open_engine(inline(model).SerializeToString()).run(inputs)["x_dst"]
+    return open_engine(Graph(inline(model).SerializeToString())).run(inputs)["x_dst"]
 
 
 def gm_case(rng, *, batch, components, state, logstd):

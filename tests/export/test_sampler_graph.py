@@ -12,7 +12,7 @@ import pytest
 import piflow_edge as pf
 from piflow_edge.bundle import Bundle
 from piflow_edge.distill.sources import network_of
-from piflow_edge.engines import open_engine
+from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.sampler_graph import export_sampler
@@ -67,7 +67,7 @@ def test_every_schedule_is_followed(folder, schedule):
     inputs = {"noise": noise, "class_labels": np.array([0, 3, 7, 3])}
     if manifest.schedule.h != 0 and nfe > 1:
         inputs["renoise"] = np.stack(fresh)
-    found = open_engine(export_sampler(opened.graph(), manifest, nfe)).run(inputs)
+    found = open_engine(Graph(export_sampler(opened.graph().model, manifest, nfe))).run(inputs)
 
     generator = Generator(opened, open_engine(opened.graph()))
     expected = sample(
@@ -85,7 +85,7 @@ def test_colour_latents_and_their_scale_become_images(tmp_path):
     opened = Bundle(tmp_path / "colour")
     opened.manifest = replace(opened.manifest, latent=replace(opened.manifest.latent, scale=1.7, shift=0.2))
     noise, ids = pf.philox_normal(0, range(2), (3, 12, 12)), np.array([1, 2])
-    graph = open_engine(export_sampler(opened.graph(), opened.manifest, 2))
+    graph = open_engine(Graph(export_sampler(opened.graph().model, opened.manifest, 2)))
     found = graph.run({"noise": noise, "class_labels": ids})
     assert found["images"].shape == (2, 12, 12, 3) and found["images"].dtype == np.uint8
     expected = decode(found["latents"], opened.manifest.latent)
@@ -123,11 +123,11 @@ def test_onnxruntime_alone_makes_the_images(folder, tmp_path, nfe):
 
 def test_a_graph_holds_standard_operators_and_the_network_once(folder):
     opened = Bundle(folder)
-    model = onnx.load_from_string(opened.sampler(3))
+    model = onnx.load_from_string(opened.sampler(3).model)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert not model.functions
     # Three rollouts of 43 substeps take four float32 each, and the nodes of one a few kilobytes.
-    assert len(opened.sampler(3)) < len(opened.graph()) + 16_000
+    assert len(opened.sampler(3).model) < len(opened.graph().model) + 16_000
 
 
 def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):

@@ -7,7 +7,7 @@ import torch
 
 from piflow_edge import files
 from piflow_edge.distill.sources import network_of
-from piflow_edge.engines import open_engine
+from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.to_bundle import export_bundle
@@ -24,7 +24,7 @@ def snapshot(folder):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_graph_computes_what_pytorch_does(architecture, batch):
     network = network_of(make_student(**architecture))
-    engine = open_engine(export_network(network))
+    engine = open_engine(Graph(export_network(network)))
     x_t = torch.randn(batch, *network.sample_shape)
     t, labels = torch.linspace(1, 0.01, batch), torch.arange(batch)
     with torch.no_grad():
