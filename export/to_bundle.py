@@ -43,8 +43,9 @@ from piflow_edge.export.precisions import calibration_inputs, to_fp16, to_int8, 
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_onnx import OPSET, export_network
 from piflow_edge.files import new_folder, sha256, write_atomic
+from piflow_edge.generator import load
+from piflow_edge.images import as_pil
 from piflow_edge.pictures import image_grid, png_bytes
-from piflow_edge.sampling import as_pil, load
 from piflow_edge.signature import SIGNATURE, SigningKey
 from piflow_edge.verification import GOLDEN, Row, check, rms_of_psnr, verify
 

@@ -19,9 +19,9 @@ _HOMES = {
     "DXPolicy": "policies",
     "rollout": "integrator",
     "philox_normal": "noise",
-    "load": "sampling",
-    "Generator": "sampling",
-    "Result": "sampling",
+    "load": "generator",
+    "Generator": "generator",
+    "Result": "generator",
     "PiFlowError": "errors",
 }
 
@@ -29,13 +29,13 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .errors import PiFlowError as PiFlowError
+    from .generator import Generator as Generator
+    from .generator import Result as Result
+    from .generator import load as load
     from .integrator import rollout as rollout
     from .noise import philox_normal as philox_normal
     from .policies import DXPolicy as DXPolicy
     from .policies import GMPolicy as GMPolicy
-    from .sampling import Generator as Generator
-    from .sampling import Result as Result
-    from .sampling import load as load
     from .schedule import Schedule as Schedule
     from .schedule import Segment as Segment
     from .schedule import unwarp as unwarp

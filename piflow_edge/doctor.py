@@ -316,7 +316,7 @@ def _rollout_error(kind: str) -> float:
 
 def bundle_finding(bundle: os.PathLike | str, engine: str) -> Finding:
     """Whether a bundle reproduces its golden samples here; see `verification.verify`."""
-    from .sampling import load
+    from .generator import load
     from .verification import check, verify
 
     command = f"piflow-edge verify {bundle}"

@@ -20,6 +20,7 @@ from piflow_edge.engines.ort import runtime
 
 from .errors import DataError
 from .features import DIGITS, Features, open_features
+from .generator import Generator, load
 from .metrics import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,
@@ -34,7 +35,6 @@ from .metrics import (
 )
 from .noise import philox_normal
 from .progress import progress
-from .sampling import Generator, load
 
 if TYPE_CHECKING:
     from .distill.data import ImageData

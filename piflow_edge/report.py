@@ -11,8 +11,8 @@ import numpy as np
 
 from .evaluation import REAL, Evaluation, Score
 from .files import write_atomic
+from .images import as_pil, decode
 from .pictures import at_most, image_grid, png_bytes, side_by_side
-from .sampling import as_pil, decode
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1400px; margin: 2rem auto; padding: 0 1rem; color: #222; }

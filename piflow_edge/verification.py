@@ -17,7 +17,8 @@ from piflow_edge.engines import open_engine
 
 from .bundle import Bundle
 from .errors import BundleError, CheckFailedError, MissingExtraError
-from .sampling import Generator, sample
+from .generator import Generator
+from .sampling import sample
 
 GOLDEN = "golden.npz"
 # The golden images are numbers 0, 1, 2, ... of this seed.

@@ -83,7 +83,7 @@ def verify(bundle, engine, precision, trusted_keys, as_json):
     Example:
       piflow-edge verify demo/bundles/digits-nfe1
     """
-    from piflow_edge.sampling import load
+    from piflow_edge.generator import load
     from piflow_edge.verification import check, verify
 
     generator = load(bundle, engine=engine, precision=precision, trusted_keys=trusted_keys)

@@ -131,8 +131,8 @@ def sample(
       piflow-edge sample demo/bundles/digits-nfe1 --labels 3,7 --seed 7 --out digits.png
     """
     from piflow_edge.files import write_atomic
+    from piflow_edge.generator import load
     from piflow_edge.pictures import image_grid, png_bytes
-    from piflow_edge.sampling import load
 
     if out.suffix.lower() not in ("", ".png"):
         raise click.UsageError(

@@ -11,9 +11,9 @@ import numpy as np
 
 from piflow_edge.errors import MissingExtraError
 from piflow_edge.files import write_atomic
+from piflow_edge.images import as_pil
 from piflow_edge.pictures import image_grid, png_bytes
 from piflow_edge.progress import progress
-from piflow_edge.sampling import as_pil
 
 # Pictures in a row of a sample sheet.
 _COLUMNS = 10

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.errors import CheckFailedError, DataError
+from piflow_edge.images import decode
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import Policy
-from piflow_edge.sampling import decode, sample
+from piflow_edge.sampling import sample
 from piflow_edge.schedule import Schedule
 
 from .checkpoint import Checkpoint

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.errors import ScheduleError, ShapeError
+from piflow_edge.images import decode
 from piflow_edge.noise import philox_normal
-from piflow_edge.sampling import decode
 from piflow_edge.schedule import warp
 
 from .checkpoint import Checkpoint

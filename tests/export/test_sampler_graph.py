@@ -18,7 +18,9 @@ from piflow_edge.export import to_bundle
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET, export_network
-from piflow_edge.sampling import Generator, decode, sample
+from piflow_edge.generator import Generator
+from piflow_edge.images import decode
+from piflow_edge.sampling import sample
 from piflow_edge.verification import verify
 
 from conftest import make_student
