@@ -1,12 +1,10 @@
 """The command line as a user meets it: in a process of its own, judged by exit code, stdout and stderr."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -263,10 +261,3 @@ def test_a_missing_extra_is_named_with_the_command_that_gets_it(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "pip install 'piflow-edge[train]'" in done.stderr
-
-
-def test_the_readme_has_no_gaps_and_its_commands_exist():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert not re.search(r"@[A-Z]+@", readme)
-    named = set(re.findall(r"piflow-edge ([a-z][a-z-]+)", readme))
-    assert named and named <= set(COMMANDS)
