@@ -4,15 +4,28 @@ A backend is a class made from `(graph, device, options)`. Its `run(inputs)` tak
 and `device` say what runs. Modules load when asked for.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
 
-from piflow_edge.errors import EngineError
+from piflow_edge.errors import EngineError, PiFlowError
+from piflow_edge.hardware import available_cores
 
-# Name on the command line and in `load(engine=...)` -> where it lives, and the devices it can use.
-ENGINES = {"ort-cpu": ("piflow_edge.engines.ort:OrtEngine", ("cpu",))}
+log = logging.getLogger(__name__)
+
+# Name on the command line and in `load(engine=...)` -> where it lives, and the devices it can use, its best first.
+# "auto" takes the first that can run, so the order is that of speed.
+ENGINES = {
+    "ort-tensorrt": ("piflow_edge.engines.ort:OrtTensorRT", ("cuda",)),
+    "tensorrt-rtx": ("piflow_edge.engines.ort:OrtTensorRTRTX", ("cuda",)),
+    "ort-cuda": ("piflow_edge.engines.ort:OrtCUDA", ("cuda",)),
+    "coreml": ("piflow_edge.engines.ort:OrtCoreML", ("any", "npu", "gpu", "cpu")),
+    "directml": ("piflow_edge.engines.ort:OrtDirectML", ("gpu",)),
+    "openvino": ("piflow_edge.engines.ort:OrtOpenVINO", ("cpu", "gpu", "npu")),
+    "ort-cpu": ("piflow_edge.engines.ort:OrtCPU", ("cpu",)),
+}
 
 ENGINE_NAMES = ("auto", *ENGINES)
 
@@ -31,22 +44,81 @@ class Graph:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a backend uses the machine. `num_threads`: of the CPU; None is one for each core this process may use."""
+    """How a backend uses the machine. What it has no use for, it leaves alone.
+
+    Args:
+        num_threads: of the CPU, 1 or more; None is one for each core of `cpu_affinity`, or without it for each core
+            that this process may use: its affinity mask and its container's quota count.
+        cpu_affinity: cores to compute on, by their number; None leaves that to the system. Linux only.
+        spinning: let threads wait for work at full load. Saves some microseconds a call; costs a core's power, and
+            slows whatever else runs.
+        memory_arena: keep freed memory for the next call: faster, but memory stays at the peak of the largest batch.
+        memory_pattern: plan a call's memory ahead, once for each batch size; wants `memory_arena`.
+
+    Raises:
+        EngineError: a setting out of range, or a core that this process may not use.
+    """
 
     num_threads: int | None = None
+    cpu_affinity: tuple[int, ...] | None = None
+    spinning: bool = False
+    memory_arena: bool = True
+    memory_pattern: bool = True
+
+    def __post_init__(self):
+        if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
+            raise EngineError(f"num_threads is a whole number, 1 or more; got {self.num_threads!r}")
+        if self.cpu_affinity is not None:
+            object.__setattr__(self, "cpu_affinity", _checked_cores(self.cpu_affinity))
+
+    @property
+    def threads(self) -> int:
+        """Threads to compute with, the calling one included."""
+        return self.num_threads or len(self.cpu_affinity or ()) or available_cores()
+
+
+DEFAULT_OPTIONS = EngineOptions()
+
+
+def _checked_cores(cores) -> tuple[int, ...]:
+    import os
+
+    if not hasattr(os, "sched_getaffinity"):
+        raise EngineError("cpu_affinity works on Linux only; leave it out, or use num_threads")
+    allowed = os.sched_getaffinity(0)
+    cores = tuple(sorted(set(cores)))
+    if not cores or not set(cores) <= allowed:
+        raise EngineError(
+            f"cpu_affinity is one or more of the cores this process may use, {sorted(allowed)}; got {list(cores)}"
+        )
+    return cores
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why an engine runs. `passed_over`: faster ones that "auto" did not take, with the reason."""
+
+    reason: str
+    passed_over: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine(Protocol):
-    """An opened network.
+    """An opened network. May be run from several threads at a time.
 
     `max_batch`: most samples in one call, None for any number. Outputs of `run` lie where its inputs do: NumPy arrays
-    in, NumPy arrays out; arrays in the memory of the engine's GPU in, such arrays out. `close` frees its memory; it
-    may be called twice.
+    in, NumPy arrays out; arrays in the memory of the engine's GPU in, such arrays out, not waited for. `close` frees
+    its memory; it may be called twice. `choice` is set by `open_engine`.
     """
 
     name: str
     device: str
     max_batch: int | None
+    choice: Choice
+
+    @classmethod
+    def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
+        """Why "auto" passes it over, as far as can be told without opening the graph; None if nothing is known."""
+        ...
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
 
@@ -58,15 +130,21 @@ def open_engine(
     *,
     engine: str = "auto",
     device: str | None = None,
-    options: EngineOptions = EngineOptions(),
+    options: EngineOptions = DEFAULT_OPTIONS,
 ) -> Engine:
-    """Open a network in the named backend; "auto" takes the first that this machine can run.
+    """Open a network in the named backend; "auto" takes the fastest that can run here, in the order of `ENGINES`.
+
+    "auto" leaves out engines that would first build for minutes: name those. An engine that is installed and does not
+    work is passed over with a warning.
 
     Args:
         graph: an ONNX model.
         engine: a name from `ENGINE_NAMES`.
-        device: "cpu"; None is the backend's best.
+        device: what it runs on, such as "cpu", "cuda" or "cuda:1"; None is the backend's best.
         options: threads and memory.
+
+    Returns:
+        The engine; its `choice` says why it was taken.
 
     Raises:
         EngineError: no such engine, or it cannot run here or on that device.
@@ -74,9 +152,55 @@ def open_engine(
     """
     if engine not in ENGINE_NAMES:
         raise EngineError(f"engine is one of {', '.join(ENGINE_NAMES)}; got {engine!r}")
-    # One backend so far, so "auto" has no choice to make and cannot hide a failure of a better one.
-    place, devices = ENGINES["ort-cpu" if engine == "auto" else engine]
-    if device is not None and device not in devices:
-        raise EngineError(f"engine {engine!r} runs on {' or '.join(devices)} in this release; got {device!r}")
-    module, name = place.split(":")
-    return getattr(import_module(module), name)(graph, device or devices[0], options)
+    if engine == "auto":
+        return _fastest(graph, device, options)
+    opened = _backend(engine)(graph, _device(engine, device), options)
+    opened.choice = Choice("it was asked for")
+    return opened
+
+
+def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine:
+    passed_over: dict[str, str] = {}
+    for name in _suited(device):
+        backend, place = _backend(name), _device(name, device)
+        reason = backend.obstacle(graph, place, options)
+        if reason is None:
+            try:
+                opened = backend(graph, place, options)
+            except PiFlowError as error:
+                if name == "ort-cpu":  # needs no device or driver that could be amiss: it is the graph
+                    raise
+                reason = str(error)
+                log.warning("engine %r is installed and does not work: %s", name, reason)
+            else:
+                opened.choice = Choice("it is the fastest that can run here", passed_over)
+                log.info("engine %r on %s runs: %s", name, opened.device, opened.choice.reason)
+                for other, why in passed_over.items():
+                    log.info("engine %r was passed over: %s", other, why)
+                return opened
+        passed_over[name] = reason
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+    raise EngineError(f"no engine can run here{f' on {device}' if device else ''}: {reasons}")
+
+
+def _suited(device: str | None) -> list[str]:
+    kind = device and device.partition(":")[0]
+    names = [name for name, (_, devices) in ENGINES.items() if kind is None or kind in devices]
+    if not names:
+        kinds = sorted({kind for _, devices in ENGINES.values() for kind in devices})
+        raise EngineError(f"an engine runs on {', '.join(kinds)}; got device {device!r}")
+    return names
+
+
+def _device(engine: str, device: str | None) -> str:
+    devices = ENGINES[engine][1]
+    kind, _, number = (device or devices[0]).partition(":")
+    numbered = number.isascii() and number.isdecimal() and kind in ("cuda", "gpu")
+    if kind not in devices or (":" in (device or "") and not numbered):
+        raise EngineError(f"engine {engine!r} runs on {' or '.join(devices)}; got device {device!r}")
+    return device or devices[0]
+
+
+def _backend(name: str) -> type:
+    module, _, class_name = ENGINES[name][0].partition(":")
+    return getattr(import_module(module), class_name)

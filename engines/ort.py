@@ -1,13 +1,33 @@
-"""ONNX Runtime."""
+"""ONNX Runtime: one class for each of its providers, none of which may give way to another in silence."""
+
+import contextlib
+import io
+import logging
+import os
+import threading
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
 
 import numpy as np
 
-from piflow_edge.engines import EngineOptions, Graph
+from piflow_edge.engines import Choice, EngineOptions, Graph
 from piflow_edge.errors import EngineError, MissingExtraError
 
+log = logging.getLogger(__name__)
 
-def runtime():
+_CPU_PROVIDER = "CPUExecutionProvider"
+# Distributions of ONNX Runtime. Each fills the same folder, so that of two the last one installed wins, half and half.
+PACKAGES = (
+    "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-trt-rtx",
+)  # fmt: skip
+
+
+def runtime(package: str = "'piflow-edge[cpu]'", engine: str = "ort-cpu"):
     """The onnxruntime module.
+
+    Args:
+        package: what pip is told to install, for the error.
+        engine: that needs it, for the error.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -16,53 +36,280 @@ def runtime():
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError(
-            "engine 'ort-cpu' needs onnxruntime; get it with: pip install 'piflow-edge[cpu]'"
+            f"engine {engine!r} needs onnxruntime; get it with: pip install {package}"
         ) from error
     return onnxruntime
 
 
+def installed() -> list[str]:
+    """Which of ONNX Runtime's `PACKAGES` are installed."""
+    found = []
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            distribution(name)
+            found.append(name)
+    return found
+
+
 class OrtEngine:
-    """A network in ONNX Runtime.
+    """A network in ONNX Runtime; subclasses name the provider.
 
     Args:
         graph: an ONNX model.
-        device: "cpu".
-        options: threads.
+        device: of the provider's.
+        options: threads and memory.
 
     Raises:
-        MissingExtraError: onnxruntime is not installed.
-        EngineError: ONNX Runtime cannot open or run the graph.
+        MissingExtraError: onnxruntime, or the package of it that has the provider, is not installed.
+        EngineError: the provider cannot run here, or cannot run the graph.
     """
 
-    name = "ort-cpu"
-    max_batch = None
+    name: str
+    provider: str
+    package: str  # as pip is told it
+    max_batch: int | None = None
+    choice = Choice("it was asked for")
+    # What must be at hand besides the package, for the error where the provider does not load.
+    needs = "it"
+    # Whether two calls may be under way at a time.
+    concurrent = True
 
     def __init__(self, graph: Graph, device: str, options: EngineOptions):
-        ort = runtime()
-        settings = ort.SessionOptions()
-        settings.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
-        settings.intra_op_num_threads = options.num_threads or 0
+        ort = runtime(self.package, self.name)
+        if (reason := self._missing(ort)) is not None:
+            raise MissingExtraError(reason)
+        self.device, self._options = device, options
+        self._lock = contextlib.nullcontext() if self.concurrent else threading.Lock()
+        self._session = self._opened(ort, graph)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @classmethod
+    def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
+        """See `Engine`."""
+        try:
+            return cls._missing(runtime(cls.package, cls.name))
+        except MissingExtraError as error:
+            return str(error)
+
+    @classmethod
+    def _missing(cls, ort) -> str | None:
+        if cls.provider in ort.get_available_providers():
+            return None
+        here = installed()
+        remove = f"pip uninstall -y {' '.join(here)} && " if here else ""
+        several = f"{' and '.join(here)} are both installed and overwrite each other; " if here[1:] else ""
+        return (
+            f"engine {cls.name!r} needs ONNX Runtime's {cls.provider}, and the onnxruntime {ort.__version__} installed "
+            f"here lacks it; {several}get it with: {remove}pip install {cls.package}"
+        )
+
+    def _provider_options(self, graph: Graph) -> dict[str, str]:
+        return {}
+
+    def _settings(self, ort):
+        settings, options = ort.SessionOptions(), self._options
+        settings.log_severity_level = 4  # errors reach the caller as exceptions; the rest is chatter
+        settings.intra_op_num_threads = threads = options.threads
+        settings.inter_op_num_threads = 1
+        settings.enable_cpu_mem_arena = options.memory_arena
+        settings.enable_mem_pattern = options.memory_pattern and options.memory_arena
+        spinning = "1" if options.spinning else "0"
+        settings.add_session_config_entry("session.intra_op.allow_spinning", spinning)
+        settings.add_session_config_entry("session.inter_op.allow_spinning", spinning)
+        if options.cpu_affinity and threads > 1:
+            # All its threads but the calling one, which `run` sees to; ONNX Runtime counts cores from 1.
+            cores = ",".join(str(core + 1) for core in options.cpu_affinity)
+            settings.add_session_config_entry(
+                "session.intra_op_thread_affinities", ";".join([cores] * (threads - 1))
+            )
+        return settings
+
+    def _opened(self, ort, graph: Graph):
+        settings = self._settings(ort)
         if graph.weights:
             names, contents = list(graph.weights), list(graph.weights.values())
             sizes = [len(content) for content in contents]
             settings.add_external_initializers_from_files_in_memory(names, contents, sizes)
+        is_cpu = self.provider == _CPU_PROVIDER
+        if not is_cpu:
+            settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        providers = [(self.provider, self._provider_options(graph))]
         try:
-            self._session = ort.InferenceSession(graph.model, settings, providers=["CPUExecutionProvider"])
+            # Without `enable_fallback=0` it would print an error and go on with the CPU.
+            session = ort.InferenceSession(graph.model, settings, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
-            raise EngineError(f"onnxruntime {ort.__version__} cannot open the network: {error}") from error
-        self.device = device
-        self._outputs = [output.name for output in self._session.get_outputs()]
+            what = "the network" if is_cpu else f"the network with {self.provider} (which needs {self.needs})"
+            raise EngineError(f"onnxruntime {ort.__version__} cannot open {what}: {error}") from error
+        if self.provider not in session.get_providers():
+            raise EngineError(
+                f"engine {self.name!r} cannot run here: onnxruntime {ort.__version__} left {self.provider} out, "
+                f"because its libraries or its device did not load; it needs {self.needs}"
+            )
+        if not is_cpu:
+            self._check_assignment(session)
+        # The session keeps the file's bytes to open itself again with other providers, which is not done here.
+        if getattr(session, "_model_bytes", None) is not None:
+            session._model_bytes = None
+        return session
 
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _check_assignment(self, session) -> None:
+        """Refuse a provider that took no node: the whole network would run on the CPU."""
+        if not hasattr(session, "get_provider_graph_assignment_info"):  # onnxruntime before 1.24
+            return
+        counts: dict[str, int] = {}
+        for part in session.get_provider_graph_assignment_info():
+            counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+        ours, total = counts.get(self.provider, 0), sum(counts.values())
+        if total and not ours:
+            raise EngineError(
+                f"engine {self.name!r} cannot run this network: {self.provider} took none of its {total} nodes, all "
+                "would run on the CPU; use engine 'ort-cpu'"
+            )
+        log.info("engine %r took %d of %d nodes; the rest runs on the CPU", self.name, ours, total)
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """One network call."""
+        if (session := self._session) is None:
+            raise EngineError(f"engine {self.name!r} is closed; open the network again")
         try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, inputs), strict=True))
+            with self._lock, _on_cores(self._options.cpu_affinity):
+                return dict(zip(self._outputs, session.run(self._outputs, inputs), strict=True))
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"the network call failed in onnxruntime: {error}") from error
 
     def close(self) -> None:
-        """Free the network's memory."""
+        """Free the network's memory, once calls that are under way have ended."""
         self._session = None
+
+
+@contextlib.contextmanager
+def _on_cores(cores: tuple[int, ...] | None):
+    """Keep the calling thread, which computes too, on some cores for a while."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)  # 0: of this thread
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class OrtCPU(OrtEngine):
+    """ONNX Runtime's own kernels for the CPU."""
+
+    name = "ort-cpu"
+    provider = _CPU_PROVIDER
+    package = "'piflow-edge[cpu]'"
+
+
+class OrtOpenVINO(OrtEngine):
+    """Intel's OpenVINO: CPU, GPU or NPU."""
+
+    name = "openvino"
+    provider = "OpenVINOExecutionProvider"
+    package = "onnxruntime-openvino"
+    needs = "a processor, GPU or NPU of Intel's, and for the last two its driver"
+
+    def _provider_options(self, graph: Graph) -> dict[str, str]:
+        kind, _, number = self.device.partition(":")
+        device = kind.upper() + (f".{number}" if number else "")
+        # "ACCURACY" keeps the graph's own types; left alone, OpenVINO rounds to bfloat16 where that is faster.
+        options = {"device_type": device, "precision": "ACCURACY"}
+        return options | ({"num_of_threads": str(self._options.threads)} if kind == "cpu" else {})
+
+
+class OrtCoreML(OrtEngine):
+    """Apple's Core ML."""
+
+    name = "coreml"
+    provider = "CoreMLExecutionProvider"
+    package = "'piflow-edge[cpu]'"
+    needs = "macOS 12 or newer"
+
+    def _provider_options(self, graph: Graph) -> dict[str, str]:
+        units = {"any": "ALL", "npu": "CPUAndNeuralEngine", "gpu": "CPUAndGPU", "cpu": "CPUOnly"}
+        return {"ModelFormat": "MLProgram", "MLComputeUnits": units[self.device]}
+
+
+class OrtDirectML(OrtEngine):
+    """Any GPU with a driver for DirectX 12, on Windows."""
+
+    name = "directml"
+    provider = "DmlExecutionProvider"
+    package = "onnxruntime-directml"
+    needs = "Windows 10 1903 or newer and a driver for DirectX 12"
+    concurrent = False  # ONNX Runtime's documentation forbids it
+
+    def _provider_options(self, graph: Graph) -> dict[str, str]:
+        return {"device_id": self.device.partition(":")[2] or "0"}
+
+    def _settings(self, ort):
+        settings = super()._settings(ort)
+        settings.enable_mem_pattern = False  # DirectML refuses it
+        return settings
+
+
+class OrtCUDA(OrtEngine):
+    """NVIDIA GPUs by cuDNN and cuBLAS."""
+
+    name = "ort-cuda"
+    provider = "CUDAExecutionProvider"
+    package = "'onnxruntime-gpu[cuda,cudnn]'"
+    needs = "an NVIDIA driver, CUDA and cuDNN 9, of the versions that `piflow-edge doctor` tells"
+
+    @property
+    def ordinal(self) -> int:
+        """Number of the GPU."""
+        return int(self.device.partition(":")[2] or 0)
+
+    def _provider_options(self, graph: Graph) -> dict[str, str]:
+        return {
+            "device_id": str(self.ordinal),
+            # Of the graph's own precision: TF32 has 11 bits, and who wants fewer than float32's 24 takes fp16.
+            "use_tf32": "0",
+            # Exhaustive search, the default, tries each convolution for seconds at every new size.
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+
+    def _opened(self, ort, graph: Graph):
+        if hasattr(ort, "preload_dlls"):  # onnxruntime 1.21: finds CUDA and cuDNN as pip installs them
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it did not find
+                ort.preload_dlls()
+        return super()._opened(ort, graph)
+
+
+class OrtTensorRT(OrtCUDA):
+    """NVIDIA GPUs by TensorRT within ONNX Runtime. The first call with a network builds for minutes."""
+
+    name = "ort-tensorrt"
+    provider = "TensorrtExecutionProvider"
+    package = "'onnxruntime-gpu[cuda,cudnn]' tensorrt"
+    needs = "an NVIDIA driver, CUDA, cuDNN 9 and TensorRT 10, of the versions that `piflow-edge doctor` tells"
+
+    @classmethod
+    def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
+        """See `Engine`."""
+        return super().obstacle(graph, device, options) or (
+            f"it would first build an engine, for minutes; name engine {cls.name!r} to use it"
+        )
+
+    def _provider_options(self, graph: Graph) -> dict[str, str]:
+        return {"device_id": str(self.ordinal)}
+
+
+class OrtTensorRTRTX(OrtTensorRT):
+    """GeForce and other RTX GPUs by TensorRT for RTX."""
+
+    name = "tensorrt-rtx"
+    provider = "NvTensorRTRTXExecutionProvider"
+    package = "onnxruntime-trt-rtx"
+    needs = "an RTX GPU of Ampere or newer, its driver, and TensorRT for RTX"
+
+
+BACKENDS = (OrtCPU, OrtOpenVINO, OrtCoreML, OrtDirectML, OrtCUDA, OrtTensorRT, OrtTensorRTRTX)
 
 
 def layer_values(graph: bytes, inputs: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:

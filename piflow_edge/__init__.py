@@ -22,12 +22,14 @@ _HOMES = {
     "load": "generator",
     "Generator": "generator",
     "Result": "generator",
+    "EngineOptions": "engines",
     "PiFlowError": "errors",
 }
 
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from .engines import EngineOptions as EngineOptions
     from .errors import PiFlowError as PiFlowError
     from .generator import Generator as Generator
     from .generator import Result as Result

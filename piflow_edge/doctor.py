@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from piflow_edge.engines import ort
 
 from .cache import cache_folder
 from .errors import PiFlowError
@@ -25,10 +28,10 @@ OK, WARNING, PROBLEM = "ok", "warning", "problem"
 # Versions that pyproject.toml promises and CI runs.
 _PYTHON = ((3, 10), (3, 13))
 _PACKAGES = (
-    "piflow-edge", "numpy", "pillow", "click", "rich", "array-api-compat", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "torch", "onnx", "diffusers",
+    "piflow-edge", "numpy", "pillow", "click", "rich", "array-api-compat", *ort.PACKAGES, "tensorrt",
+    "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "torch", "onnx", "diffusers",
 )  # fmt: skip
-_ORT_CPU, _ORT_GPU = "onnxruntime", "onnxruntime-gpu"
+_ORT_GPU = "onnxruntime-gpu"
 # Sends the network to a cloud service; nothing here uses it, and it loads without one.
 _REMOTE_PROVIDERS = {"AzureExecutionProvider"}
 # The kernel computes in float32 and the reference here in float64, over 16 substeps on values of about 1.
@@ -45,14 +48,14 @@ class Finding:
     fix: str | None = None
 
 
-def diagnose(bundle: os.PathLike | str | None = None, *, engine: str = "auto") -> list[Finding]:
+def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Finding]:
     """Look at Python, packages, providers, kernels, NVIDIA's software, Jetson, the cache, and run a self-test.
 
     Nothing is installed or set, and torch is not imported.
 
     Args:
-        bundle: also verified here, in `engine`; None leaves it at the kernels' self-test.
-        engine: a name from `piflow_edge.engines.ENGINE_NAMES`.
+        bundle: also verified here; None leaves it at the kernels' self-test.
+        engine: `engine`, `device` and `options` for `load`.
     """
     installed = versions(_PACKAGES)
     findings = [
@@ -67,7 +70,7 @@ def diagnose(bundle: os.PathLike | str | None = None, *, engine: str = "auto") -
         self_test(),
     ]
     if bundle is not None:
-        findings.append(bundle_finding(bundle, engine))
+        findings.append(bundle_finding(bundle, **engine))
     return findings
 
 
@@ -99,13 +102,14 @@ def python_finding(running: Sequence[int]) -> Finding:
 
 
 def runtime_finding(installed: dict[str, str]) -> Finding:
-    """Whether ONNX Runtime is there, and once: both of its packages write into the same folder."""
-    here = [f"{name} {installed[name]}" for name in (_ORT_CPU, _ORT_GPU) if name in installed]
-    if len(here) == 2:
+    """Whether ONNX Runtime is there, and once: all of its packages write into the same folder."""
+    names = [name for name in ort.PACKAGES if name in installed]
+    here = [f"{name} {installed[name]}" for name in names]
+    if len(here) > 1:
         extra = "cuda" if nvidia_gpus() else "cpu"
         return Finding(
-            "onnxruntime", PROBLEM, f"{' and '.join(here)} are both installed and overwrite each other",
-            f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'piflow-edge[{extra}]'",
+            "onnxruntime", PROBLEM, f"{' and '.join(here)} are all installed and overwrite each other",
+            f"pip uninstall -y {' '.join(names)} && pip install 'piflow-edge[{extra}]'",
         )  # fmt: skip
     if not here:
         return Finding("onnxruntime", PROBLEM, "not installed", "pip install 'piflow-edge[cpu]'")
@@ -114,13 +118,13 @@ def runtime_finding(installed: dict[str, str]) -> Finding:
 
 def provider_findings(installed: dict[str, str]) -> list[Finding]:
     """Which of ONNX Runtime's providers really load: each is given a network to open and run."""
-    if _ORT_CPU not in installed and _ORT_GPU not in installed:
+    packages = [name for name in ort.PACKAGES if name in installed]
+    if not packages:
         return []
     try:
         import onnxruntime
     except ImportError as error:
-        package = _ORT_GPU if _ORT_GPU in installed else _ORT_CPU
-        command = f"pip install --force-reinstall {package}"
+        command = f"pip install --force-reinstall {packages[-1]}"
         return [Finding("providers", PROBLEM, f"onnxruntime cannot be imported: {error}", command)]
     names = [name for name in onnxruntime.get_available_providers() if name not in _REMOTE_PROVIDERS]
     return [_provider_finding(onnxruntime, name) for name in names]
@@ -131,7 +135,8 @@ def _provider_finding(onnxruntime, name: str) -> Finding:
     options.log_severity_level = 4  # what goes wrong is said below
     x = np.array([1.5], np.float32)
     try:
-        session = onnxruntime.InferenceSession(identity_model(), options, providers=[name])
+        # Without `enable_fallback=0` it prints what went wrong and takes the CPU's.
+        session = onnxruntime.InferenceSession(identity_model(), options, providers=[name], enable_fallback=0)
         # A provider that cannot load its libraries is left out in silence, and the CPU's takes its place.
         loaded = name in session.get_providers()
         works = loaded and session.run(None, {"x": x})[0] == x
@@ -141,9 +146,9 @@ def _provider_finding(onnxruntime, name: str) -> Finding:
         reason = "" if loaded else ": its libraries were not found"
     if works:
         return Finding(name, OK, "opens and runs a network")
-    fixes = {
+    fixes = {backend.provider: f"pip install {backend.package}" for backend in ort.BACKENDS}
+    fixes |= {
         "CPUExecutionProvider": "pip install --force-reinstall onnxruntime",
-        "CUDAExecutionProvider": "pip install 'onnxruntime-gpu[cuda,cudnn]'",
         "TensorrtExecutionProvider": "pip install tensorrt",
     }
     # Without the CPU nothing runs; of the others some machine has each.
@@ -314,14 +319,14 @@ def _rollout_error(kind: str) -> float:
     return float(np.abs(end(np.float32, "auto") - end(np.float64, "reference")).max())
 
 
-def bundle_finding(bundle: os.PathLike | str, engine: str) -> Finding:
-    """Whether a bundle reproduces its golden samples here; see `verification.verify`."""
+def bundle_finding(bundle: os.PathLike | str, **engine: Any) -> Finding:
+    """Whether a bundle reproduces its golden samples here; see `verification.verify`. `engine`: for `load`."""
     from .generator import load
     from .verification import check, verify
 
     command = f"piflow-edge verify {bundle}"
     try:
-        generator = load(bundle, engine=engine)
+        generator = load(bundle, **engine)
         check(verify(generator), generator.bundle.name)
     except PiFlowError as error:
         return Finding("bundle", PROBLEM, str(error), command)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.engines import Engine, open_engine
+from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions, open_engine
 
 from .bundle import Bundle
 from .errors import BundleError, LabelError, ScheduleError, ShapeError
@@ -50,10 +50,15 @@ class Generator:
     """A bundle, opened and ready to make images. Made by `load`."""
 
     def __init__(
-        self, bundle: Bundle, engine: Engine, decoder: Engine | None = None, precision: str | None = None
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        decoder: Engine | None = None,
+        precision: str | None = None,
+        options: EngineOptions = DEFAULT_OPTIONS,
     ):
         self.precision = bundle.precision(precision)
-        self.bundle, self.engine, self.decoder = bundle, engine, decoder
+        self.bundle, self.engine, self.decoder, self.options = bundle, engine, decoder, options
         self.class_names = tuple(bundle.manifest.conditioning.class_names)
 
     @property
@@ -141,6 +146,7 @@ class Generator:
                     schedule,
                     temperature=temperature,
                     solver=solver,
+                    num_threads=self.options.threads,
                     renoise=lambda draw, piece=piece: self._renoise(seeds, piece, draw),
                     clock=clock,
                     callback=callback,
@@ -154,6 +160,18 @@ class Generator:
         clock("decode", time.perf_counter() - decoding)
         clock("total", time.perf_counter() - began)
         return Result(images, latents, seeds, self.engine.name, self.engine.device, timings)
+
+    def close(self) -> None:
+        """Free the networks' memory. May be called twice; a call for images after it is an error."""
+        self.engine.close()
+        if self.decoder is not None:
+            self.decoder.close()
+
+    def __enter__(self) -> "Generator":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them."""
@@ -255,21 +273,24 @@ def load(
     precision: str | None = None,
     device: str | None = None,
     *,
+    options: EngineOptions = DEFAULT_OPTIONS,
     trusted_keys: Sequence[TrustedKey] | None = None,
 ) -> Generator:
     """Open an exported student.
 
     Args:
         bundle: the bundle's folder.
-        engine: "auto" or the name of a backend ("ort-cpu").
+        engine: "auto", the fastest that can run here, or the name of a backend; see `engines.open_engine`.
         precision: one of the bundle's ("fp32"); None is its first.
-        device: "cpu"; None is the backend's best.
+        device: what the backend runs on, such as "cpu", "cuda" or "cuda:1"; None is its best.
+        options: threads and memory.
         trusted_keys: public keys in PEM, as files or as bytes: only a bundle that one of them signed is opened, and
             with an empty list none is. None opens unsigned bundles too; a signature that is there must still fit,
             which is checked where the `sign` extra is installed.
 
     Returns:
-        A generator: call it with labels to make images.
+        A generator: call it with labels to make images. Its `engine.choice` says why that engine runs. `close`, or a
+        `with` block, frees its memory.
 
     Raises:
         BundleError: not a bundle, or altered, or not signed by one of the `trusted_keys`.
@@ -278,14 +299,15 @@ def load(
         MissingExtraError: the engine's package is not installed, or `trusted_keys` are given and `cryptography` is not.
     """
     opened = Bundle(bundle, trusted_keys=trusted_keys)
-    network = open_engine(opened.graph(precision), engine=engine, device=device)
+    network = open_engine(opened.graph(precision), engine=engine, device=device, options=options)
     decoder = None
     if opened.manifest.decoder is not None:
-        decoder = open_engine(opened.decoder(precision), engine=network.name, device=network.device)
+        settings = {"engine": network.name, "device": network.device, "options": options}
+        decoder = open_engine(opened.decoder(precision), **settings)
     log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
     policy = opened.manifest.policy
     if {spec.name for spec in opened.manifest.network.outputs} != set(policy.outputs):
         raise BundleError(
             f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
         )
-    return Generator(opened, network, decoder, precision)
+    return Generator(opened, network, decoder, precision, options)

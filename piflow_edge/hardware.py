@@ -1,13 +1,24 @@
-"""What the machine says of its clocks and power. Everything is read, nothing is set; what cannot be read is None."""
+"""What the machine says of its cores, clocks and power. Everything is read, nothing set; what is not told is None."""
 
 import contextlib
+import math
+import os
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 _CPU = Path("/sys/devices/system/cpu")
 _TEGRA = Path("/etc/nv_tegra_release")
+_CGROUPS = Path("/sys/fs/cgroup")
 _GPU_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "pstate")
+
+
+def available_cores() -> int:
+    """Cores this process may use, 1 or more: not all there are, where its affinity or its container is limited."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, min(len(os.sched_getaffinity(0)), math.ceil(min(_quota(), 1 << 20))))
+    return os.cpu_count() or 1
 
 
 def power_state() -> dict:
@@ -62,6 +73,38 @@ def read_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+@cache
+def _quota() -> float:
+    """Cores' worth of time that this process's control group may use; infinity without a limit."""
+    group = read_text(Path("/proc/self/cgroup")) or ""
+    quotas = []
+    for line in group.splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # Version 2 has one tree, version 1 one for each controller; a limit on a parent holds too. In a container the
+        # name may be one that exists outside only: its root is then the group's own.
+        top = _CGROUPS / "cpu" if controllers else _CGROUPS
+        folder = top / name.lstrip("/")
+        while True:
+            quotas.append(_quota_of(folder))
+            if folder == top:
+                break
+            folder = folder.parent
+    return min(quotas, default=math.inf)
+
+
+def _quota_of(folder: Path) -> float:
+    if text := read_text(folder / "cpu.max"):
+        limit, _, period = text.partition(" ")
+    else:
+        limit, period = (read_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    try:
+        return int(limit) / int(period) if int(limit) > 0 else math.inf
+    except (TypeError, ValueError):  # no such file, or "max"
+        return math.inf
 
 
 def _jetson_power_mode() -> str | None:

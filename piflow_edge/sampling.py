@@ -19,6 +19,7 @@ def sample(
     renoise: Callable[[int], np.ndarray] | None = None,
     kernel: str = "auto",
     solver: str = "euler",
+    num_threads: int | None = None,
     clock: Callable[[str, float], None] = lambda stage, seconds: None,
     callback: Callable[[int, int, np.ndarray], None] | None = None,
 ) -> np.ndarray:
@@ -30,7 +31,7 @@ def sample(
         schedule: where the network is called and how the policies are integrated.
         temperature: sharpens GM policies at every call but the last; 1 leaves them.
         renoise: `(draw) -> noise` like `noise`, for schedules with h above 0; draw is 1 for the first.
-        kernel, solver: see `rollout`.
+        kernel, solver, num_threads: see `rollout`.
         clock: told ("network" or "policy", seconds) after each stage.
         callback: told (calls done, nfe, state) after each segment.
 
@@ -55,6 +56,7 @@ def sample(
             shift=schedule.shift,
             kernel=kernel,
             solver=solver,
+            num_threads=num_threads,
         )
         if segment.renoises:
             x_t = segment.renoise(x_t, renoise(i + 1))

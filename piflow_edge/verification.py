@@ -126,6 +126,7 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
             bundle.sampler(nfe, generator.precision),
             engine=generator.engine.name,
             device=generator.engine.device,
+            options=generator.options,
         )
         found = graph.run({"noise": noise, "class_labels": ids})
         expected = sample(

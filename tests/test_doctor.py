@@ -110,7 +110,7 @@ def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path):
 
 @pytest.mark.torch
 def test_a_bundle_is_verified(shared_bundle, bundle):
-    assert doctor.bundle_finding(shared_bundle, "auto").status == OK
+    assert doctor.bundle_finding(shared_bundle).status == OK
     (bundle / "LICENSE").unlink()
     answer = json.loads(run("doctor", "--bundle", bundle, "--json", code=1).stdout)
     (finding,) = (f for f in answer["findings"] if f["subject"] == "bundle")

@@ -109,7 +109,7 @@ class TestGenerator:
         ("arguments", "words"),
         [
             (dict(engine="warp-drive"), "engine is one of auto, ort"),
-            (dict(device="tpu"), "runs on cpu"),
+            (dict(device="tpu"), "runs on any, cpu, cuda"),
             (dict(precision="int3"), "holds fp32"),
         ],
     )

@@ -4,7 +4,19 @@ from pathlib import Path
 
 import click
 
-from .options import BUNDLE, FOLDER, JSON, TRUSTED_KEYS, calls, emit, precisions, report_rows, show
+from .options import (
+    BUNDLE,
+    FOLDER,
+    JSON,
+    TRUSTED_KEYS,
+    calls,
+    emit,
+    engine_options,
+    engine_settings,
+    precisions,
+    report_rows,
+    show,
+)
 
 
 @click.command()
@@ -72,11 +84,11 @@ def export(
 
 @click.command()
 @BUNDLE
-@click.option("--engine", default="auto", help="Backend to run on: auto or ort-cpu.")
+@engine_options
 @click.option("--precision", help="Check this one; else all of the bundle's.")
 @TRUSTED_KEYS
 @JSON
-def verify(bundle, engine, precision, trusted_keys, as_json):
+def verify(bundle, precision, trusted_keys, as_json, **engine):
     """Check a bundle's files, and that it reproduces its golden samples here. Exit status 1 if not.
 
     \b
@@ -86,11 +98,12 @@ def verify(bundle, engine, precision, trusted_keys, as_json):
     from piflow_edge.generator import load
     from piflow_edge.verification import check, verify
 
-    generator = load(bundle, engine=engine, precision=precision, trusted_keys=trusted_keys)
+    settings = engine_settings(**engine) | {"trusted_keys": trusted_keys}
+    generator = load(bundle, precision=precision, **settings)
     rows = verify(generator)
     if precision is None:
         for other in generator.bundle.manifest.precisions[1:]:
-            rows += verify(load(bundle, engine=engine, precision=other, trusted_keys=trusted_keys))
+            rows += verify(load(bundle, precision=other, **settings))
     signature = generator.bundle.signature
     context = {"bundle": str(bundle), "engine": generator.engine.name}
     report_rows(rows, as_json, {**context, "signature": vars(signature) if signature else None})

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import click
 
-from .options import JSON, emit, show
+from .options import JSON, emit, engine_options, engine_settings, show
 
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="Also check that this bundle runs here.")
-@click.option("--engine", default="auto", help="Backend that --bundle is checked in.")
+@engine_options
 @JSON
-def doctor(bundle, engine, as_json):
+def doctor(bundle, as_json, **engine):
     """What this machine has, what is missing, and the command that mends it. Exit status 1 on a problem.
 
     \b
@@ -20,7 +20,7 @@ def doctor(bundle, engine, as_json):
     """
     from piflow_edge.doctor import PROBLEM, diagnose
 
-    findings = diagnose(bundle, engine=engine)
+    findings = diagnose(bundle, **engine_settings(**engine))
     healthy = all(finding.status != PROBLEM for finding in findings)
     if as_json:
         emit({"healthy": healthy, "findings": [vars(finding) for finding in findings]})

@@ -4,7 +4,19 @@ from pathlib import Path
 
 import click
 
-from .options import BUNDLE, FOLDER, IMAGE_SIZE, JSON, SEED, TRUSTED_KEYS, emit, say, show
+from .options import (
+    BUNDLE,
+    FOLDER,
+    IMAGE_SIZE,
+    JSON,
+    SEED,
+    TRUSTED_KEYS,
+    emit,
+    engine_options,
+    engine_settings,
+    say,
+    show,
+)
 
 
 @click.command()
@@ -114,13 +126,13 @@ def evaluate(
 @click.option("--solver", type=click.Choice(["euler", "multistep"]), default="euler",
               help="Euler as trained, or a quarter of the policy's evaluations.")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(min=0), help="Of the mixture; else the bundle's.")
-@click.option("--engine", default="auto", help="Backend to run on: auto or ort.")
+@engine_options
 @click.option("--precision", help="One of the bundle's; else its first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the starting noise.")
 @TRUSTED_KEYS
 @JSON
 def sample(
-    bundle, labels, out, nfe, substeps, solver, temperature, engine, precision, seed, trusted_keys, as_json
+    bundle, labels, out, nfe, substeps, solver, temperature, precision, seed, trusted_keys, as_json, **engine
 ):
     """Draw images from a bundle.
 
@@ -138,7 +150,7 @@ def sample(
         raise click.UsageError(
             f"images are written as PNG; give --out a name that ends in .png, or a folder; got {out}"
         )
-    generator = load(bundle, engine=engine, precision=precision, trusted_keys=trusted_keys)
+    generator = load(bundle, precision=precision, trusted_keys=trusted_keys, **engine_settings(**engine))
     wanted = [_label(text, generator.class_names) for text in labels.split(",")]
     settings = {"nfe": nfe, "substeps": substeps, "solver": solver, "temperature": temperature}
     result = generator(wanted, seed=seed, **settings)

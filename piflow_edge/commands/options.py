@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from piflow_edge.engines import ENGINE_NAMES, EngineOptions
+
 
 def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
     if text is None:
@@ -68,13 +70,48 @@ RUN = (
                  help="Steps between sheets of samples, in samples/; 0 is none."),
     click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, in tensorboard/."),
 )  # fmt: skip
+# Where and how networks run.
+ENGINE = (
+    click.option("--engine", type=click.Choice(ENGINE_NAMES), default="auto",
+                 help="Backend to run on; auto takes the fastest here that need not be built first."),
+    click.option("--device", help="What the engine runs on, such as cpu, cuda or cuda:1; else its best."),
+    click.option("--threads", type=COUNT, help="Of the CPU; else one for each core this process may use."),
+    click.option("--cores", callback=lambda *given: cores(*given), metavar="N,N,...",
+                 help="Compute on these cores only, numbered from 0."),
+)  # fmt: skip
 
 
 def run_options(command):
     """The options of `RUN`, which the command gets as `**run`."""
-    for option in reversed(RUN):
+    return _with(RUN, command)
+
+
+def engine_options(command):
+    """The options of `ENGINE`, which the command gets as `**engine` and hands to `engine_settings`."""
+    return _with(ENGINE, command)
+
+
+def engine_settings(engine, device, threads, cores) -> dict:
+    """What `load` and `open_engine` take, from the options of `ENGINE`."""
+    return {
+        "engine": engine,
+        "device": device,
+        "options": EngineOptions(num_threads=threads, cpu_affinity=cores),
+    }
+
+
+def _with(options, command):
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def cores(context, parameter, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII):
+        raise click.BadParameter(f"give numbers of cores, separated by commas, such as 0,1; got {text!r}")
+    return tuple(int(core) for core in text.split(","))
 
 
 def calls(context, parameter, text: str | None) -> list[int]:

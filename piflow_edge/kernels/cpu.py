@@ -16,6 +16,7 @@ import numpy as np
 from array_api_compat import is_torch_array
 
 from piflow_edge.errors import EngineError, ShapeError
+from piflow_edge.hardware import available_cores
 from piflow_edge.policies import DXPolicy, GMPolicy
 
 Array = Any  # a NumPy array or a torch CPU tensor
@@ -125,7 +126,7 @@ def rollout(
             f"the state must have the policy's shape {tuple(policy.x_src.shape)}; got {tuple(x_start.shape)}"
         )
     run = _dx_rollout if isinstance(policy, DXPolicy) else _gm_rollout
-    options = _Options(num_threads or _available_cores(), isa and isa.encode())
+    options = _Options(num_threads or available_cores(), isa and isa.encode())
     x_dst = run(policy, _host(x_start), sigmas, options)
     if isinstance(x_start, np.ndarray):
         return x_dst
@@ -201,9 +202,3 @@ def needs_gradient(*tensors) -> bool:
     import torch  # torch tensors came in: it is loaded already
 
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux: cores this process may use, not all there are
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
