@@ -25,6 +25,7 @@ ENGINES = {
     "directml": ("piflow_edge.engines.ort:OrtDirectML", ("gpu",)),
     "openvino": ("piflow_edge.engines.ort:OrtOpenVINO", ("cpu", "gpu", "npu")),
     "ort-cpu": ("piflow_edge.engines.ort:OrtCPU", ("cpu",)),
+    "reference": ("piflow_edge.engines.reference:ReferenceEngine", ("cpu",)),
 }
 
 ENGINE_NAMES = ("auto", *ENGINES)
@@ -135,7 +136,8 @@ def open_engine(
     """Open a network in the named backend; "auto" takes the fastest that can run here, in the order of `ENGINES`.
 
     "auto" leaves out engines that would first build for minutes: name those. An engine that is installed and does not
-    work is passed over with a warning.
+    work is passed over with a warning. "reference" is NumPy, which "auto" takes, with a warning that says what to
+    install, where there is no ONNX Runtime.
 
     Args:
         graph: an ONNX model.
@@ -177,6 +179,11 @@ def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine
                 log.info("engine %r on %s runs: %s", name, opened.device, opened.choice.reason)
                 for other, why in passed_over.items():
                     log.info("engine %r was passed over: %s", other, why)
+                if name == "reference":
+                    log.warning(
+                        "NumPy runs the network, many times slower than it could be: %s",
+                        passed_over["ort-cpu"],
+                    )
                 return opened
         passed_over[name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
