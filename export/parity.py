@@ -22,14 +22,16 @@ GOLDEN_IMAGES = 10
 def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.ndarray]:
     """Run the student in PyTorch, policies in float64, and record every layer; see `verification`."""
     spec, schedule = manifest.schedule, manifest.schedule.schedule()
-    labels = np.arange(min(GOLDEN_IMAGES, len(manifest.conditioning.class_names)))
+    classes = len(manifest.conditioning.class_names)
+    indices = range(min(GOLDEN_IMAGES, classes or GOLDEN_IMAGES))
+    conditioning = {"labels": np.arange(len(indices))} if classes else {}
+    given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
     shape = manifest.latent.shape
-    indices = range(len(labels))
     x_t = philox_normal(GOLDEN_SEED, indices, shape)
-    golden = {"noise": x_t, "labels": labels}
+    golden = {"noise": x_t, **conditioning}
     for i, segment in enumerate(schedule.segments):
-        sigma = torch.full((len(labels),), segment.sigma_src)
-        parts = network(torch.from_numpy(x_t), sigma, labels=torch.from_numpy(labels))
+        sigma = torch.full((len(x_t),), segment.sigma_src)
+        parts = network(torch.from_numpy(x_t), sigma, **given)
         outputs = {name: part.numpy() for name, part in zip(manifest.policy.outputs, parts, strict=True)}
         golden[f"x_t.{i}"] = x_t
         golden |= {f"{name}.{i}": part for name, part in outputs.items()}

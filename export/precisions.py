@@ -67,14 +67,13 @@ def calibration_inputs(student: bytes, manifest: Manifest, nfes: Iterable[int]) 
         nfes: calls per image; a trajectory is run for each.
     """
     engine = open_engine(Graph(student))
-    shape, classes = manifest.latent.shape, len(manifest.conditioning.class_names)
-    labels = np.arange(CALIBRATION_IMAGES, dtype=np.int64) % classes
-    noise = philox_normal(CALIBRATION_SEED, range(len(labels)), shape)
+    classes = len(manifest.conditioning.class_names)
+    ids = np.arange(CALIBRATION_IMAGES, dtype=np.int64) % (classes or 1)
+    noise = philox_normal(CALIBRATION_SEED, range(CALIBRATION_IMAGES), manifest.latent.shape)
     calls: list[Inputs] = []
 
     def network(x_t, sigma):
-        t = np.full(len(x_t), sigma * manifest.network.num_timesteps, np.float32)
-        calls.append({"x_t": x_t, "t": t, "class_labels": labels})
+        calls.append(manifest.network_inputs(x_t, sigma, ids))
         return manifest.policy.policy(engine.run(calls[-1]), x_t, sigma)
 
     for nfe in nfes:

@@ -23,13 +23,11 @@ from piflow_edge.export.rollout_graph import (
 from piflow_edge.export.to_onnx import OPSET
 from piflow_edge.schedule import Schedule, Segment, segment_sigmas
 
-_INPUTS = ("x_t", "t", "class_labels")
-
 # Without re-noising the lines in `renoise` are left out, and so is the input. Its last row is read again after the
 # last segment, where it counts for nothing: a Scan's inputs are all of one length.
 _SAMPLER = """
 <ir_version: {ir_version}, opset_import: ["": {opset}, "{domain}": 1]>
-sampler (float[batch, {state}] noise, int64[batch] class_labels{renoise_input})
+sampler (float[batch, {state}] noise{label_input}{renoise_input})
   => (float[batch, {state}] latents{images_output})
 {{
   batch = Shape <start = 0, end = 1> (noise)
@@ -38,7 +36,7 @@ sampler (float[batch, {state}] noise, int64[batch] class_labels{renoise_input})
     float[] x_t, {table_inputs}
   ) => (float[] x_next) {{
     t = Expand (time, batch)
-    {outputs} = {domain}.Student (x_t, t, class_labels)
+    {outputs} = {domain}.Student ({inputs})
     {rollout}
     {renoise}
   }}> (noise, {tables})
@@ -84,9 +82,9 @@ _IMAGES = """
 def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes | None = None) -> bytes:
     """A bundle's student, with all that is done around it, as one ONNX model with a dynamic batch.
 
-    Inputs: `noise` float32 (batch, C, H, W), `class_labels` int64 (batch,), and where the schedule re-noises
-    `renoise` float32 (nfe - 1, batch, C, H, W); both kinds of noise are standard normal. Outputs: `latents`
-    float32 (batch, C, H, W) and, where the bundle makes images, `images` uint8 (batch, H, W, C).
+    Inputs: `noise` float32 (batch, C, H, W), with classes `class_labels` int64 (batch,), and where the schedule
+    re-noises `renoise` float32 (nfe - 1, batch, C, H, W); both kinds of noise are standard normal. Outputs:
+    `latents` float32 (batch, C, H, W) and, where the bundle makes images, `images` uint8 (batch, H, W, C).
 
     Args:
         student: the network as `export_network` writes it.
@@ -101,7 +99,8 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
     tables = _tables(manifest, nfe)
     state = ", ".join(map(str, manifest.latent.shape))
     rollout = {"gm": gm_rollout, "dx": dx_rollout}[manifest.policy.kind]()
-    functions = [_as_function(network, "Student", _INPUTS, manifest.policy.outputs), rollout]
+    inputs = [spec.name for spec in manifest.network.inputs]
+    functions = [_as_function(network, "Student", inputs, manifest.policy.outputs), rollout]
     images_output = images = ""
     if manifest.makes_images:
         shape = manifest.decoder.outputs[0].shape[1:] if manifest.decoder else manifest.latent.shape
@@ -122,6 +121,8 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
         state=state,
         images_output=images_output,
         images=images,
+        inputs=", ".join(inputs),
+        label_input=", int64[batch] class_labels" if manifest.conditioning.kind == "class" else "",
         renoise_input=f", float[{nfe - 1}, batch, {state}] renoise" if renoises else "",
         num_tables=len(tables),
         table_inputs=", ".join(f"{_onnx_type(table)}[] {name}" for name, table in tables.items()),

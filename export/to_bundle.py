@@ -137,7 +137,7 @@ def export_bundle(
         autoencoder,
     )
     golden = golden_samples(network, manifest)
-    student = export_network(network)
+    student = export_network(network, checkpoint.settings["conditioning"])
     for key, array in golden.items():
         if not np.isfinite(array).all():
             raise CheckFailedError(
@@ -204,10 +204,10 @@ def _converted(
 
 
 def _first_non_finite(student: bytes, golden: dict[str, np.ndarray], manifest: Manifest) -> str:
-    ids = golden["labels"]
     for i, segment in enumerate(manifest.schedule.schedule().segments):
-        t = np.full(len(ids), segment.sigma_src * manifest.network.num_timesteps, np.float32)
-        layer = first_non_finite(student, {"x_t": golden[f"x_t.{i}"], "t": t, "class_labels": ids})
+        x_t = golden[f"x_t.{i}"]
+        inputs = manifest.network_inputs(x_t, segment.sigma_src, golden.get("labels"))
+        layer = first_non_finite(student, inputs)
         if layer:
             return layer
     return "none in ONNX Runtime, only in PyTorch or its policy"
@@ -215,10 +215,13 @@ def _first_non_finite(student: bytes, golden: dict[str, np.ndarray], manifest: M
 
 def _check_conditioning(checkpoint: Checkpoint) -> None:
     names = set(checkpoint.settings["conditioning"])
-    if names != {"labels"}:
+    if names - {"labels"}:
         raise BundleError(
-            f"a bundle's student takes labels and nothing else; this one takes {', '.join(sorted(names)) or 'nothing'}"
+            f"a bundle's student takes labels or nothing; this one takes {', '.join(sorted(names))}"
         )
+    if bool(names) != bool(checkpoint.class_names):
+        takes, has = ("labels", "no names of classes") if names else ("no labels", "names of classes")
+        raise BundleError(f"the student takes {takes}, but its checkpoint has {has}; distil it again")
 
 
 def _policy_spec(head, eps: float) -> GMPolicySpec | DXPolicySpec:
@@ -255,6 +258,7 @@ def _manifest(
     license_name: str,
     autoencoder: Autoencoder | None,
 ) -> Manifest:
+    labels = [TensorSpec("class_labels", "int64", ["batch"])] if checkpoint.class_names else []
     imitation, head, size = checkpoint.settings["imitation"], network.head, list(network.sample_shape)
     outputs = [
         TensorSpec(output, "float32", ["batch", *shape])
@@ -284,13 +288,13 @@ def _manifest(
             inputs=[
                 TensorSpec("x_t", "float32", ["batch", *size]),
                 TensorSpec("t", "float32", ["batch"]),
-                TensorSpec("class_labels", "int64", ["batch"]),
+                *labels,
             ],
             outputs=outputs,
             num_timesteps=1.0,  # the graph takes the noise level and knows the network's own time
             opset=OPSET,
         ),
-        conditioning=ConditioningSpec("class", list(checkpoint.class_names)),
+        conditioning=ConditioningSpec("class" if labels else "none", list(checkpoint.class_names)),
         latent=latent,
         decoder=decoder,
         precisions=list(precisions),

@@ -30,7 +30,7 @@ class _Positional(nn.Module):
         super().__init__()
         self.network, self.names = network, names
 
-    def forward(self, x_t, t, conditioning):
+    def forward(self, x_t, t, conditioning=()):
         return self.network(x_t, t, **dict(zip(self.names, conditioning, strict=True)))
 
 
@@ -51,8 +51,11 @@ def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = L
     given = tuple(
         torch.zeros(2, *spec["shape"], dtype=getattr(torch, spec["dtype"])) for spec in conditioning.values()
     )
-    example = (torch.zeros(2, *network.sample_shape), torch.ones(2), given)
+    example = (torch.zeros(2, *network.sample_shape), torch.ones(2))
     batch = torch.export.Dim("batch", min=1)
+    axes = ({0: batch}, {0: batch})
+    if given:  # torch.export trips over an empty tuple
+        example, axes = (*example, given), (*axes, tuple({0: batch} for _ in given))
     with quiet():
         program = torch.onnx.export(
             _Positional(network.eval(), tuple(conditioning)).eval(),
@@ -61,7 +64,7 @@ def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = L
             opset_version=OPSET,
             input_names=["x_t", "t", *(GRAPH_NAMES.get(name, name) for name in conditioning)],
             output_names=list(network.head.outputs if network.head else VELOCITY_OUTPUTS),
-            dynamic_shapes=({0: batch}, {0: batch}, tuple({0: batch} for _ in given)),
+            dynamic_shapes=axes,
             verbose=False,
         )
     return model_bytes(program)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from piflow_edge.engines import Graph
 
 from .errors import BundleError, PiFlowError
@@ -20,7 +22,7 @@ from .policies import Array, DXPolicy, GMPolicy
 from .schedule import Schedule
 from .signature import SIGNATURE, SIGNATURE_LIMIT, TrustedKey, check_signature
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "bundle.json"
 # What a graph can be exported in. "int8" scales activations as they come, "int8-qdq" by calibration.
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
@@ -106,9 +108,12 @@ class NetworkSpec:
 
 @dataclass(frozen=True)
 class ConditioningSpec:
-    """What steers the image: a class. `class_names`: name of every label, in order."""
+    """What steers the image. `kind`: "class", one label per image; "none", nothing.
 
-    kind: Literal["class"]
+    `class_names`: name of every label, in order; empty without classes.
+    """
+
+    kind: Literal["class", "none"]
     class_names: list[str]
 
 
@@ -181,6 +186,11 @@ class Manifest:
     license: str
     provenance: dict[str, Any]
     tolerances: dict[str, ToleranceSpec]
+
+    def network_inputs(self, x_t: Array, sigma_t: float, ids: Array | None) -> dict[str, Array]:
+        """What the student is fed at states `x_t` (B, C, H, W); class ids (B,) are read only where it takes them."""
+        t = np.full(len(x_t), sigma_t * self.network.num_timesteps, np.float32)
+        return {"x_t": x_t, "t": t} | ({"class_labels": ids} if self.conditioning.kind == "class" else {})
 
     @property
     def makes_images(self) -> bool:
@@ -341,6 +351,12 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
         kind = unlisted[0].partition(".")[0]
         raise BundleError(f"{place} has the file {unlisted[0]}, but no such {kind}; copy the bundle again")
     _check_images(manifest, place)
+    steered = manifest.conditioning.kind == "class"
+    inputs = ["x_t", "t", *(["class_labels"] if steered else [])]
+    if bool(manifest.conditioning.class_names) != steered or inputs != [
+        spec.name for spec in manifest.network.inputs
+    ]:
+        raise BundleError(f"{place} has conditioning and network inputs that do not fit; export again")
     try:
         for nfe in (manifest.schedule.nfe, *manifest.samplers):
             manifest.schedule.schedule(nfe=nfe)

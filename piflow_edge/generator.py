@@ -82,10 +82,10 @@ class Generator:
         callback: Callable[[int, int, np.ndarray], None] | None = None,
         solver: str = "euler",
     ) -> Result:
-        """Make one image per label.
+        """Make one image per label, or `count` images.
 
         Args:
-            labels: class ids or names, one per image.
+            labels: class ids or names, one per image; refused by bundles without classes.
             count: number of images, for bundles without classes; refused otherwise.
             seed: of the starting noise; image i of the call is number i of the seed. Or one (seed, index) per
                 image, as `Result.seeds` gives them, to make certain images again.
@@ -99,7 +99,7 @@ class Generator:
             solver: "euler", as the student was trained, or "multistep"; see `rollout`.
 
         Raises:
-            LabelError: a class the bundle does not know, or none given.
+            LabelError: a class the bundle does not know, or none given; a count below 1.
             ShapeError: noise of another shape, or not finite.
             ScheduleError: `nfe`, `substeps` or `temperature` out of range; an unknown solver.
             BundleError: images are asked for, and the bundle makes latents and has no decoder.
@@ -194,8 +194,7 @@ class Generator:
 
     def inputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """What the network is fed in `outputs`."""
-        t = np.full(len(x_t), sigma_t * self.bundle.manifest.network.num_timesteps, np.float32)
-        return {"x_t": x_t, "t": t, "class_labels": ids}
+        return self.bundle.manifest.network_inputs(x_t, sigma_t, ids)
 
     def policy(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> Policy:
         """One student call as a policy; see `outputs`."""
@@ -206,6 +205,13 @@ class Generator:
         return self.bundle.manifest.policy.policy(outputs, x_src, sigma_src)
 
     def _label_ids(self, labels, count) -> np.ndarray:
+        if self.bundle.manifest.conditioning.kind == "none":
+            if labels is not None or not (isinstance(count, numbers.Integral) and count > 0):
+                raise LabelError(
+                    f"bundle {self.bundle.name!r} has no classes: it wants count, 1 or more, and no labels; got "
+                    f"{count=}, {labels=}"
+                )
+            return np.zeros(count, np.int64)  # which nothing reads
         known = f"{len(self.class_names)} classes, 0 to {len(self.class_names) - 1}: {', '.join(self.class_names)}"
         if count is not None or labels is None:
             raise LabelError(

@@ -68,7 +68,9 @@ def model_config(manifest: Manifest, name: str, max_batch: int) -> str:
     if manifest.makes_images:
         channels, height, width = manifest.decoder.outputs[0].shape[1:] if manifest.decoder else shape
         outputs.append(_tensor("images", "TYPE_UINT8", (height, width, channels)))
-    inputs = [_tensor("noise", "TYPE_FP32", shape), _tensor("class_labels", "TYPE_INT64", (1,), _ONE_NUMBER)]
+    inputs = [_tensor("noise", "TYPE_FP32", shape)]
+    if manifest.conditioning.kind == "class":
+        inputs.append(_tensor("class_labels", "TYPE_INT64", (1,), _ONE_NUMBER))
     return (
         f'name: "{name}"\nbackend: "onnxruntime"\ndefault_model_filename: "model.onnx"\nmax_batch_size: {max_batch}\n'
         f"input [\n  {', '.join(inputs)}\n]\noutput [\n  {', '.join(outputs)}\n]\ndynamic_batching {{ }}\n"

@@ -1,9 +1,9 @@
 """Does a bundle still compute what it did when it was exported? Compared layer by layer with its golden samples.
 
-`golden.npz` holds, for a few images: `noise`, `labels`; for each student call i `x_t.i` (its input), `means.i`,
-`logweights.i`, `logstds.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels); and at the
-end `latents` and, where the bundle makes some, `images`. A layer is fed the golden input of that layer, so the first
-row that fails is the culprit.
+`golden.npz` holds, for a few images: `noise` and, with classes, `labels`; for each student call i `x_t.i` (its input),
+`means.i`, `logweights.i`, `logstds.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels);
+and at the end `latents` and, where the bundle makes some, `images`. A layer is fed the golden input of that layer, so
+the first row that fails is the culprit.
 """
 
 import io
@@ -61,23 +61,25 @@ def verify(generator: Generator) -> list[Row]:
     """
     bundle = generator.bundle
     golden, tolerances = read_golden(bundle), bundle.manifest.tolerances[generator.precision]
-    ids = golden["labels"]
+    ids, count = golden.get("labels"), len(golden["noise"])
     outputs, velocities, latents = [], [], []
-    sizes = sorted({min(size, len(ids)) for size in (*BATCHES, len(ids))})
+    sizes = sorted({min(size, count) for size in (*BATCHES, count)})
+    ids_of = {size: None if ids is None else ids[:size] for size in sizes}
     schedule = bundle.manifest.schedule.schedule()
     for i, segment in enumerate(schedule.segments):
         x_t = golden[f"x_t.{i}"]
         theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in bundle.manifest.network.outputs}
         for size in sizes:
-            ours = generator.outputs(x_t[:size], segment.sigma_src, ids[:size])
-            _check_finite(generator, ours, x_t[:size], segment.sigma_src, ids[:size])
+            ours = generator.outputs(x_t[:size], segment.sigma_src, ids_of[size])
+            _check_finite(generator, ours, x_t[:size], segment.sigma_src, ids_of[size])
             outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
         # From the golden outputs, so that this row speaks of the policy alone.
         policy = generator.as_policy(theirs, x_t, segment.sigma_src)
         found = np.stack([policy.velocity(x_t, level) for level in golden[f"levels.{i}"].tolist()])
         velocities.append((f"velocities.{i}", found, golden[f"velocities.{i}"]))
     for size in sizes:  # from the seed, so that the noise is compared too
-        result = generator(labels=ids[:size].tolist(), seed=GOLDEN_SEED, output="latent")
+        wanted = {"count": size} if ids is None else {"labels": ids[:size].tolist()}
+        result = generator(**wanted, seed=GOLDEN_SEED, output="latent")
         latents.append((f"latents, batch {size}", result.latents, golden["latents"][:size]))
     rows = [
         _worst("network outputs", outputs, tolerances.outputs),
@@ -119,7 +121,8 @@ def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sig
 def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
     """What each sampler graph makes of the golden noise, and what it should: latents, then images."""
     bundle, spec = generator.bundle, generator.bundle.manifest.schedule
-    noise, ids = golden["noise"], golden["labels"]
+    noise, ids = golden["noise"], golden.get("labels")
+    labels = {} if ids is None else {"class_labels": ids}
     latents, images = [], []
     for nfe in bundle.manifest.samplers:
         graph = open_engine(
@@ -128,7 +131,7 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
             device=generator.engine.device,
             options=generator.options,
         )
-        found = graph.run({"noise": noise, "class_labels": ids})
+        found = graph.run({"noise": noise, **labels})
         expected = sample(
             lambda x_t, sigma: generator.policy(x_t, sigma, ids),
             noise,
@@ -156,7 +159,8 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
     """The bundle's golden samples, with every array that `verify` needs."""
     calls = range(bundle.manifest.schedule.nfe)
     outputs = [spec.name for spec in bundle.manifest.network.outputs]
-    wanted = {"noise", "labels", "latents"} | ({"images"} if bundle.manifest.makes_images else set())
+    wanted = {"noise", "latents"} | ({"images"} if bundle.manifest.makes_images else set())
+    wanted |= {"labels"} if bundle.manifest.conditioning.kind == "class" else set()
     wanted |= {f"{name}.{i}" for i in calls for name in ("x_t", "levels", "velocities", *outputs)}
     try:
         with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as archive:

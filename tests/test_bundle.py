@@ -105,7 +105,7 @@ def edit(bundle, change):
         (lambda body: body.update(colour="red"), "unknown key 'colour'"),
         (lambda body: body["policy"].update(colour="red"), "policy has the unknown key 'colour'"),
         (lambda body: body.pop("latent"), "must hold format_version, name, .*latent"),
-        (lambda body: body.update(format_version=99), "format version 99, this release reads 3"),
+        (lambda body: body.update(format_version=99), "format version 99, this release reads 4"),
         (lambda body: body["schedule"].update(nfe="two"), "nfe has a value of the wrong kind: 'two'"),
         (lambda body: body["schedule"].update(nfe=0), "unusable schedule: nfe"),
         (lambda body: body["policy"].update(kind="dx"), "unknown key 'num_components'"),

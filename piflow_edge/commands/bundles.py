@@ -163,7 +163,7 @@ def inspect(bundle, as_json):
         f"temperature {schedule.temperature}",
         latent.kind: shape(latent.shape) + scaled,
         "decoder": decoded,
-        "classes": ", ".join(manifest.conditioning.class_names),
+        "classes": ", ".join(manifest.conditioning.class_names) or "none",
         "precisions": ", ".join(manifest.precisions),
         "sampler graphs": ", ".join(f"NFE {nfe}" for nfe in manifest.samplers) or "none",
         "ONNX opset": manifest.network.opset,

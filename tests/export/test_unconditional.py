@@ -1,0 +1,93 @@
+"""A student that nothing steers: images are asked for by their number."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import piflow_edge as pf
+from piflow_edge.bundle import Bundle
+from piflow_edge.distill.checkpoint import Checkpoint
+from piflow_edge.distill.heads import GMHead
+from piflow_edge.distill.networks import ModuleNetwork, attach_policy_head, describe
+from piflow_edge.engines import open_engine
+from piflow_edge.errors import BundleError, LabelError
+from piflow_edge.export.to_bundle import export_bundle
+
+
+class Plain(nn.Module):
+    """Two convolutions, and the time as one more channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x_t, t):
+        time = (t / 1000).view(-1, 1, 1, 1).expand_as(x_t)
+        return self.out(torch.tanh(self.first(torch.cat([x_t, time], dim=1))))
+
+
+def teacher():
+    torch.manual_seed(0)
+    return ModuleNetwork(Plain(), (1, 8, 8), entry=f"{__name__}:teacher")
+
+
+def make_plain_student(**changes):
+    student = attach_policy_head(teacher(), GMHead(3))
+    settings = {
+        "imitation": dict(nfe=2, shift=1.0, final_step_size_scale=1.0, total_substeps=16),
+        "conditioning": {},
+    }
+    tensors = {f"ema.{name}": value for name, value in student.state_dict().items()}
+    fields = dict(class_names=(), settings=settings) | changes
+    return Checkpoint("student", 0, describe(student), tensors=tensors, **fields)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles") / "plain"
+    rows = export_bundle(make_plain_student(), folder, precisions=("fp32", "fp16"), samplers=[2])
+    assert all(row.passed for row in rows) and {row.precision for row in rows} == {"fp32", "fp16"}
+    return folder
+
+
+def test_images_are_asked_for_by_number(folder):
+    manifest = Bundle(folder).manifest
+    assert (manifest.conditioning.kind, manifest.conditioning.class_names) == ("none", [])
+    assert [spec.name for spec in manifest.network.inputs] == ["x_t", "t"]
+    result = pf.load(folder)(count=3, seed=5, output="numpy")
+    assert result.images.shape == (3, 8, 8, 1) and np.ptp(result.images.astype(int)) > 30
+    alone = pf.load(folder)(count=1, seed=[(5, 2)], output="latent")
+    np.testing.assert_allclose(alone.latents[0], result.latents[2], rtol=0, atol=1e-5)
+
+
+def test_its_sampler_graph_takes_noise_alone(folder):
+    sampler = onnx.load_from_string(Bundle(folder).sampler(2).model)
+    assert [value.name for value in sampler.graph.input] == ["noise"]
+    noise = pf.philox_normal(5, range(3), (1, 8, 8))
+    found = open_engine(Bundle(folder).sampler(2)).run({"noise": noise})
+    expected = pf.load(folder)(count=3, seed=5, output="latent")
+    np.testing.assert_allclose(found["latents"], expected.latents, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("given", [dict(labels=[1]), dict(), dict(count=0), dict(count=2, labels=[1, 2])])
+def test_labels_and_no_count_are_refused(folder, given):
+    with pytest.raises(LabelError, match="has no classes: it wants count"):
+        pf.load(folder)(**given)
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "class_names", "problem"),
+    [
+        ({"labels": {"shape": [], "dtype": "int64"}}, (), "takes labels, but its checkpoint has no names"),
+        ({}, ("a", "b"), "takes no labels, but its checkpoint has names of classes"),
+        ({"text": {"shape": [4], "dtype": "float32"}}, (), "takes labels or nothing; this one takes text"),
+    ],
+)
+def test_classes_and_conditioning_must_fit(tmp_path, conditioning, class_names, problem):
+    student = make_plain_student(class_names=class_names)
+    student.settings["conditioning"] = conditioning
+    with pytest.raises(BundleError, match=problem):
+        export_bundle(student, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
