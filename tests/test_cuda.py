@@ -3,12 +3,10 @@
 import ctypes
 import importlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,12 +21,9 @@ from piflow_edge.kernels import cpu, cuda, device_arrays, nvidia
 from piflow_edge.kernels.cuda import LOCAL, REGISTERS, SHARED
 
 from conftest import HAS_TORCH
+from pretended_gpu import HAS_BINDINGS, TESTS, compile_on_host, fake_driver, run_on_fake_driver
 from rollout_cases import dx_case, exact_and_allowed, gm_case, levels, takes_gram_form, wide
 
-TESTS = Path(__file__).parent
-KERNELS = Path(cuda.__file__).parent
-
-HAS_NVRTC = bool(importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"))
 HAS_GPU = cuda.missing() is None and HAS_TORCH
 NVCC = shutil.which("nvcc")
 ARCHS = ("sm_87", "sm_89", "sm_90", "sm_120")  # Orin, Ada, Hopper, Blackwell
@@ -52,23 +47,7 @@ class OnHost:
 
 
 @pytest.fixture(scope="module")
-def compile_on_host():
-    """Makes a library of a C++ file of the tests."""
-    compiler = shutil.which("c++")
-    if compiler is None or sys.platform == "win32":
-        pytest.skip("no C++ compiler")
-
-    def compile_one(source, path, *more):
-        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"]
-        flags += ["-Wall", "-Wextra", "-Werror", "-I", KERNELS]
-        command = [compiler, *flags, TESTS / source, "-o", path, *more]
-        subprocess.run([str(word) for word in command], check=True)
-
-    return compile_one
-
-
-@pytest.fixture(scope="module")
-def library(compile_on_host, tmp_path_factory):
+def library(tmp_path_factory):
     """rollout.cu as a library for the CPU."""
     path = tmp_path_factory.mktemp("cuda") / "rollout.so"
     compile_on_host("cuda_on_host.cpp", path)
@@ -274,7 +253,7 @@ def test_a_block_never_asks_for_more_shared_memory_than_there_is(shared_bytes):
 MIXTURES = [(8, 1), (32, 4), (8, 16), (32, 16), (64, 32), (16, 512)]
 
 
-@pytest.mark.skipif(not HAS_NVRTC, reason="cuda-bindings is not installed")
+@pytest.mark.skipif(not HAS_BINDINGS, reason="cuda-bindings is not installed")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvrtc_compiles_every_storage(arch):
     try:
@@ -307,7 +286,7 @@ def test_nvcc_keeps_the_mixtures_students_have_in_registers(arch, tmp_path):
         assert int(frame) <= 128, f"K={K}, C={C}: {done.stderr}"
 
 
-@pytest.mark.skipif(not HAS_NVRTC, reason="cuda-bindings is not installed")
+@pytest.mark.skipif(not HAS_BINDINGS, reason="cuda-bindings is not installed")
 def test_an_unknown_gpu_is_named_with_the_compilers_words():
     with pytest.raises(EngineError, match=r"sm_1 .*newer(?s:.*)gpu-architecture|NVRTC"):
         nvidia.compiled("sm_1", ())
@@ -388,7 +367,7 @@ def test_without_nvidias_packages_the_message_says_how_to_get_them():
     assert "pip install cuda-bindings nvidia-cuda-nvrtc" in without_nvidia("cuda")
 
 
-@pytest.mark.skipif(not HAS_NVRTC, reason="cuda-bindings is not installed")
+@pytest.mark.skipif(not HAS_BINDINGS, reason="cuda-bindings is not installed")
 @pytest.mark.skipif(HAS_GPU, reason="there is a driver")
 def test_without_a_driver_the_message_says_so():
     assert "NVIDIA" in cuda.missing()
@@ -424,7 +403,7 @@ def test_dlpack_arrays_are_read_where_they_lie():
     assert column.pointer == array.ctypes.data + 4
     with pytest.raises(PiFlowError, match="C-contiguous"):
         device_arrays.view("x", DLPackOnHost(array.T), 0)
-    with pytest.raises(PiFlowError, match="DLPack type 0 of 64 bits"):
+    with pytest.raises(PiFlowError, match="must be float32, float16, bfloat16 on a GPU; got int64"):
         device_arrays.view("x", DLPackOnHost(np.zeros(3, np.int64)), 0)
 
 
@@ -455,18 +434,9 @@ def test_work_goes_to_the_stream_of_the_result(gpu_on_host):
         assert launches[-1].stream == expected
 
 
-@pytest.mark.skipif(not HAS_NVRTC, reason="cuda-bindings is not installed")
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the pretended driver is made for Linux")
-def test_the_driver_is_called_as_it_wants_to_be(compile_on_host, tmp_path):
+def test_the_driver_is_called_as_it_wants_to_be(tmp_path):
     # Through NVIDIA's bindings, in a process that takes fake_driver.cpp for CUDA's driver.
-    compile_on_host("fake_driver.cpp", tmp_path / "libcuda.so.1", "-ldl")
-    environment = os.environ | {
-        "LD_LIBRARY_PATH": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, TESTS / "run_on_fake_driver.py"]
-    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_on_fake_driver(fake_driver(tmp_path), TESTS / "run_on_fake_driver.py")
     assert done.stdout.split("\n")[:2] == ["launched on stream (nil)", "launched on stream 0x2a"]
     assert "the driver, of CUDA 12.6, cannot load what NVRTC" in done.stdout
     assert "cuda-bindings==12.*" in done.stdout

@@ -5,6 +5,7 @@ Nothing is copied, and no library is imported.
 
 import ctypes
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +16,46 @@ from . import nvidia
 # Number formats a kernel reads; as `Format` in rollout.cu.
 FORMATS = {"float32": 0, "float16": 1, "bfloat16": 2}
 
-_TYPESTRS = {"<f4": "float32", "<f2": "float16"}
-_DLPACK_TYPES = {(2, 32): "float32", (2, 16): "float16", (4, 16): "bfloat16"}
+_TYPESTRS = {
+    "<f4": "float32", "<f2": "float16", "<i4": "int32", "<i8": "int64", "|i1": "int8", "|u1": "uint8", "|b1": "bool",
+}  # fmt: skip
+_TYPESTR_OF = {dtype: typestr for typestr, dtype in _TYPESTRS.items()}
+_DLPACK_TYPES = {
+    (2, 32): "float32", (2, 16): "float16", (4, 16): "bfloat16",
+    (0, 32): "int32", (0, 64): "int64", (0, 8): "int8", (1, 8): "uint8", (6, 8): "bool",
+}  # fmt: skip
 _DLPACK_GPUS = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _LEGACY_STREAM = 1  # how DLPack and __cuda_array_interface__ call CUDA's stream 0
 
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """A contiguous array in GPU memory. `owner` keeps the memory alive."""
+    """A contiguous array in GPU memory.
+
+    `owner` keeps the memory alive. `stream`: where its values are still being written, None for nowhere. CuPy, torch
+    and Numba read it where it lies: `torch.as_tensor(array, device="cuda")`.
+    """
 
     pointer: int
     dtype: str
     shape: tuple[int, ...]
     ordinal: int
     owner: Any
+    stream: int | None = None
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        if self.dtype not in _TYPESTR_OF:  # bfloat16; then it has no such attribute
+            raise AttributeError(f"__cuda_array_interface__ has no name for {self.dtype}")
+        stream = _LEGACY_STREAM if self.stream == 0 else self.stream
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "typestr": _TYPESTR_OF[self.dtype],
+            "data": (self.pointer, False),
+            "strides": None,
+            "stream": stream,
+        }
 
 
 class _DLTensor(ctypes.Structure):
@@ -49,6 +75,8 @@ class _DLTensor(ctypes.Structure):
 
 def is_on_gpu(array: Any) -> bool:
     """Whether `array` lies in the memory of an NVIDIA GPU."""
+    if isinstance(array, DeviceArray):
+        return True
     if _is_torch(array):
         return array.is_cuda
     if hasattr(array, "__cuda_array_interface__"):
@@ -66,18 +94,20 @@ def stream_of(array: Any) -> int:
     return 0 if stream in (None, _LEGACY_STREAM) else stream
 
 
-def view(name: str, array: Any, stream: int) -> DeviceArray:
+def view(name: str, array: Any, stream: int, formats: Collection[str] = tuple(FORMATS)) -> DeviceArray:
     """Where and what `array` is, ready to be read or written by work on `stream`.
 
     Raises:
         EngineError: it does not lie in GPU memory.
-        ShapeError: it is not contiguous, or not of a format in `FORMATS`.
+        ShapeError: it is not contiguous, or not of one of the `formats`.
     """
     if not is_on_gpu(array):
-        raise EngineError(
-            f"the CUDA kernels take arrays in GPU memory; {name} is a {type(array).__name__} elsewhere"
-        )
-    if _is_torch(array):
+        raise EngineError(f"this takes arrays in GPU memory; {name} is a {type(array).__name__} elsewhere")
+    if isinstance(array, DeviceArray):
+        if array.stream not in (None, stream):
+            nvidia.wait_for(array.stream)
+        found, contiguous = array, True
+    elif _is_torch(array):
         dtype = str(array.dtype).removeprefix("torch.")
         found = DeviceArray(array.data_ptr(), dtype, tuple(array.shape), array.device.index, array)
         contiguous = array.is_contiguous()
@@ -85,8 +115,8 @@ def view(name: str, array: Any, stream: int) -> DeviceArray:
         found, contiguous = _from_interface(array, stream)
     else:
         found, contiguous = _from_dlpack(array, stream)
-    if found.dtype not in FORMATS:
-        raise ShapeError(f"{name} must be {', '.join(FORMATS)} on a GPU; got {found.dtype}")
+    if found.dtype not in formats:
+        raise ShapeError(f"{name} must be {', '.join(formats)} on a GPU; got {found.dtype}")
     if not contiguous:
         raise ShapeError(f"{name} must be C-contiguous on a GPU; got other strides for {found.shape}")
     return found

@@ -1,4 +1,4 @@
-"""NVIDIA's Python packages, and no more of them than a rollout needs: compile, load, upload, launch.
+"""NVIDIA's driver and run-time compiler, and no more of them than is needed: launches, memory, streams, graphs.
 
 `cuda-bindings` alone, not `cuda-core` on top of it: it comes with every recent torch for CUDA, and this is
 all that is wanted of it. Everything is imported when first used. Errors leave as `EngineError`.
@@ -6,6 +6,7 @@ all that is wanted of it. Everything is imported when first used. Errors leave a
 
 import ctypes
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -32,6 +33,11 @@ class Device:
     multiprocessors: int
     shared_bytes: int  # that one block may have, at most
 
+    @property
+    def compute_capability(self) -> str:
+        """As NVIDIA's tables have it: "9.0"."""
+        return f"{self.arch[3:-1]}.{self.arch[-1]}"
+
 
 def _bindings(name: str):
     """A module of NVIDIA's `cuda.bindings`."""
@@ -39,7 +45,7 @@ def _bindings(name: str):
         return import_module(f"cuda.bindings.{name}")
     except ImportError as error:
         raise EngineError(
-            f"kernel 'cuda' needs NVIDIA's package cuda-bindings; get it with: {PIP_COMMAND}"
+            f"a GPU of NVIDIA's needs the package cuda-bindings; get it with: {PIP_COMMAND}"
         ) from error
 
 
@@ -63,10 +69,11 @@ def _driver():
         (status,) = driver.cuInit(0)
     except RuntimeError as error:
         raise EngineError(
-            "kernel 'cuda' needs an NVIDIA driver, and this machine has none; install it, or use kernel 'cpu'"
+            "this needs an NVIDIA driver, and this machine has none; install it, or stay on the CPU: kernel 'cpu', "
+            "engine 'ort-cpu'"
         ) from error
     if status:
-        raise EngineError(f"kernel 'cuda' needs an NVIDIA GPU that answers; its driver says {status.name}")
+        raise EngineError(f"this needs an NVIDIA GPU that answers; its driver says {status.name}")
     return driver
 
 
@@ -181,21 +188,46 @@ def launch(
         _done(driver.cuLaunchKernel(function, *grid, driver.CUstream(stream), ctypes.addressof(arguments), 0))
 
 
-class _Buffer:
-    def __init__(self, ordinal: int, data: bytes):
-        self.ordinal = ordinal
+class Memory:
+    """Bytes in a GPU's memory, at the number `pointer`; given back by `free` or with the object.
+
+    Raises:
+        EngineError: there is not as much.
+    """
+
+    def __init__(self, ordinal: int, size: int):
+        self.ordinal, self.size, self.pointer = ordinal, size, 0
         with current(ordinal) as driver:
-            self.pointer = int(_done(driver.cuMemAlloc(len(data))))
+            status, pointer = driver.cuMemAlloc(size)
+            if status:
+                free, total = memory(ordinal)
+                raise EngineError(
+                    f"GPU {ordinal} has {free >> 20} of its {total >> 20} MiB free and cannot give {size / 2**20:.1f} "
+                    f"more ({status.name}); use smaller batches, or end what else runs on it"
+                )
+        self.pointer = int(pointer)
+
+    def free(self) -> None:
+        """Give it back, once the GPU has done what it was told. May be called twice."""
+        pointer, self.pointer = self.pointer, 0
+        # When the process ends the driver may be gone already.
+        if pointer and not sys.is_finalizing():
+            with current(self.ordinal) as driver:
+                driver.cuMemFree(pointer)
+
+    def __del__(self):
+        if hasattr(self, "pointer"):
+            self.free()
+
+
+class _Buffer(Memory):
+    def __init__(self, ordinal: int, data: bytes):
+        super().__init__(ordinal, len(data))
+        with current(ordinal) as driver:
             host = ctypes.create_string_buffer(data, len(data))
             _done(driver.cuMemcpyHtoD(self.pointer, ctypes.addressof(host), len(data)))
             # The copy may still be on its way, and the caller's stream does not wait for the default one.
             _done(driver.cuStreamSynchronize(driver.CUstream(0)))
-
-    def __del__(self):
-        # Waits for kernels that still read it. When the process ends the driver may be gone already.
-        if hasattr(self, "pointer") and not sys.is_finalizing():
-            with current(self.ordinal) as driver:
-                driver.cuMemFree(self.pointer)
 
 
 @lru_cache(maxsize=64)
@@ -218,3 +250,117 @@ def wait_for(stream: int) -> None:
     """Let all that was queued on a stream finish."""
     driver = _driver()
     _done(driver.cuStreamSynchronize(driver.CUstream(stream)))
+
+
+def memory(ordinal: int) -> tuple[int, int]:
+    """Bytes of a GPU's memory: free, and in all."""
+    with current(ordinal) as driver:
+        status, free, total = driver.cuMemGetInfo()
+        _done((status,))
+        return int(free), int(total)
+
+
+@cache
+def name(ordinal: int) -> str:
+    """What its maker calls a GPU: "NVIDIA GeForce RTX 4090"."""
+    driver = _driver()
+    handle = _done(driver.cuDeviceGet(ordinal))
+    return _done(driver.cuDeviceGetName(256, handle)).partition(b"\0")[0].decode(errors="replace").strip()
+
+
+@cache
+def shares_memory(ordinal: int) -> bool:
+    """Whether a GPU's memory is the machine's, as on Jetson."""
+    driver = _driver()
+    kind = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_INTEGRATED
+    return bool(_done(driver.cuDeviceGetAttribute(kind, _done(driver.cuDeviceGet(ordinal)))))
+
+
+def copy(ordinal: int, to: int, source: int, size: int, stream: int) -> None:
+    """Queue a copy of `size` bytes between two addresses, either of which may be the machine's own memory."""
+    with current(ordinal) as driver:
+        _done(driver.cuMemcpyAsync(to, source, size, driver.CUstream(stream)))
+
+
+def fill(ordinal: int, to: int, byte: int, size: int, stream: int) -> None:
+    """Queue that `size` bytes from an address on become `byte`."""
+    with current(ordinal) as driver:
+        _done(driver.cuMemsetD8Async(to, byte, size, driver.CUstream(stream)))
+
+
+class Stream:
+    """A queue of a GPU's work, beside the default one. `handle`: as a number."""
+
+    def __init__(self, ordinal: int):
+        self.ordinal, self.handle = ordinal, 0
+        with current(ordinal) as driver:
+            flag = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+            self.handle = int(_done(driver.cuStreamCreate(flag)))
+
+    def close(self) -> None:
+        """Give it back; what is queued is still done. May be called twice."""
+        handle, self.handle = self.handle, 0
+        if handle and not sys.is_finalizing():
+            with current(self.ordinal) as driver:
+                driver.cuStreamDestroy(driver.CUstream(handle))
+
+    def __del__(self):
+        if hasattr(self, "handle"):
+            self.close()
+
+
+def after(ordinal: int, stream: int, other: int) -> None:
+    """Let what is queued on `stream` from now on wait for all that is queued on `other` so far."""
+    with current(ordinal) as driver:
+        event = _done(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        try:
+            _done(driver.cuEventRecord(event, driver.CUstream(other)))
+            _done(driver.cuStreamWaitEvent(driver.CUstream(stream), event, 0))
+        finally:
+            driver.cuEventDestroy(event)  # the driver keeps it until it is over
+
+
+class Recording:
+    """Work for a GPU in a CUDA graph, to be queued again and again by one cheap call.
+
+    Args:
+        ordinal: the GPU.
+        stream: on which `work` queues; not the default one. Nothing is done while it is recorded.
+        work: queues what is to be recorded, all of it at fixed addresses.
+
+    Raises:
+        EngineError: it did something that cannot be recorded.
+    """
+
+    def __init__(self, ordinal: int, stream: int, work: Callable[[], None]):
+        self.ordinal, self._executable = ordinal, None
+        with current(ordinal) as driver:
+            queue = driver.CUstream(stream)
+            # Of this thread alone: others may allocate meanwhile.
+            mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+            _done(driver.cuStreamBeginCapture(queue, mode))
+            try:
+                work()
+            finally:
+                result = driver.cuStreamEndCapture(queue)  # always, or the stream is of no more use
+            graph = _done(result)
+            try:
+                self._executable = _done(driver.cuGraphInstantiate(graph, 0))
+            finally:
+                driver.cuGraphDestroy(graph)
+
+    def launch(self, stream: int) -> None:
+        """Queue it on any stream."""
+        with current(self.ordinal) as driver:
+            _done(driver.cuGraphLaunch(self._executable, driver.CUstream(stream)))
+
+    def free(self) -> None:
+        """Give its memory back, once it has run. May be called twice."""
+        executable, self._executable = self._executable, None
+        if executable is not None and not sys.is_finalizing():
+            with current(self.ordinal) as driver:
+                driver.cuGraphExecDestroy(executable)
+
+    def __del__(self):
+        if hasattr(self, "_executable"):
+            self.free()
