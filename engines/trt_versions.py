@@ -1,0 +1,204 @@
+"""TensorRT's Python interface, release by release: what differs between them is here, and nowhere else.
+
+All of 8.5 to 11.x name tensors and queue with `execute_async_v3`, so nothing older is read. The rows below were checked
+against the members of NVIDIA's own packages, recorded in tests/golden/tensorrt_surface.json.
+"""
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from piflow_edge.engines import Graph
+from piflow_edge.errors import EngineError, MissingExtraError
+
+log = logging.getLogger(__name__)
+
+# NVIDIA's names of number formats -> ours. On a GPU bfloat16 has no NumPy twin.
+_FORMATS = {
+    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT32": "int32", "INT64": "int64",
+    "BOOL": "bool", "UINT8": "uint8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Api:
+    """How a range of releases is called.
+
+    `since`: its first release. `strongly_typed`: a network takes every type from the graph; before that the builder
+    picks them, within what its flags allow. `contexts_by_strategy`: `create_execution_context` takes a strategy, of
+    which USER_MANAGED leaves the memory to us; before that a method of another name does. `sized_memory`: a context is
+    told how much memory it is given, and an engine tells its need in `device_memory_size_v2`.
+    """
+
+    since: tuple[int, int]
+    strongly_typed: bool
+    contexts_by_strategy: bool
+    sized_memory: bool
+
+
+# 10.0 brought strong typing and strategies, and took the bindings by number away; 11 took the builder's precision flags,
+# EXPLICIT_BATCH and the memory size without "_v2" away. None of 9 was ever a general release.
+TABLE = (
+    Api((8, 5), strongly_typed=False, contexts_by_strategy=False, sized_memory=False),
+    Api((10, 0), strongly_typed=True, contexts_by_strategy=True, sized_memory=False),
+    Api((10, 1), strongly_typed=True, contexts_by_strategy=True, sized_memory=True),
+)
+# Of a major release, the minor ones that are known. NVIDIA keeps the interface within a major release, so that a newer
+# one of 10 or 11 may come; of 8 none does.
+_MINORS = {8: (5, 6), 10: None, 11: None}
+
+
+def tensorrt():
+    """The tensorrt module.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise MissingExtraError(
+            "engine 'tensorrt' needs NVIDIA's tensorrt; get it with: pip install 'piflow-edge[tensorrt]' (on Jetson it "
+            "comes with JetPack: make the environment with --system-site-packages)"
+        ) from error
+    return tensorrt
+
+
+def api(release: str) -> Api:
+    """How a release such as "10.3.0" is called.
+
+    Raises:
+        EngineError: it is not one of those we know.
+    """
+    try:
+        major, minor = (int(number) for number in release.split(".")[:2])
+    except ValueError:
+        major, minor = -1, -1
+    minors = _MINORS.get(major, ())
+    if minors is not None and minor not in minors:
+        raise EngineError(
+            f"this piflow-edge knows TensorRT 8.5, 8.6, 10.x and 11.x; TensorRT {release} is here: install one of "
+            "those, or a newer piflow-edge"
+        )
+    return max((row for row in TABLE if row.since <= (major, minor)), key=lambda row: row.since)
+
+
+def logger(trt) -> "object":
+    """A logger of TensorRT's that writes to ours and keeps what went wrong in `errors`."""
+    levels = {
+        "INTERNAL_ERROR": logging.ERROR,
+        "ERROR": logging.ERROR,
+        "WARNING": logging.INFO,  # it warns of what nobody can change
+        "INFO": logging.DEBUG,
+        "VERBOSE": logging.NOTSET,
+    }
+
+    class Logger(trt.ILogger):
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity, message):
+            level = levels.get(str(severity).rpartition(".")[2], logging.DEBUG)
+            if level >= logging.ERROR:
+                self.errors.append(message.strip())
+            elif level:
+                log.log(level, "TensorRT: %s", message)
+
+    return Logger()
+
+
+# --- building
+
+
+def create_network(row: Api, trt, builder):
+    """An empty network, typed by its graph where the release can."""
+    names = trt.NetworkDefinitionCreationFlag
+    # Before 10 the batch is a dimension like any other only where that is asked for.
+    flag = names.STRONGLY_TYPED if row.strongly_typed else names.EXPLICIT_BATCH
+    return builder.create_network(1 << int(flag))
+
+
+def builder_flags(row: Api, precision: str) -> tuple[str, ...]:
+    """The builder's flags for a graph of this precision: none where the graph's own types hold."""
+    if row.strongly_typed:
+        return ()
+    return {"fp16": ("FP16", "OBEY_PRECISION_CONSTRAINTS"), "int8-qdq": ("INT8",)}.get(precision, ())
+
+
+def set_precision(row: Api, trt, config, network, precision: str) -> None:
+    """Let the builder use the types that the graph has, and no others."""
+    # float32 is float32: TF32, on by default, has 11 bits. Who wants fewer than 24 takes fp16.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    for name in builder_flags(row, precision):
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    if not row.strongly_typed and precision == "fp16":
+        _pin_float32(trt, network)
+
+
+def _pin_float32(trt, network) -> None:
+    # With the flag for fp16 a builder before 10 lowers every layer, also what the export kept in float32 since it would
+    # overflow or round too far: norms, the time embedding, the policy's numbers.
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
+            continue
+        wide = [n for n in range(layer.num_outputs) if layer.get_output(n).dtype == trt.DataType.FLOAT]
+        if wide:
+            layer.precision = trt.DataType.FLOAT
+        for n in wide:
+            layer.set_output_type(n, trt.DataType.FLOAT)
+
+
+def set_workspace(trt, config, size: int) -> None:
+    """Let each layer use `size` bytes of the GPU's memory for scratch."""
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, size)
+
+
+def parse(parser, graph: Graph) -> bool:
+    """Read a graph; what went wrong is in the parser's errors."""
+    if not graph.weights:
+        return parser.parse(graph.model)
+    # All releases find weights in files beside a model; those before 10.14 in no other way.
+    with tempfile.TemporaryDirectory(prefix="piflow-edge-") as folder:
+        for name, content in graph.weights.items():
+            (Path(folder) / name).write_bytes(content)
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(graph.model)
+        return parser.parse_from_file(str(path))
+
+
+# --- running
+
+
+def create_context(row: Api, trt, engine):
+    """What runs an engine, without memory of its own; None if that failed."""
+    if row.contexts_by_strategy:
+        return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    return engine.create_execution_context_without_device_memory()
+
+
+def memory_size(row: Api, engine) -> int:
+    """Bytes of the GPU's memory that a context of this engine needs for scratch."""
+    return engine.device_memory_size_v2 if row.sized_memory else engine.device_memory_size
+
+
+def set_memory(row: Api, context, pointer: int, size: int) -> None:
+    """Give a context its scratch memory."""
+    if row.sized_memory:
+        context.set_device_memory(pointer, size)
+    else:
+        context.device_memory = pointer
+
+
+def format_of(dtype) -> str:
+    """ "float32" for TensorRT's FLOAT.
+
+    Raises:
+        EngineError: a format we do not hand over.
+    """
+    name = str(dtype).rpartition(".")[2]
+    if name not in _FORMATS:
+        raise EngineError(f"an engine's inputs and outputs are of {', '.join(_FORMATS)}; got {name}")
+    return _FORMATS[name]
