@@ -120,7 +120,7 @@ def entries() -> list[Entry]:
 
 
 def newest(**parts: str) -> tuple[Entry, bytes] | None:
-    """The last built engine whose key has these parts, with its bytes. One that is damaged is left out, with a warning."""
+    """The last built engine whose key has these parts, with its bytes; damaged ones are left out, with a warning."""
     for entry in entries():
         if all(getattr(entry.key, name) == value for name, value in parts.items()):
             try:

@@ -37,8 +37,8 @@ class Api:
     sized_memory: bool
 
 
-# 10.0 brought strong typing and strategies, and took the bindings by number away; 11 took the builder's precision flags,
-# EXPLICIT_BATCH and the memory size without "_v2" away. None of 9 was ever a general release.
+# 10.0 brought strong typing and strategies, and took the bindings by number away; 11 took away the builder's precision
+# flags, EXPLICIT_BATCH and the memory size without "_v2". None of 9 was ever a general release.
 TABLE = (
     Api((8, 5), strongly_typed=False, contexts_by_strategy=False, sized_memory=False),
     Api((10, 0), strongly_typed=True, contexts_by_strategy=True, sized_memory=False),
