@@ -38,10 +38,10 @@ from piflow_edge.distill.sources import TeacherModel, load_teacher
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
 from piflow_edge.distill.training import TrainingConfig
 from piflow_edge.errors import PiFlowError
-from piflow_edge.evaluation import machine
 from piflow_edge.export.feature_extractor import train_features
 from piflow_edge.features import Features, open_features
 from piflow_edge.files import write_atomic
+from piflow_edge.hardware import machine
 from piflow_edge.metrics import (
     FeatureSet,
     agreement,

@@ -33,7 +33,7 @@ from piflow_edge.distill.state import State
 from piflow_edge.distill.student import student_loss
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
 from piflow_edge.distill.training import TrainingConfig, gradients, learning_rate
-from piflow_edge.evaluation import machine
+from piflow_edge.hardware import machine
 
 EMA_DECAY = 0.999
 

@@ -68,6 +68,7 @@ for command in (
     sending.pack,
     sending.unpack,
     sending.triton,
+    device.bench,
     device.doctor,
 ):
     main.add_command(command)

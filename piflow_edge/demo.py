@@ -45,7 +45,7 @@ def run_demo(
     """Distil, export, evaluate and report into `folder`; go on where an earlier run stopped.
 
     Args:
-        folder: gets `students/`, `bundles/` and `report/`.
+        folder: gets `students/`, `bundles/`, `teacher.onnx` and `report/`.
         config: see `DemoConfig`.
         say: told each step as it begins.
 
@@ -63,6 +63,7 @@ def run_demo(
     from .distill.student import distill
     from .distill.teacher import GuidanceConfig
     from .distill.training import TrainingConfig
+    from .export.teacher_graph import export_teacher
     from .export.to_bundle import export_bundle
 
     teacher, data = load_teacher(shipped_teacher()), load_images("digits")
@@ -84,6 +85,7 @@ def run_demo(
         export_bundle(
             student, bundles[-1], license_text=LICENSE_TEXT, license_name=LICENSE_NAME, overwrite=True
         )
+    export_teacher(teacher.network, folder / "teacher.onnx")  # for piflow-edge bench --teacher
     say(f"sampling {config.images} digits from every contender and scoring them")
     evaluation = evaluate(bundles, shipped_teacher(), count=config.images, seed=config.seed)
     notes = [

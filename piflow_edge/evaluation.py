@@ -3,24 +3,21 @@
 All contenders start from the same noise and labels, and all networks run in the same engine.
 """
 
-import contextlib
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from piflow_edge.engines.ort import runtime
+from piflow_edge.engines import Graph, open_engine
 
 from .errors import DataError
 from .features import DIGITS, Features, open_features
 from .generator import Generator, load
+from .hardware import machine
 from .metrics import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,
@@ -35,6 +32,7 @@ from .metrics import (
 )
 from .noise import philox_normal
 from .progress import progress
+from .teacher_engine import EngineTeacher
 
 if TYPE_CHECKING:
     from .distill.data import ImageData
@@ -321,30 +319,16 @@ def teacher_contenders(
 
 def teacher_sampler(checkpoint, guidance_scale: float) -> Callable:
     """`(noise, labels, steps) -> images` by Euler steps of the guided teacher, its network in the runtime's engine."""
-    import torch
-
     from .distill.sources import network_of
-    from .distill.teacher import GuidanceConfig, GuidedTeacher
-    from .engines import Graph, open_engine
     from .export.to_onnx import export_network
 
     network = network_of(checkpoint)
     engine = open_engine(Graph(export_network(network)))
-
-    class Exported:
-        def velocity(self, x_t, sigma_t, labels):
-            inputs = {"x_t": x_t.numpy(), "t": sigma_t.numpy(), "class_labels": labels.numpy()}
-            return torch.from_numpy(engine.run(inputs)["u_t"])
-
-    teacher = GuidedTeacher(Exported(), GuidanceConfig(guidance_scale), null=network.null)
+    teacher = EngineTeacher(engine, guidance_scale, network.num_classes)
 
     def sample(noise, labels, steps):
         pieces = [slice(start, start + 250) for start in range(0, len(noise), 250)]
-        made = [
-            teacher.sample(torch.from_numpy(noise[p]), steps, labels=torch.from_numpy(labels[p])).numpy()
-            for p in pieces
-        ]
-        return np.concatenate(made)
+        return np.concatenate([teacher.sample(noise[p], labels[p], steps) for p in pieces])
 
     return sample
 
@@ -395,19 +379,6 @@ def milliseconds(
             break
     timed = rounds[2:]
     return {c.name: statistics.median(taken[c.name] for taken in timed) for c in contenders}, len(timed)
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    versions = {"numpy": np.__version__, "onnxruntime": runtime().__version__}
-    with contextlib.suppress(PackageNotFoundError):  # bundles alone are compared without it
-        versions["torch"] = version("torch")
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": versions,
-    }
 
 
 @dataclass
@@ -559,12 +530,3 @@ def _common_noise(
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):  # Linux only; platform.processor() is empty there
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()

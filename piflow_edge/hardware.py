@@ -1,12 +1,14 @@
-"""What the machine says of its cores, clocks and power. Everything is read, nothing set; what is not told is None."""
+"""What the machine says of itself, its clocks, power and memory. All is read, nothing set; what is not told is None."""
 
 import contextlib
 import math
 import os
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 _CPU = Path("/sys/devices/system/cpu")
 _TEGRA = Path("/etc/nv_tegra_release")
@@ -19,6 +21,61 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, min(len(os.sched_getaffinity(0)), math.ceil(min(_quota(), 1 << 20))))
     return os.cpu_count() or 1
+
+
+# Packages whose version has a say in how fast an image is made, and in how it looks.
+_PACKAGES = (
+    "piflow-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml",
+    "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-bindings", "torch",
+)  # fmt: skip
+
+
+class Memory(NamedTuple):
+    """Of this process in MB (1e6 bytes): resident now, and at its highest since the process started."""
+
+    resident: float
+    peak: float
+
+
+def machine() -> dict:
+    """What figures were measured on: processor, cores this process may use, system, versions of what is installed."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "cpu": _cpu_name(),
+        "cores": available_cores(),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "versions": versions,
+    }
+
+
+def memory() -> Memory | None:
+    """This process's memory; None where the system does not tell (Windows)."""
+    status = read_text(Path("/proc/self/status"))
+    if status is not None:  # not getrusage: on Linux a child's maximum starts from its parent's
+        kib = {line.partition(":")[0]: line.split()[1] for line in status.splitlines() if line.endswith("kB")}
+        return Memory(*(int(kib[name]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM")))
+    if sys.platform == "darwin":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes there
+        told = told_by("ps", "-o", "rss=", "-p", str(os.getpid()))
+        return Memory(int(told) * 1024 / 1e6 if told else peak, peak)
+    return None
+
+
+def gpu_memory_used() -> float | None:
+    """MB in use on all NVIDIA GPUs together, by whomever; None where nvidia-smi does not tell."""
+    answer = told_by("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+    numbers = [line.strip() for line in answer.splitlines()] if answer else []
+    if not numbers or not all(number.isdecimal() for number in numbers):
+        return None
+    return sum(map(int, numbers)) * 2**20 / 1e6  # it says MiB
 
 
 def power_state() -> dict:
@@ -105,6 +162,14 @@ def _quota_of(folder: Path) -> float:
         return int(limit) / int(period) if int(limit) > 0 else math.inf
     except (TypeError, ValueError):  # no such file, or "max"
         return math.inf
+
+
+def _cpu_name() -> str:
+    import platform
+
+    lines = (read_text(Path("/proc/cpuinfo")) or "").splitlines()  # platform.processor() is empty on Linux
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _jetson_power_mode() -> str | None:

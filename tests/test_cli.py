@@ -10,7 +10,7 @@ import pytest
 
 COMMANDS = [
     "demo", "train-teacher", "distill", "train-features", "evaluate", "export", "sample", "inspect", "verify", "sign",
-    "pack", "unpack", "triton", "doctor",
+    "pack", "unpack", "triton", "bench", "doctor",
 ]  # fmt: skip
 
 

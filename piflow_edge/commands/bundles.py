@@ -21,7 +21,7 @@ from .options import (
 
 @click.command()
 @click.argument("checkpoint", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Folder of the bundle.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--name", help="Name of the bundle; else the folder's.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
 @click.option("--sampler-graph", "samplers", callback=calls, metavar="NFE,...",
@@ -35,6 +35,8 @@ from .options import (
 @click.option("--sign", "key", type=click.Path(dir_okay=False, path_type=Path), metavar="KEY",
               help="Sign the bundle with this Ed25519 private key in PEM.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
+@click.option("--teacher-graph", is_flag=True,
+              help="CHECKPOINT is a teacher: write its network alone, as the file --out, for bench.")  # fmt: skip
 @JSON
 def export(
     checkpoint,
@@ -47,6 +49,7 @@ def export(
     license_file,
     key,
     overwrite,
+    teacher_graph,
     as_json,
 ):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
@@ -54,7 +57,11 @@ def export(
     \b
     Example:
       piflow-edge export runs/student-1 --out bundles/digits
+      piflow-edge export runs/teacher --teacher-graph --out teacher.onnx
     """
+    if teacher_graph:
+        _export_teacher(checkpoint, out, overwrite, as_json)
+        return
     from piflow_edge.distill.autoencoder import load_autoencoder
     from piflow_edge.distill.checkpoint import load_checkpoint
     from piflow_edge.export.to_bundle import NO_LICENSE, export_bundle
@@ -80,6 +87,23 @@ def export(
     report_rows(rows, as_json, {"bundle": str(out)})
     if not as_json:
         click.echo(out)
+
+
+def _export_teacher(checkpoint: Path, file: Path, overwrite: bool, as_json: bool) -> None:
+    from piflow_edge.distill.sources import load_teacher
+    from piflow_edge.export.teacher_graph import export_teacher
+
+    if file.exists() and not overwrite:
+        raise click.UsageError(f"{file} exists; give another name, or --overwrite")
+    if file.suffix.lower() != ".onnx":
+        raise click.UsageError(
+            f"a teacher's graph is one file; give --out a name that ends in .onnx; got {file}"
+        )
+    error = export_teacher(load_teacher(checkpoint).network, file)
+    if as_json:
+        emit({"file": str(file), "error": error})
+    else:
+        click.echo(file)
 
 
 @click.command()

@@ -1,10 +1,112 @@
-"""Commands about this machine: `doctor`."""
+"""Commands about this machine: `bench`, `doctor`."""
 
 from pathlib import Path
 
 import click
 
-from .options import JSON, emit, engine_options, engine_settings, show
+from .options import JSON, calls, emit, engine_options, engine_settings, say, show
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def names(context, parameter, text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def counts(context, parameter, text: str | None) -> list[int] | None:
+    return calls(context, parameter, text) or None
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--engine", "engines", default="auto", callback=names, metavar="NAME,...",
+              help="Backends; all is every one that runs here.")  # fmt: skip
+@click.option(
+    "--precision", "precisions", callback=names, metavar="NAME,...", help="Else all of each bundle."
+)
+@click.option(
+    "--nfe", "nfes", callback=counts, metavar="N,...", help="Network calls per image; else as trained."
+)
+@click.option(
+    "--substeps", callback=counts, metavar="N,...", help="Of the policy, in all; else the bundle's."
+)
+@click.option("--batch", "batches", default="1", callback=counts, metavar="N,...", help="Images at a time.")
+@click.option("--rounds", type=click.IntRange(min=1), default=100, help="Timed calls of each contender.")
+@click.option("--warmup", type=click.IntRange(min=0), default=5, help="Rounds before that.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=120.0,
+              help="End the rounds after this time, but not before five.")  # fmt: skip
+@click.option("--cold-starts", type=click.IntRange(min=0), default=3,
+              help="Fresh processes for first images and memory of each contender.")  # fmt: skip
+@click.option("--device", help="As of sample; else each backend's best.")
+@click.option("--teacher", type=FILE, help="Its graph, by export --teacher-graph: the baseline.")
+@click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
+@click.option("--guidance", type=click.FloatRange(min=1), help="Of the teacher; else the first bundle's.")
+@click.option("--csv", "csv_file", type=FILE, help="Also write a table here.")
+@click.option("--plot", type=FILE, help="Also write a PNG here: latency against quality, or where time goes.")
+@click.option(
+    "--evaluation", type=FILE, help="evaluation.json of evaluate --out, with the quality for --plot."
+)
+@click.option("--compare", "old", type=FILE, help="JSON of an earlier run: what moved beyond noise.")
+@JSON
+def bench(
+    bundles, engines, precisions, nfes, substeps, batches, rounds, warmup, seconds, cold_starts, device, teacher,
+    teacher_steps, guidance, csv_file, plot, evaluation, old, as_json,
+):  # fmt: skip
+    """How fast is it here? Time and memory per engine, precision, calls, substeps and batch.
+
+    Contenders take turns; cold starts and memory are those of fresh processes.
+
+    \b
+    Example:
+      piflow-edge bench demo/bundles/digits-nfe1 --batch 1,8 --json > before.json
+      piflow-edge bench demo/bundles/digits-nfe1 --batch 1,8 --compare before.json
+      piflow-edge bench demo/bundles/* --teacher demo/teacher.onnx --evaluation demo/report/evaluation.json --plot b.png
+    """
+    from piflow_edge import bench_report as report
+    from piflow_edge.bench import BenchConfig, TeacherConfig
+    from piflow_edge.bench import bench as measure
+    from piflow_edge.bench_compare import compare, read_benchmark
+    from piflow_edge.files import write_atomic
+    from piflow_edge.pictures import png_bytes
+
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise click.UsageError(f"a plot is written as PNG; give --plot a name that ends in .png; got {plot}")
+    if evaluation is not None and plot is None:
+        raise click.UsageError("--evaluation is for --plot; give that too")
+    # What cannot be read is better known before minutes of measuring.
+    before = None if old is None else read_benchmark(old)
+    quality = None if evaluation is None else report.read_quality(evaluation)
+    found = measure(
+        bundles,
+        BenchConfig(
+            engines=engines,
+            precisions=precisions,
+            nfes=nfes,
+            substeps=substeps,
+            batches=batches,
+            rounds=rounds,
+            warmup=warmup,
+            seconds=seconds,
+            cold_starts=cold_starts,
+            device=device,
+        ),
+        None if teacher is None else TeacherConfig(teacher, teacher_steps, guidance),
+    )
+    if csv_file is not None:
+        write_atomic(csv_file, report.csv_text(found).encode())
+    if plot is not None:
+        write_atomic(plot, png_bytes(report.picture(found, quality)))
+    answer = found.as_json()
+    change = None if before is None else compare(before, answer)
+    if as_json:
+        emit(answer if change is None else {**answer, "comparison": change.as_json()})
+    else:
+        show(report.text_table(found))
+        click.echo(report.conditions_text(found))
+    if change is not None:
+        say(report.comparison_text(change))
+        if not as_json:
+            show(report.comparison_table(change))
 
 
 @click.command()

@@ -1,0 +1,370 @@
+"""How fast, how large, how warm: bundles measured in every engine, precision, number of calls, substeps and batch.
+
+Warm figures come from one process, in which all contenders take turns, so that a slow spell of the machine hits all.
+Cold starts and memory come from processes of their own (`cold_start`), several for each contender.
+"""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from piflow_edge.engines import ENGINES, Graph, open_engine
+
+from .bundle import Bundle
+from .cold_start import cold_start
+from .errors import BundleError, EngineError, MissingExtraError
+from .files import sha256
+from .hardware import machine, power_state
+from .noise import philox_normal
+from .progress import progress
+from .teacher_engine import EngineTeacher
+
+FORMAT = 1  # of the JSON; `bench_compare` reads it
+STAGES = ("noise", "network", "policy", "decode", "transfer")
+_MIN_ROUNDS = 5
+ALL_ENGINES = "all"
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured: every combination of the lists.
+
+    `engines`: names, "auto", or "all" for whatever runs here. `precisions`, `nfes`, `substeps`: None is all precisions
+    of each bundle, the calls it was trained for, its own substeps. `batches`: images in one call of the generator.
+    `rounds`: timed calls of each contender, fewer once `seconds` are spent, but five. `warmup`: rounds before that.
+    `cold_starts`: processes of each contender; 0 leaves out cold starts and memory. `device`: as in `load`.
+    """
+
+    engines: Sequence[str] = ("auto",)
+    precisions: Sequence[str] | None = None
+    nfes: Sequence[int] | None = None
+    substeps: Sequence[int] | None = None
+    batches: Sequence[int] = (1,)
+    rounds: int = 100
+    warmup: int = 5
+    seconds: float = 120.0
+    cold_starts: int = 3
+    device: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The baseline. `file`: its graph, as `export --teacher-graph` writes it. `steps`: Euler steps, each one call.
+
+    `guidance_scale`: None is what the first bundle was distilled with; above 1 every call is of two samples per image.
+    """
+
+    file: Path
+    steps: int = 50
+    guidance_scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed. `calls`: of the network per image, in a batch. `substeps`: None for a teacher."""
+
+    model: str
+    engine: str
+    device: str
+    precision: str
+    calls: int
+    substeps: int | None
+    batch: int
+
+    @property
+    def key(self) -> str:
+        """The setting in words, which tells it from all others of a run."""
+        calls = f"{self.calls} call{'s' if self.calls > 1 else ''}"
+        policy = [] if self.substeps is None else [f"{self.substeps} substeps"]
+        return ", ".join([self.model, self.engine, self.precision, calls, *policy, f"batch {self.batch}"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting's figures; times in ms.
+
+    `median`, `p90`, `p99`: of `rounds`, a call of the generator each: labels in, uint8 images out.
+    `images_per_second`: over all rounds. `split`: median of every stage; "other" is the rest of the call. `warmup`: the
+    rounds before. `trained`: False for a student that runs with calls it was not trained for. `cold`: see `cold_start`.
+    """
+
+    setting: Setting
+    median: float
+    p90: float
+    p99: float
+    images_per_second: float
+    split: Mapping[str, float]
+    rounds: Sequence[float]
+    warmup: Sequence[float]
+    trained: bool
+    cold: Mapping[str, float | None] | None
+
+    def as_json(self) -> dict:
+        """All of it, with the setting's fields among the others."""
+        figures = asdict(self)
+        return {"key": self.setting.key, **figures.pop("setting"), **figures}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a run found. `machine_rounds`: ms of a fixed piece of NumPy in every round, the machine's pulse.
+
+    `left_out`: what "all" engines could not run, and why.
+    """
+
+    rows: Sequence[Row]
+    machine_rounds: Sequence[float]
+    conditions: Mapping
+    left_out: Sequence[Mapping[str, str]] = field(default=())
+
+    def as_json(self) -> dict:
+        """For `bench_compare` and other programs."""
+        return {
+            "format": FORMAT,
+            "conditions": dict(self.conditions),
+            "rows": [row.as_json() for row in self.rows],
+            "machine_rounds": list(self.machine_rounds),
+            "left_out": list(self.left_out),
+        }
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """`draw`: makes one batch of images and says how many ms each stage took. `child`: for `cold_start`."""
+
+    setting: Setting
+    draw: Callable[[], Mapping[str, float]]
+    child: Mapping
+    trained: bool = True
+
+
+def bench(
+    bundles: Sequence[Path], config: BenchConfig = BenchConfig(), teacher: TeacherConfig | None = None
+) -> Benchmark:
+    """Measure bundles and, if it is given, their teacher.
+
+    Raises:
+        EngineError, MissingExtraError: a named engine cannot run here; or, of all, none can.
+        BundleError: a bundle cannot be read, or has no such precision.
+        ScheduleError: calls or substeps that make no sense.
+    """
+    from piflow_edge import load
+
+    contenders: list[_Contender] = []
+    left_out: list[dict[str, str]] = []
+    opened = [Bundle(folder) for folder in bundles]
+    if len({bundle.name for bundle in opened}) < len(opened):
+        raise BundleError(
+            f"bundles are told apart by name; got {', '.join(b.name for b in opened)}; export with --name"
+        )
+    wanted = ENGINES if ALL_ENGINES in config.engines else config.engines
+    for bundle, engine in itertools.product(opened, wanted):
+        for precision in config.precisions or bundle.manifest.precisions:
+            bundle.precision(precision)  # a wrong name is an error, whatever runs here
+            try:
+                generator = load(bundle.folder, engine=engine, precision=precision, device=config.device)
+            except (EngineError, MissingExtraError) as error:
+                if ALL_ENGINES not in config.engines:
+                    raise
+                left_out.append(
+                    {"model": bundle.name, "engine": engine, "precision": precision, "why": str(error)}
+                )
+                continue
+            contenders += _students(generator, config)
+    if not contenders:
+        raise EngineError(
+            "no engine runs here: " + "; ".join(f"{one['engine']}: {one['why']}" for one in left_out)
+        )
+    scale = None
+    if teacher is not None:
+        scale = teacher.guidance_scale or distilled_guidance(opened[0])
+        engines = dict.fromkeys((c.setting.engine, c.setting.device) for c in contenders)
+        for engine, device in engines:
+            contenders += _teachers(opened[0], engine, device, config, teacher, scale)
+    before = {"load": _load(), "power": power_state()}
+    timed, pulse = _rounds(contenders, config)
+    cold = (
+        [_cold(contender, config) for contender in contenders]
+        if config.cold_starts
+        else [None] * len(contenders)
+    )
+    conditions = {
+        **machine(),
+        "bundles": {bundle.name: _identity(bundle) for bundle in opened},
+        "teacher": None if teacher is None else _teacher_identity(teacher, scale),
+        "timed": "labels to uint8 images, in one process, all contenders in turn, each round in a new order",
+        "rounds": len(pulse) - config.warmup,
+        "warmup": config.warmup,
+        "cold_starts": config.cold_starts,
+        "seed": config.seed,
+        "before": before,
+        "after": {"load": _load(), "power": power_state()},
+    }
+    rows = [_row(*each, config.warmup) for each in zip(contenders, timed, cold, strict=True)]
+    return Benchmark(rows, pulse[config.warmup :], conditions, left_out)
+
+
+def distilled_guidance(bundle: Bundle) -> float:
+    """Guidance scale of the teacher that a student was distilled from; 1 where the bundle does not say."""
+    return bundle.manifest.provenance.get("settings", {}).get("guidance", {}).get("scale", 1.0)
+
+
+def class_ids(bundle: Bundle, count: int) -> np.ndarray:
+    """Labels of a batch: the classes in turn, (count,) int64."""
+    return np.arange(count) % max(1, len(bundle.manifest.conditioning.class_names))
+
+
+def _students(generator, config: BenchConfig) -> list[_Contender]:
+    bundle, engine = generator.bundle, generator.engine
+    trained = bundle.manifest.schedule
+    nfes, substeps = config.nfes or generator.trained_nfes, config.substeps or [trained.total_substeps]
+    found = []
+    for nfe, steps, batch in itertools.product(nfes, substeps, config.batches):
+        trained.schedule(
+            nfe=nfe, total_substeps=steps
+        )  # refuses what makes no sense before anything is timed
+        labels = class_ids(bundle, batch).tolist()
+
+        def draw(labels=labels, nfe=nfe, steps=steps):
+            made = generator(labels, nfe=nfe, substeps=steps, seed=config.seed, output=_output(bundle))
+            return made.timings
+
+        setting = Setting(bundle.name, engine.name, engine.device, generator.precision, nfe, steps, batch)
+        child = {**_child(bundle, setting, labels, config), "nfe": nfe, "substeps": steps}
+        found.append(_Contender(setting, draw, child, nfe in generator.trained_nfes))
+    return found
+
+
+def _teachers(bundle, engine: str, device: str, config: BenchConfig, teacher: TeacherConfig, scale: float):
+    from piflow_edge.images import decode
+
+    network = open_engine(Graph(teacher.file.read_bytes()), engine=engine, device=device)
+    guided = EngineTeacher(network, scale, len(bundle.manifest.conditioning.class_names))
+    latent, shift = bundle.manifest.latent, bundle.manifest.schedule.shift
+    for batch in config.batches:
+        labels = class_ids(bundle, batch)
+
+        def draw(labels=labels, batch=batch):
+            began = time.perf_counter()
+            noise = philox_normal(config.seed, range(batch), latent.shape)
+            drawn, before = time.perf_counter(), guided.network_seconds
+            states = guided.sample(noise, labels, teacher.steps, shift=shift)
+            sampled, calls = time.perf_counter(), guided.network_seconds - before
+            decode(states, latent)
+            done = time.perf_counter()
+            seconds = {"noise": drawn - began, "network": calls, "policy": sampled - drawn - calls,
+                       "decode": done - sampled, "total": done - began}  # fmt: skip
+            return {stage: 1000 * value for stage, value in seconds.items()}
+
+        name = f"teacher, guidance {scale:g}"
+        setting = Setting(name, network.name, network.device, "fp32", teacher.steps, None, batch)
+        child = {**_child(bundle, setting, labels.tolist(), config), "shape": latent.shape, "shift": shift,
+                 "teacher": str(teacher.file), "steps": teacher.steps, "guidance": scale,
+                 "null_label": guided.null_label}  # fmt: skip
+        yield _Contender(setting, draw, child)
+
+
+def _output(bundle: Bundle) -> str:
+    return "numpy" if bundle.manifest.makes_images else "latent"
+
+
+def _child(bundle: Bundle, setting: Setting, labels: list[int], config: BenchConfig) -> dict:
+    return {
+        "bundle": str(bundle.folder),
+        "engine": setting.engine,
+        "device": config.device,
+        "precision": setting.precision,
+        "labels": labels,
+        "seed": config.seed,
+        "output": _output(bundle),
+    }
+
+
+def _rounds(contenders: Sequence[_Contender], config: BenchConfig) -> tuple[list[list[Mapping]], list[float]]:
+    """Every contender's timings, round by round with the warm-up first, and the machine's pulse."""
+    order, random = list(range(len(contenders))), np.random.default_rng(config.seed)
+    timed: list[list[Mapping]] = [[] for _ in contenders]
+    pulse: list[float] = []
+    began = None
+    total = config.warmup + config.rounds
+    with progress("timing", total) as bar:
+        for done in range(total):
+            if done == config.warmup:
+                began = time.perf_counter()
+            enough = began is not None and done - config.warmup >= min(_MIN_ROUNDS, config.rounds)
+            if enough and time.perf_counter() - began > config.seconds:
+                break
+            random.shuffle(order)  # what ran before leaves its mark on caches and clock
+            for i in order:
+                start = time.perf_counter()
+                stages = contenders[i].draw()
+                timed[i].append({**stages, "total": 1000 * (time.perf_counter() - start)})
+            pulse.append(_pulse())
+            bar()
+    return timed, pulse
+
+
+def _pulse() -> float:
+    """Milliseconds of the same small piece of NumPy every time, on one core and within its cache."""
+    values = np.linspace(0, 1, 1 << 14, dtype=np.float32)
+    start = time.perf_counter()
+    for _ in range(32):
+        np.exp(values)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _row(contender: _Contender, timed: Sequence[Mapping], cold: Mapping | None, warmup: int) -> Row:
+    rounds = [stages["total"] for stages in timed[warmup:]]
+    split = {s: float(np.median([t[s] for t in timed[warmup:]])) for s in STAGES if s in timed[-1]}
+    rest = [stages["total"] - sum(stages.get(s, 0.0) for s in STAGES) for stages in timed[warmup:]]
+    split["other"] = float(np.median(rest))
+    p90, p99 = np.percentile(rounds, [90, 99]).tolist()
+    return Row(
+        contender.setting,
+        float(np.median(rounds)),
+        p90,
+        p99,
+        1000 * contender.setting.batch * len(rounds) / sum(rounds),
+        split,
+        rounds,
+        [stages["total"] for stages in timed[:warmup]],
+        contender.trained,
+        cold,
+    )
+
+
+def _cold(contender: _Contender, config: BenchConfig) -> dict[str, float | None]:
+    """Medians over fresh processes; see `cold_start`."""
+    found = [cold_start(contender.child, device=contender.setting.device) for _ in range(config.cold_starts)]
+    return {
+        name: None
+        if any(one[name] is None for one in found)
+        else float(np.median([one[name] for one in found]))
+        for name in found[0]
+    }
+
+
+def _identity(bundle: Bundle) -> dict:
+    provenance = bundle.manifest.provenance
+    return {
+        "folder": bundle.folder.resolve().name,
+        "sha256": sha256(bundle.manifest_bytes),
+        "latent": list(bundle.manifest.latent.shape),
+        "precision": bundle.manifest.precisions[0],
+        "substeps": bundle.manifest.schedule.total_substeps,
+        "parameters": provenance.get("parameters"),
+    }
+
+
+def _teacher_identity(teacher: TeacherConfig, scale: float) -> dict:
+    return {"sha256": sha256(teacher.file.read_bytes()), "steps": teacher.steps, "guidance_scale": scale}
+
+
+def _load() -> list[float] | None:
+    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None

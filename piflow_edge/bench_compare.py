@@ -1,0 +1,127 @@
+"""Two runs of `bench`, side by side: what moved beyond noise, and what was not alike when they were measured.
+
+Noise is judged from the rounds. Those of each run are drawn anew, in stretches, for a slow spell covers several rounds;
+the medians' ratio over many such draws has an interval. A setting moved if 1 lies outside it, and if it moved by more
+than two processes with the same work differ, which the rounds of one process cannot show.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .bench import FORMAT
+from .errors import DataError
+
+# Level of the interval: with 95 % every twentieth setting would have moved by chance.
+_LEVEL = 0.99
+_DRAWS = 2000
+# Of the same bundle in two processes on a quiet machine; see "Noise" in benchmarks/README.md.
+PROCESS_NOISE = 0.05
+
+# Conditions of a run that say nothing of how fast the machine is.
+_UNLIKE_ANYWAY = ("before.load", "after.load", "before.power.cpu_mhz", "after.power.cpu_mhz")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting in both runs. `ratio`: new median over old; `low`, `high`: its interval. `verdict`: "slower",
+    "faster" or "within noise"."""
+
+    key: str
+    old: float
+    new: float
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`machine`: of the machine's pulse; where that moved, so did all. `differs`: condition, old, new.
+
+    `only_old`, `only_new`: settings that the other run lacks.
+    """
+
+    changes: Sequence[Change]
+    machine: Change
+    differs: Sequence[tuple[str, object, object]]
+    only_old: Sequence[str]
+    only_new: Sequence[str]
+
+    def as_json(self) -> dict:
+        """For other programs."""
+        return asdict(self)
+
+
+def read_benchmark(file: Path) -> dict:
+    """What `bench --json` wrote.
+
+    Raises:
+        DataError: another file.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as the JSON of piflow-edge bench: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or "machine_rounds" not in found:
+        raise DataError(f"{file} is not what piflow-edge bench --json of this version writes")
+    return found
+
+
+def compare(old: Mapping, new: Mapping) -> Comparison:
+    """Set `new` beside `old`, both as `Benchmark.as_json` gives them."""
+    before, after = ({row["key"]: row for row in run["rows"]} for run in (old, new))
+    changes = [
+        _change(key, before[key]["rounds"], row["rounds"]) for key, row in after.items() if key in before
+    ]
+    conditions = [_flat(run["conditions"]) for run in (old, new)]
+    names = [name for name in dict.fromkeys([*conditions[0], *conditions[1]]) if name not in _UNLIKE_ANYWAY]
+    pairs = [(name, *(c.get(name) for c in conditions)) for name in names]
+    return Comparison(
+        changes,
+        _change("the machine's pulse", old["machine_rounds"], new["machine_rounds"]),
+        [(name, was, now) for name, was, now in pairs if was != now],
+        [key for key in before if key not in after],
+        [key for key in after if key not in before],
+    )
+
+
+def _change(key: str, old: Sequence[float], new: Sequence[float]) -> Change:
+    random = np.random.default_rng(0)
+    medians = [_medians(np.asarray(rounds), random) for rounds in (old, new)]
+    tail = 100 * (1 - _LEVEL) / 2
+    low, high = np.percentile(medians[1] / medians[0], [tail, 100 - tail]).tolist()
+    was, now = float(np.median(old)), float(np.median(new))
+    verdict = "within noise"
+    if low > 1 and now / was > 1 + PROCESS_NOISE:
+        verdict = "slower"
+    elif high < 1 and was / now > 1 + PROCESS_NOISE:
+        verdict = "faster"
+    return Change(key, was, now, now / was, low, high, verdict)
+
+
+def _medians(rounds: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Medians of as many draws, each of stretches of rounds that are put together to the length of the run.
+
+    Source: the circular block bootstrap, Politis & Romano 1992; a length of n^(1/3) is the usual order.
+    """
+    count = len(rounds)
+    length = max(1, round(count ** (1 / 3)))
+    starts = random.integers(count, size=(_DRAWS, -(-count // length)))
+    places = (starts[..., None] + np.arange(length)) % count
+    return np.median(rounds[places.reshape(_DRAWS, -1)[:, :count]], axis=1)
+
+
+def _flat(conditions: Mapping, prefix: str = "") -> dict[str, object]:
+    """Nested conditions by their dotted names."""
+    found: dict[str, object] = {}
+    for name, value in conditions.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
