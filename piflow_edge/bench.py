@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from piflow_edge.engines import ENGINES, Graph, open_engine
+from piflow_edge.engines import DEFAULT_OPTIONS, ENGINES, EngineOptions, Graph, open_engine
 
 from .bundle import Bundle
 from .cold_start import cold_start
@@ -37,7 +37,7 @@ class BenchConfig:
     `engines`: names, "auto", or "all" for whatever runs here. `precisions`, `nfes`, `substeps`: None is all precisions
     of each bundle, the calls it was trained for, its own substeps. `batches`: images in one call of the generator.
     `rounds`: timed calls of each contender, fewer once `seconds` are spent, but five. `warmup`: rounds before that.
-    `cold_starts`: processes of each contender; 0 leaves out cold starts and memory. `device`: as in `load`.
+    `cold_starts`: processes of each contender; 0 leaves out cold starts and memory. `device`, `options`: as in `load`.
     """
 
     engines: Sequence[str] = ("auto",)
@@ -50,6 +50,7 @@ class BenchConfig:
     seconds: float = 120.0
     cold_starts: int = 3
     device: str | None = None
+    options: EngineOptions = DEFAULT_OPTIONS
     seed: int = 0
 
 
@@ -168,7 +169,13 @@ def bench(
         for precision in config.precisions or bundle.manifest.precisions:
             bundle.precision(precision)  # a wrong name is an error, whatever runs here
             try:
-                generator = load(bundle.folder, engine=engine, precision=precision, device=config.device)
+                generator = load(
+                    bundle.folder,
+                    engine=engine,
+                    precision=precision,
+                    device=config.device,
+                    options=config.options,
+                )
             except (EngineError, MissingExtraError) as error:
                 if ALL_ENGINES not in config.engines:
                     raise
@@ -203,6 +210,7 @@ def bench(
         "warmup": config.warmup,
         "cold_starts": config.cold_starts,
         "seed": config.seed,
+        "options": asdict(config.options),
         "before": before,
         "after": {"load": _load(), "power": power_state()},
     }
@@ -215,9 +223,10 @@ def distilled_guidance(bundle: Bundle) -> float:
     return bundle.manifest.provenance.get("settings", {}).get("guidance", {}).get("scale", 1.0)
 
 
-def class_ids(bundle: Bundle, count: int) -> np.ndarray:
-    """Labels of a batch: the classes in turn, (count,) int64."""
-    return np.arange(count) % max(1, len(bundle.manifest.conditioning.class_names))
+def asked(bundle: Bundle, batch: int) -> dict:
+    """What a generator is asked for: the classes in turn, or so many images where there are no classes."""
+    classes = len(bundle.manifest.conditioning.class_names)
+    return {"labels": [i % classes for i in range(batch)]} if classes else {"count": batch}
 
 
 def _students(generator, config: BenchConfig) -> list[_Contender]:
@@ -229,14 +238,14 @@ def _students(generator, config: BenchConfig) -> list[_Contender]:
         trained.schedule(
             nfe=nfe, total_substeps=steps
         )  # refuses what makes no sense before anything is timed
-        labels = class_ids(bundle, batch).tolist()
+        request = {**asked(bundle, batch), "nfe": nfe, "substeps": steps, "seed": config.seed}
+        request["output"] = "numpy" if bundle.manifest.makes_images else "latent"
 
-        def draw(labels=labels, nfe=nfe, steps=steps):
-            made = generator(labels, nfe=nfe, substeps=steps, seed=config.seed, output=_output(bundle))
-            return made.timings
+        def draw(request=request):
+            return generator(**request).timings
 
         setting = Setting(bundle.name, engine.name, engine.device, generator.precision, nfe, steps, batch)
-        child = {**_child(bundle, setting, labels, config), "nfe": nfe, "substeps": steps}
+        child = {**_child(bundle, setting, config), "request": request}
         found.append(_Contender(setting, draw, child, nfe in generator.trained_nfes))
     return found
 
@@ -244,11 +253,16 @@ def _students(generator, config: BenchConfig) -> list[_Contender]:
 def _teachers(bundle, engine: str, device: str, config: BenchConfig, teacher: TeacherConfig, scale: float):
     from piflow_edge.images import decode
 
-    network = open_engine(Graph(teacher.file.read_bytes()), engine=engine, device=device)
-    guided = EngineTeacher(network, scale, len(bundle.manifest.conditioning.class_names))
+    classes = len(bundle.manifest.conditioning.class_names)
+    if not classes:
+        raise BundleError(f"a teacher's graph takes class labels, and {bundle.name!r} has no classes")
+    graph = Graph(teacher.file.read_bytes())
+    guided = EngineTeacher(
+        open_engine(graph, engine=engine, device=device, options=config.options), scale, classes
+    )
     latent, shift = bundle.manifest.latent, bundle.manifest.schedule.shift
     for batch in config.batches:
-        labels = class_ids(bundle, batch)
+        labels = np.arange(batch) % classes
 
         def draw(labels=labels, batch=batch):
             began = time.perf_counter()
@@ -263,26 +277,28 @@ def _teachers(bundle, engine: str, device: str, config: BenchConfig, teacher: Te
             return {stage: 1000 * value for stage, value in seconds.items()}
 
         name = f"teacher, guidance {scale:g}"
-        setting = Setting(name, network.name, network.device, "fp32", teacher.steps, None, batch)
-        child = {**_child(bundle, setting, labels.tolist(), config), "shape": latent.shape, "shift": shift,
-                 "teacher": str(teacher.file), "steps": teacher.steps, "guidance": scale,
-                 "null_label": guided.null_label}  # fmt: skip
+        setting = Setting(name, engine, device, "fp32", teacher.steps, None, batch)
+        child = {
+            **_child(bundle, setting, config),
+            "teacher": str(teacher.file),
+            "labels": labels.tolist(),
+            "seed": config.seed,
+            "shape": latent.shape,
+            "shift": shift,
+            "steps": teacher.steps,
+            "guidance": scale,
+            "null_label": classes,
+        }
         yield _Contender(setting, draw, child)
 
 
-def _output(bundle: Bundle) -> str:
-    return "numpy" if bundle.manifest.makes_images else "latent"
-
-
-def _child(bundle: Bundle, setting: Setting, labels: list[int], config: BenchConfig) -> dict:
+def _child(bundle: Bundle, setting: Setting, config: BenchConfig) -> dict:
     return {
         "bundle": str(bundle.folder),
         "engine": setting.engine,
         "device": config.device,
+        "options": asdict(config.options),
         "precision": setting.precision,
-        "labels": labels,
-        "seed": config.seed,
-        "output": _output(bundle),
     }
 
 

@@ -80,16 +80,16 @@ def main() -> None:
 def _student(told):
     import piflow_edge as pf
 
-    generator = pf.load(
-        told["bundle"], engine=told["engine"], precision=told["precision"], device=told["device"]
-    )
-    return lambda: generator(
-        told["labels"],
-        nfe=told["nfe"],
-        substeps=told["substeps"],
-        seed=told["seed"],
-        output=told["output"],
-    )
+    generator = pf.load(told["bundle"], precision=told["precision"], **_place(told))
+    return lambda: generator(**told["request"])
+
+
+def _place(told):
+    from piflow_edge.engines import EngineOptions
+
+    cores = told["options"]["cpu_affinity"]  # JSON has lists
+    options = EngineOptions(**{**told["options"], "cpu_affinity": cores and tuple(cores)})
+    return {"engine": told["engine"], "device": told["device"], "options": options}
 
 
 def _teacher(told):
@@ -102,9 +102,7 @@ def _teacher(told):
     from .noise import philox_normal
     from .teacher_engine import EngineTeacher
 
-    engine = open_engine(
-        Graph(Path(told["teacher"]).read_bytes()), engine=told["engine"], device=told["device"]
-    )
+    engine = open_engine(Graph(Path(told["teacher"]).read_bytes()), **_place(told))
     teacher = EngineTeacher(engine, told["guidance"], told["null_label"])
     labels = np.array(told["labels"], np.int64)
     return lambda: teacher.sample(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .options import JSON, calls, emit, engine_options, engine_settings, say, show
+from .options import JSON, calls, emit, engine_options, engine_settings, placement_options, say, show
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -37,7 +37,7 @@ def counts(context, parameter, text: str | None) -> list[int] | None:
               help="End the rounds after this time, but not before five.")  # fmt: skip
 @click.option("--cold-starts", type=click.IntRange(min=0), default=3,
               help="Fresh processes for first images and memory of each contender.")  # fmt: skip
-@click.option("--device", help="As of sample; else each backend's best.")
+@placement_options
 @click.option("--teacher", type=FILE, help="Its graph, by export --teacher-graph: the baseline.")
 @click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
 @click.option("--guidance", type=click.FloatRange(min=1), help="Of the teacher; else the first bundle's.")
@@ -49,8 +49,8 @@ def counts(context, parameter, text: str | None) -> list[int] | None:
 @click.option("--compare", "old", type=FILE, help="JSON of an earlier run: what moved beyond noise.")
 @JSON
 def bench(
-    bundles, engines, precisions, nfes, substeps, batches, rounds, warmup, seconds, cold_starts, device, teacher,
-    teacher_steps, guidance, csv_file, plot, evaluation, old, as_json,
+    bundles, engines, precisions, nfes, substeps, batches, rounds, warmup, seconds, cold_starts, teacher,
+    teacher_steps, guidance, csv_file, plot, evaluation, old, as_json, **placement,
 ):  # fmt: skip
     """How fast is it here? Time and memory per engine, precision, calls, substeps and batch.
 
@@ -74,6 +74,7 @@ def bench(
     if evaluation is not None and plot is None:
         raise click.UsageError("--evaluation is for --plot; give that too")
     # What cannot be read is better known before minutes of measuring.
+    settings = engine_settings(engine=None, **placement)
     before = None if old is None else read_benchmark(old)
     quality = None if evaluation is None else report.read_quality(evaluation)
     found = measure(
@@ -88,7 +89,8 @@ def bench(
             warmup=warmup,
             seconds=seconds,
             cold_starts=cold_starts,
-            device=device,
+            device=settings["device"],
+            options=settings["options"],
         ),
         None if teacher is None else TeacherConfig(teacher, teacher_steps, guidance),
     )

@@ -91,6 +91,11 @@ def engine_options(command):
     return _with(ENGINE, command)
 
 
+def placement_options(command):
+    """Those of `engine_options` but for the engine, for a command that takes several."""
+    return _with(ENGINE[1:], command)
+
+
 def engine_settings(engine, device, threads, cores) -> dict:
     """What `load` and `open_engine` take, from the options of `ENGINE`."""
     return {
