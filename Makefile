@@ -1,6 +1,7 @@
 # make demo   the main job on handwritten digits; prints where the report is
 # make test   all tests
-# Both make what they need first, in .venv (and .venv-runtime, which has no torch), and work offline after that.
+# make benchmarks   all figures of benchmarks/README.md, on a machine that does nothing else
+# All make what they need first, in .venv (and .venv-runtime, which has no torch), and work offline after that.
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +24,7 @@ endif
 SOURCES := $(wildcard piflow_edge/kernels/*.h piflow_edge/kernels/*.cpp piflow_edge/kernels/*.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint clean benchmarks
 
 demo: $(VENV)/.installed
 	$(BIN)/piflow-edge demo --out $(DEMO)
@@ -33,6 +34,9 @@ test: $(VENV)/.tools $(RUNTIME)/.installed
 	@$(PIP) wheel -q --no-index --no-deps --no-build-isolation -w .wheel .
 	@$(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q --no-index --no-deps --force-reinstall .wheel/*.whl
 	PIFLOW_EDGE_RUNTIME_PYTHON=$(abspath $(RUNTIME))/bin/python $(BIN)/python -m pytest $(ARGS)
+
+benchmarks: $(VENV)/.tools
+	$(BIN)/python benchmarks/run_all.py --demo $(DEMO)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

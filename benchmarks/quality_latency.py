@@ -1,0 +1,143 @@
+"""What does a millisecond buy? Quality against time on the digits, by calls, substeps and precision. One JSON line.
+
+The students of `piflow-edge demo` are exported once more in every precision. Each setting makes the same images from
+the same noise, which are scored as `piflow-edge evaluate` does; times are those of `piflow-edge bench`, one image at a
+time, all settings in turn. The teacher at 50 guided steps and cut short to a few stands beside them.
+
+Run: python benchmarks/quality_latency.py --demo demo --plot quality_latency.png
+"""
+
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+import piflow_edge as pf
+from piflow_edge.bench import BenchConfig, TeacherConfig, bench
+from piflow_edge.demo import shipped_teacher
+from piflow_edge.distill.checkpoint import load_checkpoint
+from piflow_edge.distill.data import load_images
+from piflow_edge.distill.sources import load_teacher
+from piflow_edge.evaluation import evaluation_labels, images_of, teacher_sampler
+from piflow_edge.export.teacher_graph import export_teacher
+from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.features import open_features
+from piflow_edge.files import write_atomic
+from piflow_edge.metrics import FeatureSet, frechet_distance
+from piflow_edge.noise import philox_normal
+from piflow_edge.pictures import png_bytes
+from piflow_edge.plots import Series, chart
+
+from timing import answer, parser
+
+
+class Judge:
+    """FID of images made from common noise."""
+
+    def __init__(self, count, seed=0):
+        self.data, self.features = load_images("digits"), open_features("digits")
+        self.labels = evaluation_labels(self.data.labels, len(self.data.class_names), count)
+        self.noise = philox_normal(seed, range(count), self.data.shape)
+        real, _ = self.data.batch(np.arange(len(self.data)))
+        self.real = FeatureSet(self.features(real), "the real images")
+
+    def fid(self, sample, name):
+        """Of what `sample(noise, labels)` makes."""
+        pieces = [slice(start, start + 250) for start in range(0, len(self.labels), 250)]
+        made = np.concatenate([sample(self.noise[p], self.labels[p]) for p in pieces])
+        return frechet_distance(FeatureSet(self.features(made), name), self.real)
+
+
+def students(folders, judge, options):
+    """FID of every student, substeps and precision."""
+    for folder in folders:
+        for precision, substeps in product(options.precisions, options.substeps):
+            generator = pf.load(folder, precision=precision)
+            nfe = generator.bundle.manifest.schedule.nfe
+
+            def sample(noise, labels, generator=generator, substeps=substeps):
+                made = generator(labels.tolist(), noise=noise, substeps=substeps, output="latent")
+                return images_of(generator, made.latents)
+
+            key = (generator.bundle.name, precision, substeps)
+            yield key, {"nfe": nfe, "fid": judge.fid(sample, str(key))}
+
+
+def picture(lines, teachers):
+    series = []
+    for precision in dict.fromkeys(line["precision"] for line in lines):
+        chosen = [line for line in lines if line["precision"] == precision]
+        points = [(line["ms"], line["fid"]) for line in chosen]
+        labels = [f"{line['nfe']} × {line['substeps']}" for line in chosen]
+        series.append(Series(f"student, {precision}", points, labels))
+    points = [(line["ms"], line["fid"]) for line in teachers]
+    series.append(Series("teacher", points, [f"{line['steps']} steps" for line in teachers], line=True))
+    return chart(
+        series,
+        title="calls × substeps",
+        x_label="ms per image, one at a time",
+        y_label="FID in the digits classifier (lower is better)",
+        log_x=True,
+        log_y=True,
+        size=(1200, 640),
+    )
+
+
+def main(arguments=None):
+    options = parser(__doc__)
+    options.add_argument("--demo", type=Path, required=True, help="folder of piflow-edge demo")
+    options.add_argument("--nfe", type=int, nargs="+", default=[1, 2, 4], help="students of the demo")
+    options.add_argument("--substeps", type=int, nargs="+", default=[8, 32, 128])
+    options.add_argument("--precisions", nargs="+", default=["fp32", "fp16", "int8"])
+    options.add_argument("--teacher-steps", type=int, nargs="+", default=[4, 8, 16, 50])
+    options.add_argument("--images", type=int, default=2000, help="for each FID")
+    options.add_argument("--rounds", type=int, default=40)
+    options.add_argument("--plot", type=Path, help="also write a PNG here")
+    options = options.parse_args(arguments)
+
+    judge, teachers, lines = Judge(options.images), [], []
+    with tempfile.TemporaryDirectory() as work:
+        folders = []
+        for nfe in options.nfe:
+            checkpoint = load_checkpoint(options.demo / "students" / f"nfe{nfe}", kind="student")
+            folders.append(Path(work) / f"digits-nfe{nfe}")
+            export_bundle(checkpoint, folders[-1], precisions=options.precisions)
+        scale = checkpoint.settings["guidance"]["scale"]
+        quality = dict(students(folders, judge, options))
+        config = BenchConfig(substeps=options.substeps, rounds=options.rounds, cold_starts=0, warmup=2)
+        graph = Path(work) / "teacher.onnx"
+        export_teacher(load_teacher(shipped_teacher()).network, graph)
+        longest = TeacherConfig(graph, max(options.teacher_steps), scale)
+        found = bench(folders, config, longest)
+    for row in found.rows:
+        key = (row.setting.model, row.setting.precision, row.setting.substeps)
+        if key in quality:
+            lines.append(
+                {
+                    "precision": row.setting.precision,
+                    "nfe": row.setting.calls,
+                    "substeps": row.setting.substeps,
+                    "ms": row.median,
+                    "fid": quality[key]["fid"],
+                }
+            )
+    follow = teacher_sampler(load_checkpoint(shipped_teacher(), kind="teacher"), scale)
+    whole = found.rows[-1].median
+    for steps in options.teacher_steps:
+        fid = judge.fid(lambda noise, labels, steps=steps: follow(noise, labels, steps), f"teacher, {steps}")
+        # Its time is that of its steps, which all cost the same.
+        teachers.append({"steps": steps, "ms": whole * steps / max(options.teacher_steps), "fid": fid})
+    if options.plot:
+        write_atomic(options.plot, png_bytes(picture(lines, teachers)))
+    conditions = {
+        "images": options.images,
+        "features": judge.features.description,
+        "guidance_scale": scale,
+        "rounds": options.rounds,
+    }
+    answer(options, {**conditions, "lines": lines, "teacher": teachers})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What share of an image's time goes to the policy's integration, beside the network? One JSON line answers.
+
+Students of three sizes, by network calls and substeps: the demo's digits, and two that were never trained, a DiT of 8
+million weights with a Gaussian mixture of 8 and one with a DX policy of 10 nodes. Times are those the generator tells
+of its own stages, medians over rounds in which all take turns.
+
+Run: python benchmarks/rollout_share.py --demo demo
+"""
+
+import tempfile
+from itertools import product
+from pathlib import Path
+
+from piflow_edge.bench import BenchConfig, bench
+from piflow_edge.distill.dit import DiTConfig
+from piflow_edge.distill.heads import DXHead
+
+from networks import LARGE, student_of, teacher_of, write_bundle
+from timing import answer, parser
+
+
+def main(arguments=None):
+    options = parser(__doc__)
+    options.add_argument("--demo", type=Path, help="folder of piflow-edge demo; else without the digits")
+    options.add_argument("--nfe", type=int, nargs="+", default=[1, 4])
+    options.add_argument("--substeps", type=int, nargs="+", default=[32, 128])
+    options.add_argument("--rounds", type=int, default=20)
+    options.add_argument("--small", action="store_true", help="tiny networks, to try the script")
+    options = options.parse_args(arguments)
+
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = teacher_of(DiTConfig(hidden_size=16, depth=1, num_heads=2) if options.small else LARGE)
+        bundles = {
+            "DiT, GM of 8": write_bundle(student_of(teacher), Path(folder) / "gm"),
+            "DiT, DX of 10": write_bundle(student_of(teacher, DXHead(10)), Path(folder) / "dx"),
+        }
+        if options.demo:
+            bundles = {"digits, GM of 8": options.demo / "bundles" / "digits-nfe1", **bundles}
+        config = BenchConfig(
+            nfes=options.nfe, substeps=options.substeps, rounds=options.rounds, cold_starts=0, warmup=2
+        )
+        found = bench(list(bundles.values()), config)
+    settings = product(bundles, options.nfe, options.substeps)
+    for (name, nfe, substeps), row in zip(settings, found.rows, strict=True):
+        shown = found.conditions["bundles"][row.setting.model]
+        lines.append(
+            {
+                "student": name,
+                "latent": shown["latent"],
+                "parameters": shown["parameters"],
+                "nfe": nfe,
+                "substeps": substeps,
+                "ms": row.median,
+                "split": row.split,
+                "share": row.split["policy"] / (row.split["policy"] + row.split["network"]),
+            }
+        )
+    answer(options, {"engine": found.rows[0].setting.engine, "rounds": options.rounds, "lines": lines})
+
+
+if __name__ == "__main__":
+    main()

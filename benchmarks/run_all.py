@@ -1,0 +1,71 @@
+"""Run every benchmark of the page on this machine, and write the page anew. Wants the machine for itself.
+
+Results go to benchmarks/results/, tables into benchmarks/README.md. A script that fails stops nothing; the exit status
+is then 1, and its old result stays.
+
+Run: python benchmarks/run_all.py --demo demo                      (about 15 minutes on two cores)
+     python benchmarks/run_all.py --demo demo --only startup scaling
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def commands(demo: str) -> dict[str, list[str]]:
+    """Name -> script and arguments, without --out."""
+    bundles = [f"{demo}/bundles/digits-nfe{nfe}" for nfe in (1, 2, 4)]
+    return {
+        "startup": ["startup.py", "--demo", demo],
+        "rollout_share": ["rollout_share.py", "--demo", demo],
+        "end_to_end": ["end_to_end.py", "--demo", demo],
+        "overhead": ["overhead.py"],
+        "scaling": ["scaling.py", "--plot", "benchmarks/results/scaling.png"],
+        "quality_latency": [
+            "quality_latency.py", "--demo", demo, "--plot", "benchmarks/results/quality_latency.png",
+        ],
+        "precision": ["precision.py", "--student", f"{demo}/students/nfe1"],
+        "soak": ["soak.py", bundles[0]],
+    }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", default="demo", help="folder of piflow-edge demo; made if it is not there")
+    parser.add_argument("--only", nargs="+", help="names of results")
+    options = parser.parse_args()
+    if not Path(options.demo, "report", "evaluation.json").exists():
+        subprocess.run([sys.executable, "-m", "piflow_edge.cli", "demo", "--out", options.demo], check=True)
+    RESULTS.mkdir(exist_ok=True)
+    failed = []
+    for name, (script, *arguments) in commands(options.demo).items():
+        if not (HERE / script).exists() or (options.only and name not in options.only):
+            continue
+        began = time.perf_counter()
+        # By the command that stands in the result, from the repository's root.
+        command = [
+            sys.executable,
+            f"benchmarks/{script}",
+            *arguments,
+            "--out",
+            f"benchmarks/results/{name}.json",
+        ]
+        done = subprocess.run(command, cwd=HERE.parent, stdout=subprocess.DEVNULL)
+        print(
+            f"{name}: {time.perf_counter() - began:.0f} s, {'failed' if done.returncode else 'done'}",
+            flush=True,
+        )
+        failed += [name] if done.returncode else []
+    subprocess.run([sys.executable, "benchmarks/page.py"], cwd=HERE.parent, check=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
