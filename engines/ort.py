@@ -12,6 +12,7 @@ import numpy as np
 
 from piflow_edge.engines import Choice, EngineOptions, Graph
 from piflow_edge.errors import EngineError, MissingExtraError
+from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, view
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,16 @@ def installed() -> list[str]:
             distribution(name)
             found.append(name)
     return found
+
+
+# Of arrays that lie on a GPU; and as ONNX Runtime calls them.
+_BINDABLE = ("float32", "float16", "int64")
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8",
+}
 
 
 class OrtEngine:
@@ -143,7 +154,8 @@ class OrtEngine:
         if self.provider not in session.get_providers():
             raise EngineError(
                 f"engine {self.name!r} cannot run here: onnxruntime {ort.__version__} left {self.provider} out, "
-                f"because its libraries or its device did not load; it needs {self.needs}"
+                f"because its libraries or its device did not load, as it says on stderr; it needs {self.needs}; get "
+                f"the libraries with: pip install {self.package}"
             )
         if not is_cpu:
             self._check_assignment(session)
@@ -252,12 +264,17 @@ class OrtDirectML(OrtEngine):
 
 
 class OrtCUDA(OrtEngine):
-    """NVIDIA GPUs by cuDNN and cuBLAS."""
+    """NVIDIA GPUs by cuDNN and cuBLAS.
+
+    Arrays in the GPU's memory are bound where they lie, and results stay there: the network runs on the stream of the
+    rollout kernels, and nothing is waited for.
+    """
 
     name = "ort-cuda"
     provider = "CUDAExecutionProvider"
     package = "'onnxruntime-gpu[cuda,cudnn]'"
     needs = "an NVIDIA driver, CUDA and cuDNN 9, of the versions that `piflow-edge doctor` tells"
+    memory = "cuda"  # as ONNX Runtime calls it
 
     @property
     def ordinal(self) -> int:
@@ -265,8 +282,7 @@ class OrtCUDA(OrtEngine):
         return int(self.device.partition(":")[2] or 0)
 
     def _provider_options(self, graph: Graph) -> dict[str, str]:
-        return {
-            "device_id": str(self.ordinal),
+        return self._gpu_options() | {
             # Of the graph's own precision: TF32 has 11 bits, and who wants fewer than float32's 24 takes fp16.
             "use_tf32": "0",
             # Exhaustive search, the default, tries each convolution for seconds at every new size.
@@ -274,11 +290,54 @@ class OrtCUDA(OrtEngine):
             "arena_extend_strategy": "kSameAsRequested",
         }
 
+    def _gpu_options(self) -> dict[str, str]:
+        options = {"device_id": str(self.ordinal)}
+        if self._place is not None:
+            options |= {"has_user_compute_stream": "1", "user_compute_stream": str(self._place.stream)}
+        return options
+
     def _opened(self, ort, graph: Graph):
         if hasattr(ort, "preload_dlls"):  # onnxruntime 1.21: finds CUDA and cuDNN as pip installs them
             with contextlib.redirect_stdout(io.StringIO()):  # it prints what it did not find
                 ort.preload_dlls()
+        from piflow_edge.kernels import gpu_arrays  # late: for GPUs only
+
+        self._place = gpu_arrays.place_of(self.device)
+        self._run_options = ort.RunOptions()
+        # Else ONNX Runtime waits for the stream at the end of every call.
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return super()._opened(ort, graph)
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One network call. With any input in the GPU's memory, the outputs stay there."""
+        if not any(is_on_gpu(array) for array in inputs.values()):
+            return super().run(inputs)
+        if (session := self._session) is None:
+            raise EngineError(f"engine {self.name!r} is closed; open the network again")
+        from piflow_edge.kernels import gpu_arrays  # there is a GPU, or no input could lie on one
+
+        place = self._place or gpu_arrays.place(self.ordinal)
+        binding = session.io_binding()
+        # Bound, not copied: what is made for this call must last until it is queued.
+        arrays = {name: self._bound(name, array, place) for name, array in inputs.items()}
+        try:
+            for name, array in arrays.items():
+                dtype = np.dtype(array.dtype)
+                binding.bind_input(name, self.memory, self.ordinal, dtype, array.shape, array.pointer)
+            for name in self._outputs:
+                binding.bind_output(name, self.memory, self.ordinal)
+            session.run_with_iobinding(binding, self._run_options)
+            values = binding.get_outputs()
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise EngineError(f"the network call failed in onnxruntime: {error}") from error
+        return {name: _device_array(value, place) for name, value in zip(self._outputs, values, strict=True)}
+
+    def _bound(self, name: str, array, place):
+        from piflow_edge.kernels import gpu_arrays
+
+        if not is_on_gpu(array):  # noise levels and labels, the same for every image
+            return gpu_arrays.constant(np.asarray(array), place)
+        return view(name, array, place.stream, _BINDABLE)
 
 
 class OrtTensorRT(OrtCUDA):
@@ -297,7 +356,7 @@ class OrtTensorRT(OrtCUDA):
         )
 
     def _provider_options(self, graph: Graph) -> dict[str, str]:
-        return {"device_id": str(self.ordinal)}
+        return self._gpu_options()
 
 
 class OrtTensorRTRTX(OrtTensorRT):
@@ -307,6 +366,12 @@ class OrtTensorRTRTX(OrtTensorRT):
     provider = "NvTensorRTRTXExecutionProvider"
     package = "onnxruntime-trt-rtx"
     needs = "an RTX GPU of Ampere or newer, its driver, and TensorRT for RTX"
+
+
+def _device_array(value, place) -> DeviceArray:
+    """An output of ONNX Runtime's, which owns its memory."""
+    dtype = _DTYPES[value.data_type()]
+    return DeviceArray(value.data_ptr(), dtype, tuple(value.shape()), place.ordinal, value, place.stream)
 
 
 BACKENDS = (OrtCPU, OrtOpenVINO, OrtCoreML, OrtDirectML, OrtCUDA, OrtTensorRT, OrtTensorRTRTX)

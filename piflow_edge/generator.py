@@ -15,6 +15,7 @@ from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions, open_eng
 from .bundle import Bundle
 from .errors import BundleError, LabelError, ScheduleError, ShapeError
 from .images import as_pil, decode
+from .kernels import gpu_arrays
 from .noise import philox_normal
 from .policies import Policy
 from .sampling import sample
@@ -60,6 +61,8 @@ class Generator:
         self.precision = bundle.precision(precision)
         self.bundle, self.engine, self.decoder, self.options = bundle, engine, decoder, options
         self.class_names = tuple(bundle.manifest.conditioning.class_names)
+        # On a GPU nothing crosses the bus between noise and image.
+        self._place = gpu_arrays.place_of(engine.device)
 
     @property
     def trained_nfes(self) -> tuple[int, ...]:
@@ -130,16 +133,22 @@ class Generator:
         def clock(stage: str, seconds: float) -> None:
             timings[stage] += 1000 * seconds
 
+        told = None
+        if callback is not None:
+
+            def told(done: int, nfe: int, x_t) -> None:
+                callback(done, nfe, gpu_arrays.to_host(x_t))
+
         seeds = None if noise is not None else self._seeds(seed, len(ids))
         if noise is not None:
             noise = self._checked_noise(noise, len(ids))
-        latents = []
+        pieces = []
         for start in range(0, len(ids), _BATCH_SIZE):
             piece = slice(start, start + _BATCH_SIZE)
             drawing = time.perf_counter()
-            x_src = noise[piece] if noise is not None else self._noise(seeds[piece], 0)
+            x_src = self._placed(noise[piece] if noise is not None else self._noise(seeds[piece], 0))
             clock("noise", time.perf_counter() - drawing)
-            latents.append(
+            pieces.append(
                 sample(
                     lambda x_t, sigma, piece=piece: self.policy(x_t, sigma, ids[piece]),
                     x_src,
@@ -147,14 +156,14 @@ class Generator:
                     temperature=temperature,
                     solver=solver,
                     num_threads=self.options.threads,
-                    renoise=lambda draw, piece=piece: self._renoise(seeds, piece, draw),
+                    renoise=lambda draw, piece=piece: self._placed(self._renoise(seeds, piece, draw)),
                     clock=clock,
-                    callback=callback,
+                    callback=told,
                 )
             )
-        latents = np.concatenate(latents)
         decoding = time.perf_counter()
-        images = None if output == "latent" else self.decode(latents)
+        images = None if output == "latent" else np.concatenate([self.decode(piece) for piece in pieces])
+        latents = np.concatenate([gpu_arrays.to_host(piece) for piece in pieces])
         if output == "pil":
             images = as_pil(images)
         clock("decode", time.perf_counter() - decoding)
@@ -166,6 +175,8 @@ class Generator:
         self.engine.close()
         if self.decoder is not None:
             self.decoder.close()
+        if self._place is not None:
+            gpu_arrays.release(self._place.ordinal)
 
     def __enter__(self) -> "Generator":
         return self
@@ -187,6 +198,10 @@ class Generator:
             (decoded,) = self.decoder.run({name: unscaled}).values()
             images.append(decode(decoded))
         return np.concatenate(images)
+
+    def _placed(self, array: np.ndarray):
+        """The array where the engine works."""
+        return array if self._place is None else gpu_arrays.asarray(array, device=self._place)
 
     def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """One student call: the raw network outputs at `x_t` (B, C, H, W) for class ids (B,)."""

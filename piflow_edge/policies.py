@@ -317,7 +317,8 @@ def _mode_matters(xp, *arrays) -> bool:
     """
     if is_torch_namespace(xp):
         return any(array.requires_grad for array in arrays)
-    return not is_numpy_namespace(xp)
+    # Nothing records gradients on our own arrays on a GPU.
+    return not (is_numpy_namespace(xp) or xp.__name__ == "piflow_edge.kernels.gpu_arrays")
 
 
 def _detached(policy) -> dict:

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda_on_host.cpp"
+#include "arrays.cu"
 
 #define DRIVER extern "C" __attribute__((visibility("default"))) int
 
@@ -23,6 +24,8 @@ static void* const kContext = &contexts;
 static struct Module {
   int num_components, num_channels, storage;
 } module;
+static char elementwise_kernel, reduce_kernel;  // functions of arrays.cu
+static int copies_in = 0, copies_out = 0;
 
 DRIVER cuInit(unsigned flags) { return flags ? kInvalidValue : kOk; }
 DRIVER cuDriverGetVersion(int* version) { return *version = 12060, kOk; }
@@ -44,15 +47,18 @@ DRIVER cuCtxPopCurrent_v2(void** context) { return *context = kContext, contexts
 DRIVER cuModuleLoadData(void** handle, const void* image) {
   *handle = &module;
   const char* text = static_cast<const char*>(image);
+  if (strcmp(text, "arrays") == 0) return contexts ? kOk : kUnexpected;
   const int read = sscanf(text, "%d %d %d", &module.num_components, &module.num_channels, &module.storage);
   return !contexts ? kUnexpected : read == 3 ? kOk : kInvalidImage;
 }
 DRIVER cuModuleGetFunction(void** function, void* handle, const char* name) {
-  *function = handle;
-  return handle == &module && strcmp(name, "piflow_gm") == 0 ? kOk : kUnexpected;
+  static const std::map<std::string, void*> functions = {
+      {"piflow_gm", &module}, {"piflow_elementwise", &elementwise_kernel}, {"piflow_reduce", &reduce_kernel}};
+  if (handle != &module || !functions.count(name)) return kUnexpected;
+  return *function = functions.at(name), kOk;
 }
 DRIVER cuFuncSetAttribute(void* function, int attribute, int) {
-  return function == &module && attribute == 8 ? kOk : kUnexpected;  // dynamic shared memory, at most
+  return function && attribute == 8 ? kOk : kUnexpected;  // dynamic shared memory, at most
 }
 
 static const size_t kTotal = size_t{1} << 30;
@@ -79,7 +85,15 @@ DRIVER cuMemGetInfo_v2(size_t* free, size_t* total) {
   *free = kTotal - used(), *total = kTotal;
   return contexts ? kOk : kUnexpected;
 }
-DRIVER cuMemcpyHtoD_v2(void* to, const void* from, size_t size) { return memcpy(to, from, size), kOk; }
+DRIVER cuMemcpyHtoD_v2(void* to, const void* from, size_t size) {
+  return ++copies_in, memcpy(to, from, size), kOk;
+}
+static bool on_device(const void* pointer) {
+  auto after = memory.upper_bound(const_cast<void*>(pointer));
+  if (after == memory.begin()) return false;
+  --after;
+  return static_cast<const char*>(pointer) < static_cast<const char*>(after->first) + after->second;
+}
 DRIVER cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "Pretended GPU"), kOk; }
 
 struct Stream {
@@ -105,9 +119,11 @@ DRIVER fake_call(void* stream, void (*function)(int), int number) {
   return fake_queue(stream, [=] { function(number); });
 }
 DRIVER fake_invalidate(void* stream) { return streams.at(stream).is_invalid = true, kOk; }
-// Bytes allocated, streams, graphs that live; waits of one stream for another, launches of graphs so far.
+// Bytes allocated, streams, graphs that live; so far waits of one stream for another, launches of graphs, copies to the
+// GPU and from it.
 DRIVER fake_count(int what) {
-  const int counts[] = {int(used()), int(streams.size()), int(graphs.size()), waits, launches};
+  const int counts[] = {int(used()), int(streams.size()), int(graphs.size()), waits,
+                        launches,    copies_in,           copies_out};
   return counts[what];
 }
 
@@ -121,6 +137,8 @@ DRIVER cuStreamSynchronize(void* stream) {
   return streams.count(stream) && streams[stream].is_captured ? kUnexpected : kOk;
 }
 DRIVER cuMemcpyAsync(void* to, const void* from, size_t size, void* stream) {
+  if (on_device(to) && !on_device(from)) ++copies_in;
+  if (on_device(from) && !on_device(to)) ++copies_out;
   return fake_queue(stream, [=] { memcpy(to, from, size); });
 }
 DRIVER cuMemsetD8Async(void* to, unsigned char byte, size_t size, void* stream) {
@@ -171,10 +189,24 @@ DRIVER cuPointerGetAttribute(void* value, int attribute, void* pointer) {
 }
 DRIVER cuLaunchKernel(void* function, unsigned blocks, unsigned y, unsigned z, unsigned threads, unsigned ty,
                       unsigned tz, unsigned shared_bytes, void* stream, void** arguments, void** extra) {
+  if (contexts != 1 || y * z * ty * tz != 1 || extra) return kUnexpected;
+  if (function == &elementwise_kernel || function == &reduce_kernel) {
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+      for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) {
+        using namespace piflow_arrays;
+        if (function == &elementwise_kernel) {
+          piflow_arrays::elementwise(*static_cast<const ElementwiseProblem*>(arguments[0]));
+        } else {
+          piflow_arrays::reduce(*static_cast<const ReduceProblem*>(arguments[0]));
+        }
+      }
+    }
+    return kOk;
+  }
   printf("launched on stream %p\n", stream);
   fflush(stdout);
-  const bool plain = contexts == 1 && function == &module && y * z * ty * tz == 1 && shared_bytes && !extra;
-  if (!plain) return kUnexpected;
+  if (function != &module || !shared_bytes) return kUnexpected;
   const auto& problem = *static_cast<const piflow::GmProblem*>(arguments[0]);
   return run_gm(module.num_components, module.num_channels, module.storage, blocks, threads, problem);
 }

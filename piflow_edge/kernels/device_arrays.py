@@ -6,7 +6,7 @@ Nothing is copied, and no library is imported.
 import ctypes
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from piflow_edge.errors import EngineError, ShapeError
@@ -44,6 +44,68 @@ class DeviceArray:
     stream: int | None = None
 
     @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def device(self):
+        """Where new arrays like this one are made; see `gpu_arrays.Place`."""
+        from . import gpu_arrays  # late: it imports this module
+
+        place = gpu_arrays.place(self.ordinal)
+        return place if self.stream is None else place._replace(stream=self.stream)
+
+    def __array_namespace__(self, api_version: str | None = None):
+        from . import gpu_arrays
+
+        return gpu_arrays
+
+    def reshaped(self, shape: tuple[int, ...]) -> "DeviceArray":
+        """The same memory in a shape of as many numbers."""
+        return replace(self, shape=shape)
+
+    def __getitem__(self, rows: slice) -> "DeviceArray":
+        """Rows in a row of the first axis, in the same memory."""
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ShapeError("rows of an array on a GPU are taken one after the other")
+        row = math.prod(self.shape[1:]) * int(_TYPESTR_OF[self.dtype][2:])
+        return replace(
+            self, pointer=self.pointer + start * row, shape=(max(0, stop - start), *self.shape[1:])
+        )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __add__(self, other):
+        return _combined("+", self, other)
+
+    def __radd__(self, other):
+        return _combined("+", other, self)
+
+    def __sub__(self, other):
+        return _combined("-", self, other)
+
+    def __rsub__(self, other):
+        return _combined("-", other, self)
+
+    def __mul__(self, other):
+        return _combined("*", self, other)
+
+    def __rmul__(self, other):
+        return _combined("*", other, self)
+
+    def __truediv__(self, other):
+        return _combined("/", self, other)
+
+    def __pow__(self, power: int):
+        return _combined("*", self, self) if power == 2 else NotImplemented
+
+    @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.dtype not in _TYPESTR_OF:  # bfloat16; then it has no such attribute
             raise AttributeError(f"__cuda_array_interface__ has no name for {self.dtype}")
@@ -56,6 +118,14 @@ class DeviceArray:
             "strides": None,
             "stream": stream,
         }
+
+
+def _combined(operation: str, a, b) -> DeviceArray:
+    from . import gpu_arrays  # late: it imports this module
+
+    if not all(isinstance(x, (DeviceArray, int, float)) for x in (a, b)):
+        return NotImplemented
+    return gpu_arrays.combined(operation, a, b)
 
 
 class _DLTensor(ctypes.Structure):

@@ -102,13 +102,13 @@ def _nvrtc_version() -> str:
 
 
 @cache
-def compiled(arch: str, defines: tuple[str, ...]) -> bytes:
-    """rollout.cu as machine code for an architecture such as "sm_90"; needs neither driver nor GPU."""
+def compiled(arch: str, defines: tuple[str, ...], source: Path = SOURCE) -> bytes:
+    """A .cu file as machine code for an architecture such as "sm_90"; needs neither driver nor GPU."""
     nvrtc = _nvrtc()
     headers = [SOURCE.with_name(name).read_bytes() for name in HEADERS]
     names = [name.encode() for name in HEADERS]
     program = _done(
-        nvrtc.nvrtcCreateProgram(SOURCE.read_bytes(), b"rollout.cu", len(headers), headers, names)
+        nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), len(headers), headers, names)
     )
     try:
         options = [f"--gpu-architecture={arch}", *OPTIONS, *(f"-D{define}" for define in defines)]
@@ -161,9 +161,9 @@ def current(ordinal: int):
 
 
 @cache
-def kernel(ordinal: int, name: str, defines: tuple[str, ...], shared_bytes: int):
-    """A kernel of rollout.cu, compiled and loaded for this GPU; kept for the life of the process."""
-    image = ctypes.create_string_buffer(compiled(device(ordinal).arch, defines))
+def kernel(ordinal: int, name: str, defines: tuple[str, ...], shared_bytes: int, source: Path = SOURCE):
+    """A kernel of a .cu file, compiled and loaded for this GPU; kept for the life of the process."""
+    image = ctypes.create_string_buffer(compiled(device(ordinal).arch, defines, source))
     with current(ordinal) as driver:
         status, module = driver.cuModuleLoadData(ctypes.addressof(image))
         if status:

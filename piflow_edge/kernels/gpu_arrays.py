@@ -1,0 +1,299 @@
+"""Arithmetic on `DeviceArray`s, without torch or CuPy: as much of the array API standard as policies and pixels need.
+
+This module is the namespace that `DeviceArray.__array_namespace__` names, so that the formulas of policies.py run on it
+as they stand. Float32 alone is computed with. Every result lies in new memory and is queued on the stream of the
+operands; nothing waits for the GPU but `to_host`.
+"""
+
+import builtins
+import ctypes
+import logging
+import math
+import threading
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from piflow_edge.errors import EngineError, ShapeError
+
+from . import cuda, nvidia
+from .device_arrays import DeviceArray, view
+
+log = logging.getLogger(__name__)
+
+SOURCE = nvidia.SOURCE.with_name("arrays.cu")
+
+float32, float64, uint8, int64 = "float32", "float64", "uint8", "int64"
+
+_THREADS = 128
+_AXES = 6
+# As in arrays.cu.
+_COPY, _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _MAXIMUM, _MINIMUM, _EXP, _ROUND = range(9)
+_SUM, _MAX = range(2)
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (
+        ("numbers", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * _AXES),
+        ("value", ctypes.c_double),
+    )
+
+
+class _Elementwise(ctypes.Structure):
+    _fields_ = (
+        ("result", ctypes.c_void_p),
+        ("a", _Operand),
+        ("b", _Operand),
+        ("sizes", ctypes.c_int64 * _AXES),
+        *((name, ctypes.c_int64) for name in ("count", "operation", "to_bytes")),
+    )
+
+
+class _Reduce(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("result", "numbers")),
+        *((name, ctypes.c_int64) for name in ("outer", "length", "inner", "operation")),
+    )
+
+
+class Place(NamedTuple):
+    """Where an array lies, and the stream that its values are made on."""
+
+    ordinal: int
+    stream: int
+
+
+# Most bytes of memory that nobody uses to keep for the next array: asking the driver for it waits for the GPU.
+_MOST_KEPT = 256 << 20
+_kept: dict[Place, list[nvidia.Memory]] = {}
+_lock = threading.Lock()
+
+
+class _Lent:
+    """Memory of a stream's arrays. Comes from an array that is gone, where one was as large: work on one stream is done
+    in order, so that whoever writes it next comes after all who read it.
+    """
+
+    def __init__(self, device: Place, size: int):
+        self._device, self._memory = device, None
+        with _lock:
+            kept = _kept.setdefault(device, [])
+            found = next((i for i, memory in enumerate(kept) if memory.size == size), None)
+            if found is not None:
+                self._memory = kept.pop(found)
+        if self._memory is None:
+            self._memory = nvidia.Memory(device.ordinal, size)
+        self.pointer = self._memory.pointer
+
+    def __del__(self):
+        if getattr(self, "_memory", None) is None:
+            return
+        dropped = []
+        with _lock:
+            kept = _kept.setdefault(self._device, [])
+            kept.append(self._memory)
+            while builtins.sum(memory.size for memory in kept) > _MOST_KEPT:
+                dropped.append(kept.pop(0))
+        del dropped  # freed outside the lock
+
+
+def release(ordinal: int) -> None:
+    """Give memory that is kept for later arrays back to the GPU."""
+    with _lock:
+        dropped = [_kept.pop(device) for device in list(_kept) if device.ordinal == ordinal]
+    del dropped
+
+
+@cache
+def _stream(ordinal: int) -> nvidia.Stream:
+    return nvidia.Stream(ordinal)
+
+
+def place(ordinal: int) -> Place:
+    """The GPU, and the one stream on which the engines and kernels of this process work there."""
+    return Place(ordinal, _stream(ordinal).handle)
+
+
+@cache
+def place_of(device: str) -> Place | None:
+    """Where arrays for an engine on `device` lie best; None for the host's memory.
+
+    On an NVIDIA GPU without our kernels that is the host's too: what this costs is said in a warning.
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        return None
+    if (reason := cuda.missing()) is not None:
+        log.warning("arrays cross the bus with every network call, and policies run on the CPU: %s", reason)
+        return None
+    return place(int(number or 0))
+
+
+def empty(shape, *, dtype: str = float32, device: Place) -> DeviceArray:
+    """An array of any values."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    size = builtins.max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+    memory = _Lent(device, size)
+    return DeviceArray(memory.pointer, dtype, shape, device.ordinal, memory, device.stream)
+
+
+def asarray(values, *, dtype: str | None = None, device: Place) -> DeviceArray:
+    """A copy of host values in the GPU's memory."""
+    host = np.ascontiguousarray(values, dtype).reshape(np.shape(values))
+    array = empty(host.shape, dtype=str(host.dtype), device=device)
+    nvidia.copy(device.ordinal, array.pointer, host.ctypes.data, host.nbytes, device.stream)
+    nvidia.wait_for(device.stream)  # until then `host` is read
+    return array
+
+
+def constant(values: np.ndarray, device: Place) -> DeviceArray:
+    """Like `asarray`, for values that come again with every image: kept in the GPU's memory for the next time."""
+    buffer = nvidia.uploaded(device.ordinal, values.tobytes())
+    return DeviceArray(buffer.pointer, str(values.dtype), values.shape, device.ordinal, buffer, device.stream)
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The values of an array as NumPy's: waits for them. A NumPy array is returned as it is."""
+    if isinstance(array, np.ndarray):
+        return array
+    host = np.empty(array.shape, array.dtype)
+    nvidia.copy(array.ordinal, host.ctypes.data, array.pointer, host.nbytes, array.stream)
+    nvidia.wait_for(array.stream)
+    return host
+
+
+# --- the array API
+
+
+def isdtype(dtype: str, kind: str) -> bool:
+    """Whether `dtype` is of the kind, of which "real floating" is the one known."""
+    return kind == "real floating" and dtype.startswith(("float", "bfloat"))
+
+
+def reshape(x: DeviceArray, shape) -> DeviceArray:
+    """The same memory in another shape; one length may be -1."""
+    lengths = list(shape)
+    if -1 in lengths:
+        lengths[lengths.index(-1)] = x.size // builtins.max(1, -math.prod(lengths))
+    if math.prod(lengths) != x.size:
+        raise ShapeError(f"{x.shape} cannot become {tuple(shape)}")
+    return x.reshaped(tuple(lengths))
+
+
+def expand_dims(x: DeviceArray, *, axis: int) -> DeviceArray:
+    """A new axis of length 1."""
+    axis %= x.ndim + 1
+    return x.reshaped((*x.shape[:axis], 1, *x.shape[axis:]))
+
+
+def squeeze(x: DeviceArray, axis: int) -> DeviceArray:
+    """Without an axis of length 1."""
+    axis %= x.ndim
+    if x.shape[axis] != 1:
+        raise ShapeError(f"axis {axis} of {x.shape} is not of length 1")
+    return x.reshaped((*x.shape[:axis], *x.shape[axis + 1 :]))
+
+
+def permute_dims(x: DeviceArray, axes) -> DeviceArray:
+    """The axes in another order."""
+    strides = _strides(x.shape)
+    shape = tuple(x.shape[axis] for axis in axes)
+    return _launched(_COPY, shape, x, strides=[strides[axis] for axis in axes])
+
+
+def astype(x: DeviceArray, dtype: str) -> DeviceArray:
+    """Numbers as float32, or cut off to uint8, whose range they must be in."""
+    if dtype not in (float32, uint8):
+        raise EngineError(f"arrays on a GPU become float32 or uint8; got {dtype}")
+    return x if dtype == x.dtype else _launched(_COPY, x.shape, x, dtype=dtype)
+
+
+def exp(x: DeviceArray) -> DeviceArray:
+    """e to the power of x."""
+    return _launched(_EXP, x.shape, x)
+
+
+def round(x: DeviceArray) -> DeviceArray:
+    """To the nearest whole number, halves to the even one."""
+    return _launched(_ROUND, x.shape, x)
+
+
+def clip(x: DeviceArray, min: float | None = None, max: float | None = None) -> DeviceArray:
+    """x within the bounds."""
+    x = x if min is None else _launched(_MAXIMUM, x.shape, x, min)
+    return x if max is None else _launched(_MINIMUM, x.shape, x, max)
+
+
+def sum(x: DeviceArray, *, axis: int, keepdims: bool = False) -> DeviceArray:
+    """Along one axis."""
+    return _reduced(_SUM, x, axis, keepdims)
+
+
+def max(x: DeviceArray, *, axis: int, keepdims: bool = False) -> DeviceArray:
+    """Along one axis."""
+    return _reduced(_MAX, x, axis, keepdims)
+
+
+def combined(operation: str, a: DeviceArray | float, b: DeviceArray | float) -> DeviceArray:
+    """a + b, a - b, a * b or a / b, by its sign, with shapes broadcast; what `DeviceArray`'s operators are."""
+    shapes = [getattr(x, "shape", ()) for x in (a, b)]
+    try:
+        shape = np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        raise ShapeError(f"arrays of {shapes[0]} and {shapes[1]} do not go together") from error
+    code = {"+": _ADD, "-": _SUBTRACT, "*": _MULTIPLY, "/": _DIVIDE}[operation]
+    return _launched(code, shape, a, b)
+
+
+def _launched(operation: int, shape, a, b=0.0, *, dtype: str = float32, strides=None) -> DeviceArray:
+    like = a if isinstance(a, DeviceArray) else b
+    result = empty(shape, dtype=dtype, device=like.device)
+    if result.size == 0:
+        return result
+    if len(shape) > _AXES:
+        raise ShapeError(f"arrays on a GPU have up to {_AXES} axes; got {shape}")
+    operands = [_operand(x, shape, like.stream, strides if x is a else None) for x in (a, b)]
+    sizes = (ctypes.c_int64 * _AXES)(*(1,) * (_AXES - len(shape)), *shape)
+    problem = _Elementwise(result.pointer, *operands, sizes, result.size, operation, dtype == uint8)
+    _run("piflow_elementwise", like, result.size, problem)
+    return result
+
+
+def _operand(x, shape, stream: int, strides) -> _Operand:
+    if not isinstance(x, DeviceArray):
+        return _Operand(None, (ctypes.c_int64 * _AXES)(), float(x))
+    x = view("an operand", x, stream, (float32,))
+    if strides is None:
+        strides = [0 if n == 1 else stride for n, stride in zip(x.shape, _strides(x.shape), strict=True)]
+    padded = (ctypes.c_int64 * _AXES)(*(0,) * (_AXES - len(strides)), *strides)
+    return _Operand(x.pointer, padded, 0.0)
+
+
+def _reduced(operation: int, x: DeviceArray, axis: int, keepdims: bool) -> DeviceArray:
+    axis %= x.ndim
+    outer, length, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
+    if length == 0:
+        raise ShapeError(f"axis {axis} of {x.shape} holds nothing")
+    kept = (1,) if keepdims else ()
+    result = empty((*x.shape[:axis], *kept, *x.shape[axis + 1 :]), device=x.device)
+    x = view("an operand", x, x.stream, (float32,))
+    if result.size:
+        _run(
+            "piflow_reduce",
+            x,
+            result.size,
+            _Reduce(result.pointer, x.pointer, outer, length, inner, operation),
+        )
+    return result
+
+
+def _run(name: str, like: DeviceArray, count: int, problem) -> None:
+    function = nvidia.kernel(like.ordinal, name, (), 0, SOURCE)
+    nvidia.launch(like.ordinal, function, -(-count // _THREADS), _THREADS, 0, like.stream, problem)
+
+
+def _strides(shape) -> list[int]:
+    """Of C order, in numbers."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

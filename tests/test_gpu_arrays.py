@@ -1,0 +1,221 @@
+"""Arrays on a GPU: arithmetic as NumPy does it, and a generator none of whose arrays leaves it on the way.
+
+There is a GPU in no test: a process has the pretended driver, and in place of ONNX Runtime's CUDA its CPU, which reads
+and writes the memory that the pretended GPU shares with it.
+"""
+
+import re
+
+import numpy as np
+import pytest
+
+from piflow_edge.errors import EngineError
+from piflow_edge.kernels import gpu_arrays, nvidia
+
+from pretended_gpu import HAS_BINDINGS, fake_driver, run_on_fake_driver
+
+CODE = """
+import ctypes, logging, sys
+import numpy as np
+from piflow_edge.errors import PiFlowError
+from piflow_edge.kernels import gpu_arrays as xp, nvidia
+
+nvidia.compiled = lambda arch, defines, source: b"arrays" if source.name == "arrays.cu" else "{K} {C} 0".format(
+    **{key[-1]: value for key, _, value in (define.partition("=") for define in defines)}).encode()
+nvidia.check_available = lambda: None  # NVRTC itself looks for a real driver
+fake = ctypes.CDLL("libcuda.so.1")
+COUNTS = "bytes", "streams", "graphs", "waits", "launches", "ins", "outs"
+counts = lambda: dict(zip(COUNTS, map(fake.fake_count, range(7))))
+place = xp.place(0)
+rng = np.random.default_rng(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = fake_driver(tmp_path_factory.mktemp("driver"))
+    return lambda code, *arguments: run_on_fake_driver(folder, "-c", CODE + code, *arguments)
+
+
+def test_arithmetic_is_numpys(run):
+    run(
+        """
+def check(compute, *arrays, exact=True):
+    expected = compute(np, *arrays)
+    found = compute(xp, *(xp.asarray(array, device=place) for array in arrays))
+    assert found.shape == expected.shape and found.dtype == str(expected.dtype), (found, expected.shape)
+    np.testing.assert_allclose(xp.to_host(found), expected, rtol=0 if exact else 1e-6, atol=0)
+
+
+x = rng.standard_normal((2, 3, 4, 5, 6), dtype=np.float32)
+y = rng.standard_normal((2, 1, 4, 1, 6), dtype=np.float32)
+special = np.array([np.nan, np.inf, -np.inf, 0.5, 1.5, -2.5], np.float32)
+for compute in (
+    lambda np, x, y: x + y, lambda np, x, y: x - y, lambda np, x, y: x * y, lambda np, x, y: x / y,
+    lambda np, x, y: 2 - x, lambda np, x, y: 1 + x * 3 - 0.5, lambda np, x, y: x**2,
+    lambda np, x, y: np.max(x, axis=1, keepdims=True), lambda np, x, y: np.max(x, axis=-1),
+    lambda np, x, y: np.permute_dims(x, (0, 2, 3, 4, 1)), lambda np, x, y: np.expand_dims(x, axis=1),
+    lambda np, x, y: np.squeeze(y, axis=1), lambda np, x, y: np.reshape(x, (6, -1)), lambda np, x, y: x[1:2],
+    lambda np, x, y: np.clip(x, min=0.1), lambda np, x, y: np.clip(x, -0.5, 0.5),
+):
+    check(compute, x, y)
+check(lambda np, x: np.exp(x), x, exact=False)
+check(lambda np, x: np.sum(x, axis=2), x, exact=False)
+check(lambda np, s: np.round(s), special)
+check(lambda np, s: np.clip(s, 0, 1), special)
+check(lambda np, s: np.max(np.reshape(s, (1, 6)), axis=1), special)
+check(lambda np, s: np.astype(np.round(s), np.uint8), np.array([0.4, 254.6, 3.5], np.float32))
+
+from piflow_edge.images import decode
+
+latents = rng.standard_normal((2, 3, 4, 5), dtype=np.float32)
+np.testing.assert_array_equal(decode(xp.asarray(latents, device=place)), decode(latents))
+
+for mistake, words in [
+    (lambda x: x + xp.reshape(x, (3, 2, 4, 5, 6)), "do not go together"),
+    (lambda x: xp.reshape(x, (7, -1)), "cannot become"),
+    (lambda x: xp.squeeze(x, axis=0), "not of length 1"),
+    (lambda x: x[::2], "one after the other"),
+    (lambda x: xp.astype(x, "int64"), "float32 or uint8"),
+    (lambda x: xp.asarray(np.arange(3), device=place) + 1, "float32"),
+]:
+    try:
+        mistake(xp.asarray(x, device=place))
+    except PiFlowError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+"""
+    )
+
+
+def test_memory_is_used_again_and_given_back(run):
+    run(
+        """
+x = xp.asarray(np.ones((4, 4), np.float32), device=place)
+y = x + 1
+before = counts()["bytes"]
+for _ in range(10):
+    y = y * 2
+assert counts()["bytes"] <= before + 64, counts()
+pointer = y.pointer
+del x, y
+xp.release(0)
+assert counts()["bytes"] == 0, counts()
+"""
+    )
+
+
+def test_policies_run_there_as_they_stand(run):
+    run(
+        """
+from piflow_edge import DXPolicy, GMPolicy
+from piflow_edge.integrator import integrate
+
+def gm(K, C):
+    shapes = (2, K, C, 3, 5), (2, K, 1, 3, 5), (2, 1, 1, 1, 1), (2, C, 3, 5)
+    return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+
+sigmas = np.linspace(1.0, 0.25, 9)
+for K, C in [(5, 3), (8, 1)]:
+    arrays = gm(K, C)
+    there = [xp.asarray(array, device=place) for array in arrays]
+    ours, theirs = GMPolicy(*there, 1.0).tempered(0.5), GMPolicy(*arrays, 1.0).tempered(0.5)
+    for level in (1.0, 0.4):
+        velocity = xp.to_host(ours.velocity(there[-1], level))
+        np.testing.assert_allclose(velocity, theirs.velocity(arrays[-1], level), rtol=0, atol=2e-5)
+    expected = integrate(theirs, arrays[-1], sigmas, kernel="reference")
+    for kernel in ("reference", "cuda", "auto"):
+        x_end = integrate(ours, there[-1], sigmas, kernel=kernel)
+        np.testing.assert_allclose(xp.to_host(x_end), expected, rtol=0, atol=5e-5)
+grid, x_src = (rng.standard_normal((2, *shape, 3, 5), dtype=np.float32) for shape in [(4, 1), (1,)])
+settings = dict(segment_size=1.0)
+expected = DXPolicy(grid, x_src, 1.0, **settings).velocity(x_src, np.array([1.0, 0.5]))
+there = [xp.asarray(array, device=place) for array in (grid, x_src)]
+found = DXPolicy(*there, 1.0, **settings).velocity(there[1], np.array([1.0, 0.5]))
+np.testing.assert_allclose(xp.to_host(found), expected, rtol=0, atol=2e-5)
+"""
+    )
+
+
+GENERATOR = """
+import piflow_edge as pf
+from piflow_edge.engines import ort
+
+class OnHost(ort.OrtCUDA):
+    provider, memory = "CPUExecutionProvider", "cpu"
+    _provider_options = lambda self, graph: {}
+
+ort.OrtCUDA = OnHost
+assert OnHost.obstacle(None, "cuda", None) is None
+bundle = sys.argv[1]
+expected = pf.load(bundle, engine="ort-cpu")
+generator = pf.load(bundle, engine="ort-cuda")
+arguments = dict(labels=[3, 7, 1], seed=5, temperature=0.5)
+theirs = expected(**arguments, output="numpy")
+for image in range(3):
+    before = counts()
+    ours = generator(**arguments, output="numpy")
+    moved = {name: counts()[name] - before[name] for name in ("ins", "outs", "bytes")}
+assert (ours.engine, ours.device) == ("ort-cuda", "cuda")
+np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
+assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+# The noise goes there, image and latents come back; noise levels and labels are there already.
+assert moved == {"ins": 1, "outs": 2, "bytes": 0}, moved
+seen = []
+generator(**arguments, callback=lambda done, nfe, x_t: seen.append(type(x_t)))
+assert seen == [np.ndarray] * 2
+network = generator.engine.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
+assert all(value.stream == place.stream for value in network.values())
+plain = generator.engine.run(generator.inputs(theirs.latents, 0.5, np.array([1, 2, 3])))
+for name, value in plain.items():
+    np.testing.assert_array_equal(xp.to_host(network[name]), value)
+generator.close()
+try:
+    generator.engine.run({"x_t": xp.asarray(theirs.latents, device=place)})
+    raise AssertionError("closed, and runs")
+except PiFlowError as error:
+    assert "closed" in str(error)
+"""
+
+
+@pytest.mark.torch
+def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
+    pytest.importorskip("diffusers", reason="autoencoders need the 'diffusers' extra")
+    from piflow_edge.distill.autoencoder import load_autoencoder
+    from piflow_edge.distill.heads import GMHead
+    from piflow_edge.export.to_bundle import export_bundle
+
+    from conftest import make_autoencoder, make_student
+
+    # A mixture that the pretended driver has compiled: 3 components of 2 channels.
+    folder = make_autoencoder("AutoencoderTiny", tmp_path / "autoencoder", latent_channels=2)
+    autoencoder = load_autoencoder(folder)
+    student = make_student(head=GMHead(3), latent=vars(autoencoder.latent), in_channels=2)
+    export_bundle(student, tmp_path / "bundle", autoencoder=autoencoder)
+    run(GENERATOR, tmp_path / "bundle")
+
+
+@pytest.mark.skipif(not HAS_BINDINGS, reason="cuda-bindings is not installed")
+@pytest.mark.parametrize("arch", ["sm_87", "sm_90", "sm_120"])
+def test_nvrtc_compiles_the_arithmetic(arch):
+    try:
+        code = nvidia.compiled(arch, (), gpu_arrays.SOURCE)
+    except EngineError as error:
+        if re.search("needs NVIDIA|newer one may", str(error)):
+            pytest.skip(str(error).splitlines()[0])
+        raise
+    assert b"piflow_elementwise" in code and b"piflow_reduce" in code
+
+
+def test_a_gpu_without_our_kernels_is_said_to_be_slow(monkeypatch, caplog):
+    monkeypatch.setattr(gpu_arrays.cuda, "missing", lambda: "it lacks NVRTC")
+    gpu_arrays.place_of.cache_clear()
+    assert gpu_arrays.place_of("cuda") is None and gpu_arrays.place_of("cpu") is None
+    assert "cross the bus" in caplog.text and "lacks NVRTC" in caplog.text
+    gpu_arrays.place_of.cache_clear()
+
+
+def test_numpy_arrays_pass_through():
+    array = np.arange(3)
+    assert gpu_arrays.to_host(array) is array
