@@ -13,7 +13,7 @@ PAGE = ROOT / "docs" / "api.md"
 
 # Heading, module, whether the names are reached as pf.NAME, the file, and the names: a class with those of its methods.
 SECTIONS = (
-    ("Make images", "piflow_edge", "piflow_edge/sampling.py", {
+    ("Make images", "piflow_edge", "piflow_edge/generator.py", {
         "load": (), "Generator": ("__call__", "decode", "trained_nfes"), "Result": (),
     }),
     ("Noise levels", "piflow_edge", "piflow_edge/schedule.py", {
