@@ -32,7 +32,8 @@ SECTIONS = (
     ("Checks", "piflow_edge.verification", "piflow_edge/verification.py", {
         "verify": (), "check": (), "Row": ("passed",),
     }),
-    ("This machine", "piflow_edge.doctor", "piflow_edge/doctor.py", {"diagnose": (), "Finding": ()}),
+    ("This machine", "piflow_edge.doctor", "piflow_edge/doctor.py", {"diagnose": ()}),
+    ("What doctor reports", "piflow_edge.findings", "piflow_edge/findings.py", {"Finding": ()}),
     ("Engines", "piflow_edge.engines", "engines/__init__.py", {
         "open_engine": (), "Graph": (), "EngineOptions": (), "Engine": (),
     }),

@@ -12,8 +12,8 @@ from piflow_edge.distill.data import load_images
 from piflow_edge.evaluation import evaluate
 from piflow_edge.features import open_features
 from piflow_edge.files import write_atomic
-from piflow_edge.pictures import png_bytes, side_by_side
 from piflow_edge.images import as_pil, decode
+from piflow_edge.pictures import png_bytes, side_by_side
 
 
 @click.command()

@@ -1,14 +1,14 @@
 """What this machine has, what is missing, and the exact command that mends it."""
 
-import ctypes
+import contextlib
+import io
 import os
 import platform
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,28 @@ from piflow_edge.engines import ort
 
 from .cache import cache_folder
 from .errors import PiFlowError
-from .hardware import nvidia_gpus, power_state
+from .findings import OK, PROBLEM, WARNING, Finding, versions
+from .hardware import jetson_release, nvidia_gpus, power_state, read_text
 from .integrator import integrate
-from .kernels import cpu, nvidia
+from .kernels import cpu
+from .nvidia_findings import PACKAGES as NVIDIA_PACKAGES
+from .nvidia_findings import driver_cuda_version, jetson_findings, missing_library, nvidia_findings
 from .policies import DXPolicy, GMPolicy
-
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
 # Versions that pyproject.toml promises and CI runs.
 _PYTHON = ((3, 10), (3, 13))
 _PACKAGES = (
-    "piflow-edge", "numpy", "pillow", "click", "rich", "array-api-compat", *ort.PACKAGES, "tensorrt",
-    "cuda-bindings", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12", "torch", "onnx", "diffusers",
+    "piflow-edge", "numpy", "pillow", "click", "rich", "array-api-compat", *ort.PACKAGES, "openvino",
+    *NVIDIA_PACKAGES[1:], "torch", "onnx", "diffusers",
 )  # fmt: skip
-_ORT_GPU = "onnxruntime-gpu"
 # Sends the network to a cloud service; nothing here uses it, and it loads without one.
 _REMOTE_PROVIDERS = {"AzureExecutionProvider"}
 # The kernel computes in float32 and the reference here in float64, over 16 substeps on values of about 1.
 _SELF_TEST_TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. `status`: ok, warning or problem. `fix`: a command or a step, None if ok."""
-
-    subject: str
-    status: str
-    detail: str
-    fix: str | None = None
+_PROVIDER_LIBRARY = "libonnxruntime_providers_{}.so"
+_CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+# With these drivers "powersave" is the usual governor and follows the load; what holds it back is their preference.
+_SCALE_THEMSELVES = ("intel_pstate", "amd-pstate-epp")
 
 
 def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Finding]:
@@ -60,29 +54,19 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
     installed = versions(_PACKAGES)
     findings = [
         python_finding(sys.version_info),
-        Finding("packages", OK, ", ".join(f"{name} {number}" for name, number in installed.items())),
+        *package_findings(installed),
         runtime_finding(installed),
         *provider_findings(installed),
         kernel_finding(),
         *nvidia_findings(installed),
-        power_finding(),
+        *jetson_findings(),
+        *power_findings(),
         cache_finding(cache_folder()),
         self_test(),
     ]
     if bundle is not None:
         findings.append(bundle_finding(bundle, **engine))
     return findings
-
-
-def versions(names: Sequence[str]) -> dict[str, str]:
-    """Those of the packages that are installed, with their version, without importing them."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def python_finding(running: Sequence[int]) -> Finding:
@@ -99,6 +83,45 @@ def python_finding(running: Sequence[int]) -> Finding:
             f"python{high[0]}.{high[1]} -m venv .venv",
         )
     return Finding("python", OK, detail)
+
+
+def package_findings(installed: dict[str, str]) -> list[Finding]:
+    """What is installed, and what of it is missing or of another version than piflow-edge asks for."""
+    try:
+        wanted = requires("piflow-edge") or []
+    except PackageNotFoundError:
+        fix = "pip install -e '.[cpu]'"
+        return [Finding("packages", PROBLEM, "piflow-edge runs from its source and is not installed", fix)]
+    findings = []
+    for line in wanted:
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        name = re.match(r"[\w-]+", requirement)[0].lower()
+        optional = "extra ==" in marker
+        here = versions([name]).get(name)
+        command = f"pip install '{requirement}'"
+        if here is None and not optional:
+            findings.append(Finding("packages", PROBLEM, f"{name} is not installed", command))
+        for operator, bound in re.findall(r"(>=|<=)([\d.]+)", requirement) if here else ():
+            if operator == ">=" and _numbers(here) < _numbers(bound):
+                findings.append(
+                    Finding(
+                        "packages", PROBLEM, f"{name} {here} is here, and {bound} or newer is needed", command
+                    )
+                )
+            # 2.13.1 is still 2.13.
+            elif operator == "<=" and _numbers(here)[:2] > _numbers(bound)[:2]:
+                findings.append(
+                    Finding(
+                        "packages", WARNING, f"{name} {here} is newer than {bound}, the last tested", command
+                    )
+                )
+    listed = Finding("packages", OK, ", ".join(f"{name} {number}" for name, number in installed.items()))
+    return [listed, *dict.fromkeys(findings)]
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """(2, 13, 0) of "2.13.0+cpu"."""
+    return tuple(int(part) for part in re.match(r"[\d.]*", release)[0].split(".") if part)
 
 
 def runtime_finding(installed: dict[str, str]) -> Finding:
@@ -126,13 +149,20 @@ def provider_findings(installed: dict[str, str]) -> list[Finding]:
     except ImportError as error:
         command = f"pip install --force-reinstall {packages[-1]}"
         return [Finding("providers", PROBLEM, f"onnxruntime cannot be imported: {error}", command)]
+    if hasattr(onnxruntime, "preload_dlls"):  # as the engine does: finds CUDA and cuDNN where pip puts them
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnxruntime.preload_dlls()
     names = [name for name in onnxruntime.get_available_providers() if name not in _REMOTE_PROVIDERS]
-    return [_provider_finding(onnxruntime, name) for name in names]
+    onnxruntime.set_default_logger_severity(4)  # what goes wrong is said in the findings
+    try:
+        return [_provider_finding(onnxruntime, name) for name in names]
+    finally:
+        onnxruntime.set_default_logger_severity(2)  # as it was
 
 
 def _provider_finding(onnxruntime, name: str) -> Finding:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is said below
+    options.log_severity_level = 4
     x = np.array([1.5], np.float32)
     try:
         # Without `enable_fallback=0` it prints what went wrong and takes the CPU's.
@@ -141,19 +171,30 @@ def _provider_finding(onnxruntime, name: str) -> Finding:
         loaded = name in session.get_providers()
         works = loaded and session.run(None, {"x": x})[0] == x
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
-        loaded, works, reason = False, False, f": {error}"
+        works, reason = False, str(error)
     else:
-        reason = "" if loaded else ": its libraries were not found"
+        reason = "it gave another result" if loaded else "its libraries were not found"
     if works:
         return Finding(name, OK, "opens and runs a network")
     fixes = {backend.provider: f"pip install {backend.package}" for backend in ort.BACKENDS}
-    fixes |= {
-        "CPUExecutionProvider": "pip install --force-reinstall onnxruntime",
-        "TensorrtExecutionProvider": "pip install tensorrt",
-    }
-    # Without the CPU nothing runs; of the others some machine has each.
-    status = PROBLEM if name == "CPUExecutionProvider" else WARNING
-    return Finding(name, status, f"does not work{reason}", fixes.get(name, "use another provider"))
+    fix = fixes.get(name, "use another provider")
+    if name == "CPUExecutionProvider":
+        fix = "pip install --force-reinstall onnxruntime"
+    if found := _missing_library(onnxruntime, name):
+        reason, fix = found
+    # Without the CPU nothing runs. Of the others some machine has each; but who has a GPU and the package for it means
+    # to use it.
+    meant = name == "CUDAExecutionProvider" and driver_cuda_version() is not None
+    status = PROBLEM if name == "CPUExecutionProvider" or meant else WARNING
+    return Finding(name, status, f"does not work: {reason}", fix)
+
+
+def _missing_library(onnxruntime, name: str) -> tuple[str, str] | None:
+    kinds = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
+    if name not in kinds or sys.platform != "linux":
+        return None
+    library = Path(onnxruntime.__file__).parent / "capi" / _PROVIDER_LIBRARY.format(kinds[name])
+    return missing_library(library, onnxruntime.__version__) if library.exists() else None
 
 
 def identity_model() -> bytes:
@@ -189,84 +230,28 @@ def kernel_finding() -> Finding:
     return Finding("cpu kernel", WARNING, f"{what}: NumPy does the work, more slowly", command)
 
 
-def nvidia_findings(installed: dict[str, str]) -> list[Finding]:
-    """NVIDIA's driver, CUDA, cuDNN, TensorRT and the CUDA kernel's compiler, and what of them does not fit."""
-    gpus, driver_cuda = nvidia_gpus(), driver_cuda_version()
-    wanted = [name for name in (_ORT_GPU, "tensorrt") if name in installed]
-    if driver_cuda is None:
-        detail = "no driver"
-        if gpus is None and not wanted:
-            return [Finding("nvidia", OK, "no NVIDIA driver; networks and policies run on the CPU")]
-        if wanted:
-            detail += f", and {' and '.join(wanted)} cannot run without one"
-        return [Finding("nvidia", PROBLEM, detail, "install NVIDIA's driver, or: pip install 'piflow-edge[cpu]' in an "
-                        "environment of its own")]  # fmt: skip
-    names = ", ".join(f"{gpu['name']}, driver {gpu['driver_version']}" for gpu in gpus or [])
-    libraries = {"cuDNN": cudnn_version(), "TensorRT": installed.get("tensorrt")}
-    rest = "".join(f", {name} {number}" for name, number in libraries.items() if number)
-    findings = [Finding("nvidia", OK, f"{names or 'a driver'} for CUDA {dotted(driver_cuda)}{rest}")]
-    if _ORT_GPU in installed and libraries["cuDNN"] is None:
-        command = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        findings.append(Finding("cuDNN", WARNING, "not found; ONNX Runtime's CUDA needs it", command))
-    findings.append(compiler_finding(installed, driver_cuda))
-    return findings
-
-
-def compiler_finding(installed: dict[str, str], driver_cuda: tuple[int, int]) -> Finding:
-    """Whether what compiles the CUDA kernel is there, and of a CUDA that the driver, (major, minor), can load."""
-    compilers = [n for n in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12") if n in installed]
-    command = nvidia.PIP_COMMAND_12 if driver_cuda[0] == 12 else nvidia.PIP_COMMAND
-    if "cuda-bindings" not in installed or not compilers:
-        return Finding("cuda kernel", WARNING, "cuda-bindings or NVRTC is not installed", command)
-    newest = max(int(re.match(r"\d+", installed[name])[0]) for name in compilers)
-    detail = f"NVRTC of CUDA {newest}, driver for CUDA {dotted(driver_cuda)}"
-    if newest > driver_cuda[0]:
-        return Finding("cuda kernel", PROBLEM, f"{detail}, which cannot load what that compiles", command)
-    return Finding("cuda kernel", OK, detail)
-
-
-def driver_cuda_version() -> tuple[int, int] | None:
-    """(major, minor) of the CUDA that the NVIDIA driver is made for; None without a driver."""
-    number = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        if driver.cuDriverGetVersion(ctypes.byref(number)) != 0 or not number.value:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return number.value // 1000, number.value % 1000 // 10
-
-
-def cudnn_version() -> str | None:
-    """Of the cuDNN that pip installed, else of the one on the library path; None without either."""
-    if packaged := versions(("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")):
-        return next(iter(packaged.values()))
-    for major in (9, 8):
-        try:
-            library = ctypes.CDLL(
-                f"cudnn64_{major}.dll" if sys.platform == "win32" else f"libcudnn.so.{major}"
-            )
-        except OSError:
-            continue
-        library.cudnnGetVersion.restype = ctypes.c_size_t
-        number = library.cudnnGetVersion()
-        unit = 10000 if major >= 9 else 1000  # 90100 is 9.1.0, 8902 is 8.9.2
-        return dotted((number // unit, number % unit // 100, number % 100))
-    return None
-
-
-def dotted(numbers: Sequence[int]) -> str:
-    """(12, 4) as "12.4"."""
-    return ".".join(map(str, numbers))
-
-
-def power_finding() -> Finding:
-    """Clocks and power modes, as far as this machine tells; a governor that saves power slows every figure."""
-    state = {name: value for name, value in power_state().items() if value is not None}
-    detail = ", ".join(f"{name} {value}" for name, value in state.items() if name != "nvidia_gpus")
-    if state.get("cpu_governor") == "powersave" and "jetson_release" not in state:
-        return Finding("power", WARNING, detail, "sudo cpupower frequency-set -g performance")
-    return Finding("power", OK, detail or "this machine tells nothing of its clocks")
+def power_findings() -> list[Finding]:
+    """Clocks and governor, as far as this machine tells; one that saves power slows every figure."""
+    if jetson_release() is not None:  # its power mode says more
+        return []
+    state = {
+        name: value for name, value in power_state().items() if value is not None and name != "nvidia_gpus"
+    }
+    detail = ", ".join(f"{name} {value}" for name, value in state.items())
+    if state.get("cpu_governor") == "powersave":
+        if read_text(_CPUFREQ / "scaling_driver") not in _SCALE_THEMSELVES:
+            return [Finding("power", WARNING, detail, "sudo cpupower frequency-set -g performance")]
+        preference = read_text(_CPUFREQ / "energy_performance_preference")
+        if preference == "power":
+            return [
+                Finding(
+                    "power",
+                    WARNING,
+                    f"{detail}, which prefers to save power",
+                    "sudo cpupower set --epp balance_performance",
+                )
+            ]
+    return [Finding("power", OK, detail or "this machine tells nothing of its clocks")]
 
 
 def cache_finding(folder: Path) -> Finding:

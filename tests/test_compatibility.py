@@ -7,6 +7,7 @@ import pytest
 
 from piflow_edge.bundle import Bundle
 from piflow_edge.compatibility import RUNTIMES, compatibility, gpu_names
+from piflow_edge.engines import Graph
 
 QUANTIZED_AS_IT_COMES = b"\x22\x15DynamicQuantizeLinear"
 
@@ -17,7 +18,9 @@ def bundle_of(opset, precision="fp32", graph=b"", decoder=None):
         network=SimpleNamespace(opset=opset), decoder=decoder and SimpleNamespace(opset=decoder),
         precisions=[precision],
     )  # fmt: skip
-    return SimpleNamespace(manifest=manifest, graph=lambda precision: graph, decoder=lambda precision: b"")
+    return SimpleNamespace(
+        manifest=manifest, graph=lambda precision: Graph(graph), decoder=lambda precision: Graph(b"")
+    )
 
 
 def answers(*arguments, **settings):

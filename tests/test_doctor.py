@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from piflow_edge import doctor
-from piflow_edge.doctor import OK, PROBLEM, WARNING
+from piflow_edge.findings import OK, PROBLEM, WARNING
 from piflow_edge.kernels import cpu
 
 from test_cli import run
@@ -64,7 +64,7 @@ def test_a_provider_whose_libraries_are_missing_does_not_pass_for_the_cpu():
         finding = doctor._provider_finding(onnxruntime, "CUDAExecutionProvider")
     if finding.status == OK:
         pytest.skip("CUDA works here")
-    assert finding.status == WARNING and "onnxruntime-gpu" in finding.fix
+    assert finding.status == WARNING and finding.fix.startswith("pip install")
 
 
 def test_without_compiled_kernels_it_warns_with_the_command(monkeypatch):
@@ -86,20 +86,64 @@ def test_a_kernel_that_computes_something_else_is_a_problem(monkeypatch):
     assert doctor.self_test().status == PROBLEM
 
 
-def test_software_for_gpus_without_a_driver_is_a_problem(monkeypatch):
-    monkeypatch.setattr(doctor, "nvidia_gpus", lambda: None)
-    monkeypatch.setattr(doctor, "driver_cuda_version", lambda: None)
-    assert [f.status for f in doctor.nvidia_findings({"onnxruntime": "1"})] == [OK]
-    (finding,) = doctor.nvidia_findings({"onnxruntime-gpu": "1"})
-    assert finding.status == PROBLEM and "driver" in finding.fix
+def test_packages_are_held_to_what_piflow_edge_asks_for(monkeypatch):
+    asked = [
+        "numpy>=1.26",
+        "click>=8.1",
+        "rich>=13",
+        "torch<=2.13.0,>=2.9; extra == 'train'",
+        "onnx>=1.17; extra == 'train'",
+    ]
+    here = {"numpy": "1.9.5", "click": "8.10.0", "torch": "2.14.0+cpu"}
+    monkeypatch.setattr(doctor, "requires", lambda name: asked)
+    monkeypatch.setattr(doctor, "versions", lambda names: {n: here[n] for n in names if n in here})
+    listed, *others = doctor.package_findings({"numpy": "1.9.5"})
+    assert listed.status == OK and listed.detail == "numpy 1.9.5"
+    assert [(f.status, f.detail.split()[0], f.fix) for f in others] == [
+        (PROBLEM, "numpy", "pip install 'numpy>=1.26'"),
+        (PROBLEM, "rich", "pip install 'rich>=13'"),
+        (WARNING, "torch", "pip install 'torch<=2.13.0,>=2.9'"),
+    ]
 
 
-def test_a_compiler_newer_than_the_driver_is_a_problem():
-    installed = {"cuda-bindings": "13.0.1", "nvidia-cuda-nvrtc": "13.0.48"}
-    finding = doctor.compiler_finding(installed, (12, 6))
-    assert finding.status == PROBLEM and "nvidia-cuda-nvrtc-cu12" in finding.fix
-    assert doctor.compiler_finding(installed, (13, 0)).status == OK
-    assert doctor.compiler_finding({}, (13, 0)).status == WARNING
+def test_a_source_tree_that_was_not_installed_is_a_problem(monkeypatch):
+    def missing(name):
+        raise doctor.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", missing)
+    (finding,) = doctor.package_findings({})
+    assert finding.status == PROBLEM and finding.fix == "pip install -e '.[cpu]'"
+
+
+@pytest.mark.parametrize(
+    ("governor", "driver", "preference", "status"),
+    [
+        ("powersave", "acpi-cpufreq", None, WARNING),
+        ("powersave", "intel_pstate", "balance_performance", OK),  # there it is the usual one
+        ("powersave", "amd-pstate-epp", "power", WARNING),
+        ("performance", "acpi-cpufreq", None, OK),
+        (None, None, None, OK),
+    ],
+)
+def test_a_governor_that_saves_power_is_named(tmp_path, monkeypatch, governor, driver, preference, status):
+    from piflow_edge import hardware
+
+    cpufreq = tmp_path / "cpu0" / "cpufreq"
+    cpufreq.mkdir(parents=True)
+    files = {
+        "scaling_governor": governor,
+        "scaling_driver": driver,
+        "energy_performance_preference": preference,
+    }
+    for name, content in files.items():
+        if content is not None:
+            (cpufreq / name).write_text(content + "\n")
+    monkeypatch.setattr(hardware, "_CPU", tmp_path)
+    monkeypatch.setattr(doctor, "_CPUFREQ", cpufreq)
+    monkeypatch.setattr(doctor, "jetson_release", lambda: None)
+    (finding,) = doctor.power_findings()
+    assert finding.status == status and (finding.fix is None) == (status == OK)
+    assert governor is None or governor in finding.detail
 
 
 def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path):

@@ -122,7 +122,8 @@ def doctor(bundle, as_json, **engine):
     Example:
       piflow-edge doctor --bundle demo/bundles/digits-nfe1
     """
-    from piflow_edge.doctor import PROBLEM, diagnose
+    from piflow_edge.doctor import diagnose
+    from piflow_edge.findings import PROBLEM
 
     findings = diagnose(bundle, **engine_settings(**engine))
     healthy = all(finding.status != PROBLEM for finding in findings)
