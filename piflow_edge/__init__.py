@@ -22,6 +22,10 @@ _HOMES = {
     "load": "generator",
     "Generator": "generator",
     "Result": "generator",
+    "Progress": "sampling",
+    "Recipe": "recipe",
+    "read_recipe": "recipe",
+    "Cancelled": "errors",
     "EngineOptions": "engines",
     "PiFlowError": "errors",
 }
@@ -30,6 +34,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .engines import EngineOptions as EngineOptions
+    from .errors import Cancelled as Cancelled
     from .errors import PiFlowError as PiFlowError
     from .generator import Generator as Generator
     from .generator import Result as Result
@@ -38,6 +43,9 @@ if TYPE_CHECKING:
     from .noise import philox_normal as philox_normal
     from .policies import DXPolicy as DXPolicy
     from .policies import GMPolicy as GMPolicy
+    from .recipe import Recipe as Recipe
+    from .recipe import read_recipe as read_recipe
+    from .sampling import Progress as Progress
     from .schedule import Schedule as Schedule
     from .schedule import Segment as Segment
     from .schedule import unwarp as unwarp

@@ -47,6 +47,16 @@ class MissingExtraError(PiFlowError, ImportError):
     """A command or engine needs a package that is not installed."""
 
 
+class RecipeError(PiFlowError, ValueError):
+    """A picture that does not say how it was made, or that this bundle did not make."""
+
+
+class Cancelled(PiFlowError, RuntimeError):
+    """Images that were being made and were given up because the caller said so."""
+
+    exit_code = 130
+
+
 class CheckFailedError(PiFlowError, RuntimeError):
     """The work was done but did not pass its check: parity, verification, finite values."""
 

@@ -4,6 +4,9 @@ import io
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from .recipe import CHUNK, Recipe
 
 _GAP = 2
 # Shorter sides are enlarged up to about this many pixels, whole pixels each, so that 8x8 digits can be seen.
@@ -54,10 +57,12 @@ def at_most(image: Image.Image, side: int = _LARGEST) -> Image.Image:
     return image.resize([max(1, round(n * factor)) for n in image.size], Image.Resampling.LANCZOS)
 
 
-def png_bytes(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
+def png_bytes(image: Image.Image, recipe: Recipe | None = None) -> bytes:
+    """The image as a PNG file, which says how it was made if a recipe is given; see `recipe.read_recipe`."""
+    file, text = io.BytesIO(), PngInfo()
+    if recipe is not None:
+        text.add_text(CHUNK, recipe.as_json())
+    image.save(file, "PNG", optimize=True, pnginfo=text)
     return file.getvalue()
 
 

@@ -7,6 +7,7 @@ import math
 import numbers
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,18 @@ class Schedule:
     def segments(self) -> tuple[Segment, ...]:
         """One `Segment` per student call, in order."""
         return tuple(self._segment(*pair) for pair in zip(self.sigmas[:-1], self.sigmas[1:], strict=True))
+
+    def segments_below(self, sigma_t: float) -> tuple[Segment, ...]:
+        """The segments from noise level `sigma_t`, in (0, 1], down to 0: as `segments`, but the first begins there.
+
+        The levels below it stay, so that the student is called where it was trained to be.
+        """
+        if not (isinstance(sigma_t, numbers.Real) and 0 < sigma_t <= 1):  # NaN fails too
+            raise ScheduleError(f"a noise level to start at lies above 0 and up to 1; got {sigma_t!r}")
+        if sigma_t >= self.sigmas[0]:
+            return self.segments
+        levels = [float(sigma_t), *self.sigmas[self.sigmas < sigma_t].tolist()]
+        return tuple(self._segment(*pair) for pair in pairwise(levels))
 
     def _segment(self, sigma_src: float, sigma_next: float) -> Segment:
         sigma_src, sigma_next, h = float(sigma_src), float(sigma_next), float(self.h)

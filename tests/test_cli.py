@@ -102,6 +102,43 @@ class TestOnABundle:
         assert sorted(f.name for f in tmp_path.iterdir()) == ["0-0.png", "0-1.png"]
         assert answer["engine"] == "ort-cpu" and answer["seeds"] == [[0, 0], [0, 1]]
 
+    def test_a_picture_made_again_from_what_it_says(self, shared_bundle, tmp_path):
+        first, again = tmp_path / "first.png", tmp_path / "again.png"
+        run(
+            "sample",
+            shared_bundle,
+            "--labels",
+            "3,7",
+            "--count",
+            2,
+            "--seed",
+            5,
+            "--h",
+            "inf",
+            "--out",
+            first,
+        )
+        run("sample", shared_bundle, "--like", first, "--out", again)
+        assert again.read_bytes() == first.read_bytes()
+        done = run("sample", shared_bundle, "--like", first, "--nfe", 1, "--out", tmp_path / "x.png", code=2)
+        assert "--like says what --nfe is" in done.stderr
+
+    def test_sample_from_an_image_to_arrays(self, shared_bundle, tmp_path):
+        import numpy as np
+        from PIL import Image
+
+        picture, mask, out = tmp_path / "start.png", tmp_path / "mask.png", tmp_path / "out.npy"
+        pixels = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+        Image.fromarray(pixels).save(picture)
+        Image.fromarray(np.tri(8, dtype=np.uint8) * 255).save(mask)
+        given = ["--labels", 1, "--image", picture, "--mask", mask, "--out", out, "--output"]
+        answer = json.loads(run("sample", shared_bundle, *given, "uint8", "--json").stdout)
+        assert answer["files"] == [str(out)] and answer["recipe"]["resamples"] == 4
+        kept = np.tri(8) == 0
+        np.testing.assert_array_equal(np.load(out)[0, ..., 0][kept], pixels[kept])
+        words = run("sample", shared_bundle, *given[:4], "--out", tmp_path / "x.png", code=2).stderr
+        assert "give the strength" in words and not (tmp_path / "x.png").exists()
+
     def test_an_unusable_bundle_exits_with_2_and_one_line(self, bundle, tmp_path):
         (bundle / "LICENSE").unlink()
         for command in (["verify"], ["inspect"], ["sample", "--labels", "1", "--out", tmp_path / "x.png"]):

@@ -1,8 +1,13 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian_generator
 
 import piflow_edge as pf
-from piflow_edge import PiFlowError
+from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
+from piflow_edge.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +54,6 @@ class TestGenerator:
         )
         assert 0 < np.linalg.norm(multistep - euler) < 1e-2 * np.linalg.norm(euler)
 
-    def test_the_callback_sees_every_call(self, generator):
-        seen = []
-        generator([1, 2], callback=lambda done, nfe, x_t: seen.append((done, nfe, x_t.shape)))
-        assert seen == [(1, 2, (2, 1, 8, 8)), (2, 2, (2, 1, 8, 8))]
-
     def test_running_with_other_calls_than_trained_is_said(self, generator, caplog):
         generator([1], nfe=1)
         assert "trained for 2 calls" in caplog.text
@@ -75,7 +75,7 @@ class TestGenerator:
             (dict(labels=[1.0]), "got label 1.0"),
             (dict(labels=[]), "one label or more"),
             (dict(labels=None), "wants labels"),
-            (dict(labels=[1], count=3), "no count"),
+            (dict(labels=[1], count=0), "count is a whole number, 1 or more"),
             (dict(labels=[1], nfe=0), "nfe is a whole number, 1 or more; got nfe=0"),
             (dict(labels=[1], substeps=0), "total_substeps"),
             (dict(labels=[1], temperature=-1), "temperature is 0 or more"),
@@ -98,6 +98,22 @@ class TestGenerator:
             (dict(labels=[1], seed=-1), "seed is a whole number"),
             (dict(labels=[1], seed=[(0, 0), (0, 1)]), r"one \(seed, index\) per image"),
             (dict(labels=[1], output="jpeg"), "output is"),
+            (dict(labels=[1], nfe=[2]), "nfe is a whole number"),
+            (dict(labels=[1], h=-1), "h is a number, 0 or more"),
+            (dict(labels=[1], strength=0.5), "give the image too"),
+            (dict(labels=[1], mask=np.ones((8, 8), bool)), "give the image too"),
+            (dict(labels=[1], image=np.zeros((8, 8), np.uint8)), "give the strength"),
+            (dict(labels=[1], image=np.zeros((8, 8), np.uint8), strength=0), "strength lies above 0"),
+            (dict(labels=[1], image=np.zeros((9, 8), np.uint8), strength=0.5), "8x8 pixels"),
+            (dict(labels=[1], image=np.zeros((2, 8, 8, 1), np.uint8), strength=0.5), "one image for all"),
+            (dict(labels=[1], image=np.zeros((8, 8), np.uint8), mask=np.ones((9, 9), bool)), "a mask is"),
+            (
+                dict(labels=[1], image=np.zeros((8, 8), np.uint8), mask=np.ones((8, 8), bool), nfe=1),
+                "sees nothing",
+            ),
+            (dict(labels=[1], resamples=2), "give a mask"),
+            (dict(labels=[1], resamples=-1), "resamples is a whole number"),
+            (dict(labels=[1], callback_every=0), "callback_every is a whole number"),
             (dict(labels=[1], solver="rk4"), "solver is one of euler, multistep"),
         ],
     )
@@ -116,3 +132,245 @@ class TestGenerator:
     def test_an_engine_that_is_not_there_is_an_error(self, shared_bundle, arguments, words):
         with pytest.raises(PiFlowError, match=words):
             pf.load(shared_bundle, **arguments)
+
+    def test_four_threads_make_what_one_makes(self, generator):
+        jobs = [dict(labels=[i % 10] * 3, seed=i, nfe=1 + i % 3, output="numpy") for i in range(24)]
+        alone = [generator(**job).images for job in jobs]
+        with ThreadPoolExecutor(4) as threads:
+            together = list(threads.map(lambda job: generator(**job).images, jobs))
+        for one, other in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_latent_bundle_starts_from_latents_and_says_so_of_images(latent_bundle):
+    with pf.load(latent_bundle) as generator:
+        first = generator([1], seed=3)
+        start = generator([1], seed=3, noise=pf.philox_normal(3, [0], first.latents.shape[1:]),
+                          image=first.latents, strength=1.0)  # fmt: skip
+        np.testing.assert_array_equal(start.latents, first.latents)
+        with pytest.raises(PiFlowError, match="holds no encoder"):
+            generator([1], image=first.images[0], strength=0.5)
+        width, height = first.images[0].size
+        mask = np.zeros((height, width), bool)
+        mask[:, width // 2 :] = True  # in pixels, of which each latent has several
+        kept = ~mask[:: height // first.latents.shape[2], :: width // first.latents.shape[3]]
+        inpainted = generator([2], seed=4, image=first.latents, mask=mask, output="latent").latents
+        np.testing.assert_array_equal(inpainted[0][:, kept], first.latents[0][:, kept])
+        assert not np.array_equal(inpainted, first.latents)
+
+
+def test_more_images_than_the_engine_takes_are_split():
+    engine = GaussianEngine(max_batch=3)
+    split, whole = gaussian_generator(engine), gaussian_generator()
+    mask = np.arange(PIXELS).reshape(SIDE, SIDE) > 7
+    image = whole([0] * 8, seed=9, output="latent").latents
+    for settings in ({}, {"h": "inf"}, {"image": image, "strength": 0.5}, {"image": image, "mask": mask}):
+        engine.calls.clear()
+        first = []
+        settings = {"labels": [0] * 8, "seed": 1, "output": "latent", **settings}
+        found = split(**settings, callback=lambda done, first=first: first.append(done.first)).latents
+        np.testing.assert_allclose(found, whole(**settings).latents, rtol=0, atol=1e-6)
+        assert sorted(set(first)) == [0, 3, 6] and len(engine.calls) % 3 == 0
+
+
+def test_without_classes_a_count_says_how_many():
+    generator = gaussian_generator(class_names=())
+    result = generator(count=3, seed=2, output="latent")
+    assert result.latents.shape == (3, 1, SIDE, SIDE) and result.recipe.labels is None
+    np.testing.assert_array_equal(
+        generator.make_again(result.recipe, output="latent").latents, result.latents
+    )
+    with pytest.raises(PiFlowError, match="has no classes: it wants count"):
+        generator([1])
+    with pytest.raises(PiFlowError, match="count is a whole number"):
+        generator(count=1.5)
+
+
+def test_with_classes_a_count_is_of_each_label():
+    result = gaussian_generator()([1, 0], count=2, output="latent")
+    assert result.recipe.labels == [1, 1, 0, 0]
+
+
+def test_every_image_may_have_a_seed_of_its_own():
+    generator = gaussian_generator()
+    several = generator([0] * 3, seed=[5, 9, 5], output="latent")
+    assert several.seeds == [(5, 0), (9, 0), (5, 0)]
+    np.testing.assert_array_equal(several.latents[0], several.latents[2])
+    np.testing.assert_allclose(
+        several.latents[1:2], generator([0], seed=9, output="latent").latents, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 4, 8])
+def test_other_calls_than_trained_leave_a_dx_policy_its_numbers(nfe):
+    spec, engine = dx_spec(num_nodes=3, segment_size=0.25), GaussianEngine(num_nodes=3)
+    generator = gaussian_generator(engine, policy=spec)
+    found = generator([0, 1], seed=3, nfe=nfe, output="latent")
+    asked = []
+
+    def network(x_src, sigma_src):
+        grid = engine.run({"x_t": x_src, "t": np.full(2, sigma_src, np.float32)})["grid"]
+        asked.append(DXPolicy(grid, x_src, sigma_src, segment_size=0.25, shift=1.0, mode="grid", eps=1e-4))
+        return asked[-1]
+
+    noise = pf.philox_normal(3, range(2), (1, SIDE, SIDE))
+    expected = sample(network, noise, Schedule(nfe=nfe, total_substeps=32))
+    np.testing.assert_array_equal(found.latents, expected)
+    assert len(asked) == nfe
+    # Stretched to the segment instead, the nodes would stand elsewhere and give another image, unless it is as long.
+    stretched = gaussian_generator(engine, policy=dx_spec(num_nodes=3, segment_size=1 / nfe))
+    same = np.array_equal(stretched([0, 1], seed=3, nfe=nfe, output="latent").latents, found.latents)
+    assert same == (nfe == 4)
+
+
+def test_noise_between_calls_comes_from_the_seed_also_when_the_first_is_given():
+    generator = gaussian_generator()
+    drawn = generator([0, 1], seed=6, h=0.8, output="latent")
+    given = generator(
+        [0, 1], seed=6, h=0.8, noise=pf.philox_normal(6, range(2), (1, SIDE, SIDE)), output="latent"
+    )
+    np.testing.assert_array_equal(given.latents, drawn.latents)
+    assert not np.array_equal(drawn.latents, generator([0, 1], seed=6, output="latent").latents)
+    recorded = gaussian_generator(h=0.8)  # as the bundle's own
+    np.testing.assert_array_equal(recorded([0, 1], seed=6, output="latent").latents, drawn.latents)
+
+
+def test_strength_1_leaves_nothing_of_the_image():
+    generator = gaussian_generator()
+    image = np.full((1, SIDE, SIDE), 0.7, np.float32)
+    plain = generator([0, 1], seed=2, output="latent").latents
+    np.testing.assert_array_equal(
+        generator([0, 1], seed=2, image=image, strength=1, output="latent").latents, plain
+    )
+
+
+def test_the_lower_the_strength_the_closer_to_the_image():
+    engine = GaussianEngine()
+    generator = gaussian_generator(engine, nfe=8)
+    images = generator([0] * 50, seed=1, output="latent").latents
+    distances = []
+    for strength in (0.125, 0.25, 0.5, 0.75):
+        engine.calls.clear()
+        found = generator([0] * 50, seed=2, image=images, strength=strength, output="latent").latents
+        distances.append(np.sqrt(np.mean((found - images) ** 2)))
+        assert len(engine.calls) == 8 * strength
+    assert distances == sorted(distances) and distances[0] < 0.3 * COVARIANCE[0, 0] ** 0.5 < distances[-1]
+
+
+def test_a_start_the_student_was_not_trained_for_is_said(caplog):
+    generator, image = gaussian_generator(), np.zeros((1, SIDE, SIDE), np.float32)
+    generator([0], image=image, strength=0.5)
+    assert "noise levels" not in caplog.text
+    generator([0], image=image, strength=0.6)
+    assert "at noise levels 1, 0.75, 0.5, 0.25 and starts at 0.6" in caplog.text
+
+
+class TestInpainting:
+    """Against the exact conditional of Gaussian data: half a ring of pixels given, the other half drawn."""
+
+    drawn = np.arange(PIXELS) >= PIXELS // 2
+    count = 1000
+
+    @pytest.fixture
+    def images(self):
+        white = np.random.default_rng(0).standard_normal((self.count, PIXELS))
+        return (white @ np.linalg.cholesky(COVARIANCE).T).astype(np.float32)
+
+    def inpainted(self, images, **settings):
+        mask = self.drawn.reshape(SIDE, SIDE)
+        image = images.reshape(-1, 1, SIDE, SIDE)
+        made = gaussian_generator()(
+            [0] * self.count, seed=1, image=image, mask=mask, output="latent", **settings
+        )
+        return made.latents.reshape(-1, PIXELS)
+
+    def seam(self, images):
+        """Mean square step from the last kept pixel to the first drawn one."""
+        last = PIXELS // 2 - 1
+        return np.mean((images[:, last + 1] - images[:, last]) ** 2)
+
+    def test_what_is_kept_is_exact(self, images):
+        for settings in ({}, {"h": "inf"}, {"strength": 0.5}, {"nfe": 2, "substeps": 7, "resamples": 1}):
+            found = self.inpainted(images, **settings)
+            np.testing.assert_array_equal(found[:, ~self.drawn], images[:, ~self.drawn])
+            assert not np.isclose(found[:, self.drawn], images[:, self.drawn]).all(axis=1).any()
+
+    def test_resamples_bring_what_is_drawn_to_the_conditional(self, images):
+        known = COVARIANCE[np.ix_(~self.drawn, ~self.drawn)]
+        exact = COVARIANCE[np.ix_(self.drawn, ~self.drawn)] @ np.linalg.inv(known)
+        kept = images[:, ~self.drawn]
+        errors, seams = [], []
+        for resamples in (0, 4, 16):
+            found = self.inpainted(images, resamples=resamples)
+            regressed = np.linalg.lstsq(kept, found[:, self.drawn], rcond=None)[0].T
+            errors.append(np.linalg.norm(regressed - exact) / np.linalg.norm(exact))
+            seams.append(self.seam(found) / self.seam(images))
+        # Without, four calls hardly see what is kept: the seam is 2.5 times as rough as the data is there.
+        assert errors == sorted(errors, reverse=True) and errors[-1] < 0.7 * errors[0]
+        assert seams == sorted(seams, reverse=True) and seams[0] > 2 and seams[-1] < 1.6
+
+
+class TestStopping:
+    def test_what_a_callback_raises_reaches_the_caller(self):
+        def callback(done):
+            raise Cancelled("seen enough")
+
+        with pytest.raises(Cancelled, match="seen enough"):
+            gaussian_generator()([0], callback=callback)
+
+    def test_another_thread_may_stop_a_call(self):
+        cancel, reached = threading.Event(), threading.Event()
+        engine = GaussianEngine()
+        generator = gaussian_generator(engine, nfe=4)
+
+        def callback(done):
+            reached.set()
+            cancel.wait(60)
+
+        with ThreadPoolExecutor(1) as threads:
+            job = threads.submit(generator, [0], callback=callback, cancel=cancel)
+            assert reached.wait(60)
+            cancel.set()
+            with pytest.raises(Cancelled, match="after 1 network calls"):
+                job.result(60)
+        assert engine.calls == [1.0]
+        assert len(generator([0]).images) == 1  # it can be used again
+
+    def test_watching_changes_nothing(self):
+        generator = gaussian_generator()
+        plain = generator([0], output="latent").latents
+        watched = generator([0], output="latent", cancel=threading.Event()).latents
+        np.testing.assert_allclose(watched, plain, rtol=0, atol=1e-6)
+
+    def test_closed_it_refuses_and_frees(self):
+        engine = GaussianEngine()
+        with gaussian_generator(engine) as generator:
+            generator([0])
+        assert engine.closed
+        with pytest.raises(PiFlowError, match="is closed; load the bundle again"):
+            generator([0])
+        generator.close()
+
+    def test_closed_from_a_callback_it_ends_what_runs_first(self):
+        engine = GaussianEngine()
+        generator, seen = gaussian_generator(engine), []
+
+        def callback(done):
+            generator.close()
+            seen.append(engine.closed)
+
+        generator([0], callback=callback)
+        assert seen == [False] * 4 and engine.closed
+
+
+def test_outputs_are_one_image_in_different_forms():
+    generator = gaussian_generator()
+    results = {form: generator([0, 1], output=form) for form in ("pil", "numpy", "float", "latent")}
+    latents, floats = results["latent"].latents, results["float"].images
+    assert floats.dtype == np.float32 and floats.min() >= 0 and floats.max() <= 1
+    expected = np.clip((latents.transpose(0, 2, 3, 1) + 1) / 2, 0, 1)
+    np.testing.assert_allclose(floats, expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(results["numpy"].images, np.rint(255 * floats).astype(np.uint8))
+    for image, array in zip(results["pil"].images, results["numpy"].images, strict=True):
+        np.testing.assert_array_equal(np.asarray(image), array[..., 0])
+    assert results["latent"].images is None

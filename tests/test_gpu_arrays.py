@@ -163,8 +163,8 @@ assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
 # The noise goes there, image and latents come back; noise levels and labels are there already.
 assert moved == {"ins": 1, "outs": 2, "bytes": 0}, moved
 seen = []
-generator(**arguments, callback=lambda done, nfe, x_t: seen.append(type(x_t)))
-assert seen == [np.ndarray] * 2
+generator(**arguments, callback=lambda done: seen.append((type(done.x_t), type(done.x_0))))
+assert seen == [(np.ndarray, np.ndarray)] * 2
 network = generator.engine.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
 assert all(value.stream == place.stream for value in network.values())
 plain = generator.engine.run(generator.inputs(theirs.latents, 0.5, np.array([1, 2, 3])))

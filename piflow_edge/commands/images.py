@@ -1,11 +1,15 @@
 """Commands about pictures: `demo`, `evaluate`, `sample`."""
 
+import json
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
 from .options import (
     BUNDLE,
+    COUNT,
     FOLDER,
     IMAGE_SIZE,
     JSON,
@@ -17,6 +21,8 @@ from .options import (
     say,
     show,
 )
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command()
@@ -117,61 +123,154 @@ def evaluate(
 
 @click.command()
 @BUNDLE
-@click.option("--labels", required=True, help="Class ids or names, separated by commas: one image each.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="PNG file, or a folder for one each."
-)
-@click.option("--nfe", type=click.IntRange(min=1), help="Network calls per image; else the bundle's.")
-@click.option("--substeps", type=click.IntRange(min=1), help="Euler steps of the policy; else the bundle's.")
+@click.option("--labels", help="Class ids or names, separated by commas: one image each.")
+@click.option("--count", type=COUNT, help="Images in all where there are no classes; else of each label.")
+@click.option("--like", type=FILE, help="Make the images of this PNG file again, by the settings it holds.")
+@click.option("--out", type=click.Path(path_type=Path), required=True,
+              help="File, or a folder for one file each.")  # fmt: skip
+@click.option("--output", type=click.Choice(["png", "uint8", "float", "latent"]), default="png",
+              help="Pictures, or arrays as .npy: bytes, numbers from 0 to 1, or what the decoder gets.")  # fmt: skip
+@click.option("--nfe", type=COUNT, help="Network calls per image; else the bundle's.")
+@click.option("--substeps", type=COUNT, help="Euler steps of the policy; else the bundle's.")
 @click.option("--solver", type=click.Choice(["euler", "multistep"]), default="euler",
               help="Euler as trained, or a quarter of the policy's evaluations.")  # fmt: skip
 @click.option("--temperature", type=click.FloatRange(min=0), help="Of the mixture; else the bundle's.")
+@click.option("--h", help="Strength of the noise added between calls, 0 or more, or inf; else the bundle's.")
+@click.option("--noise", type=FILE, help="Starting noise as .npy, (B, C, H, W), instead of the seed's.")
+@click.option(
+    "--image", type=FILE, help="Start from this picture, or latents as .npy; give --strength or --mask."
+)
+@click.option("--strength", type=float, help="Noise level to start from --image at, above 0 and up to 1.")
+@click.option("--mask", type=FILE, help="White where to draw into --image; the rest stays as it is.")
+@click.option("--resamples", type=click.IntRange(min=0),
+              help="More calls for each, by which what is drawn fits what --mask keeps; else 4.")  # fmt: skip
 @engine_options
 @click.option("--precision", help="One of the bundle's; else its first.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the starting noise.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the noise.")
 @TRUSTED_KEYS
 @JSON
+@click.pass_context
 def sample(
-    bundle, labels, out, nfe, substeps, solver, temperature, precision, seed, trusted_keys, as_json, **engine
-):
+    context, bundle, labels, like, out, output, engine, device, threads, cores, precision, trusted_keys, as_json,
+    **settings,
+):  # fmt: skip
     """Draw images from a bundle.
 
-    A PNG file shows all images side by side; a folder gets one PNG per image.
+    A PNG file shows all images side by side; a folder gets one PNG per image. Each holds the settings that make it
+    again: see --like.
 
     \b
     Example:
       piflow-edge sample demo/bundles/digits-nfe1 --labels 3,7 --seed 7 --out digits.png
+      piflow-edge sample demo/bundles/digits-nfe1 --like digits.png --out again.png
     """
-    from piflow_edge.files import write_atomic
     from piflow_edge.generator import load
-    from piflow_edge.pictures import image_grid, png_bytes
+    from piflow_edge.images import open_array, open_image
+    from piflow_edge.recipe import read_recipe
 
-    if out.suffix.lower() not in ("", ".png"):
+    suffix = ".png" if output == "png" else ".npy"
+    if out.suffix.lower() not in ("", suffix):
         raise click.UsageError(
-            f"images are written as PNG; give --out a name that ends in .png, or a folder; got {out}"
+            f"with --output {output}, give --out a name that ends in {suffix}, or a folder; got {out}"
         )
-    generator = load(bundle, precision=precision, trusted_keys=trusted_keys, **engine_settings(**engine))
-    wanted = [_label(text, generator.class_names) for text in labels.split(",")]
-    settings = {"nfe": nfe, "substeps": substeps, "solver": solver, "temperature": temperature}
-    result = generator(wanted, seed=seed, **settings)
-    if out.suffix:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files = {out: image_grid([result.images])}
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        files = {
-            out / f"{s}-{i}.png": image for (s, i), image in zip(result.seeds, result.images, strict=True)
-        }
-    for path, image in files.items():
-        write_atomic(path, png_bytes(image))
+    recipe = None
+    if like is not None:
+        _refuse_beside_like(context)
+        recipe = read_recipe(like)
+        precision = recipe.precision
+        if context.get_parameter_source("engine") is not click.core.ParameterSource.COMMANDLINE:
+            engine = recipe.engine
+    readers = {"noise": open_array, "image": open_image, "mask": open_image}
+    given = {name: settings.pop(name) for name in readers}
+    given = {name: None if path is None else readers[name](path) for name, path in given.items()}
+    given["output"] = {"png": "pil", "uint8": "numpy"}.get(output, output)
+    opened = engine_settings(engine, device, threads, cores)
+    loaded = load(bundle, precision=precision, trusted_keys=trusted_keys, **opened)
+    with loaded as generator, _bar() as advance:
+        if recipe is not None:
+            result = generator.make_again(recipe, **given, callback=advance)
+        else:
+            if labels is not None:
+                labels = [_label(text, generator.class_names) for text in labels.split(",")]
+            result = generator(labels, **settings, **given, callback=advance)
+    files = _pictures(out, result) if output == "png" else _arrays(out, result)
     if as_json:
         timings = {stage: round(ms, 3) for stage, ms in result.timings.items()}
-        run = {"engine": result.engine, "device": result.device, "seeds": result.seeds, "timings_ms": timings}
-        emit({"files": [str(path) for path in files], **run})
+        run = {
+            "engine": result.engine,
+            "device": result.device,
+            "seeds": result.recipe.seeds,
+            "timings_ms": timings,
+        }
+        emit({"files": [str(path) for path in files], **run, "recipe": json.loads(result.recipe.as_json())})
     else:
         say(f"{result.engine} on {result.device}, {result.timings['total']:.1f} ms")
         for path in files:
             click.echo(path)
+
+
+def _refuse_beside_like(context: click.Context) -> None:
+    free = {"bundle", "like", "out", "output", "noise", "image", "mask", "trusted_keys", "as_json"}
+    free |= {"engine", "device", "threads", "cores"}
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if parameter.name not in free and source is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--like says what {parameter.opts[0]} is; leave one of both out")
+
+
+@contextmanager
+def _bar():
+    """A callback for the generator that moves a progress bar, where somebody is looking."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("sampling", total=None)
+
+        def advance(done) -> None:
+            bar.update(
+                task, total=done.nfe, completed=done.call, description=f"image {done.first + 1} and on"
+            )
+
+        yield advance
+
+
+def _pictures(out: Path, result) -> list[Path]:
+    from piflow_edge.files import write_atomic
+    from piflow_edge.pictures import image_grid, png_bytes
+
+    if out.suffix:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, png_bytes(image_grid([result.images]), result.recipe))
+        return [out]
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, ((seed, index), image) in enumerate(zip(result.recipe.seeds, result.images, strict=True)):
+        files.append(out / f"{seed}-{index}.png")
+        write_atomic(files[-1], png_bytes(image, result.recipe.of(i)))
+    return files
+
+
+def _arrays(out: Path, result) -> list[Path]:
+    import numpy as np
+
+    from piflow_edge.files import atomic_file
+
+    arrays = result.latents if result.images is None else result.images
+    if out.suffix:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files = {out: arrays}
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        seeds = result.recipe.seeds
+        files = {out / f"{s}-{i}.npy": array for (s, i), array in zip(seeds, arrays, strict=True)}
+    for path, array in files.items():
+        with atomic_file(path) as file:
+            np.save(file, array)
+    return list(files)
 
 
 def _label(text: str, names: tuple[str, ...]):

@@ -1,0 +1,159 @@
+"""What a caller asks a generator for, checked."""
+
+import numbers
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from .bundle import LatentSpec, ScheduleSpec
+from .errors import LabelError, ScheduleError, ShapeError
+from .images import drawn_mask, encode
+from .noise import philox_normal
+from .schedule import Schedule
+
+Seeds = list[tuple[int, int]]
+
+
+def label_ids(labels, count, class_names: Sequence[str], name: str) -> np.ndarray:
+    """Class ids, int64 (B,), of `labels`; zeros for a bundle without classes.
+
+    Args:
+        labels: ids or names, or one of either; None for a bundle without classes.
+        count: images in all without classes; of each label with them, where None is one.
+        class_names: of the bundle, in order; empty without classes.
+        name: of the bundle, for errors.
+    """
+    if not class_names and (labels is not None or count in (None, 0)):
+        raise LabelError(
+            f"bundle {name!r} has no classes: it wants count, 1 or more, and no labels; got {count=}, {labels=}"
+        )
+    if count is not None and (
+        isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1
+    ):
+        raise LabelError(f"count is a whole number, 1 or more; got {count!r}")
+    if not class_names:
+        return np.zeros(count, np.int64)  # which nothing reads
+    known = f"{len(class_names)} classes, 0 to {len(class_names) - 1}: {', '.join(class_names)}"
+    if labels is None:
+        raise LabelError(f"bundle {name!r} wants labels, one per image; it has {known}")
+    if isinstance(labels, (numbers.Number, str)):
+        labels = [labels]
+    ids = []
+    for label in np.atleast_1d(np.asarray(labels, object)).tolist():
+        is_id = isinstance(label, numbers.Integral) and not isinstance(label, bool)
+        if isinstance(label, str) and label in class_names:
+            ids.append(class_names.index(label))
+        elif is_id and 0 <= label < len(class_names):
+            ids.append(int(label))
+        else:
+            raise LabelError(f"bundle {name!r} has {known}; got label {label!r}")
+    if not ids:
+        raise LabelError(f"give one label or more; bundle {name!r} has {known}")
+    return np.repeat(np.array(ids, np.int64), count or 1)
+
+
+def image_seeds(seed, count: int) -> Seeds:
+    """(seed, index) of each of `count` images: of one seed, of a seed each, or as given."""
+    if isinstance(seed, numbers.Integral):
+        return [(int(seed), i) for i in range(count)]
+    try:
+        seeds = [(int(s), 0) if isinstance(s, numbers.Integral) else tuple(s) for s in seed]
+        seeds = [(s, i) for s, i in seeds]
+    except (TypeError, ValueError):
+        raise ShapeError(
+            f"seed is a whole number, or for every image one or a (seed, index); got {seed!r}"
+        ) from None
+    if len(seeds) != count:
+        raise ShapeError(f"give one (seed, index) per image: {count} images, {len(seeds)} pairs")
+    return seeds
+
+
+def drawn_noise(seeds: Seeds, shape: Sequence[int], draw: int) -> np.ndarray:
+    """The noise of images, float32 (len(seeds), *shape); see `philox_normal`."""
+    if len({s for s, _ in seeds}) == 1:
+        return philox_normal(seeds[0][0], [i for _, i in seeds], shape, draw=draw)
+    return np.concatenate([philox_normal(s, [i], shape, draw=draw) for s, i in seeds])
+
+
+def checked_noise(noise, expected: tuple[int, ...]) -> np.ndarray:
+    """Given noise as float32 of the `expected` shape, all of it finite."""
+    try:
+        noise = np.asarray(noise)
+    except ValueError as error:
+        raise ShapeError(f"noise must be one array {expected}: {error}") from error
+    if noise.shape != expected or not np.issubdtype(noise.dtype, np.floating):
+        raise ShapeError(f"noise must be floating point {expected}; got {noise.dtype} {noise.shape}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused in the next line
+        noise = noise.astype(np.float32, copy=False)
+    if not np.isfinite(noise).all():
+        raise ShapeError("noise must be finite in float32; it holds NaN or infinity")
+    return noise
+
+
+def start_and_mask(
+    image, mask, count: int, spec: LatentSpec, name: str
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Latents (B, C, H, W) of a given image, and bool (B, 1, H, W) of a mask; None for what is not given."""
+    if mask is not None and image is None:
+        raise ShapeError("a mask says what to draw into an image; give the image too")
+    if image is None:
+        return None, None
+    start = _for_every_image("image", encode(image, spec, name), count)
+    if mask is None:
+        return start, None
+    height, width = spec.shape[-2:]
+    return start, _for_every_image("mask", drawn_mask(mask, (height, width)), count)
+
+
+def check_numbers(temperature, resamples, callback_every) -> None:
+    """ScheduleError for one that is out of its range; see `Generator`."""
+    if not (isinstance(temperature, numbers.Real) and temperature >= 0):
+        raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
+    for name, value, least in (("resamples", resamples, 0), ("callback_every", callback_every, 1)):
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= least):
+            raise ScheduleError(f"{name} is a whole number, {least} or more; got {value!r}")
+
+
+def asked_schedule(spec: ScheduleSpec, nfe, substeps, h) -> Schedule:
+    """The bundle's schedule with what is not None instead of its own."""
+    try:
+        return _kept_schedule(spec, nfe, substeps, h)
+    except TypeError:  # a list cannot be looked up; what it says is for Schedule to judge
+        return _kept_schedule.__wrapped__(spec, nfe, substeps, h)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _kept_schedule(spec, nfe, substeps, h):
+    changes = {"nfe": nfe, "total_substeps": substeps, "h": h}
+    return spec.schedule(**{name: value for name, value in changes.items() if value is not None})
+
+
+def start_level(image, strength, mask, resamples: int, schedule: Schedule) -> float:
+    """The noise level to start at, in (0, 1]; see `Generator`."""
+    if image is None and strength is not None:
+        raise ScheduleError("strength says at which noise level to start from an image; give the image too")
+    if image is not None and strength is None and mask is None:
+        raise ScheduleError(
+            "to start from an image, give the strength: the noise level to start at, above 0 and up to 1, where "
+            "nothing is left of it"
+        )
+    if resamples and mask is None:
+        raise ScheduleError("resamples are for inpainting; give a mask, or leave them out")
+    strength = 1.0 if strength is None else strength
+    if not (isinstance(strength, numbers.Real) and 0 < strength <= 1):
+        raise ScheduleError(f"strength lies above 0 and up to 1; got {strength!r}")
+    if mask is not None and strength == 1 and schedule.nfe == 1:
+        raise ScheduleError(
+            "with one call at noise level 1 the student sees nothing of what a mask keeps; give nfe of 2 or more, or a "
+            "strength below 1"
+        )
+    return float(strength)
+
+
+def _for_every_image(what: str, array: np.ndarray, count: int) -> np.ndarray:
+    """`array` (B, ...) with B = `count`, or one that all images share."""
+    if len(array) not in (1, count):
+        raise ShapeError(f"give one {what} for all images, or one for each of {count}; got {len(array)}")
+    return np.broadcast_to(array, (count, *array.shape[1:]))
