@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 # Name on the command line and in `load(engine=...)` -> where it lives, and the devices it can use, its best first.
 # "auto" takes the first that can run, so the order is that of speed.
 ENGINES = {
+    "tensorrt": ("piflow_edge.engines.trt:TensorRTEngine", ("cuda",)),
     "ort-tensorrt": ("piflow_edge.engines.ort:OrtTensorRT", ("cuda",)),
     "tensorrt-rtx": ("piflow_edge.engines.ort:OrtTensorRTRTX", ("cuda",)),
     "ort-cuda": ("piflow_edge.engines.ort:OrtCUDA", ("cuda",)),
@@ -36,11 +37,12 @@ class Graph:
     """An ONNX model whose checksums matched.
 
     `model`: the bytes of the .onnx file. `weights`: content of the files it keeps weights in, by the name the model
-    gives them; empty unless it is too large for one file.
+    gives them; empty unless it is too large for one file. `source`: what `piflow-edge build` is told to build it.
     """
 
     model: bytes
     weights: Mapping[str, bytes] = field(default_factory=dict)
+    source: str = field(default="BUNDLE", compare=False)
 
 
 @dataclass(frozen=True)

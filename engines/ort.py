@@ -86,13 +86,23 @@ class OrtEngine:
     concurrent = True
 
     def __init__(self, graph: Graph, device: str, options: EngineOptions):
-        ort = runtime(self.package, self.name)
-        if (reason := self._missing(ort)) is not None:
-            raise MissingExtraError(reason)
+        ort = self.installed_runtime()
         self.device, self._options = device, options
         self._lock = contextlib.nullcontext() if self.concurrent else threading.Lock()
         self._session = self._opened(ort, graph)
         self._outputs = [output.name for output in self._session.get_outputs()]
+
+    @classmethod
+    def installed_runtime(cls):
+        """The onnxruntime module, which has the provider.
+
+        Raises:
+            MissingExtraError: it is not installed, or without the provider.
+        """
+        ort = runtime(cls.package, cls.name)
+        if (reason := cls._missing(ort)) is not None:
+            raise MissingExtraError(reason)
+        return ort
 
     @classmethod
     def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
@@ -341,7 +351,7 @@ class OrtCUDA(OrtEngine):
 
 
 class OrtTensorRT(OrtCUDA):
-    """NVIDIA GPUs by TensorRT within ONNX Runtime. The first call with a network builds for minutes."""
+    """NVIDIA GPUs by TensorRT within ONNX Runtime: an engine from the cache, else one that is built for minutes now."""
 
     name = "ort-tensorrt"
     provider = "TensorrtExecutionProvider"
@@ -351,9 +361,48 @@ class OrtTensorRT(OrtCUDA):
     @classmethod
     def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
         """See `Engine`."""
-        return super().obstacle(graph, device, options) or (
-            f"it would first build an engine, for minutes; name engine {cls.name!r} to use it"
-        )
+        reason = super().obstacle(graph, device, options)
+        if reason is None and cls._cached(graph, device) is None:
+            reason = (
+                f"it would first build an engine, for minutes; build it ahead: {cls._build_command(graph)}"
+            )
+        return reason
+
+    @classmethod
+    def _cached(cls, graph: Graph, device: str):
+        """The engine that `piflow-edge build` made of this graph for this GPU, or None."""
+        from piflow_edge.engines import engine_cache, ort_compile
+        from piflow_edge.kernels import nvidia
+
+        ordinal = int(device.partition(":")[2] or 0)
+        try:
+            return engine_cache.newest(
+                backend=cls.name,
+                onnx=engine_cache.graph_hash(graph),
+                tensorrt=ort_compile.release(cls.name),
+                cuda=nvidia.driver_version(),
+                gpu=nvidia.name(ordinal),
+                compute_capability=nvidia.device(ordinal).compute_capability,
+            )
+        except EngineError:  # no GPU: the provider itself says what it lacks
+            return None
+
+    @classmethod
+    def _build_command(cls, graph: Graph) -> str:
+        return f"piflow-edge build {graph.source} --engine {cls.name}"
+
+    def _opened(self, ort, graph: Graph):
+        if b"EPContext" not in graph.model:  # else it is built already
+            if (found := self._cached(graph, self.device)) is not None:
+                entry, data = found
+                self.max_batch = int(entry.key.profile.rpartition(":")[2])
+                return super()._opened(ort, Graph(data))
+            log.warning(
+                "engine %r builds now, for minutes; once and for all: %s",
+                self.name,
+                self._build_command(graph),
+            )
+        return super()._opened(ort, graph)
 
     def _provider_options(self, graph: Graph) -> dict[str, str]:
         return self._gpu_options()

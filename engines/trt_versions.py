@@ -100,7 +100,7 @@ def logger(trt) -> "object":
             self.errors: list[str] = []
 
         def log(self, severity, message):
-            level = levels.get(str(severity).rpartition(".")[2], logging.DEBUG)
+            level = levels.get(severity.name, logging.DEBUG)
             if level >= logging.ERROR:
                 self.errors.append(message.strip())
             elif level:
@@ -198,7 +198,7 @@ def format_of(dtype) -> str:
     Raises:
         EngineError: a format we do not hand over.
     """
-    name = str(dtype).rpartition(".")[2]
+    name = dtype.name
     if name not in _FORMATS:
         raise EngineError(f"an engine's inputs and outputs are of {', '.join(_FORMATS)}; got {name}")
     return _FORMATS[name]

@@ -6,6 +6,7 @@ followed, and a file is handed out only after its hash matched.
 """
 
 import json
+import shlex
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -249,13 +250,15 @@ class Bundle:
 
     def graph(self, precision: str | None = None) -> Graph:
         """The student network as ONNX; the first precision in the bundle unless one is named."""
-        return Graph(self.read(f"student.{self.precision(precision)}.onnx"))
+        precision = self.precision(precision)
+        return Graph(self.read(f"student.{precision}.onnx"), source=self._source(precision))
 
     def decoder(self, precision: str | None = None) -> Graph:
         """The decoder as ONNX, for the precisions of `graph`."""
         if self.manifest.decoder is None:
             raise BundleError(f"bundle {self.name!r} has no decoder; export it with --autoencoder")
-        return Graph(self.read(decoder_file(self.precision(precision))))
+        precision = self.precision(precision)
+        return Graph(self.read(decoder_file(precision)), source=self._source(precision))
 
     def sampler(self, nfe: int, precision: str | None = None) -> Graph:
         """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`."""
@@ -265,7 +268,12 @@ class Bundle:
                 f"bundle {self.name!r} has no sampler graph of {nfe} calls, its graphs are: {has}; export it with "
                 f"--sampler-graph {nfe}"
             )
-        return Graph(self.read(sampler_file(nfe, self.precision(precision))))
+        precision = self.precision(precision)
+        source = f"{self._source(precision)} --graph sampler --nfe {nfe}"
+        return Graph(self.read(sampler_file(nfe, precision)), source=source)
+
+    def _source(self, precision: str) -> str:
+        return f"{shlex.quote(str(self.folder))} --precision {precision}"
 
     def precision(self, precision: str | None) -> str:
         """The named precision, or the bundle's first for None; BundleError if the bundle has no such one."""

@@ -6,7 +6,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 
 import click
 
-from .commands import bundles, device, images, sending, training
+from .commands import building, bundles, device, images, sending, training
 from .errors import MissingExtraError, PiFlowError
 
 # Packages of the `train` extra, by the name they are imported under.
@@ -61,6 +61,7 @@ for command in (
     training.train_features,
     images.evaluate,
     bundles.export,
+    building.build,
     images.sample,
     bundles.verify,
     bundles.inspect,

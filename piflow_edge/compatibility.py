@@ -73,8 +73,9 @@ RUNTIMES = (
     Runtime("TensorRT 8.5", ("5.1",), (_XAVIER, _ORIN), 17, False, "QDQ"),
     # Opset: docs/operators.md of onnx-tensorrt, 8.6: "up to Opset 17".
     Runtime("TensorRT 8.6", ("6.0",), (_ORIN,), 17, False, "QDQ", "that JetPack 6.0 brings it"),
-    # TensorRT 10.3 in JetPack 6.1 and 6.2: docs.pytorch.org/TensorRT, getting_started/jetpack.
-    Runtime("TensorRT 10.3", ("6.1", "6.2"), (_ORIN,), None, False, "QDQ"),
+    # TensorRT 10.3 in JetPack 6.1 and 6.2: docs.pytorch.org/TensorRT, getting_started/jetpack. Opset: docs/operators.md
+    # of onnx-tensorrt, 10.0: "opset 9 to opset 20"; that of 10.3 was not at hand, and a parser's range only grows.
+    Runtime("TensorRT 10.3", ("6.1", "6.2"), (_ORIN,), 20, False, "QDQ"),
     # Opset: docs/operators.md of onnx-tensorrt, 10.15: "opset 9 to opset 24". SM 7.0 and up since 10.0: support matrix
     # of 10.1, which ends at 9.0.
     Runtime("TensorRT 10.15", (), (_TURING, _AMPERE, _ADA, _BLACKWELL), 24, False, "QDQ", "the list of GPUs"),

@@ -43,6 +43,10 @@ class EngineError(PiFlowError, RuntimeError):
     """A backend or kernel that was asked for and cannot run here."""
 
 
+class EngineNotBuiltError(EngineError):
+    """An engine that must be built first, which `piflow-edge build` does."""
+
+
 class MissingExtraError(PiFlowError, ImportError):
     """A command or engine needs a package that is not installed."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,14 @@ def power_state() -> dict:
         "jetson_release": jetson_release(),
         "jetson_power_mode": _jetson_power_mode(),
     }
+
+
+def host_memory() -> tuple[int | None, int | None]:
+    """Bytes: that programs here can still have, and that this one holds; None where the system does not tell."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", read_text(Path("/proc/meminfo")) or "")
+    resident = re.search(r"VmRSS:\s+(\d+) kB", read_text(Path("/proc/self/status")) or "")
+    free, held = (int(found[1]) * 1024 if found else None for found in (available, resident))
+    return free, held
 
 
 def nvidia_gpus() -> list[dict[str, str]] | None:

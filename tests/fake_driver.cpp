@@ -118,6 +118,7 @@ DRIVER fake_queue(void* stream, std::function<void()> work) {
 DRIVER fake_call(void* stream, void (*function)(int), int number) {
   return fake_queue(stream, [=] { function(number); });
 }
+DRIVER fake_is_captured(void* stream) { return streams.count(stream) && streams[stream].is_captured; }
 DRIVER fake_invalidate(void* stream) { return streams.at(stream).is_invalid = true, kOk; }
 // Bytes allocated, streams, graphs that live; so far waits of one stream for another, launches of graphs, copies to the
 // GPU and from it.

@@ -9,8 +9,8 @@ import time
 import pytest
 
 COMMANDS = [
-    "demo", "train-teacher", "distill", "train-features", "evaluate", "export", "sample", "inspect", "verify", "sign",
-    "pack", "unpack", "triton", "bench", "doctor",
+    "demo", "train-teacher", "distill", "train-features", "evaluate", "export", "build", "sample", "inspect", "verify",
+    "sign", "pack", "unpack", "triton", "bench", "doctor",
 ]  # fmt: skip
 
 

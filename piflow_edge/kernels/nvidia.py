@@ -93,8 +93,13 @@ def _done(result: tuple):
 
 def versions() -> tuple[str, str]:
     """Of NVRTC, and of the CUDA that the driver is made for."""
+    return _nvrtc_version(), driver_version()
+
+
+def driver_version() -> str:
+    """Of the CUDA that the driver is made for: "12.6"."""
     number = _done(_driver().cuDriverGetVersion())
-    return _nvrtc_version(), f"{number // 1000}.{number % 1000 // 10}"
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _nvrtc_version() -> str:

@@ -1,0 +1,129 @@
+"""Engines of TensorRT and TensorRT for RTX inside ONNX Runtime, made ahead: an ONNX model that holds the engine."""
+
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from piflow_edge.engines import EngineOptions, Graph, ort
+from piflow_edge.errors import EngineError
+
+BACKENDS = {"ort-tensorrt": ort.OrtTensorRT, "tensorrt-rtx": ort.OrtTensorRTRTX}
+# Packages that bring the library the provider calls; the first that is installed is told in an engine's key.
+_LIBRARIES = {
+    "ort-tensorrt": ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt"),
+    "tensorrt-rtx": ("tensorrt-rtx", "onnxruntime-trt-rtx"),
+}
+# How the two providers call the same things.
+_PREFIX = {"ort-tensorrt": "trt", "tensorrt-rtx": "nv"}
+
+
+def release(engine: str) -> str:
+    """Versions that a compiled model of this engine depends on, in one line.
+
+    Raises:
+        MissingExtraError: ONNX Runtime, or the one with this provider, is not installed.
+    """
+    backend = BACKENDS[engine]
+    module = backend.installed_runtime()
+    for name in _LIBRARIES[engine]:
+        try:
+            return f"{name} {version(name)} in onnxruntime {module.__version__}"
+        except PackageNotFoundError:
+            continue
+    return f"of the system, in onnxruntime {module.__version__}"
+
+
+def provider_options(
+    engine: str,
+    precision: str,
+    profile: Mapping[str, tuple[tuple[int, ...], ...]],
+    *,
+    ordinal: int,
+    workspace: int | None,
+    timing_cache: Path | None,
+) -> dict[str, str]:
+    """What the provider is told; see `compiled`."""
+    prefix = _PREFIX[engine]
+    options = {"device_id": str(ordinal)}
+    for place, word in enumerate(("min", "opt", "max")):
+        shapes = (f"{name}:{'x'.join(map(str, sizes[place]))}" for name, sizes in profile.items())
+        options[f"{prefix}_profile_{word}_shapes"] = ",".join(shapes)
+    if workspace is not None:
+        options[f"{prefix}_max_workspace_size"] = str(workspace)
+    if engine == "ort-tensorrt":  # TensorRT for RTX takes all types from the graph, and times nothing
+        options["trt_fp16_enable"] = str(int(precision == "fp16"))
+        options["trt_int8_enable"] = str(int(precision == "int8-qdq"))
+        if precision == "fp16":
+            options["trt_layer_norm_fp32_fallback"] = "1"
+        if timing_cache is not None:
+            options["trt_timing_cache_enable"] = "1"
+            options["trt_timing_cache_path"] = str(timing_cache)
+    return options
+
+
+def compiled(
+    engine: str,
+    graph: Graph,
+    precision: str,
+    profile: Mapping[str, tuple[tuple[int, ...], ...]],
+    *,
+    device: str,
+    workspace: int | None,
+    timing_cache: Path | None,
+) -> bytes:
+    """An ONNX model whose nodes are the finished engine, for one GPU.
+
+    Args:
+        engine: "ort-tensorrt" or "tensorrt-rtx".
+        graph: an ONNX model.
+        precision: of its bundle's variant.
+        profile: for each input its least, best and greatest shape.
+        device: "cuda" or "cuda:N".
+        workspace: bytes of the GPU's memory for scratch; None is all there is.
+        timing_cache: folder for measured kernel times; None for none.
+
+    Raises:
+        MissingExtraError: ONNX Runtime, or the one with this provider, is not installed.
+        EngineError: the provider cannot build the graph.
+    """
+    backend = BACKENDS[engine]
+    module = backend.installed_runtime()
+    ordinal = int(device.partition(":")[2] or 0)
+    if timing_cache is not None:
+        timing_cache.mkdir(parents=True, exist_ok=True)
+    options = provider_options(
+        engine, precision, profile, ordinal=ordinal, workspace=workspace, timing_cache=timing_cache
+    )
+    settings = module.SessionOptions()
+    settings.log_severity_level = 4
+    if graph.weights:
+        names, contents = list(graph.weights), list(graph.weights.values())
+        settings.add_external_initializers_from_files_in_memory(names, contents, [len(c) for c in contents])
+    try:
+        if hasattr(module, "ModelCompiler"):
+            settings.add_provider(backend.provider, options)
+            data = module.ModelCompiler(
+                settings, graph.model, embed_compiled_data_into_model=True
+            ).compile_to_bytes()
+        else:  # onnxruntime before 1.23
+            data = _compiled_by_a_session(module, backend.provider, settings, graph, options)
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise EngineError(f"{backend.provider} cannot build the engine: {error}") from error
+    if b"EPContext" not in data:
+        raise EngineError(f"{backend.provider} took no part of the graph; use another engine")
+    return data
+
+
+def _compiled_by_a_session(module, provider: str, settings, graph: Graph, options: dict[str, str]) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="piflow-edge-") as folder:
+        path = Path(folder) / "compiled.onnx"
+        for name, value in {"enable": "1", "embed_mode": "1", "file_path": str(path)}.items():
+            settings.add_session_config_entry(f"ep.context_{name}", value)
+        module.InferenceSession(graph.model, settings, providers=[(provider, options)], enable_fallback=0)
+        return path.read_bytes()
+
+
+def open_compiled(engine: str, data: bytes, device: str):
+    """A compiled model, opened in its backend."""
+    return BACKENDS[engine](Graph(data), device, EngineOptions())

@@ -1,0 +1,388 @@
+"""NVIDIA TensorRT, without anything in between: an engine from the cache, CUDA graphs, memory taken once.
+
+Engines are built by `piflow_edge.engines.building`, ahead: a build takes minutes, and nobody expects them from `load`.
+"""
+
+import logging
+import threading
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from piflow_edge.engines import EngineOptions, Graph, engine_cache, trt_versions
+from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError, ShapeError
+from piflow_edge.kernels import nvidia
+from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, stream_of, view
+
+log = logging.getLogger(__name__)
+
+# Batch sizes whose contexts and CUDA graphs are kept; each takes some megabytes.
+_CALLS_KEPT = 8
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """An input or output. `shape` has -1 at the batch's place, `most` the profile's greatest batch."""
+
+    name: str
+    is_input: bool
+    dtype: str
+    shape: tuple[int, ...]
+    most: tuple[int, ...]
+
+    def sized(self, batch: int) -> tuple[int, ...]:
+        return tuple(batch if size == -1 else size for size in self.shape)
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        item = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return int(np.prod(shape, dtype=np.int64)) * item
+
+
+class _Outputs:
+    """Memory for one call's outputs, at the greatest batch. Taken again once all arrays made of it are gone."""
+
+    def __init__(self, ordinal: int, tensors: list[_Tensor], stream: int):
+        self.stream = stream  # on which they are written and, by whoever asked for them, read
+        self.memory = {t.name: nvidia.Memory(ordinal, max(1, t.bytes(t.most))) for t in tensors}
+        self._lease: weakref.ref | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return self._lease is None or self._lease() is None
+
+    def lease(self) -> "_Lease":
+        lease = _Lease(self)
+        self._lease = weakref.ref(lease)
+        return lease
+
+
+class _Lease:
+    """Held by the arrays of one call: keeps their memory from the next call, and from being freed."""
+
+    def __init__(self, outputs: _Outputs):
+        self.outputs = outputs
+
+
+class _Call:
+    """One batch size with one place for its outputs: a context of its own, and from the second time on a CUDA graph.
+
+    A recorded graph holds addresses and shapes, so that each takes a context of its own; they share scratch memory, for
+    the engine runs one call at a time.
+    """
+
+    def __init__(self, context):
+        self.context = context
+        self.recording: nvidia.Recording | None = None
+        self.count = 0
+        self.can_record = True
+
+
+class TensorRTEngine:
+    """A network in TensorRT.
+
+    Args:
+        graph: an ONNX model, whose engine for this GPU is looked up in the cache: the last one built.
+        device: "cuda" or "cuda:N".
+        options: nothing of them is used.
+        plan: a serialised engine to open instead.
+
+    `min_batch`, `max_batch`: fewest and most samples in one call, by the profile it was built with.
+
+    Raises:
+        MissingExtraError: tensorrt is not installed.
+        EngineNotBuiltError: the cache has no engine of this graph for this GPU and these versions.
+        EngineError: no GPU, a TensorRT of a release we do not know, or an engine it cannot open.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, graph: Graph, device: str, options: EngineOptions, *, plan: bytes | None = None):
+        trt = trt_versions.tensorrt()
+        self._api = trt_versions.api(trt.__version__)
+        self.device, self._ordinal = device, ordinal_of(device)
+        if plan is None:
+            plan = _cached(graph, trt, self._ordinal)
+        self._lock = threading.Lock()
+        self._log = trt_versions.logger(trt)
+        with nvidia.current(self._ordinal):
+            self._runtime = trt.Runtime(self._log)
+            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            reason = "; ".join(self._log.errors) or "it does not say why"
+            raise EngineError(
+                f"TensorRT {trt.__version__} cannot open the engine: {reason}; build it again on this device"
+            )
+        self._trt = trt
+        self._tensors = _tensors(trt, self._engine)
+        self._stream = nvidia.Stream(self._ordinal)
+        self._inputs: dict[str, nvidia.Memory] = {}
+        for tensor in (t for t in self._tensors if t.is_input):
+            size = tensor.bytes(tensor.most)
+            self._inputs[tensor.name] = memory = nvidia.Memory(self._ordinal, max(1, size))
+            nvidia.fill(self._ordinal, memory.pointer, 0, size, self._stream.handle)
+        scratch = trt_versions.memory_size(self._api, self._engine)
+        self._scratch = nvidia.Memory(self._ordinal, max(1, scratch))
+        self.min_batch, self.max_batch = self._limits()
+        self._outputs: list[_Outputs] = []
+        self._calls: OrderedDict[tuple[int, int], _Call] = OrderedDict()
+
+    @classmethod
+    def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
+        """Why "auto" passes it over: it is not installed, there is no GPU, or no engine was built for it."""
+        try:
+            _cached(graph, trt_versions.tensorrt(), ordinal_of(device))
+        except PiFlowError as error:
+            return str(error)
+        return None
+
+    @property
+    def input_formats(self) -> dict[str, str]:
+        """Number format of each input. TensorRT before 10 takes class ids as int32; NumPy's int64 is made that."""
+        return {tensor.name: tensor.dtype for tensor in self._tensors if tensor.is_input}
+
+    def _limits(self) -> tuple[int, int]:
+        tensor = next(t for t in self._tensors if t.is_input)
+        least, _, most = self._engine.get_tensor_profile_shape(tensor.name, 0)
+        axis = tensor.shape.index(-1)
+        return int(least[axis]), int(most[axis])
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One network call.
+
+        Inputs on the GPU are read on the stream their library is queueing on, and outputs are written there and not
+        waited for; their memory is used again once no array refers to it. An input that is a NumPy array is copied.
+
+        Raises:
+            ShapeError: inputs that do not fit the network.
+            EngineError: a batch outside the profile, or a call that failed.
+        """
+        with self._lock:
+            if self._engine is None:
+                raise EngineError("engine 'tensorrt' is closed; open the network again")
+            arrays = {t.name: self._checked(t, inputs) for t in self._tensors if t.is_input}
+            batch = self._batch(arrays)
+            if not self.min_batch <= batch <= self.max_batch:
+                low, high = self.min_batch, self.max_batch
+                raise EngineError(
+                    f"this engine was built for batches of {low} to {high}; got {batch}: split it, or build with "
+                    f"--batch {min(low, batch)}:{batch}:{max(high, batch)}"
+                )
+            on_gpu = [array for array in arrays.values() if is_on_gpu(array)]
+            stream = stream_of(on_gpu[0]) if on_gpu else self._stream.handle
+            if stream != self._stream.handle:  # inputs and scratch may still be in use by the call before
+                nvidia.after(self._ordinal, stream, self._stream.handle)
+            for tensor in self._tensors:
+                if tensor.is_input:
+                    self._bring(tensor, arrays[tensor.name], tensor.sized(batch), stream)
+            outputs = self._free_outputs(stream)
+            self._queue(batch, outputs, stream)
+            if stream != self._stream.handle:
+                nvidia.after(self._ordinal, self._stream.handle, stream)
+            if on_gpu:
+                return self._on_gpu(outputs, batch, stream)
+            return self._on_host(outputs, batch)
+
+    def close(self) -> None:
+        """Free its memory, once calls that are under way have ended; that of outputs goes with their arrays."""
+        with self._lock:
+            if self._engine is None:
+                return
+            nvidia.wait_for(self._stream.handle)
+            for call in self._calls.values():
+                if call.recording is not None:
+                    call.recording.free()
+            self._calls.clear()  # contexts before their engine, the engine before its runtime
+            self._outputs.clear()
+            self._engine = None
+            self._runtime = None
+            for memory in (*self._inputs.values(), self._scratch):
+                memory.free()
+            self._stream.close()
+
+    def _checked(self, tensor: _Tensor, inputs: dict[str, Any]):
+        if inputs.keys() != (names := {t.name for t in self._tensors if t.is_input}):
+            raise ShapeError(
+                f"the network takes {', '.join(sorted(names))}; got {', '.join(sorted(inputs)) or 'nothing'}"
+            )
+        array = inputs[tensor.name]
+        if not is_on_gpu(array):
+            array = _as_typed(tensor, np.asarray(array))
+        shape = tuple(array.shape)
+        fits = len(shape) == len(tensor.shape)
+        if not fits or any(want not in (-1, have) for want, have in zip(tensor.shape, shape, strict=True)):
+            wanted = ", ".join("batch" if size == -1 else str(size) for size in tensor.shape)
+            raise ShapeError(f"{tensor.name} must be ({wanted}); got {shape}")
+        return array
+
+    def _batch(self, arrays: dict[str, Any]) -> int:
+        batches = {
+            t.name: arrays[t.name].shape[t.shape.index(-1)]
+            for t in self._tensors
+            if t.is_input and -1 in t.shape
+        }
+        if len(set(batches.values())) != 1:
+            raise ShapeError(f"inputs of one call have the same batch; got {batches}")
+        return int(next(iter(batches.values())))
+
+    def _bring(self, tensor: _Tensor, array, shape: tuple[int, ...], stream: int) -> None:
+        """Queue a copy of an input to where the engine reads it."""
+        if is_on_gpu(array):
+            found = view(tensor.name, array, stream, (tensor.dtype,))
+            if found.ordinal != self._ordinal:
+                raise EngineError(
+                    f"{tensor.name} lies on GPU {found.ordinal}, and the engine is on GPU {self._ordinal}"
+                )
+            source = found.pointer
+        else:
+            source = array.ctypes.data  # pageable: copied aside before the call returns
+        nvidia.copy(self._ordinal, self._inputs[tensor.name].pointer, source, tensor.bytes(shape), stream)
+
+    def _free_outputs(self, stream: int) -> _Outputs:
+        # Of the same stream, so that what was queued to read the arrays before comes before the next write.
+        for outputs in self._outputs:
+            if outputs.is_free and outputs.stream == stream:
+                return outputs
+        outputs = _Outputs(self._ordinal, [t for t in self._tensors if not t.is_input], stream)
+        self._outputs.append(outputs)
+        return outputs
+
+    def _queue(self, batch: int, outputs: _Outputs, stream: int) -> None:
+        """Queue the network: kernel by kernel the first time, recorded the second time, replayed from then on."""
+        key = (batch, id(outputs))
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._prepared(batch, outputs)
+            if len(self._calls) > _CALLS_KEPT:
+                self._forget()
+        self._calls.move_to_end(key)
+        call.count += 1
+        # TensorRT sets a context up at its first call, in ways that cannot be recorded.
+        if call.count > 1 and call.recording is None and call.can_record:
+            self._record(call)
+        if call.recording is not None:
+            call.recording.launch(stream)
+        else:
+            with nvidia.current(self._ordinal):
+                self._execute(call, stream)
+
+    def _prepared(self, batch: int, outputs: _Outputs) -> _Call:
+        api = self._api
+        with nvidia.current(self._ordinal):
+            context = trt_versions.create_context(api, self._trt, self._engine)
+            done = context is not None
+            if done:
+                trt_versions.set_memory(api, context, self._scratch.pointer, self._scratch.size)
+            for tensor in self._tensors if done else ():
+                memory = self._inputs if tensor.is_input else outputs.memory
+                if tensor.is_input:
+                    done &= context.set_input_shape(tensor.name, tensor.sized(batch))
+                done &= context.set_tensor_address(tensor.name, memory[tensor.name].pointer)
+        if not done:
+            raise EngineError(f"TensorRT cannot prepare a call of {batch}: {'; '.join(self._log.errors)}")
+        return _Call(context)
+
+    def _record(self, call: _Call) -> None:
+        stream = self._stream.handle
+        try:
+            call.recording = nvidia.Recording(self._ordinal, stream, lambda: self._execute(call, stream))
+        except EngineError as error:
+            call.can_record = False
+            log.warning("engine 'tensorrt' runs without a CUDA graph, a little slower: %s", error)
+
+    def _execute(self, call: _Call, stream: int) -> None:
+        if not call.context.execute_async_v3(stream):
+            raise EngineError(f"the network call failed in TensorRT: {'; '.join(self._log.errors)}")
+
+    def _forget(self) -> None:
+        """Drop the call that was used longest ago, once it has run, and outputs that no call uses any more."""
+        nvidia.wait_for(self._stream.handle)
+        _, old = self._calls.popitem(last=False)
+        if old.recording is not None:
+            old.recording.free()
+        used = {outputs for _, outputs in self._calls}
+        self._outputs = [outputs for outputs in self._outputs if id(outputs) in used]
+
+    def _on_gpu(self, outputs: _Outputs, batch: int, stream: int) -> dict[str, DeviceArray]:
+        lease = outputs.lease()
+        return {
+            t.name: DeviceArray(
+                outputs.memory[t.name].pointer, t.dtype, t.sized(batch), self._ordinal, lease, stream
+            )
+            for t in self._tensors
+            if not t.is_input
+        }
+
+    def _on_host(self, outputs: _Outputs, batch: int) -> dict[str, np.ndarray]:
+        arrays = {}
+        for tensor in (t for t in self._tensors if not t.is_input):
+            if tensor.dtype == "bfloat16":
+                raise EngineError(f"{tensor.name} is bfloat16, which NumPy lacks; give inputs on the GPU")
+            arrays[tensor.name] = array = np.empty(tensor.sized(batch), tensor.dtype)
+            source = outputs.memory[tensor.name].pointer
+            nvidia.copy(self._ordinal, array.ctypes.data, source, array.nbytes, self._stream.handle)
+        nvidia.wait_for(self._stream.handle)
+        return arrays
+
+
+def ordinal_of(device: str) -> int:
+    """Number of the GPU that a device such as "cuda:1" names."""
+    return int(device.partition(":")[2] or 0)
+
+
+def place(trt, ordinal: int, backend: str = "tensorrt") -> dict[str, str]:
+    """What an engine must have been built for to run here, as parts of an `EngineKey`."""
+    return {
+        "backend": backend,
+        "tensorrt": trt.__version__,
+        "cuda": nvidia.driver_version(),
+        "gpu": nvidia.name(ordinal),
+        "compute_capability": nvidia.device(ordinal).compute_capability,
+    }
+
+
+def _cached(graph: Graph, trt, ordinal: int) -> bytes:
+    onnx = engine_cache.graph_hash(graph)
+    found = engine_cache.newest(onnx=onnx, **(here := place(trt, ordinal)))
+    if found is None:
+        raise EngineNotBuiltError(
+            f"there is no TensorRT engine of this network for {here['gpu']}, TensorRT {here['tensorrt']} and CUDA "
+            f"{here['cuda']} in {engine_cache.folder()}; build it, once: piflow-edge build {graph.source} "
+            f"--engine tensorrt{f' --device cuda:{ordinal}' if ordinal else ''}"
+        )
+    return found[1]
+
+
+def _tensors(trt, engine) -> list[_Tensor]:
+    tensors = []
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    most = 0
+    for name in inputs:
+        shape = tuple(engine.get_tensor_shape(name))
+        if -1 in shape:
+            most = int(engine.get_tensor_profile_shape(name, 0)[2][shape.index(-1)])
+    if not most:
+        raise EngineError(
+            "an engine's inputs have a batch that may vary; this one's have not: build it again"
+        )
+    for name in names:
+        shape = tuple(int(size) for size in engine.get_tensor_shape(name))
+        if shape.count(-1) > 1:
+            raise EngineError(f"{name} of this engine varies in more than its batch: {shape}")
+        largest = tuple(most if size == -1 else size for size in shape)
+        dtype = trt_versions.format_of(engine.get_tensor_dtype(name))
+        tensors.append(_Tensor(name, name in inputs, dtype, shape, largest))
+    return tensors
+
+
+def _as_typed(tensor: _Tensor, array: np.ndarray) -> np.ndarray:
+    """The array in the engine's format. TensorRT before 10 has no int64, and takes class ids as int32."""
+    if array.dtype != tensor.dtype:
+        if tensor.dtype != "int32" or array.dtype != np.int64:
+            raise ShapeError(f"{tensor.name} must be {tensor.dtype}; got {array.dtype}")
+        if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
+            raise ShapeError(f"{tensor.name} must fit into int32; got up to {np.abs(array).max()}")
+    return np.ascontiguousarray(array, tensor.dtype)
