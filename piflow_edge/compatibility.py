@@ -36,7 +36,7 @@ class Runtime:
     """A runtime that reads ONNX.
 
     `jetpacks`: those that bring it. `gpus`: compute capabilities. `max_opset`: the highest its parser is stated to
-    read, None where no statement was found. `strongly_typed`: it takes every precision from the graph and has no switch
+    read. `strongly_typed`: it takes every precision from the graph and has no switch
     for fp16 or int8. `int8`: how it runs int8 graphs, "QDQ" or "weights only". `unverified`: what of this was not found
     in its maker's documents, or "".
     """
@@ -44,7 +44,7 @@ class Runtime:
     name: str
     jetpacks: tuple[str, ...]
     gpus: tuple[str, ...]
-    max_opset: int | None
+    max_opset: int
     strongly_typed: bool
     int8: str
     unverified: str = ""
@@ -140,7 +140,7 @@ def _tensorrt(runtime: Runtime, precision: str, opset: int, dynamic: list[str]) 
     if dynamic:
         answer = "no"
         reason = f"it has no {' and no '.join(dynamic)}; export int8 with static QDQ instead"
-    elif runtime.max_opset is not None and opset > runtime.max_opset:
+    elif opset > runtime.max_opset:
         # Not a no: a parser may read what it does not promise, and most operators stay as they were.
         answer = "unverified"
         reason = (
@@ -151,11 +151,6 @@ def _tensorrt(runtime: Runtime, precision: str, opset: int, dynamic: list[str]) 
         answer, reason = (
             "unverified",
             "it runs int8 weights of matrix products; whether with int8 activations is not said",
-        )
-    elif runtime.max_opset is None:
-        answer, reason = (
-            "unverified",
-            "the highest opset that its parser reads was not found; 8.6 reads 17, 10.15 reads 24",
         )
     elif runtime.unverified:
         reason = f"{reason}; not verified: {runtime.unverified}"
