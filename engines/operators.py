@@ -197,6 +197,19 @@ def _gemm(a, b, c=None, *, alpha=1.0, beta=1.0, transA=0, transB=0):
     return (product if c is None else product + beta * _wide(c)).astype(a.dtype)
 
 
+def _einsum(*arrays, equation):
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow or "." in terms:
+        raise EngineError(f"equation is {equation!r}; engine 'reference' knows those that name every axis")
+    lengths = {
+        letter: length
+        for term, array in zip(terms.split(","), arrays, strict=True)
+        for letter, length in zip(term, array.shape, strict=True)
+    }
+    _check_room([lengths[letter] for letter in result])
+    return np.einsum(equation, *map(_wide, arrays)).astype(arrays[0].dtype)
+
+
 def _conv(
     x, weight, bias=None, *, kernel_shape=None, strides=None, pads=None, dilations=None, group=1, auto_pad="NOTSET"
 ):  # fmt: skip
@@ -334,6 +347,8 @@ OPERATORS: dict[str, Callable] = {
     "DequantizeLinear": _dequantize_linear,
     "Div": _binary(_div),
     "DynamicQuantizeLinear": _dynamic_quantize_linear,
+    "Einsum": _einsum,
+    "Erf": _unary(np.vectorize(math.erf, otypes=[np.float64])),
     "Exp": _unary(np.exp),
     "Expand": _expand,
     "Gather": _gather,
@@ -348,6 +363,7 @@ OPERATORS: dict[str, Callable] = {
     "Neg": lambda x: -x,
     "Pow": _binary(_pow),
     "QuantizeLinear": _quantize_linear,
+    "Reciprocal": _unary(lambda x: 1 / x),
     "ReduceMean": _reduce(np.mean),
     "ReduceSum": _reduce(np.sum),
     "Relu": lambda x: np.maximum(x, 0),
@@ -360,6 +376,7 @@ OPERATORS: dict[str, Callable] = {
     "Slice": _slice,
     "Softmax": _softmax,
     "Split": _split,
+    "Sqrt": _unary(np.sqrt),
     "Squeeze": _squeeze,
     "Sub": _binary(lambda a, b: a - b),
     "Tanh": _unary(np.tanh),
