@@ -147,10 +147,7 @@ class OrtEngine:
 
     def _opened(self, ort, graph: Graph):
         settings = self._settings(ort)
-        if graph.weights:
-            names, contents = list(graph.weights), list(graph.weights.values())
-            sizes = [len(content) for content in contents]
-            settings.add_external_initializers_from_files_in_memory(names, contents, sizes)
+        _give_weights(settings, graph)
         is_cpu = self.provider == _CPU_PROVIDER
         if not is_cpu:
             settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -426,7 +423,15 @@ def _device_array(value, place) -> DeviceArray:
 BACKENDS = (OrtCPU, OrtOpenVINO, OrtCoreML, OrtDirectML, OrtCUDA, OrtTensorRT, OrtTensorRTRTX)
 
 
-def layer_values(graph: bytes, inputs: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
+def _give_weights(settings, graph: Graph) -> None:
+    """Tell ONNX Runtime of the weights that lie beside the model; they must live until the session is made."""
+    if graph.weights:
+        names, contents = list(graph.weights), list(graph.weights.values())
+        sizes = [len(content) for content in contents]
+        settings.add_external_initializers_from_files_in_memory(names, contents, sizes)
+
+
+def layer_values(graph: Graph, inputs: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
     """Values inside a graph, computed node by node: nothing is fused or left out.
 
     Args:
@@ -439,12 +444,13 @@ def layer_values(graph: bytes, inputs: dict[str, np.ndarray], names: list[str]) 
         EngineError: ONNX Runtime cannot open or run the graph.
     """
     onnx, ort = _onnx(), runtime()
-    model = onnx.load_from_string(graph)
+    model = onnx.load_from_string(graph.model)
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    _give_weights(options, graph)
     try:
         session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         return dict(zip(names, session.run(names, inputs), strict=True))
@@ -452,13 +458,13 @@ def layer_values(graph: bytes, inputs: dict[str, np.ndarray], names: list[str]) 
         raise EngineError(f"onnxruntime {ort.__version__} cannot run the network: {error}") from error
 
 
-def first_non_finite(graph: bytes, inputs: dict[str, np.ndarray]) -> str | None:
+def first_non_finite(graph: Graph, inputs: dict[str, np.ndarray]) -> str | None:
     """The first node whose result holds NaN or infinity, with its operator and weights; None if there is none.
 
     Raises:
         MissingExtraError, EngineError: see `layer_values`.
     """
-    nodes = _onnx().load_from_string(graph).graph.node
+    nodes = _onnx().load_from_string(graph.model).graph.node
     values = layer_values(graph, inputs, [name for node in nodes for name in node.output if name])
     made = set(values)
     for node in nodes:

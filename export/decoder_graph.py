@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from piflow_edge.bundle import DecoderSpec, TensorSpec
 from piflow_edge.distill.autoencoder import Autoencoder
-from piflow_edge.export.to_onnx import OPSET, model_bytes, quiet
+from piflow_edge.export.to_onnx import OPSET, program_graph, quiet
 
 DECODER_INPUTS = ("latents",)
 DECODER_OUTPUTS = ("images",)
@@ -46,15 +46,15 @@ def export_decoder(autoencoder: Autoencoder, shape: list[int]) -> bytes:
             dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             verbose=False,
         )
-    return model_bytes(program)
+    return program_graph(program).model
 
 
-def decoder_spec(autoencoder: Autoencoder, shape: list[int]) -> DecoderSpec:
-    """The manifest's entry for latents of `shape` (C, H, W)."""
+def decoder_spec(autoencoder: Autoencoder, shape: list[int], opset: int) -> DecoderSpec:
+    """The manifest's entry for latents of `shape` (C, H, W) and a graph of `opset`."""
     decoded = list(autoencoder.decode(torch.zeros(1, *shape)).shape[1:])
     return DecoderSpec(
         autoencoder.kind,
         [TensorSpec(DECODER_INPUTS[0], "float32", ["batch", *shape])],
         [TensorSpec(DECODER_OUTPUTS[0], "float32", ["batch", *decoded])],
-        OPSET,
+        opset,
     )

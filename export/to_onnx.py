@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 from piflow_edge.distill.networks import FlowNetwork
+from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError
+from piflow_edge.export.compact import compact
+from piflow_edge.export.large import check, graph_of
 
 # TensorRT 8.6 (JetPack 6.0) reads up to 17 in full and most of 18; torch's exporter writes 18 or newer.
 OPSET = 18
@@ -35,7 +38,14 @@ class _Positional(nn.Module):
 
 
 def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = LABELS) -> bytes:
-    """The network as an ONNX model with a dynamic batch, its weights inside.
+    """`network_graph` as one file, for networks whose weights fit into it."""
+    graph = network_graph(network, conditioning)
+    assert not graph.weights, "a network above 2 GiB is two files; see network_graph"
+    return graph.model
+
+
+def network_graph(network: FlowNetwork, conditioning: Mapping[str, Mapping] = LABELS) -> Graph:
+    """The network as an ONNX model with a dynamic batch.
 
     Inputs: `x_t` float32 (batch, C, H, W), `t` float32 (batch,), the noise level, and the conditioning, of which
     `labels` is called `class_labels`. Outputs: a policy's parts of a student, `u_t` of a teacher.
@@ -67,28 +77,28 @@ def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = L
             dynamic_shapes=axes,
             verbose=False,
         )
-    return model_bytes(program)
+    return program_graph(program)
 
 
-def model_bytes(program: torch.onnx.ONNXProgram) -> bytes:
-    """An exported program as a file without traces of this machine, checked.
+def program_graph(program: torch.onnx.ONNXProgram) -> Graph:
+    """An exported program as a graph without traces of this machine, checked.
 
     Raises:
         CheckFailedError: it is not valid ONNX.
     """
     model = program.model_proto
-    for entry in model.metadata_props[:]:
-        model.metadata_props.remove(entry)
+    compact(model, [name for node in model.graph.node for name in node.output])
     for node in model.graph.node:  # stack traces with this machine's paths
         del node.metadata_props[:]
         node.doc_string = ""
-    for value in [*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer]:
+    for value in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
         del value.metadata_props[:]
+    graph = graph_of(model)
     try:
-        onnx.checker.check_model(model, full_check=True)
+        check(graph)
     except onnx.checker.ValidationError as error:
         raise CheckFailedError(f"the exported graph is not valid ONNX: {error}") from error
-    return model.SerializeToString()
+    return graph
 
 
 @contextlib.contextmanager

@@ -5,13 +5,15 @@ unknown keys, missing, extra or altered files are refused. A bundle is data: no 
 followed, and a file is handed out only after its hash matched.
 """
 
+import hashlib
 import json
 import shlex
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -29,6 +31,8 @@ MANIFEST = "bundle.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
 # A manifest is a few kilobytes; anything this large is no manifest.
 MANIFEST_LIMIT = 1 << 20
+# Bytes that are read at a time to be hashed.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ class Manifest:
     """All of `bundle.json`, in order, but for its own checksum.
 
     `decoder`: there in every precision, or None. `samplers`: calls per image of the sampler graphs, each there in every
-    precision; see `sampler_file`. `precisions`: the first is the default. `tolerances`: of each precision.
+    precision; see `sampler_file`. `precisions`: the first is the default. `tolerances`: of each precision. `files`: a
+    student's graph above 2 GiB keeps its weights in a second one, `student.<precision>.onnx.data`.
     """
 
     format_version: int
@@ -232,7 +237,7 @@ class Bundle:
                 f"bundle {self.folder} is not as it was exported: {what}; copy it again or re-export"
             )
         for name in self.manifest.files:
-            self.read(name)
+            self._check(name)
 
     @property
     def name(self) -> str:
@@ -240,18 +245,33 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """The content of one file, after its size and hash matched the manifest."""
+        data = self._bytes(name, limit=self.manifest.files[name].size)
+        self._compare(name, len(data), sha256(data))
+        return data
+
+    def _check(self, name: str) -> None:
+        """`read` without keeping what was read: a file may be larger than half of the memory."""
+        expected, digest, size = self.manifest.files[name], hashlib.sha256(), 0
+        with self._opened(name) as file:
+            while size <= expected.size and (piece := file.read(_PIECE)):
+                digest.update(piece)
+                size += len(piece)
+        self._compare(name, size, digest.hexdigest())
+
+    def _compare(self, name: str, size: int, digest: str) -> None:
         expected = self.manifest.files[name]
-        data = self._bytes(name, limit=expected.size)
-        if len(data) != expected.size or sha256(data) != expected.sha256:
+        if (size, digest) != (expected.size, expected.sha256):
             raise BundleError(
                 f"{name} in {self.folder} does not match its checksum in {MANIFEST}; copy it again or re-export"
             )
-        return data
 
     def graph(self, precision: str | None = None) -> Graph:
         """The student network as ONNX; the first precision in the bundle unless one is named."""
         precision = self.precision(precision)
-        return Graph(self.read(f"student.{precision}.onnx"), source=self._source(precision))
+        name = f"student.{precision}.onnx"
+        beside = [file for file in (f"{name}.data",) if file in self.manifest.files]
+        weights = {file: self.read(file) for file in beside}
+        return Graph(self.read(name), weights, source=self._source(precision))
 
     def decoder(self, precision: str | None = None) -> Graph:
         """The decoder as ONNX, for the precisions of `graph`."""
@@ -285,6 +305,11 @@ class Bundle:
         return precision or available[0]
 
     def _bytes(self, name: str, *, limit: int) -> bytes:
+        with self._opened(name) as file:
+            return file.read(limit + 1)  # one more than allowed shows that it is too long
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO]:
         path = self.folder / name
         try:
             if path.is_symlink() or not path.is_file():
@@ -293,7 +318,7 @@ class Bundle:
                     f"{self.folder} is not a whole bundle: {name} {state}; copy it again or re-export"
                 )
             with path.open("rb") as file:
-                return file.read(limit + 1)  # one more than allowed shows that it is too long
+                yield file
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -352,8 +377,11 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
         )
     if sorted(manifest.tolerances) != sorted(manifest.precisions):
         raise BundleError(f"{place} must state tolerances for each of its precisions; export again")
+    wanted |= {f"{name}.data" for name in wanted if name.startswith("student.")}
     unlisted = [
-        name for name in manifest.files if name.startswith(("sampler.", "decoder.")) and name not in wanted
+        name
+        for name in manifest.files
+        if name.startswith(("student.", "sampler.", "decoder.")) and name not in wanted
     ]
     if unlisted:
         kind = unlisted[0].partition(".")[0]

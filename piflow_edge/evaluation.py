@@ -288,8 +288,9 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def common_guidance(generators: dict[str, Generator]) -> float:
-    """Guidance scale of the teacher that all students were distilled from; 1 without students."""
-    scales = {n: g.bundle.manifest.provenance["settings"]["guidance"]["scale"] for n, g in generators.items()}
+    """Guidance scale of the teacher that all students were distilled from; 1 without any that records it."""
+    recorded = {n: g.bundle.manifest.provenance.get("settings", {}) for n, g in generators.items()}
+    scales = {n: settings["guidance"]["scale"] for n, settings in recorded.items() if "guidance" in settings}
     if len(set(scales.values())) > 1:
         raise DataError(
             f"the students' teachers were guided differently ({scales}); give --guidance for the comparison"

@@ -52,7 +52,7 @@ def verify(generator: Generator) -> list[Row]:
     """Compare a bundle's engine and kernels with its golden samples: outputs, velocities, latents, images.
 
     Networks are run with all golden images, and with batches of `BATCHES`. Whole images, drawn from the golden noise,
-    come last: their root mean square error, in levels.
+    come last: their root mean square error, in levels; of latents where there are no images, relative to the largest.
 
     Sampler graphs, if there are any, are compared too; with the runtime in the same precision.
 
@@ -95,6 +95,9 @@ def verify(generator: Generator) -> list[Row]:
         rows.append(_worst("images", images, tolerances.images, measure=_levels))
         drawn = [(name, generator.decode(ours), golden["images"][: len(ours)]) for name, ours, _ in latents]
         rows.append(_worst("drawn images", drawn, rms_of_psnr(tolerances.psnr), measure=rms_levels))
+    else:
+        whole = rms_of_psnr(tolerances.psnr, peak=1)
+        rows.append(_worst("drawn latents", latents, whole, measure=peak_error))
     if bundle.manifest.samplers:
         latents, images = _sampler_pairs(generator, golden)
         rows.append(_worst("sampler latents", latents, tolerances.samplers))
@@ -111,7 +114,7 @@ def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sig
 
     bundle, precision = generator.bundle, generator.precision
     try:
-        layer = first_non_finite(bundle.graph(precision).model, generator.inputs(x_t, sigma, ids))
+        layer = first_non_finite(bundle.graph(precision), generator.inputs(x_t, sigma, ids))
         layer = layer or "none on its own, only the layers as the engine joins them"
     except MissingExtraError as error:
         layer = f"unknown, because {error}"
@@ -205,9 +208,17 @@ def rms_levels(ours: np.ndarray, golden: np.ndarray) -> float:
     return float(np.sqrt(np.mean((ours.astype(float) - golden) ** 2)))
 
 
-def rms_of_psnr(psnr: float) -> float:
-    """The root mean square difference, in levels of 255, that a PSNR in dB stands for."""
-    return 255 / 10 ** (psnr / 20)
+def peak_error(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Root mean square difference over the largest golden magnitude; infinite for another shape."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    difference = ours.astype(np.float64) - golden
+    return float(np.sqrt(np.mean(difference**2)) / max(np.abs(golden).max(), 1e-12))
+
+
+def rms_of_psnr(psnr: float, peak: float = 255) -> float:
+    """The root mean square difference that a PSNR in dB stands for, in units of which `peak` is the largest value."""
+    return peak / 10 ** (psnr / 20)
 
 
 def _levels(ours: np.ndarray, golden: np.ndarray) -> float:

@@ -224,12 +224,12 @@ def test_decoders(kind, tmp_path):
     pytest.importorskip("diffusers")
     from piflow_edge.distill.autoencoder import load_autoencoder
     from piflow_edge.export.decoder_graph import export_decoder
-    from piflow_edge.export.precisions import to_fp16
+    from piflow_edge.export.fp16 import to_fp16
 
     decoder = export_decoder(load_autoencoder(make_autoencoder(kind, tmp_path)), [4, 8, 8])
     assert_alike(*both(Graph(decoder)), "fp32")
-    half = to_fp16(decoder, [{"latents": normal(2, 4, 8, 8)}]).graph
-    assert_alike(*both(Graph(half)), "fp16")
+    half = to_fp16(Graph(decoder), [{"latents": normal(2, 4, 8, 8)}]).graph
+    assert_alike(*both(half), "fp16")
 
 
 @pytest.mark.torch

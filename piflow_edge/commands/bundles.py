@@ -20,7 +20,9 @@ from .options import (
 
 
 @click.command()
-@click.argument("checkpoint", type=FOLDER)
+@click.argument("source", metavar="STUDENT")
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path),
+              help="JSON that says what the weights of a state dict are of.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option("--name", help="Name of the bundle; else the folder's.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
@@ -28,6 +30,8 @@ from .options import (
               help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
 @click.option("--precision", "precisions", callback=precisions, default="fp32", metavar="NAME,...",
               help="Of the graphs: fp32, fp16, int8, int8-qdq; the first is the bundle's default.")  # fmt: skip
+@click.option("--opset", type=click.Choice(["17", "18"]), default="18",
+              help="Of the graphs; the parsers of TensorRT 8.5 and 8.6 promise 17.")  # fmt: skip
 @click.option("--autoencoder", type=FOLDER,
               help="Folder of the autoencoder the latents are of; its decoder goes into the bundle.")  # fmt: skip
 @click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -36,15 +40,17 @@ from .options import (
               help="Sign the bundle with this Ed25519 private key in PEM.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out.")
 @click.option("--teacher-graph", is_flag=True,
-              help="CHECKPOINT is a teacher: write its network alone, as the file --out, for bench.")  # fmt: skip
+              help="STUDENT is a teacher: write its network alone, as the file --out, for bench.")  # fmt: skip
 @JSON
 def export(
-    checkpoint,
+    source,
+    config,
     out,
     name,
     temperature,
     samplers,
     precisions,
+    opset,
     autoencoder,
     license_file,
     key,
@@ -54,16 +60,20 @@ def export(
 ):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
 
+    STUDENT is a checkpoint of distill, a state dict (.pt, .pth, .safetensors) with --config, or
+    package.module:function, which returns a StudentModel.
+
     \b
     Example:
       piflow-edge export runs/student-1 --out bundles/digits
+      piflow-edge export weights.safetensors --config student.json --out bundles/mine
       piflow-edge export runs/teacher --teacher-graph --out teacher.onnx
     """
     if teacher_graph:
-        _export_teacher(checkpoint, out, overwrite, as_json)
+        _export_teacher(source, out, overwrite, as_json)
         return
     from piflow_edge.distill.autoencoder import load_autoencoder
-    from piflow_edge.distill.checkpoint import load_checkpoint
+    from piflow_edge.distill.sources import load_student
     from piflow_edge.export.to_bundle import NO_LICENSE, export_bundle
     from piflow_edge.signature import SigningKey
 
@@ -72,12 +82,13 @@ def export(
     except UnicodeDecodeError as error:
         raise click.UsageError(f"--license must be a text file in UTF-8: {error}") from error
     rows = export_bundle(
-        load_checkpoint(checkpoint, kind="student"),
+        load_student(source, config=config),
         out,
         name=name,
         temperature=temperature,
         samplers=samplers,
         precisions=precisions,
+        opset=int(opset),
         autoencoder=load_autoencoder(autoencoder) if autoencoder else None,
         license_text=license_text,
         license_name=license_file.name if license_file else "unstated",
@@ -89,7 +100,7 @@ def export(
         click.echo(out)
 
 
-def _export_teacher(checkpoint: Path, file: Path, overwrite: bool, as_json: bool) -> None:
+def _export_teacher(checkpoint: str, file: Path, overwrite: bool, as_json: bool) -> None:
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.export.teacher_graph import export_teacher
 
@@ -144,6 +155,20 @@ def print_schema(context, parameter, wanted):
         context.exit()
 
 
+def _kept(by_precision: dict) -> list[str]:
+    """One line for each graph of which nodes stay in float32; `--json` names them all."""
+    lines = []
+    for precision, graphs in by_precision.items():
+        for graph, nodes in graphs.items():
+            if nodes == "all":
+                lines.append(f"{precision}, {graph}: everything")
+            elif nodes:
+                node, reason = next(iter(nodes.items()))
+                count = f"{len(nodes)} nodes, such as" if len(nodes) > 1 else "one node:"
+                lines.append(f"{precision}, {graph}: {count} {node} ({reason})")
+    return lines
+
+
 @click.command()
 @BUNDLE
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=print_schema,
@@ -189,6 +214,7 @@ def inspect(bundle, as_json):
         "decoder": decoded,
         "classes": ", ".join(manifest.conditioning.class_names) or "none",
         "precisions": ", ".join(manifest.precisions),
+        "kept in fp32": "\n".join(_kept(manifest.provenance.get("kept_in_fp32", {}))) or "nothing",
         "sampler graphs": ", ".join(f"NFE {nfe}" for nfe in manifest.samplers) or "none",
         "ONNX opset": manifest.network.opset,
         "parameters": f"{manifest.provenance.get('parameters', 0):,}",

@@ -74,6 +74,31 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, trained_o
             own[name].copy_(tensor)
 
 
+def state_dict(source: Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in float32 from a `.pt`, `.pth` or `.safetensors` file; of a training checkpoint the averaged ones.
+
+    A leading "module." of a wrapped network is taken off the names.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    if not isinstance(source, Mapping):
+        try:
+            if Path(source).suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                source = load_file(source)
+            else:
+                source = torch.load(source, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            raise CheckpointError(f"{source} cannot be read as a checkpoint: {error}") from error
+    for key in ("ema", "state_dict", "model"):
+        if isinstance(source.get(key), Mapping):
+            source = source[key]
+            break
+    return {name.removeprefix("module."): tensor.float() for name, tensor in source.items()}
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` into `folder`; the one that was there stays whole until the new one is."""
     folder = Path(folder)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from piflow_edge.errors import CheckpointError
 
+from .checkpoint import state_dict
 from .dit import DiT, DiTConfig, position_table
 from .networks import Convention, DiTNetwork
 
@@ -72,7 +73,7 @@ def load_sit(
     """
     if style not in ("sit", "repa", "piflow"):
         raise CheckpointError(f"style is 'sit', 'repa' or 'piflow'; got {style!r}")
-    weights = _state_dict(source)
+    weights = state_dict(source)
     table = weights.get("pos_embed")
     weights = _renamed(weights, _PIFLOW if style == "piflow" else _SIT)
     try:
@@ -112,24 +113,6 @@ def load_sit(
         raise CheckpointError(f"this is no {style} checkpoint: {error}") from error
     convention = convention or Convention(reversed_time=style == "sit", num_timesteps=1.0)
     return DiTNetwork(config, convention, module).requires_grad_(False)
-
-
-def _state_dict(source: Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not isinstance(source, Mapping):
-        try:
-            if Path(source).suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                source = load_file(source)
-            else:
-                source = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds
-            raise CheckpointError(f"{source} cannot be read as a checkpoint: {error}") from error
-    for key in ("ema", "state_dict", "model"):
-        if isinstance(source.get(key), Mapping):
-            source = source[key]
-            break
-    return {name.removeprefix("module."): tensor.float() for name, tensor in source.items()}
 
 
 def _renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

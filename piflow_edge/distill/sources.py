@@ -1,14 +1,19 @@
-"""Where networks come from: a checkpoint of ours, a Python function, a diffusers folder or hub id, a SiT file."""
+"""Where networks come from: a checkpoint of ours, a Python function, a diffusers folder or hub id, a SiT file.
+
+Students too: a checkpoint of ours, a state dict with its configuration, a Python function.
+"""
 
 import importlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from piflow_edge.errors import CheckpointError
+from piflow_edge.errors import CheckpointError, PiFlowError
+from piflow_edge.schedule import Schedule
 
-from .checkpoint import Checkpoint, load_checkpoint, load_weights
+from .checkpoint import Checkpoint, load_checkpoint, load_weights, state_dict
 from .dit import DiTConfig
 from .heads import head_from_json
 from .lora import LoRAConfig, fold_lora
@@ -28,6 +33,139 @@ class TeacherModel:
     network: FlowNetwork
     class_names: tuple[str, ...] | None
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudentModel:
+    """A few-step network, and what must be known to run it.
+
+    Args:
+        network: with a policy head, ready to be called.
+        nfe: calls per image it was trained for; several of one student for several.
+        shift, final_step_size_scale, total_substeps: of the schedule it was trained with; see `Schedule`.
+        class_names: one per label; empty where it takes no labels.
+        conditioning: name -> `shape` without the batch and `dtype` of what steers it; None is labels, where there are
+            names of classes.
+        latent: `scale` and `shift` of the latents it makes, see `data.Latent`; None where it makes pixels.
+        provenance: JSON, for the record; it names no folder of this machine.
+
+    Raises:
+        CheckpointError: the network is no student, or names of classes, schedule and network do not fit.
+    """
+
+    network: FlowNetwork
+    nfe: int | tuple[int, ...] = 1
+    shift: float = 1.0
+    final_step_size_scale: float = 1.0
+    total_substeps: int = 128
+    class_names: tuple[str, ...] = ()
+    conditioning: Mapping[str, Mapping[str, Any]] | None = None
+    latent: Mapping[str, Any] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.network.head is None:
+            raise CheckpointError("a student has a policy head; attach the one it was trained with")
+        if self.conditioning is None:
+            labels = {"labels": {"shape": [], "dtype": "int64"}}
+            object.__setattr__(self, "conditioning", labels if self.class_names else {})
+        if self.network.num_classes not in (None, len(self.class_names)):
+            raise CheckpointError(
+                f"the network knows {self.network.num_classes} classes, but class_names has {len(self.class_names)}"
+            )
+        try:
+            for nfe in self.nfes:
+                Schedule(nfe, self.shift, self.final_step_size_scale, self.total_substeps)
+        except PiFlowError as error:
+            raise CheckpointError(f"the student's schedule is unusable: {error}") from error
+
+    @property
+    def nfes(self) -> tuple[int, ...]:
+        """Calls per image it was trained for, rising."""
+        return tuple(sorted({self.nfe} if isinstance(self.nfe, int) else set(self.nfe)))
+
+
+def load_student(source: str | Path, *, config: str | Path | None = None) -> StudentModel:
+    """A student from wherever it is.
+
+    Args:
+        source: folder of a checkpoint that `distill` left; a `.pt`, `.pth` or `.safetensors` file with a state dict;
+            "package.module:function", a function without arguments that returns a `StudentModel`.
+        config: of a state dict: JSON with `network` (`family`, and what `networks.describe` says of it: for "dit" the
+            fields of `DiTConfig` under `config`; or `entry`, a function that returns the teacher's `FlowNetwork`),
+            `head` (`kind` "gm" or "dx" and its fields), `nfe`, and where they are not the defaults the other fields of
+            `StudentModel`.
+
+    Raises:
+        CheckpointError: nothing there, or nothing that can be used.
+    """
+    text, path = str(source), Path(source)
+    if path.suffix in _WEIGHT_FILES and not path.is_dir():
+        return _student_from_state_dict(path, config)
+    if config is not None:
+        raise CheckpointError(f"a configuration is for a state dict; {text} brings its own")
+    if (path / "checkpoint.json").is_file():
+        return student_from_checkpoint(load_checkpoint(path, kind="student"))
+    if ":" in text and not path.exists():
+        student = _called(text)
+        if not isinstance(student, StudentModel):
+            raise CheckpointError(
+                f"{text} must return a StudentModel; it returned a {type(student).__name__}"
+            )
+        return student
+    raise CheckpointError(
+        "a student is a folder with checkpoint.json, a state dict (.pt, .pth, .safetensors) with its configuration, "
+        f"or 'package.module:function'; there is none at {text}"
+    )
+
+
+def student_from_checkpoint(checkpoint: Checkpoint) -> StudentModel:
+    """A student that was distilled here."""
+    settings = checkpoint.settings
+    imitation = settings["imitation"]
+    nfe = imitation["nfe"]
+    return StudentModel(
+        network_of(checkpoint),
+        tuple(nfe) if isinstance(nfe, list | tuple) else nfe,
+        imitation["shift"],
+        imitation["final_step_size_scale"],
+        imitation["total_substeps"],
+        tuple(checkpoint.class_names),
+        settings["conditioning"],
+        settings.get("latent"),
+        {"iteration": checkpoint.iteration, "settings": settings},
+    )
+
+
+def _student_from_state_dict(path: Path, config: str | Path | None) -> StudentModel:
+    if config is None:
+        raise CheckpointError(f"{path} holds weights and nothing else; give its configuration (--config) too")
+    try:
+        settings = json.loads(Path(config).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the configuration {config} cannot be read: {error}") from error
+    known = set(StudentModel.__dataclass_fields__) - {"provenance"} | {"head"}
+    if not isinstance(settings, dict) or not {"network", "head", "nfe"} <= settings.keys() <= known:
+        raise CheckpointError(
+            f"a student's configuration holds network, head and nfe, and may hold "
+            f"{', '.join(sorted(known - {'network', 'head', 'nfe'}))}; {config} has "
+            f"{', '.join(sorted(settings)) if isinstance(settings, dict) else type(settings).__name__}"
+        )
+    weights = state_dict(path)
+    recorded = {key: value for key, value in settings.items() if key not in ("network", "class_names")}
+    try:
+        description = {"family": "module", "convention": asdict(Convention()), **settings.pop("network")}
+        network = attach_policy_head(build(description), head_from_json(settings.pop("head")))
+        network.module.load_state_dict(weights)
+        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+        provenance = {"source": path.name, "settings": {"imitation": recorded}}
+        return StudentModel(network.eval().requires_grad_(False), provenance=provenance, **fields)
+    except PiFlowError:
+        raise
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {path} are not those of {config}: {error}") from error
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the configuration {config} cannot be used: {error!r}") from error
 
 
 def load_teacher(
@@ -129,18 +267,22 @@ def _base(base: Mapping[str, Any], sample_shape) -> FlowNetwork:
 
 
 def _from_entry(entry: str) -> FlowNetwork:
-    module, _, function = entry.partition(":")
-    try:
-        network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"a teacher in Python is 'package.module:function', importable from here; {entry!r}: {error}"
-        ) from error
+    network = _called(entry)
     if not isinstance(network, FlowNetwork):
         raise CheckpointError(f"{entry} must return a FlowNetwork; it returned a {type(network).__name__}")
     if hasattr(network, "entry"):
         network.entry = entry
     return network.requires_grad_(False)
+
+
+def _called(entry: str) -> Any:
+    module, _, function = entry.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"a network in Python is 'package.module:function', importable from here; {entry!r}: {error}"
+        ) from error
 
 
 def _teacher(network, class_names, origin, provenance) -> TeacherModel:

@@ -157,6 +157,26 @@ def test_verify_has_a_layer_from_latents_to_images(latent_bundle, tmp_path, othe
     assert failed == ["images", "drawn images", "sampler images"]
 
 
+def test_the_decoder_of_an_fp16_bundle_is_fp16_too(tmp_path, kl):
+    student = make_student(latent=vars(kl.latent), in_channels=4)
+    rows = export_bundle(student, tmp_path / "half", autoencoder=kl, precisions=("fp32", "fp16"))
+    errors = {(row.precision, row.layer): row.error for row in rows}
+    assert errors["fp16", "images"] <= 4 and errors["fp16", "drawn images"] > errors["fp32", "drawn images"]
+    opened = Bundle(tmp_path / "half")
+    exact, half = (onnx.load_from_string(opened.decoder(name).model).graph for name in ("fp32", "fp16"))
+    sizes = [sum(len(tensor.raw_data) for tensor in graph.initializer) for graph in (exact, half)]
+    assert sizes[1] < 0.55 * sizes[0]
+    kept = opened.manifest.provenance["kept_in_fp32"]["fp16"]["decoder"]
+    assert kept.keys() <= {node.name for node in half.node}
+    generator = pf.load(tmp_path / "half", precision="fp16")
+    assert_alike_within(generator([1, 2], seed=3, output="numpy"), kl, levels=4)
+
+
+def assert_alike_within(result, autoencoder, levels):
+    expected = images_in_torch(autoencoder, result.latents).astype(int)
+    assert np.ptp(expected) > 30 and np.abs(expected - result.images).max() <= levels
+
+
 def test_a_decoder_that_differs_from_pytorch_is_not_exported(tmp_path, kl, other_decoder, monkeypatch):
     monkeypatch.setattr(to_bundle, "export_decoder", lambda autoencoder, shape: other_decoder)
     student = make_student(latent=vars(kl.latent), in_channels=4)
@@ -188,7 +208,7 @@ def test_without_an_autoencoder_a_bundle_makes_latents(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         rows = export_bundle(student, tmp_path / "bundle", samplers=[2])
     assert "will make latents, not images" in caplog.text
-    assert [row.layer for row in rows][2:] == ["latents", "sampler latents"]
+    assert [row.layer for row in rows][2:] == ["latents", "drawn latents", "sampler latents"]
     assert not (tmp_path / "bundle" / "preview.png").exists()
     generator = pf.load(tmp_path / "bundle")
     latents = generator([1, 2], output="latent").latents

@@ -11,7 +11,7 @@ from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.export.to_onnx import OPSET, export_network
+from piflow_edge.export.to_onnx import OPSET, export_network, network_graph
 
 from conftest import make_student
 
@@ -53,7 +53,7 @@ def test_a_student_that_gives_nan_is_not_exported(tmp_path):
 
 def test_a_graph_that_differs_from_pytorch_is_not_exported(tmp_path, monkeypatch):
     other = network_of(make_student(seed=1))
-    monkeypatch.setattr(to_bundle, "export_network", lambda *given: export_network(other))
+    monkeypatch.setattr(to_bundle, "network_graph", lambda *given: network_graph(other))
     with pytest.raises(CheckFailedError, match="network outputs differ"):
         export_bundle(make_student(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

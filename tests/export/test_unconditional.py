@@ -80,8 +80,8 @@ def test_labels_and_no_count_are_refused(folder, given):
 @pytest.mark.parametrize(
     ("conditioning", "class_names", "problem"),
     [
-        ({"labels": {"shape": [], "dtype": "int64"}}, (), "takes labels, but its checkpoint has no names"),
-        ({}, ("a", "b"), "takes no labels, but its checkpoint has names of classes"),
+        ({"labels": {"shape": [], "dtype": "int64"}}, (), "takes labels, but there are no names"),
+        ({}, ("a", "b"), "takes no labels, but there are names of classes"),
         ({"text": {"shape": [4], "dtype": "float32"}}, (), "takes labels or nothing; this one takes text"),
     ],
 )

@@ -1,0 +1,108 @@
+"""The student on its own trajectories: what a converted graph is fitted to, and how far off it then is."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from piflow_edge.bundle import Manifest, ToleranceSpec
+from piflow_edge.engines import Engine, Graph, open_engine
+from piflow_edge.images import decode
+from piflow_edge.noise import philox_normal
+from piflow_edge.sampling import sample
+from piflow_edge.verification import peak_error, relative_error, rms_levels, rms_of_psnr
+
+Inputs = dict[str, np.ndarray]
+
+# Not the golden images' seed: a precision is checked on other inputs than it was fitted to.
+CALIBRATION_SEED = 1
+CALIBRATION_IMAGES = 16
+
+
+@dataclass
+class Conversion:
+    """A graph in another precision. `kept`: nodes left in float32 -> why."""
+
+    graph: Graph
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+class Calibration:
+    """An fp32 student and what it makes of `CALIBRATION_IMAGES` seeds.
+
+    `batches`: what the network is fed, one batch per call of each trajectory.
+
+    Args:
+        student: the fp32 network.
+        manifest: of its bundle.
+        nfes: calls per image; a trajectory is run for each.
+        decoder: makes images of latents.
+    """
+
+    def __init__(self, student: Graph, manifest: Manifest, nfes: Iterable[int], decoder: Graph | None = None):
+        self.manifest = manifest
+        classes = len(manifest.conditioning.class_names)
+        self._ids = np.arange(CALIBRATION_IMAGES, dtype=np.int64) % (classes or 1)
+        self._noise = philox_normal(CALIBRATION_SEED, range(CALIBRATION_IMAGES), manifest.latent.shape)
+        self._decoder = open_engine(decoder) if decoder else None
+        engine = open_engine(student)
+        self.batches: list[Inputs] = []
+        for nfe in nfes:
+            self._latents(engine, nfe, self.batches)
+        self._outputs = [engine.run(batch) for batch in self.batches]
+        self._drawn = self._latents(engine, manifest.schedule.nfe)
+
+    def errors(self, graph: Graph) -> dict[str, float]:
+        """How far a converted student is off, by the names and measures of `ToleranceSpec`; `psnr` as a difference.
+
+        What `verify` asks of golden samples is asked of the calibration images here: network outputs, latents, and
+        the root mean square of images, or of latents where there are none.
+        """
+        engine = open_engine(graph)
+        outputs = [
+            relative_error(found[name], expected[name])
+            for found, expected in zip(map(engine.run, self.batches), self._outputs, strict=True)
+            for name in expected
+        ]
+        drawn = self._latents(engine, self.manifest.schedule.nfe)
+        if self.manifest.makes_images:
+            whole = rms_levels(self._images(drawn), self._images(self._drawn))
+        else:
+            whole = peak_error(drawn, self._drawn)
+        return {"outputs": max(outputs), "latents": relative_error(drawn, self._drawn), "psnr": whole}
+
+    def share(self, graph: Graph, tolerances: ToleranceSpec) -> float:
+        """The largest of `errors` in units of what `tolerances` allow."""
+        errors = self.errors(graph)
+        allowed = rms_of_psnr(tolerances.psnr, peak=255 if self.manifest.makes_images else 1)
+        limits = {"outputs": tolerances.outputs, "latents": tolerances.latents, "psnr": allowed}
+        shares = [errors[name] / limit for name, limit in limits.items()]
+        return max(np.inf if np.isnan(share) else share for share in shares)
+
+    def _latents(self, engine: Engine, nfe: int, batches: list[Inputs] | None = None) -> np.ndarray:
+        def network(x_t, sigma):
+            inputs = self.manifest.network_inputs(x_t, sigma, self._ids)
+            if batches is not None:
+                batches.append(inputs)
+            return self.manifest.policy.policy(engine.run(inputs), x_t, sigma)
+
+        spec = self.manifest.schedule
+        return sample(
+            network,
+            self._noise,
+            spec.schedule(nfe=nfe),
+            temperature=spec.temperature,
+            renoise=lambda draw: philox_normal(
+                CALIBRATION_SEED, range(CALIBRATION_IMAGES), self.manifest.latent.shape, draw=draw
+            ),
+        )
+
+    def _images(self, latents: np.ndarray) -> np.ndarray:
+        spec = self.manifest.latent
+        if self._decoder is None:
+            return decode(latents, spec)
+        name = self.manifest.decoder.inputs[0].name
+        unscaled = (latents / spec.scale + spec.shift).astype(np.float32)
+        # One at a time: large images would not fit otherwise.
+        parts = [next(iter(self._decoder.run({name: one[None]}).values())) for one in unscaled]
+        return decode(np.concatenate(parts))

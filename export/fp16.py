@@ -1,0 +1,219 @@
+"""An fp32 graph in fp16 where its values allow it.
+
+What stays in float32 is found by measuring on calibration inputs, the states of the student's own trajectory, and is
+recorded by name. Inputs and outputs of every graph stay float32.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
+
+from piflow_edge.engines import Graph
+from piflow_edge.engines.ort import layer_values
+from piflow_edge.errors import CheckFailedError
+from piflow_edge.export.calibration import Conversion, Inputs
+from piflow_edge.export.compact import compact
+from piflow_edge.export.large import check, graph_of, model_of, types
+
+# Calibration cannot see every input: half of fp16's range is left as headroom.
+_FP16_LARGEST = float(np.finfo(np.float16).max) / 2
+# Root mean square error of one node, relative to its output. Rounding inputs, weights and output to fp16's 11 bits
+# costs at most some 5e-4; more means that the node magnifies rounding (the cosine of a large angle) or underflows.
+_FP16_NODE_ERROR = 1e-3
+# Ends of a walk against the data flow: sums of many products, in which single roundings average out.
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+_ROUNDED = ".rounded"
+_FIGURES = (".largest", ".scale", ".error")
+
+
+def to_fp16(graph: Graph, batches: Sequence[Inputs], *, exact_outputs: bool = True) -> Conversion:
+    """Weights and activations in fp16, with casts around the nodes that calibration says must stay in float32.
+
+    No operator gets inputs of mixed types, so that the graph suits strongly typed compilers such as TensorRT's.
+
+    Args:
+        graph: an fp32 ONNX model.
+        batches: calibration inputs.
+        exact_outputs: compute each output in float32 from the last matrix product on, as policies need it.
+
+    Raises:
+        CheckFailedError: the graph gives NaN or infinity on the calibration inputs.
+    """
+    model = model_of(graph)
+    known = {name for node in model.graph.node for name in node.output}
+    kept = delicate_nodes(model, batches)
+    if exact_outputs:
+        for output in model.graph.output:
+            for node in _upstream(model, [output.name]):
+                kept.setdefault(node, f"leads to output {output.name}")
+    _unshare_weights(model, kept)
+    # Of inputs and outputs too, which become round trips where the node behind is kept; those go again.
+    model = convert_float_to_float16(model, keep_io_types=True, node_block_list=list(kept))
+    OnnxModel(model).topological_sort()  # the converter appends its casts at the end
+    model.graph.ClearField("value_info")  # and notes types that it then changes
+    _drop_round_trips(model)
+    OnnxModel(model).topological_sort()
+    compact(model, known)
+    half = graph_of(model)
+    check(half)
+    return Conversion(half, kept)
+
+
+def delicate_nodes(model: onnx.ModelProto, batches: Sequence[Inputs]) -> dict[str, str]:
+    """Nodes that fp16 would spoil on these inputs, and why: overflow, or an error far above rounding.
+
+    Each node is run twice on the values that flow in float32: as they are, and rounded to fp16.
+
+    Raises:
+        CheckFailedError: a node gives NaN or infinity in float32 already.
+    """
+    twins, names = _with_rounded_twins(model)
+    found: dict[str, str] = {}
+    for batch in batches:
+        figures = layer_values(twins, batch, [name + figure for name in names for figure in _FIGURES])
+        for node in model.graph.node:
+            for name in names.intersection(node.output) if node.name not in found else ():
+                reason = _fp16_problem(name, *(float(figures[name + figure]) for figure in _FIGURES))
+                if reason:
+                    found[node.name] = reason
+    for node in model.graph.node:
+        # A value that must not be rounded must not be made from rounded ones either: up to the last matrix product.
+        if node.name in list(found) and "overflow" not in found[node.name]:
+            for above in _upstream(model, node.input):
+                found.setdefault(above, f"feeds {node.name}, which magnifies rounding")
+    return found
+
+
+def _fp16_problem(name: str, largest: float, scale: float, error: float) -> str | None:
+    if not np.isfinite([largest, scale]).all():
+        raise CheckFailedError(f"the fp32 graph gives NaN or infinity in {name} on its own trajectory")
+    if largest > _FP16_LARGEST:
+        return f"{name} reaches {largest:.3g}: fp16 may overflow"
+    if scale > 0 and not error <= _FP16_NODE_ERROR * scale:
+        return f"{name} is off by {error / scale:.1e} in fp16"
+    return None
+
+
+def _with_rounded_twins(model: onnx.ModelProto) -> tuple[Graph, set[str]]:
+    """The model with a twin of every float node that reads the same values rounded to fp16, and the nodes' outputs.
+
+    Of each of these it gives the `_FIGURES`, so that no value need be kept: together they are gigabytes.
+    """
+    twins = copy.deepcopy(model)
+    floats = _float_values(model)
+    twins.graph.ClearField("node")
+    rounded: dict[str, str] = {}
+    names: set[str] = set()
+
+    def round_trip(name: str) -> None:
+        if name in floats and name not in rounded:
+            half, rounded[name] = f"{name}.half", f"{name}.in"
+            twins.graph.node.append(helper.make_node("Cast", [name], [half], to=TensorProto.FLOAT16))
+            twins.graph.node.append(helper.make_node("Cast", [half], [rounded[name]], to=TensorProto.FLOAT))
+
+    for node in model.graph.node:
+        for name in node.input:
+            round_trip(name)
+        twins.graph.node.append(node)
+        outputs = [name for name in node.output if name in floats and node.op_type != "Constant"]
+        if outputs:
+            twin = copy.deepcopy(node)
+            twin.name = node.name + _ROUNDED
+            twin.input[:] = [rounded.get(name, name) for name in node.input]
+            twin.output[:] = [name and name + _ROUNDED for name in node.output]
+            twins.graph.node.append(twin)
+            for name in outputs:
+                twins.graph.node.extend(_measures(name))
+            names.update(outputs)
+    return graph_of(twins), names
+
+
+def _measures(name: str) -> list[onnx.NodeProto]:
+    """Largest magnitude of a value, its root mean square, and that of what rounding its twin to fp16 changes."""
+    steps = [
+        ("Abs", [name], "abs", {}),
+        ("ReduceMax", [f"{name}.abs"], "largest", {"keepdims": 0}),
+        ("Mul", [name, name], "squares", {}),
+        ("ReduceMean", [f"{name}.squares"], "variance", {"keepdims": 0}),
+        ("Sqrt", [f"{name}.variance"], "scale", {}),
+        ("Cast", [name + _ROUNDED], "twin.half", {"to": TensorProto.FLOAT16}),
+        ("Cast", [f"{name}.twin.half"], "twin.back", {"to": TensorProto.FLOAT}),
+        ("Sub", [f"{name}.twin.back", name], "difference", {}),
+        ("Mul", [f"{name}.difference"] * 2, "difference.squares", {}),
+        ("ReduceMean", [f"{name}.difference.squares"], "difference.variance", {"keepdims": 0}),
+        ("Sqrt", [f"{name}.difference.variance"], "error", {}),
+    ]
+    return [helper.make_node(kind, given, [f"{name}.{made}"], **more) for kind, given, made, more in steps]
+
+
+def _float_values(model: onnx.ModelProto) -> set[str]:
+    return {name for name, kind in types(model).items() if kind == TensorProto.FLOAT}
+
+
+def _upstream(model: onnx.ModelProto, names: Iterable[str]) -> list[str]:
+    """Nodes that make these values, back to and with the last matrix products."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    floats = _float_values(model)
+    found, queue = [], list(names)
+    while queue:
+        node = makers.get(queue.pop())
+        if node is None or node.name in found or not any(name in floats for name in node.output):
+            continue
+        found.append(node.name)
+        if node.op_type not in _PRODUCTS:
+            queue += node.input
+    return found
+
+
+def _unshare_weights(model: onnx.ModelProto, kept: Iterable[str]) -> None:
+    """Give kept nodes weights of their own: the converter would round what they share with others."""
+    kept, weights = set(kept), {tensor.name: tensor for tensor in model.graph.initializer}
+    used_in_half = {name for node in model.graph.node if node.name not in kept for name in node.input}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if node.name in kept and name in weights and name in used_in_half:
+                node.input[i] = own = f"{name}.of.{node.name}"
+                if not any(tensor.name == own for tensor in model.graph.initializer):
+                    tensor = model.graph.initializer.add()
+                    tensor.CopyFrom(weights[name])
+                    tensor.name = own
+
+
+def _drop_round_trips(model: onnx.ModelProto) -> None:
+    """Let float32 nodes read each other's values: the converter puts fp32 -> fp16 -> fp32 between them."""
+
+    def target(node):
+        return node.attribute[0].i if node.op_type == "Cast" else None
+
+    outputs = {value.name for value in model.graph.output}
+    halved = {
+        node.output[0]: node.input[0] for node in model.graph.node if target(node) == TensorProto.FLOAT16
+    }
+    floats = _float_values(model)
+    renamed = {
+        node.output[0]: halved[node.input[0]]
+        for node in model.graph.node
+        if target(node) == TensorProto.FLOAT and halved.get(node.input[0]) in floats
+    }
+    kept = [node for node in model.graph.node if node.output[0] not in renamed]
+    # An output keeps its name, which its maker's result takes on.
+    final = {renamed[name]: name for name in outputs & renamed.keys()}
+    for node in kept:
+        inputs = [renamed.get(name, name) for name in node.input]
+        node.input[:] = [final.get(name, name) for name in inputs]
+        node.output[:] = [final.get(name, name) for name in node.output]
+    nodes = [copy.deepcopy(node) for node in kept]
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+    while True:  # nodes that nobody reads any more
+        read = {name for node in model.graph.node for name in node.input} | outputs
+        dead = [node for node in model.graph.node if not any(name in read for name in node.output)]
+        if not dead:
+            break
+        for node in dead:
+            model.graph.node.remove(node)

@@ -1,0 +1,152 @@
+"""An fp32 graph with the weights of its matrix products in int8, by onnxruntime's quantisation tools."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+from piflow_edge.engines import Graph
+from piflow_edge.errors import CheckFailedError
+from piflow_edge.export.calibration import Conversion, Inputs
+from piflow_edge.export.compact import compact
+from piflow_edge.export.large import check, graph_of, save
+
+log = logging.getLogger(__name__)
+
+
+class _Batches(CalibrationDataReader):
+    def __init__(self, batches: Sequence[Inputs]):
+        self._left = iter(batches)
+
+    def get_next(self) -> Inputs | None:
+        return next(self._left, None)
+
+
+def to_int8(
+    graph: Graph, batches: Sequence[Inputs], *, static: bool, accepts: Callable[[Graph], float]
+) -> Conversion:
+    """Weights of matrix products in int8, one scale per output feature, for the CPU.
+
+    Activations are scaled as they come (`static=False`), or by what calibration saw, as quantise-dequantise pairs.
+    Should the result be too far off, the layers that cost most are left in float32, as few as will do.
+
+    Args:
+        graph: an fp32 ONNX model.
+        batches: calibration inputs.
+        static: QDQ with calibrated activations; else dynamic.
+        accepts: how far a graph is off, in units of what is allowed: 1 or less will do.
+
+    Raises:
+        CheckFailedError: even one quantised layer is too much.
+    """
+    layers = quantisable(onnx.load_from_string(graph.model))
+
+    def quantised(excluded: Sequence[str]) -> Graph:
+        return quantise(graph, batches, static=static, excluded=excluded)
+
+    result = quantised([])
+    off = accepts(result)
+    if off <= 1:
+        return Conversion(result)
+    log.info("int8 is off by %.2f times what is allowed; measuring %d layers", off, len(layers))
+    alone = {layer: accepts(quantised([other for other in layers if other != layer])) for layer in layers}
+    worst_first = sorted(layers, key=alone.get, reverse=True)
+    # By halves: `result` leaves out `enough` layers, and one fewer than `too_few` + 1 would not do.
+    too_few, enough, result = 0, len(layers), None
+    while enough - too_few > 1:
+        count = (too_few + enough) // 2
+        tried = quantised(worst_first[:count])
+        if accepts(tried) <= 1:
+            enough, result = count, tried
+        else:
+            too_few = count
+    if result is None:
+        raise CheckFailedError(
+            f"no layer of the student can be quantised within tolerance: alone, {worst_first[-1]} costs "
+            f"{alone[worst_first[-1]]:.2f} times what is allowed; export without int8, or train it longer"
+        )
+    left_out = worst_first[:enough]
+    return Conversion(
+        result, {name: f"alone costs {alone[name]:.2f} of what is allowed" for name in left_out}
+    )
+
+
+def quantisable(model: onnx.ModelProto) -> list[str]:
+    """Names of the matrix products with a constant weight."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights
+    ]
+
+
+def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded: Sequence[str] = ()) -> Graph:
+    """The graph with all but the `excluded` matrix products in int8; see `to_int8`."""
+    settings = dict(
+        per_channel=True,
+        # 7 bits: on CPUs without VNNI two 8-bit products overflow the 16 bits in which they are added.
+        reduce_range=True,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        # The dynamic tool makes a MatMul of a Gemm first, and asks for that one's name.
+        use_external_data_format=bool(graph.weights),
+        nodes_to_exclude=[name for layer in excluded for name in (layer, f"{layer}_MatMul")],
+    )
+    with TemporaryDirectory() as folder, _quiet():
+        source, out = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        save(graph, source)
+        if static:
+            quantize_static(
+                source,
+                out,
+                _Batches(batches),
+                quant_format=QuantFormat.QDQ,
+                activation_type=QuantType.QInt8,
+                extra_options={
+                    # Symmetric, as TensorRT wants it. Attention's own products have no weights to shrink.
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    "MatMulConstBOnly": True,
+                    # In int32 a bias has a scale per feature beside it: twice its size in float32.
+                    "QuantizeBias": False,
+                },
+                **settings,
+            )
+        else:
+            quantize_dynamic(source, out, extra_options={"MatMulConstBOnly": True}, **settings)
+        model = onnx.load(out)  # with the weights of a file beside it
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.name = ""  # there are many, and none is ever the one to blame
+    compact(model, _values(onnx.load_from_string(graph.model)))
+    result = graph_of(model)
+    check(result)
+    return result
+
+
+def _values(model: onnx.ModelProto) -> set[str]:
+    made = {name for node in model.graph.node for name in node.output}
+    return made | {tensor.name for tensor in model.graph.initializer}
+
+
+@contextlib.contextmanager
+def _quiet():
+    """ONNX Runtime asks for a preprocessing step, which the exporter has done; it logs on the root logger."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)

@@ -1,0 +1,94 @@
+"""Models above 2 GiB, where a protobuf message ends: their weights lie in a file beside them.
+
+A model in memory may be of any size; as a `Graph` it is bytes, of the model and of that file.
+"""
+
+import io
+from pathlib import Path
+
+import onnx
+from onnx.external_data_helper import ExternalDataInfo, set_external_data
+
+from piflow_edge.engines import Graph
+
+# Bytes of weights above which they move out; what else a model holds counts towards protobuf's limit too.
+LARGEST_MODEL = 2**31 - 2**26
+# Smaller tensors stay: whoever infers shapes reads axes and sizes from them.
+_STAYS = 1024
+# Name of the file until the bundle gives it one.
+_FILE = "weights"
+
+
+def graph_of(model: onnx.ModelProto) -> Graph:
+    """The model as bytes, its weights in a file of their own if they are too many. The model is used up."""
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= LARGEST_MODEL:
+        return Graph(model.SerializeToString())
+    file = io.BytesIO()
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) >= _STAYS:
+            start = file.tell()
+            set_external_data(tensor, _FILE, offset=start, length=file.write(tensor.raw_data))
+            tensor.ClearField("raw_data")  # at once: memory holds one copy, not two
+    return Graph(model.SerializeToString(), {_FILE: file.getvalue()})
+
+
+def model_of(graph: Graph) -> onnx.ModelProto:
+    """The model with all its weights inside, to be looked at or changed."""
+    model = onnx.load_from_string(graph.model)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            info = ExternalDataInfo(tensor)
+            tensor.raw_data = graph.weights[info.location][info.offset : info.offset + info.length]
+            del tensor.external_data[:]
+            tensor.ClearField("data_location")
+    return model
+
+
+def check(graph: Graph) -> None:
+    """onnx's checker, for models of one file; of others every tensor's place was written above, and they are run next.
+
+    Raises:
+        onnx.checker.ValidationError: it is not valid ONNX.
+    """
+    if not graph.weights:
+        onnx.checker.check_model(graph.model, full_check=True)
+
+
+def named(graph: Graph, name: str) -> dict[str, bytes]:
+    """Files of a graph in a bundle: `name`, and `name`.data for the weights if they are apart."""
+    if not graph.weights:
+        return {name: graph.model}
+    model = onnx.load_from_string(graph.model)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = f"{name}.data"
+    (weights,) = graph.weights.values()
+    return {name: model.SerializeToString(), f"{name}.data": weights}
+
+
+def save(graph: Graph, path: Path) -> None:
+    """Write a graph where a tool wants files."""
+    for name, data in named(graph, path.name).items():
+        (path.parent / name).write_bytes(data)
+
+
+def types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element type of every value that has one known, weights included."""
+    skeleton = onnx.ModelProto()
+    skeleton.CopyFrom(onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import))
+    skeleton.graph.name = model.graph.name
+    skeleton.graph.node.extend(model.graph.node)
+    skeleton.graph.input.extend(model.graph.input)
+    skeleton.graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) < _STAYS:
+            skeleton.graph.initializer.append(tensor)
+        else:  # its shape and type are enough, and its content may be too much
+            skeleton.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    inferred = onnx.shape_inference.infer_shapes(skeleton).graph
+    typed = [*inferred.value_info, *inferred.input, *inferred.output]
+    found = {value.name: value.type.tensor_type.elem_type for value in typed}
+    return found | {tensor.name: tensor.data_type for tensor in inferred.initializer}
