@@ -34,9 +34,13 @@ def label_ids(labels, count, class_names: Sequence[str], name: str) -> np.ndarra
         raise LabelError(f"count is a whole number, 1 or more; got {count!r}")
     if not class_names:
         return np.zeros(count, np.int64)  # which nothing reads
-    known = f"{len(class_names)} classes, 0 to {len(class_names) - 1}: {', '.join(class_names)}"
+
+    def refused(what: str) -> LabelError:
+        known = f"{len(class_names)} classes, 0 to {len(class_names) - 1}: {', '.join(class_names)}"
+        return LabelError(f"{what}; bundle {name!r} has {known}")
+
     if labels is None:
-        raise LabelError(f"bundle {name!r} wants labels, one per image; it has {known}")
+        raise refused(f"bundle {name!r} wants labels, one per image")
     if isinstance(labels, (numbers.Number, str)):
         labels = [labels]
     ids = []
@@ -47,9 +51,9 @@ def label_ids(labels, count, class_names: Sequence[str], name: str) -> np.ndarra
         elif is_id and 0 <= label < len(class_names):
             ids.append(int(label))
         else:
-            raise LabelError(f"bundle {name!r} has {known}; got label {label!r}")
+            raise refused(f"got label {label!r}")
     if not ids:
-        raise LabelError(f"give one label or more; bundle {name!r} has {known}")
+        raise refused("give one label or more")
     return np.repeat(np.array(ids, np.int64), count or 1)
 
 

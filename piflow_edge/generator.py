@@ -400,11 +400,10 @@ class Generator:
 
     def _tell_of_training(self, schedule: Schedule, strength: float) -> None:
         spec = self.bundle.manifest.schedule
-        trained = " or ".join(map(str, self.trained_nfes))
         if schedule.nfe not in self.trained_nfes:
             log.warning(
                 "bundle %r was trained for %s calls per image and runs with %d",
-                self.bundle.name, trained, schedule.nfe,
+                self.bundle.name, " or ".join(map(str, self.trained_nfes)), schedule.nfe,
             )  # fmt: skip
         elif strength < 1 and not any(
             np.isclose(strength, asked_schedule(spec, nfe, None, None).sigmas).any()

@@ -15,13 +15,14 @@ Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 import math
 import numbers
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from .errors import ShapeError
 
 # Multipliers and Weyl constants of Philox4x32, from the paper.
-_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -37,18 +38,24 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     Returns:
         uint32, the shape of `counter`.
     """
-    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
-    k0, k1 = key
-    for _ in range(10):
-        product_0, product_1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = (
-            (product_1 >> _HALF) ^ c1 ^ np.uint64(k0),
-            product_1 & _WORD,
-            (product_0 >> _HALF) ^ c3 ^ np.uint64(k1),
-            product_0 & _WORD,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3]).astype(np.uint32)
+    # Words 0 and 2 are multiplied, 1 and 3 are not: a round is a few operations on such pairs.
+    counter = np.asarray(counter, np.uint64)
+    multiplied, others = counter[0::2], counter[1::2]
+    multipliers = _MULTIPLIERS.reshape(2, *(1,) * (multiplied.ndim - 1))
+    for round_key in _round_keys(*key, multiplied.ndim):
+        product = multiplied * multipliers
+        multiplied = (product >> _HALF)[::-1] ^ others ^ round_key
+        others = (product & _WORD)[::-1]
+    words = np.empty(counter.shape, np.uint32)
+    words[0::2], words[1::2] = multiplied, others
+    return words
+
+
+@lru_cache(maxsize=64)
+def _round_keys(k0: int, k1: int, ndim: int) -> tuple[np.ndarray, ...]:
+    """The keys of the ten rounds, each (2, 1, ...)."""
+    keys = [[(k0 + i * _WEYL[0]) & 0xFFFFFFFF, (k1 + i * _WEYL[1]) & 0xFFFFFFFF] for i in range(10)]
+    return tuple(np.array(key, np.uint64).reshape(2, *(1,) * (ndim - 1)) for key in keys)
 
 
 def philox_normal(seed: int, indices: Sequence[int], shape: Sequence[int], *, draw: int = 0) -> np.ndarray:
@@ -70,15 +77,16 @@ def philox_normal(seed: int, indices: Sequence[int], shape: Sequence[int], *, dr
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < 2**limit:
             raise ShapeError(f"{name} is a whole number from 0 to 2^{limit} - 1; got {value!r}")
     size = math.prod(shape)
-    blocks = np.arange(-(-size // 4), dtype=np.uint64)
-    index = np.asarray([int(i) for i in indices], np.uint64)[:, None]
-    counter = np.broadcast_arrays(blocks, np.uint64(draw), index & _WORD, index >> _HALF)
+    blocks = -(-size // 4)
+    counter = np.empty((4, len(indices), blocks), np.uint64)
+    index = np.array([int(i) for i in indices], np.uint64)[:, None]
+    counter[0], counter[1] = np.arange(blocks, dtype=np.uint64), draw
+    counter[2], counter[3] = index & _WORD, index >> _HALF
     words = philox(counter, (int(seed) & 0xFFFFFFFF, int(seed) >> 32))
-    u_0, u_1, u_2, u_3 = ((words >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
-    normals = [
-        wave(2 * math.pi * angle) * np.sqrt(-2 * np.log(u))
-        for u, angle in ((u_0, u_1), (u_2, u_3))
-        for wave in (np.cos, np.sin)
-    ]
-    flat = np.stack(normals, axis=-1).reshape(len(index), -1)[:, :size]
-    return flat.astype(np.float32).reshape(len(index), *shape)
+    uniform = ((words >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
+    radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * math.pi * uniform[1::2]
+    normals = np.empty((len(index), blocks, 2, 2), np.float32)  # of a block two pairs, of a pair two waves
+    for wave, function in enumerate((np.cos, np.sin)):
+        normals[..., wave] = (function(angle) * radius).transpose(1, 2, 0)
+    flat = normals.reshape(len(index), -1)[:, :size]
+    return np.ascontiguousarray(flat).reshape(len(index), *shape)
