@@ -78,7 +78,7 @@ def main(arguments=None):
     options = parser(__doc__)
     options.add_argument("bundle", type=Path)
     options.add_argument("--images", type=int, default=2000)
-    options.add_argument("--warmup", type=int, default=400, help="images before the first reading")
+    options.add_argument("--warmup", type=int, default=2000, help="images before; memory settles in them")
     options.add_argument("--allowed", type=float, default=1.0, help="MB; what the allocator leaves behind")
     options.add_argument("--threads", type=int, help="of the CPU; else one for each core")
     options = options.parse_args(arguments)
