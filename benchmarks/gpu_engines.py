@@ -17,12 +17,20 @@ import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the source tree, installed or not
+
 import piflow_edge as pf
+
+if find_spec("piflow_edge.engines") is None:  # not installed: the folder lies beside the package
+    pf.__path__.append(str(ROOT))
+
 from piflow_edge.bundle import Bundle
 from piflow_edge.engines import ENGINES, building
 from piflow_edge.errors import PiFlowError
@@ -129,11 +137,13 @@ def measure(timed, repeats):
     return {name: median(row[name] for row in rounds) for name in timed}
 
 
-def built(bundle, engine, precision, batches):
+def built(bundle, engine, precision, batches, own_kernels):
     """Build time, memory and size of an engine that must be built first; None for others."""
     if engine not in building.BUILT_ENGINES:
         return None
-    settings = building.BuildSettings(engine=engine, batch=building.Batch(1, max(batches), max(batches)))
+    batch = building.Batch(1, max(batches), max(batches))
+    own_kernels &= engine == "tensorrt"
+    settings = building.BuildSettings(engine=engine, batch=batch, own_kernels=own_kernels)
     reports = []
     for target in building.targets(bundle, precision=precision):
         report = building.build(building.plan(target, settings), settings, say=say)
@@ -142,7 +152,7 @@ def built(bundle, engine, precision, batches):
     return reports
 
 
-def examine(folder, engines, batches, repeats):
+def examine(folder, engines, batches, repeats, own_kernels=False):
     """One bundle in every engine and precision: a list of lines for the JSON."""
     bundle, reference = Bundle(folder), pf.load(folder, engine="ort-cpu", precision="fp32")
     lines, opened = [], {}
@@ -152,7 +162,7 @@ def examine(folder, engines, batches, repeats):
             lines.append(line)
             say(f"{bundle.name}: {engine}, {precision}")
             try:
-                line["build"] = built(bundle, engine, precision, batches)
+                line["build"] = built(bundle, engine, precision, batches, own_kernels)
                 began = time.perf_counter()
                 generator = pf.load(folder, engine=engine, precision=precision)
                 line["open_seconds"] = round(time.perf_counter() - began, 3)
@@ -217,6 +227,7 @@ def parse():
     parser.add_argument("--engine", nargs="+", choices=sorted(ENGINES), default=["tensorrt", "ort-cuda"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--repeats", type=int, default=50, help="of all calls, in turns")
+    parser.add_argument("--own-kernels", action="store_true", help="as of piflow-edge build")
     parser.add_argument("--cache", type=Path, help="keep engines here; else they are thrown away")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_args()
@@ -237,7 +248,9 @@ def main():
             result["lines"] = [
                 line
                 for folder in options.bundle
-                for line in examine(folder, options.engine, options.batch, options.repeats)
+                for line in examine(
+                    folder, options.engine, options.batch, options.repeats, options.own_kernels
+                )
             ]
         except PiFlowError as error:
             say(f"gpu_engines: {error}")

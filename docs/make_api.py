@@ -37,6 +37,9 @@ SECTIONS = (
     ("Engines", "piflow_edge.engines", "engines/__init__.py", {
         "open_engine": (), "Graph": (), "EngineOptions": (), "Engine": (),
     }),
+    ("Building engines", "piflow_edge.engines.building", "engines/building.py", {
+        "BuildSettings": (), "Batch": ("parse",), "targets": (), "plan": (), "build": (),
+    }),
     ("Teachers and students", "piflow_edge.distill.networks", "piflow_edge/distill/networks.py", {
         "Convention": (), "ModuleNetwork": (), "attach_policy_head": (),
     }),

@@ -12,7 +12,7 @@ from typing import Any
 from piflow_edge.bundle import Bundle, TensorSpec, decoder_file, sampler_file
 from piflow_edge.engines import EngineOptions, Graph, engine_cache, ort_compile, trt, trt_build, trt_versions
 from piflow_edge.engines.engine_cache import EngineKey
-from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
+from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.hardware import host_memory
 from piflow_edge.kernels import nvidia
 
@@ -71,6 +71,7 @@ class BuildSettings:
         batch: sizes the engine takes.
         workspace: bytes of the GPU's memory that one layer may use for scratch; None is all of it.
         timing_cache: keep the times of kernels for the next build.
+        own_kernels: for "tensorrt", leave cuBLAS and cuDNN out, which releases before 10 use too: less memory.
     """
 
     engine: str = "tensorrt"
@@ -78,12 +79,15 @@ class BuildSettings:
     batch: Batch = Batch()
     workspace: int | None = None
     timing_cache: bool = True
+    own_kernels: bool = False
 
     def __post_init__(self):
         if self.engine not in BUILT_ENGINES:
             raise EngineError(f"engines that are built: {', '.join(BUILT_ENGINES)}; got {self.engine!r}")
         if not re.fullmatch(r"cuda(:\d+)?", self.device):
             raise EngineError(f"engines are built for 'cuda' or 'cuda:N'; got device {self.device!r}")
+        if self.own_kernels and self.engine != "tensorrt":
+            raise EngineError(f"own_kernels is for engine 'tensorrt'; got engine {self.engine!r}")
         if self.workspace is not None and self.workspace < 1 << 20:
             raise EngineError(f"workspace is 1 MiB or more; got {self.workspace} bytes")
 
@@ -129,7 +133,8 @@ class Memory:
     is_shared: bool = False
 
     def check(self, name: str) -> None:
-        """
+        """Refuse a build that cannot fit.
+
         Raises:
             EngineError: there is less memory than needed.
         """
@@ -161,7 +166,7 @@ class Plan:
     options: str
     memory: Memory
     key: EngineKey | None
-    obstacle: str | None
+    obstacle: PiFlowError | None
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -180,7 +185,7 @@ class Plan:
             "memory": vars(self.memory),
             "key": vars(key) if key else None,
             "file_in_cache": str(engine_cache.folder() / key.file_name) if key else None,
-            "obstacle": self.obstacle,
+            "obstacle": str(self.obstacle) if self.obstacle else None,
         }
 
 
@@ -280,7 +285,7 @@ def plan(target: Target, settings: BuildSettings) -> Plan:
         shared = nvidia.shares_memory(settings.ordinal)
         memory = replace(memory, device_free=free, is_shared=shared)
     except PiFlowError as error:
-        obstacle = str(error)
+        obstacle = error
     memory = replace(memory, host_free=host_memory()[0])
     return Plan(target, target.profile(settings.batch), options, memory, key, obstacle)
 
@@ -302,7 +307,7 @@ def build(
     """
     target, key = planned.target, planned.key
     if key is None:
-        raise (MissingExtraError if "pip install" in planned.obstacle else EngineError)(planned.obstacle)
+        raise planned.obstacle
     reason = engine_cache.miss(key)
 
     def make() -> tuple[bytes, dict[str, Any]]:
@@ -327,7 +332,7 @@ def _made(planned: Plan, settings: BuildSettings) -> bytes:
     if settings.engine == "tensorrt":
         return trt_build.build_plan(
             target.graph, target.precision, planned.profile, ordinal=settings.ordinal,
-            workspace=settings.workspace, timing_cache=times,
+            workspace=settings.workspace, timing_cache=times, own_kernels=settings.own_kernels,
         )  # fmt: skip
     return ort_compile.compiled(
         settings.engine, target.graph, target.precision, planned.profile, device=settings.device,
@@ -363,7 +368,7 @@ def _options(target: Target, settings: BuildSettings, release: str | None) -> st
         if release is not None:
             row = trt_versions.api(release)
             flags = ",".join(trt_versions.builder_flags(row, target.precision)) or "none"
-        options += ["tf32=off", f"flags={flags}"]
+        options += ["tf32=off", f"flags={flags}", f"kernels={'own' if settings.own_kernels else 'all'}"]
     return " ".join(options)
 
 

@@ -254,9 +254,11 @@ class TensorRTEngine:
         key = (batch, id(outputs))
         call = self._calls.get(key)
         if call is None:
+            # Where a profile cannot be shared, there is one context at a time.
+            kept = 1 if self._api.profile_sharing == "never" else _CALLS_KEPT
+            while len(self._calls) >= kept:
+                self._forget(outputs)
             call = self._calls[key] = self._prepared(batch, outputs)
-            if len(self._calls) > _CALLS_KEPT:
-                self._forget()
         self._calls.move_to_end(key)
         call.count += 1
         # TensorRT sets a context up at its first call, in ways that cannot be recorded.
@@ -296,13 +298,13 @@ class TensorRTEngine:
         if not call.context.execute_async_v3(stream):
             raise EngineError(f"the network call failed in TensorRT: {'; '.join(self._log.errors)}")
 
-    def _forget(self) -> None:
-        """Drop the call that was used longest ago, once it has run, and outputs that no call uses any more."""
+    def _forget(self, kept: _Outputs) -> None:
+        """Drop the call that was used longest ago, once it has run, and outputs that no call uses but `kept`."""
         nvidia.wait_for(self._stream.handle)
         _, old = self._calls.popitem(last=False)
         if old.recording is not None:
             old.recording.free()
-        used = {outputs for _, outputs in self._calls}
+        used = {outputs for _, outputs in self._calls} | {id(kept)}
         self._outputs = [outputs for outputs in self._outputs if id(outputs) in used]
 
     def _on_gpu(self, outputs: _Outputs, batch: int, stream: int) -> dict[str, DeviceArray]:

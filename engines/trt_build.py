@@ -22,6 +22,7 @@ def build_plan(
     ordinal: int,
     workspace: int | None,
     timing_cache: Path | None,
+    own_kernels: bool = False,
 ) -> bytes:
     """A serialised engine of a graph, for one GPU.
 
@@ -32,6 +33,7 @@ def build_plan(
         ordinal: the GPU.
         workspace: bytes of its memory that a layer may use for scratch; None is all there is.
         timing_cache: file of measured kernel times, used and added to; None for none.
+        own_kernels: leave cuBLAS and cuDNN out.
 
     Raises:
         MissingExtraError: tensorrt is not installed.
@@ -48,6 +50,9 @@ def build_plan(
             raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {_reasons(parser, logger)}")
         config = builder.create_builder_config()
         trt_versions.set_precision(row, trt, config, network, precision)
+        trt_versions.share_profiles(row, trt, config)
+        if own_kernels:
+            trt_versions.use_own_kernels(trt, config)
         if workspace is not None:
             trt_versions.set_workspace(trt, config, workspace)
         _add_profile(builder, config, network, profile)

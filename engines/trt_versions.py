@@ -28,21 +28,24 @@ class Api:
     `since`: its first release. `strongly_typed`: a network takes every type from the graph; before that the builder
     picks them, within what its flags allow. `contexts_by_strategy`: `create_execution_context` takes a strategy, of
     which USER_MANAGED leaves the memory to us; before that a method of another name does. `sized_memory`: a context is
-    told how much memory it is given, and an engine tells its need in `device_memory_size_v2`.
+    told how much memory it is given, and an engine tells its need in `device_memory_size_v2`. `profile_sharing`: how
+    several contexts come to use one profile: "never", "asked" of the builder, or "always".
     """
 
     since: tuple[int, int]
     strongly_typed: bool
     contexts_by_strategy: bool
     sized_memory: bool
+    profile_sharing: str
 
 
 # 10.0 brought strong typing and strategies, and took the bindings by number away; 11 took away the builder's precision
 # flags, EXPLICIT_BATCH and the memory size without "_v2". None of 9 was ever a general release.
 TABLE = (
-    Api((8, 5), strongly_typed=False, contexts_by_strategy=False, sized_memory=False),
-    Api((10, 0), strongly_typed=True, contexts_by_strategy=True, sized_memory=False),
-    Api((10, 1), strongly_typed=True, contexts_by_strategy=True, sized_memory=True),
+    Api((8, 5), False, False, False, "never"),
+    Api((8, 6), False, False, False, "asked"),
+    Api((10, 0), True, True, False, "always"),
+    Api((10, 1), True, True, True, "always"),
 )
 # Of a major release, the minor ones that are known. NVIDIA keeps the interface within a major release, so that a newer
 # one of 10 or 11 may come; of 8 none does.
@@ -149,6 +152,20 @@ def _pin_float32(trt, network) -> None:
             layer.precision = trt.DataType.FLOAT
         for n in wide:
             layer.set_output_type(n, trt.DataType.FLOAT)
+
+
+def share_profiles(row: Api, trt, config) -> None:
+    """Let several contexts of the engine use its one profile at a time, where the release can."""
+    if row.profile_sharing == "asked":
+        config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+
+
+def use_own_kernels(trt, config) -> None:
+    """Leave cuBLAS and cuDNN out, which releases before 10 try too: hundreds of megabytes of memory less."""
+    kinds = trt.TacticSource.__members__.items()
+    own = sum(1 << int(kind) for name, kind in kinds if not name.startswith(("CUBLAS", "CUDNN")))
+    if not config.set_tactic_sources(own):
+        raise EngineError("TensorRT does not build with its own kernels alone; leave that option out")
 
 
 def set_workspace(trt, config, size: int) -> None:

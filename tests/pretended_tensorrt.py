@@ -11,12 +11,21 @@ import enum
 import json
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
 
 SURFACE = json.loads((Path(__file__).parent / "golden" / "tensorrt_surface.json").read_text())
 RELEASES = SURFACE["Builder"]["__init__"]["(logger)"]
+# For sitecustomize.py: installs it. Policies stay on the CPU, for the pretended GPU has few mixtures.
+START = """
+import pretended_tensorrt
+from piflow_edge.kernels import gpu_arrays
+
+pretended_tensorrt.install("10.3.0")
+gpu_arrays.place_of = lambda device: None
+"""
 
 
 def pretend(release):
@@ -129,6 +138,7 @@ class Builder:
     def create_builder_config(self):
         config = self._trt.IBuilderConfig.__new__(self._trt.IBuilderConfig)
         config._flags, config._pools, config._profiles, config._times = {"TF32"}, {}, [], None
+        config._features, config._tactics = set(), None
         return config
 
     def create_optimization_profile(self):
@@ -149,7 +159,9 @@ class Builder:
             config._times._content += b"kernel;"
         (profile,) = config._profiles
         plan = {
-            "release": release, "typed": typed, "flags": sorted(config._flags), "pools": config._pools,
+            "release": release, "typed": typed, "tactics": config._tactics,
+            "shares": not release.startswith("8") or "PROFILE_SHARING_0806" in config._features,
+            "flags": sorted(config._flags), "pools": config._pools,
             "pinned": [layer._name for layer in network._layers if layer._pinned], "profile": profile._shapes,
             "onnx": base64.b64encode(network._onnx).decode(),
         }  # fmt: skip
@@ -162,6 +174,14 @@ class IBuilderConfig:
 
     def clear_flag(self, flag):
         self._flags.discard(flag.name)
+
+    def set_preview_feature(self, feature, enable):
+        self._features.add(feature.name)
+
+    def set_tactic_sources(self, tactic_sources):
+        kinds = self._trt.TacticSource.__members__.items()
+        self._tactics = sorted(name for name, kind in kinds if tactic_sources >> int(kind) & 1)
+        return True
 
     def set_memory_pool_limit(self, pool, pool_size):
         self._pools[pool.name] = pool_size
@@ -301,7 +321,7 @@ class Runtime:
         engine = self._trt.ICudaEngine.__new__(self._trt.ICudaEngine)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        engine._plan = plan
+        engine._plan, engine._contexts = plan, weakref.WeakSet()
         engine._session = onnxruntime.InferenceSession(
             base64.b64decode(plan["onnx"]), options, providers=["CPUExecutionProvider"]
         )
@@ -340,9 +360,12 @@ class ICudaEngine:
         return self._made_context()
 
     def _made_context(self):
+        if len(self._contexts) and not self._plan["shares"]:
+            return None  # the profile is another context's
         context = self._trt.IExecutionContext.__new__(self._trt.IExecutionContext)
         context._engine, context._shapes, context._addresses, context._memory = self, {}, {}, 0
         context._ready = False
+        self._contexts.add(context)
         return context
 
 

@@ -104,7 +104,7 @@ class TestOnABundle:
         assert planned.as_json()["profile"]["x_t"]["max"][0] == 4
         with pytest.raises(PiFlowError) as error:
             building.build(planned, BuildSettings())
-        assert str(error.value) == planned.obstacle
+        assert error.value is planned.obstacle
 
     @no_gpu
     def test_dry_run(self, shared_bundle):

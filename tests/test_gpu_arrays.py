@@ -178,6 +178,32 @@ except PiFlowError as error:
     assert "closed" in str(error)
 """
 
+TENSORRT = """
+import piflow_edge as pf
+import pretended_tensorrt
+from piflow_edge.bundle import Bundle
+from piflow_edge.engines import building
+
+pretended_tensorrt.install("10.3.0")
+settings = building.BuildSettings(batch=building.Batch(1, 1, 4))
+for target in building.targets(Bundle(sys.argv[1])):
+    building.build(building.plan(target, settings), settings)
+arguments = dict(labels=[3, 7, 1], seed=5, temperature=0.5, output="numpy")
+theirs = pf.load(sys.argv[1], engine="ort-cpu")(**arguments)
+with pf.load(sys.argv[1], engine="tensorrt") as generator:
+    for image in range(4):
+        before = counts()
+        ours = generator(**arguments)
+        assert (ours.engine, ours.device) == ("tensorrt", "cuda")
+        np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
+        assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+    moved = {name: counts()[name] - before[name] for name in COUNTS}
+    # Once recorded, an image is two replays of the student and one of the decoder, and nothing new is taken. Beside the
+    # noise, times and labels go there, a few bytes; image and latents come back.
+    assert (moved["launches"], moved["outs"], moved["bytes"], moved["graphs"]) == (3, 2, 0, 0), moved
+assert counts()["graphs"] == 0
+"""
+
 
 @pytest.mark.torch
 def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
@@ -194,6 +220,8 @@ def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
     student = make_student(head=GMHead(3), latent=vars(autoencoder.latent), in_channels=2)
     export_bundle(student, tmp_path / "bundle", autoencoder=autoencoder)
     run(GENERATOR, tmp_path / "bundle")
+    pytest.importorskip("filelock")
+    run(TENSORRT, tmp_path / "bundle")
 
 
 @pytest.mark.skipif(not HAS_BINDINGS, reason="cuda-bindings is not installed")

@@ -11,6 +11,7 @@ import pytest
 from piflow_edge.kernels import cuda
 
 from pretended_gpu import TESTS, fake_driver, run_on_fake_driver
+from pretended_tensorrt import START
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_engines.py"
 pytestmark = pytest.mark.torch
@@ -60,9 +61,7 @@ def test_an_engine_that_computes_something_else_is_found_out(shared_bundle):
 def test_tensorrt_is_built_held_to_the_cpu_and_timed(shared_bundle, tmp_path):
     pytest.importorskip("filelock")
     driver = fake_driver(tmp_path)
-    (tmp_path / "sitecustomize.py").write_text(
-        "import pretended_tensorrt\npretended_tensorrt.install('10.3.0')\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(START)
     words = ("--bundle", shared_bundle, "--engine", "tensorrt", "--batch", 1, 2, "--repeats", 2)
     done = run_on_fake_driver(driver, SCRIPT, *words, PYTHONPATH=f"{tmp_path}:{TESTS}")
     result = json.loads(done.stdout)

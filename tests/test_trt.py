@@ -9,6 +9,7 @@ import json
 import pytest
 
 from pretended_gpu import fake_driver, run_on_fake_driver
+from pretended_tensorrt import START
 
 pytest.importorskip("onnx", reason="the small network is made with onnx")
 pytest.importorskip("filelock")
@@ -89,7 +90,11 @@ assert (engine.name, engine.device, engine.min_batch, engine.max_batch) == ("ten
 for seed, batch in enumerate((1, 1, 4, 1, 4, 4, 3)):
     given, expected = small_network.inputs(batch, seed)
     check(engine.run(given), expected)
-assert count("graphs") == 2 and count("launches") == 4 and runs() == 7  # batches 1 and 4; 3 came once
+assert runs() == 7
+# Batches 1 and 4 were recorded when they came again, 3 came once. Where one context at a time may use the profile, a
+# batch is recorded when it comes twice in a row.
+alone = engine._api.profile_sharing == "never"
+assert (count("graphs"), count("launches")) == ((0, 2) if alone else (2, 4))
 """,
         release,
     )
@@ -270,9 +275,7 @@ assert "there is no TensorRT engine" in TensorRTEngine.obstacle(graph, "cuda", E
 def test_from_a_bundle_to_images_by_the_commands_a_user_gives(driver, latent_bundle, tmp_path):
     site = tmp_path / "site"
     site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        "import pretended_tensorrt\npretended_tensorrt.install('10.3.0')\n"
-    )
+    (site / "sitecustomize.py").write_text(START)
     settings = {
         "PIFLOW_EDGE_CACHE": str(tmp_path / "cache"),
         "PYTHONPATH": f"{site}:{__file__.rpartition('/')[0]}",

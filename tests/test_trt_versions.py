@@ -54,6 +54,8 @@ def test_the_table_names_what_a_release_has(release):
     row = trt_versions.api(release)
     assert has("NetworkDefinitionCreationFlag", "STRONGLY_TYPED", release) == row.strongly_typed
     assert ("ExecutionContextAllocationStrategy" in vars(pretend(release))) == row.contexts_by_strategy
+    asked = release.startswith("8") and has("PreviewFeature", "PROFILE_SHARING_0806", release)
+    assert row.profile_sharing == ("asked" if asked else "never" if release.startswith("8") else "always")
     assert has("IExecutionContext", "set_device_memory", release) == row.sized_memory
     assert has("ICudaEngine", "device_memory_size_v2", release) == row.sized_memory
     missing = [
@@ -99,6 +101,12 @@ def test_types_come_from_the_graph_where_a_release_can_and_else_from_flags(relea
     assert {"scaled", "wide", "u", "w"} <= set(plan["pinned"])
     assert not {"narrow", "axes"} & set(plan["pinned"])
     assert built("fp32")["pinned"] == [] and built("int8-qdq")["flags"] == ["INT8"]
+
+
+@every()
+def test_cublas_and_cudnn_can_be_left_out(release):
+    assert built(own_kernels=True)["tactics"] == ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
+    assert built()["tactics"] is None
 
 
 @every(["8.5.3.1", "11.4.0.106"])

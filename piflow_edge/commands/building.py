@@ -19,13 +19,15 @@ from .options import BUNDLE, JSON, TRUSTED_KEYS, emit, say, show
 @click.option("--nfe", type=click.IntRange(min=1), help="Calls of the sampler graph, with --graph sampler.")
 @click.option("--device", default="cuda", help="The GPU: cuda or cuda:N.")
 @click.option("--no-timing-cache", is_flag=True, help="Time every kernel anew, and keep no times.")
+@click.option("--own-kernels", is_flag=True,
+              help="Leave cuBLAS and cuDNN out, which TensorRT 8 uses too: less memory.")  # fmt: skip
 @click.option("--rebuild", is_flag=True, help="Build even what the cache has.")
 @click.option("--dry-run", is_flag=True, help="Tell what would be built; needs no GPU and no TensorRT.")
 @TRUSTED_KEYS
 @JSON
 def build(
-    bundle, engine, batch, workspace, precision, graph, nfe, device, no_timing_cache, rebuild, dry_run, trusted_keys,
-    as_json,
+    bundle, engine, batch, workspace, precision, graph, nfe, device, no_timing_cache, own_kernels, rebuild, dry_run,
+    trusted_keys, as_json,
 ):  # fmt: skip
     """Build engines of a bundle's networks for this GPU, and keep them in the cache, where `--engine` finds them.
 
@@ -45,6 +47,7 @@ def build(
         batch=building.Batch.parse(batch),
         workspace=workspace and workspace << 20,
         timing_cache=not no_timing_cache,
+        own_kernels=own_kernels,
     )
     opened = Bundle(bundle, trusted_keys=trusted_keys)
     plans = [
@@ -95,7 +98,7 @@ def _tell_plans(plans, as_json: bool, context: dict) -> None:
         table.add_row("memory needed at least, MiB: GPU, host", needed)
         table.add_row("memory free, MiB: GPU, host", free)
         if plan.key is None:
-            table.add_row("not here", plan.obstacle)
+            table.add_row("not here", str(plan.obstacle))
         else:
             for name, value in vars(plan.key).items():
                 table.add_row(name.replace("_", " "), value)

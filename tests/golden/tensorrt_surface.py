@@ -25,7 +25,7 @@ CLASSES = (
 )  # fmt: skip
 ENUMS = (
     "BuilderFlag", "NetworkDefinitionCreationFlag", "MemoryPoolType", "DataType", "TensorIOMode", "LayerType",
-    "ExecutionContextAllocationStrategy",
+    "ExecutionContextAllocationStrategy", "TacticSource", "PreviewFeature",
 )  # fmt: skip
 
 
