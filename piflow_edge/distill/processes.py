@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from piflow_edge.errors import EngineError, PiFlowError, ShapeError
 
+from .activations import quicken
+
 T = TypeVar("T")
 
 PRECISIONS = ("no", "bf16", "fp16")
@@ -90,6 +92,7 @@ class Processes:
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Put the network on this process's device; what to call in its place. The optimizer follows suit."""
+        quicken(network)
         halved = self.mixed_precision != "no"
         if self.sharded and halved:
             # The times that a network is given do not survive half precision. So inputs stay as they are, and
@@ -110,6 +113,7 @@ class Processes:
     def place(self, network: nn.Module) -> None:
         """Put a network that is not trained on this process's device, to be called in the run's precision."""
         network.to(self.device)
+        quicken(network)
         if self.mixed_precision != "no" and not hasattr(network, "_original_forward"):
             self._autocast(network)
 

@@ -63,7 +63,8 @@ class GuidanceConfig:
     """How a teacher is guided.
 
     Args:
-        scale: of classifier-free guidance; 1 is none and asks the network once per call, more asks it twice.
+        scale: of classifier-free guidance; 1 is none and asks the network once per call, more asks it twice, within
+            `interval`.
         interval: noise levels, both ends included, outside which the scale is 1; None is everywhere.
         orthogonal: share of the push along the predicted x_0 that is taken out.
     """
@@ -112,15 +113,22 @@ class GuidedTeacher:
     @torch.no_grad()
     def velocity(self, x_t: Tensor, sigma_t, **conditioning: Tensor) -> Tensor:
         """u_t at states (B, C, *S), noise level a float or (B,); no gradient."""
-        sigma = torch.as_tensor(np.broadcast_to(sigma_t, x_t.shape[:1]).copy()).to(x_t)
+        levels = np.broadcast_to(sigma_t, x_t.shape[:1])
+        sigma = torch.as_tensor(levels.copy()).to(x_t)
         if self.guidance.scale == 1:
             return self.teacher.velocity(x_t, sigma, **conditioning)
-        doubled = {}
+        # Outside the interval the unconditional velocity is not needed. The host knows: no waiting for a GPU.
+        low, high = self.guidance.interval or (0.0, 1.0)
+        pushed = torch.from_numpy(np.flatnonzero((levels >= low) & (levels <= high))).to(x_t.device)
+        asked = {}
         for name, given in conditioning.items():
             null = self.null[name].to(given).expand_as(given) if name in self.null else given
-            doubled[name] = torch.cat([null, given])
-        twice = self.teacher.velocity(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), **doubled)
-        u_uncond, u_cond = twice.chunk(2)
+            asked[name] = torch.cat([null[pushed], given])
+        both = self.teacher.velocity(
+            torch.cat([x_t[pushed], x_t]), torch.cat([sigma[pushed], sigma]), **asked
+        )
+        u_cond = both[len(pushed) :]
+        u_uncond = u_cond.index_copy(0, pushed, both[: len(pushed)])
         # In units in which the network's time is the noise level.
         return guide(u_cond, u_uncond, x_t, sigma, num_timesteps=1.0, **vars(self.guidance))
 

@@ -343,6 +343,23 @@ def test_guidance_wants_to_know_what_no_condition_is(data):
     torch.testing.assert_close(found[:, 0, 0, 0], torch.tensor([2.0 + 3 * (0 - 2), 2.0 + 3 * (1 - 2)]))
 
 
+@pytest.mark.parametrize(("interval", "asked"), [((0.3, 0.7), 3 + 2), ((0.9, 1.0), 3)])
+def test_outside_its_interval_guidance_asks_the_network_once(interval, asked):
+    network, sizes = python_teacher(), []
+    nn.init.normal_(network.module.head.modulation.weight, std=0.5)  # so that classes matter
+    network.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    x_t, labels = torch.randn(3, *network.sample_shape), torch.tensor([0, 1, 1])
+    sigma_t = np.array([0.3, 0.8, 0.5])
+    guided = GuidedTeacher(network, GuidanceConfig(2.0, interval)).velocity(x_t, sigma_t, labels=labels)
+    assert sizes == [asked]
+    everywhere = GuidedTeacher(network, GuidanceConfig(2.0)).velocity(x_t, sigma_t, labels=labels)
+    plain = GuidedTeacher(network).velocity(x_t, sigma_t, labels=labels)
+    assert not torch.allclose(everywhere, plain, atol=1e-3)
+    inside = (sigma_t >= interval[0]) & (sigma_t <= interval[1])
+    expected = torch.where(torch.from_numpy(inside).view(-1, 1, 1, 1), everywhere, plain)
+    torch.testing.assert_close(guided, expected)
+
+
 def test_several_numbers_of_calls_are_trained_in_one_student(teacher_folder, data, tmp_path):
     options = dict(guidance=GuidanceConfig(), head=DXHead(3))
     trained = distill(
