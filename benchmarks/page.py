@@ -203,9 +203,11 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
 def rendered(name: str, results: Path) -> str:
     file = results / f"{name}.json"
     if not file.exists():
-        return f"Not measured yet: `benchmarks/results/{name}.json` is not there."
+        return f"Not measured yet: there is no `results/{name}.json`."
     found = json.loads(file.read_text())
     text = TABLES.get(name, nested)(found)
+    if (results / f"{name}.png").exists():
+        text = f"![{name.replace('_', ' ')}](results/{name}.png)\n\n{text}"
     return f"{text}\n\n{conditions(found[0] if isinstance(found, list) else found)}".rstrip()
 
 
