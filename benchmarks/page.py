@@ -120,7 +120,7 @@ def scaling(found: Mapping) -> str:
         (one["what"], "pixels" if one["axis"] == "side" else one["axis"],
          f"{one['sizes'][0]} to {one['sizes'][-1]}" + (" a side" if one["axis"] == "side" else ""),
          f"{number(one['ms'][0])} to {number(one['ms'][-1])}", f"{one['exponent']:.2f}",
-         f"{one['low']:.2f} to {one['high']:.2f}", f"{one['last']:.2f}")
+         None if one["low"] is None else f"{one['low']:.2f} to {one['high']:.2f}", f"{one['last']:.2f}")
         for one in found["lines"]
     ]  # fmt: skip
     return table(["", "grows", "from, to", "ms", "exponent", "95 %", "of the last two"], rows)
@@ -136,6 +136,19 @@ def quality_latency(found: Mapping) -> str:
         for one in found["teacher"]
     ]
     return table(["", "precision", "calls", "substeps", "ms per image", "FID"], rows)
+
+
+def noise(found: Mapping) -> str:
+    differences = found["differences_of_medians"]
+    rows = [
+        ("runs of the same bundle, each compared with every other", found["runs"]),
+        ("settings compared", found["comparisons"]),
+        ("said to have moved, though nothing did", found["false_alarms"]),
+        ("that the interval alone would have called moved", found["intervals_without_1"]),
+        *((f"{share} of the medians differ by at most", percent(off)) for share, off in differences.items()),
+        ("what a change must exceed", percent(found["process_noise"])),
+    ]
+    return table(["", ""], rows)
 
 
 def training_step(found: Sequence[Mapping]) -> str:
@@ -195,6 +208,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "end_to_end": end_to_end,
     "scaling": scaling,
     "quality_latency": quality_latency,
+    "noise": noise,
     "training_step": training_step,
     "rollout": rollout,
 }

@@ -70,7 +70,8 @@ def picture(lines, teachers):
         chosen = [line for line in lines if line["precision"] == precision]
         points = [(line["ms"], line["fid"]) for line in chosen]
         labels = [f"{line['nfe']} × {line['substeps']}" for line in chosen]
-        series.append(Series(f"student, {precision}", points, labels))
+        # The others lie beside the first precision's, whose labels are theirs too.
+        series.append(Series(f"student, {precision}", points, [] if series else labels))
     points = [(line["ms"], line["fid"]) for line in teachers]
     series.append(Series("teacher", points, [f"{line['steps']} steps" for line in teachers], line=True))
     return chart(

@@ -30,6 +30,7 @@ def commands(demo: str) -> dict[str, list[str]]:
             "quality_latency.py", "--demo", demo, "--plot", "benchmarks/results/quality_latency.png",
         ],
         "precision": ["precision.py", "--student", f"{demo}/students/nfe1"],
+        "noise": ["noise.py", "--demo", demo],
         "soak": ["soak.py", bundles[0]],
     }  # fmt: skip
 

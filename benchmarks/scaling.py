@@ -59,9 +59,19 @@ def network_at(side, config):
     return open_engine(Graph(export_network(student)), engine="ort-cpu")
 
 
+def counted(axis, sizes):
+    """Of a side its pixels."""
+    return [side**2 for side in sizes] if axis == "side" else sizes
+
+
 def line(what, axis, sizes, ms):
-    counted = [side**2 for side in sizes] if axis == "side" else sizes
-    return {"what": what, "axis": axis, "sizes": sizes, "ms": ms, **exponent(counted, ms)}
+    return {"what": what, "axis": axis, "sizes": sizes, "ms": ms, **exponent(counted(axis, sizes), ms)}
+
+
+def growth(line):
+    """(times its smallest size, times as long)."""
+    sizes, ms = counted(line["axis"], line["sizes"]), line["ms"]
+    return [(size / sizes[0], time / ms[0]) for size, time in zip(sizes, ms, strict=True)]
 
 
 def main(arguments=None):
@@ -93,20 +103,13 @@ def main(arguments=None):
     lines.append(line("network", "batch", batches, times(calls)))
     if options.plot:
         series = [
-            Series(
-                f"{one['what']}, {one['axis']}: {one['exponent']:.2f}",
-                [
-                    (size / one["sizes"][0], ms / one["ms"][0])
-                    for size, ms in zip(one["sizes"], one["ms"], strict=True)
-                ],
-                line=True,
-            )
+            Series(f"{one['what']}, {one['axis']}: {one['exponent']:.2f}", growth(one), line=True)
             for one in lines
         ]
         picture = chart(
             series,
             title="",
-            x_label="times its smallest size (exponents are of pixels, where the side grows)",
+            x_label="times its smallest size, of a side in pixels",
             y_label="times as long",
             log_x=True,
             log_y=True,

@@ -44,10 +44,11 @@ def medians_of(
     return {name: median(times) for name, times in rounds_of(calls, rounds, *limits, **settings).items()}
 
 
-def exponent(sizes: Sequence[float], times: Sequence[float]) -> dict[str, float]:
+def exponent(sizes: Sequence[float], times: Sequence[float]) -> dict[str, float | None]:
     """p of times = a size^p, by least squares of the logarithms, with its 95 % interval; and of the last two alone.
 
-    Where a fixed cost hides in the small sizes, p is below that of the large ones, which `last` shows.
+    Two sizes have no interval. Where a fixed cost hides in the small sizes, p is below that of the large ones, which
+    `last` shows.
     """
     x, y = np.log(np.asarray(sizes, float)), np.log(np.asarray(times, float))
     x = x - x.mean()
@@ -56,8 +57,10 @@ def exponent(sizes: Sequence[float], times: Sequence[float]) -> dict[str, float]
     # Student's t for 95 %: 1 to 6 degrees of freedom.
     degrees = len(x) - 2
     t = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}.get(degrees, 2.45)
-    wide = float(t * np.sqrt((off**2).sum() / max(1, degrees) / (x * x).sum())) if degrees else float("nan")
     last = float((y[-1] - y[-2]) / (x[-1] - x[-2]))
+    if not degrees:
+        return {"exponent": slope, "low": None, "high": None, "last": last}
+    wide = float(t * np.sqrt((off**2).sum() / degrees / (x * x).sum()))
     return {"exponent": slope, "low": slope - wide, "high": slope + wide, "last": last}
 
 

@@ -23,13 +23,6 @@ def answer_of(script, *arguments, out):
     return json.loads(out.read_text())
 
 
-@pytest.fixture
-def small_sizes(monkeypatch):
-    """Networks of a few thousand weights, so that exporting one takes a second."""
-    monkeypatch.setattr(sys, "argv", ["script"])
-
-
-@pytest.mark.usefixtures("small_sizes")
 class TestScripts:
     def test_rollout_share(self, tmp_path):
         found = answer_of(
@@ -68,6 +61,16 @@ def test_startup(tmp_path):
     found = json.loads(out.read_text())
     assert found["import piflow_edge / import numpy"] > 0
     page(tmp_path, "startup", "budget")
+
+
+def test_noise(shared_bundle, tmp_path):
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "digits-nfe1").symlink_to(shared_bundle)
+    found = answer_of(
+        "noise", "--demo", tmp_path, "--runs", 2, "--rounds", 2, "--batch", 1, out=tmp_path / "noise.json"
+    )
+    assert found["comparisons"] == 1 and found["false_alarms"] <= 1
+    page(tmp_path, "noise", "though nothing did")
 
 
 def page(results, name, words):

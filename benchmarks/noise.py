@@ -1,0 +1,56 @@
+"""How often does `piflow-edge bench --compare` say that something moved when nothing did? One JSON line answers.
+
+The same bundle is measured again and again in fresh processes, and every run compared with every other. Nothing
+changed between them, so each verdict but "within noise" is a false alarm.
+
+Run: python benchmarks/noise.py --demo demo
+"""
+
+import json
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from piflow_edge.bench_compare import PROCESS_NOISE, compare
+
+from timing import answer, parser
+
+
+def run(bundle, options):
+    command = [sys.executable, "-m", "piflow_edge.cli", "bench", bundle, "--rounds", str(options.rounds)]
+    command += ["--batch", options.batch, "--cold-starts", "0", "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return json.loads(done.stdout)
+
+
+def main(arguments=None):
+    options = parser(__doc__)
+    options.add_argument("--demo", type=Path, required=True, help="folder of piflow-edge demo")
+    options.add_argument("--runs", type=int, default=8)
+    options.add_argument("--rounds", type=int, default=100)
+    options.add_argument("--batch", default="1,8")
+    options = options.parse_args(arguments)
+    bundle = str(options.demo / "bundles" / "digits-nfe1")
+    runs = [run(bundle, options) for _ in range(options.runs)]
+    changes = [change for pair in combinations(runs, 2) for change in compare(*pair).changes]
+    off = np.array([abs(np.log(change.ratio)) for change in changes])
+    outside = [change.low > 1 or change.high < 1 for change in changes]
+    found = {
+        "runs": options.runs,
+        "rounds": options.rounds,
+        "comparisons": len(changes),
+        "false_alarms": sum(change.verdict != "within noise" for change in changes),
+        "intervals_without_1": sum(outside),
+        "process_noise": PROCESS_NOISE,
+        "differences_of_medians": {
+            f"{share} %": float(np.expm1(np.percentile(off, share))) for share in (50, 95, 100)
+        },
+    }
+    answer(options, found)
+
+
+if __name__ == "__main__":
+    main()
