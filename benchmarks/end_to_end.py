@@ -15,6 +15,7 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Idle OpenMP threads of torch shall sleep, not spin: they would take the core from the next contender.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -44,7 +45,6 @@ def pipeline(network, num_classes):
     from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.modeling_utils import ModelMixin
-    from diffusers.models.transformers.transformer_2d import Transformer2DModelOutput
 
     class Transformer(ModelMixin, ConfigMixin):
         """Takes diffusers' times, 1000 for noise, and its null label."""
@@ -58,9 +58,7 @@ def pipeline(network, num_classes):
 
         def forward(self, latents, timestep, class_labels):
             labels = class_labels.masked_fill(class_labels == 1000, num_classes)
-            return Transformer2DModelOutput(
-                sample=self.network.velocity(latents, timestep / 1000, labels=labels)
-            )
+            return SimpleNamespace(sample=self.network.velocity(latents, timestep / 1000, labels=labels))
 
     class Decoder(ModelMixin, ConfigMixin):
         """States are images already."""
@@ -73,7 +71,7 @@ def pipeline(network, num_classes):
             self.place = torch.nn.Parameter(torch.zeros(1))  # by which a pipeline finds its device
 
         def decode(self, latents):
-            return Transformer2DModelOutput(sample=latents)
+            return SimpleNamespace(sample=latents)
 
     class Scheduler(FlowMatchEulerDiscreteScheduler):
         """With our noise levels, and the one method DiTPipeline asks for that flow matching has no use for."""
