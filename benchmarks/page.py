@@ -138,6 +138,47 @@ def quality_latency(found: Mapping) -> str:
     return table(["", "precision", "calls", "substeps", "ms per image", "FID"], rows)
 
 
+def overhead(found: Mapping) -> str:
+    rows = []
+    for one in found["lines"]:
+        limit = 1.01 if "DX" in one["student"] else 1.05
+        long_enough = one["per_call_ms"] >= 10
+        judged = (
+            f"≤ {limit}, {verdict(one['ratio'] <= limit)}" if long_enough else "a call is shorter than 10 ms"
+        )
+        ms = one["ms"]
+        rows.append(
+            (one["student"], one["nfe"], ms["network"], ms["generator"], f"{one['ratio']:.3f}", judged)
+        )
+    return table(["student", "calls", "bare calls, ms", "generator, ms", "ratio", "budget"], rows)
+
+
+def soak(found: Mapping) -> str:
+    first, last = found["readings"][0], found["readings"][-1]
+    rows = [(name, first[name], last[name]) for name in ("images", "resident_mb", "open_files", "threads")]
+    text = table(
+        ["", "after the warm-up", "at the end"], [(name.replace("_", " "), *two) for name, *two in rows]
+    )
+    return f"{text}\n\nIt {'grew' if found['grew'] else 'did not grow'}."
+
+
+def precision(found: Mapping) -> str:
+    parts = []
+    for name, heading in (("digits", "The digits student"), ("wide", "A DiT of 30 million weights")):
+        one = found.get(name)
+        if not one:
+            continue
+        rows = []
+        for precision, share in one["graph_share"].items():
+            calls = one.get("calls", {}).values()
+            fid = one.get("fid", {}).get(precision)
+            rows.append((precision, percent(share), f"{one['psnr_db_to_pytorch'][precision]} dB", fid,
+                         *(batch["ms"][precision] for batch in calls)))  # fmt: skip
+        heads = ["", "graph's size over fp32's", "images beside PyTorch's", "FID"]
+        parts += [f"{heading}:", table([*heads, *(f"ms, {b}" for b in one.get("calls", {}))], rows)]
+    return "\n\n".join(parts)
+
+
 def noise(found: Mapping) -> str:
     differences = found["differences_of_medians"]
     rows = [
@@ -209,6 +250,9 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "scaling": scaling,
     "quality_latency": quality_latency,
     "noise": noise,
+    "overhead": overhead,
+    "precision": precision,
+    "soak": soak,
     "training_step": training_step,
     "rollout": rollout,
 }

@@ -19,19 +19,18 @@ RESULTS = HERE / "results"
 
 def commands(demo: str) -> dict[str, list[str]]:
     """Name -> script and arguments, without --out."""
-    bundles = [f"{demo}/bundles/digits-nfe{nfe}" for nfe in (1, 2, 4)]
     return {
         "startup": ["startup.py", "--demo", demo],
         "rollout_share": ["rollout_share.py", "--demo", demo],
         "end_to_end": ["end_to_end.py", "--demo", demo],
-        "overhead": ["overhead.py"],
+        "overhead": ["overhead.py", "--demo", demo],
         "scaling": ["scaling.py", "--plot", "benchmarks/results/scaling.png"],
         "quality_latency": [
             "quality_latency.py", "--demo", demo, "--plot", "benchmarks/results/quality_latency.png",
         ],
         "precision": ["precision.py", "--student", f"{demo}/students/nfe1"],
         "noise": ["noise.py", "--demo", demo],
-        "soak": ["soak.py", bundles[0]],
+        "soak": ["soak.py", f"{demo}/bundles/digits-nfe2"],
     }  # fmt: skip
 
 
