@@ -55,7 +55,7 @@ def network_call(engine, side, batch):
 
 
 def network_at(side, config):
-    student = student_of(teacher_of(replace(config, sample_size=side)))
+    student = student_of(teacher_of(replace(config, in_channels=CHANNELS, sample_size=side)))
     return open_engine(Graph(export_network(student)), engine="ort-cpu")
 
 
