@@ -14,7 +14,7 @@ GUIDANCE_SCALE = 1.5
 # Takes 10 ms a call or more on two cores of a server: 256 tokens, 8 million weights. As many classes as ImageNet, for
 # diffusers' DiTPipeline takes label 1000 for "no class".
 LARGE = DiTConfig(
-    in_channels=4, sample_size=32, patch_size=2, hidden_size=256, depth=6, num_heads=4, num_classes=1000
+    in_channels=3, sample_size=32, patch_size=2, hidden_size=256, depth=6, num_heads=4, num_classes=1000
 )
 
 
