@@ -77,7 +77,7 @@ def growth(line):
 def main(arguments=None):
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--seconds", type=float, default=20, help="for each axis, about")
+    options.add_argument("--seconds", type=float, default=12, help="for each axis, about")
     options.add_argument("--plot", type=Path, help="also write a PNG here")
     options.add_argument("--small", action="store_true", help="small sizes, to try the script")
     options = options.parse_args(arguments)

@@ -65,7 +65,7 @@ def held(code, repeats):
 def main(arguments=None):
     options = parser(__doc__)
     options.add_argument("--demo", type=Path, help="folder of piflow-edge demo: also time its first image")
-    options.add_argument("--repeats", type=int, default=15)
+    options.add_argument("--repeats", type=int, default=10)
     options.add_argument("--skip", nargs="+", default=[], help="contenders to leave out")
     options = options.parse_args(arguments)
     script = shutil.which("piflow-edge", path=str(Path(sys.executable).parent)) or shutil.which("piflow-edge")
