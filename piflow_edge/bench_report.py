@@ -17,10 +17,13 @@ _COLUMNS = ("key", "model", "engine", "device", "precision", "calls", "substeps"
 
 def text_table(benchmark: Benchmark):
     """The rows as a rich table; times in ms, memory in MB."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     stages = _stages(benchmark)
-    table = Table(title="ms for a batch, MB of the process")
+    table = Table(
+        box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0), caption="ms for a batch, MB of the process"
+    )
     for name in ("", "engine", "precision"):
         table.add_column(name, overflow="fold")
     heads = ["calls", "substeps", "batch", "median", "p90", "p99", "images/s", *stages]
