@@ -69,7 +69,8 @@ $(RUNTIME)/.installed: $(VENV)/.installed
 	set -- .wheel/*.whl; $(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q "$$1[cpu]"
 	@touch $@
 
-# The two small networks that ship with the package: the digits teacher and the classifier FID is measured with.
+# The small networks that ship with the package: the digits teacher, the classifier FID is measured with, and the bundle
+# of a student for one call, made last by what is committed then.
 .PHONY: assets
 assets: $(VENV)/.installed
 	$(BIN)/python -m piflow_edge.distill.features
@@ -77,3 +78,12 @@ assets: $(VENV)/.installed
 	rm -rf piflow_edge/distill/assets/digits_teacher
 	mkdir piflow_edge/distill/assets/digits_teacher
 	cp runs/teacher/checkpoint.json runs/teacher/*.safetensors piflow_edge/distill/assets/digits_teacher
+	$(BIN)/piflow-edge distill --nfe 1 --out runs/digits
+	$(BIN)/python -c "from pathlib import Path; from piflow_edge.demo import export_digits; \
+	  from piflow_edge.distill.checkpoint import load_checkpoint; \
+	  export_digits(load_checkpoint(Path('runs/digits'), kind='student'), Path('piflow_edge/assets/digits'))"
+
+# The runtime on aarch64: on such a machine, else by emulation; see the script.
+.PHONY: test-aarch64
+test-aarch64:
+	tests/aarch64.sh

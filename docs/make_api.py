@@ -26,6 +26,7 @@ SECTIONS = (
     ("Rollout", "piflow_edge", "piflow_edge/integrator.py", {"rollout": ()}),
     ("Starting noise", "piflow_edge", "piflow_edge/noise.py", {"philox_normal": ()}),
     ("Errors", "piflow_edge.errors", "piflow_edge/errors.py", None),
+    ("The bundle that comes with the package", "piflow_edge", "piflow_edge/bundle.py", {"demo_bundle": ()}),
     ("Bundles", "piflow_edge.bundle", "piflow_edge/bundle.py", {
         "Bundle": ("graph", "decoder", "sampler", "read"), "LatentSpec": (),
     }),

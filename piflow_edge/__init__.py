@@ -20,6 +20,7 @@ _HOMES = {
     "rollout": "integrator",
     "philox_normal": "noise",
     "load": "generator",
+    "demo_bundle": "bundle",
     "Generator": "generator",
     "Result": "generator",
     "Progress": "sampling",
@@ -33,6 +34,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from .bundle import demo_bundle as demo_bundle
     from .engines import EngineOptions as EngineOptions
     from .errors import Cancelled as Cancelled
     from .errors import PiFlowError as PiFlowError

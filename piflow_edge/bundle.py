@@ -204,6 +204,14 @@ class Manifest:
         return self.latent.kind == "pixels" or self.decoder is not None
 
 
+def demo_bundle() -> Path:
+    """The bundle that comes with the package: digits in one network call, fp32, 8x8 grey images, classes "0" to "9".
+
+    On the command line it is called `digits`. Made by `make assets`.
+    """
+    return Path(__file__).with_name("assets") / "digits"
+
+
 class Bundle:
     """An exported folder whose every file has been checked.
 

@@ -3,9 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .evaluation import Evaluation, evaluate
 from .report import write_report
+
+if TYPE_CHECKING:
+    from .distill.checkpoint import Checkpoint
 
 # Above 1 the strokes are cleaner; at 2 the teacher has lost a fifth of the real digits' diversity.
 GUIDANCE_SCALE = 1.5
@@ -39,6 +43,13 @@ def shipped_teacher() -> Path:
     return ASSETS / "digits_teacher"
 
 
+def export_digits(student: "Checkpoint", folder: Path) -> None:
+    """Write a student of the digits as a bundle, in place of one that may be there."""
+    from .export.to_bundle import export_bundle
+
+    export_bundle(student, folder, license_text=LICENSE_TEXT, license_name=LICENSE_NAME, overwrite=True)
+
+
 def run_demo(
     folder: Path, config: DemoConfig, *, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Path, Evaluation]:
@@ -64,7 +75,6 @@ def run_demo(
     from .distill.teacher import GuidanceConfig
     from .distill.training import TrainingConfig
     from .export.teacher_graph import export_teacher
-    from .export.to_bundle import export_bundle
 
     teacher, data = load_teacher(shipped_teacher()), load_images("digits")
     bundles = []
@@ -82,9 +92,7 @@ def run_demo(
         )
         say("exporting it, and checking the bundle against PyTorch")
         bundles.append(folder / "bundles" / f"digits-nfe{nfe}")
-        export_bundle(
-            student, bundles[-1], license_text=LICENSE_TEXT, license_name=LICENSE_NAME, overwrite=True
-        )
+        export_digits(student, bundles[-1])
     export_teacher(teacher.network, folder / "teacher.onnx")  # for piflow-edge bench --teacher
     say(f"sampling {config.images} digits from every contender and scoring them")
     evaluation = evaluate(bundles, shipped_teacher(), count=config.images, seed=config.seed)

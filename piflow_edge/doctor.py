@@ -16,6 +16,7 @@ import numpy as np
 
 from piflow_edge.engines import ort
 
+from .bundle import demo_bundle
 from .cache import cache_folder
 from .errors import PiFlowError
 from .findings import OK, PROBLEM, WARNING, Finding, versions
@@ -48,7 +49,7 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
     Nothing is installed or set, and torch is not imported.
 
     Args:
-        bundle: also verified here; None leaves it at the kernels' self-test.
+        bundle: verified here; None is the one that comes with the package.
         engine: `engine`, `device` and `options` for `load`.
     """
     installed = versions(_PACKAGES)
@@ -62,10 +63,9 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
         *jetson_findings(),
         *power_findings(),
         cache_finding(cache_folder()),
-        self_test(),
+        rollout_finding(),
+        bundle_finding(demo_bundle() if bundle is None else bundle, **engine),
     ]
-    if bundle is not None:
-        findings.append(bundle_finding(bundle, **engine))
     return findings
 
 
@@ -271,16 +271,16 @@ def cache_finding(folder: Path) -> Finding:
     return Finding("cache", OK, f"{folder} can be written")
 
 
-def self_test() -> Finding:
+def rollout_finding() -> Finding:
     """Policies and rollout on this machine, as they would run, against the formulas in float64."""
     errors = {kind: _rollout_error(kind) for kind in ("gm", "dx")}
     kernel = "the compiled kernel" if cpu.missing() is None else "NumPy"
     worst = max(errors.values(), key=lambda error: np.inf if np.isnan(error) else error)
     detail = f"rollouts by {kernel} are within {worst:.1e} of the formulas in float64"
     if worst <= _SELF_TEST_TOLERANCE:  # NaN does not pass
-        return Finding("self-test", OK, detail)
+        return Finding("rollouts", OK, detail)
     return Finding(
-        "self-test", PROBLEM, f"{detail}; {_SELF_TEST_TOLERANCE:.0e} is allowed",
+        "rollouts", PROBLEM, f"{detail}; {_SELF_TEST_TOLERANCE:.0e} is allowed",
         "pip install --force-reinstall --no-deps --no-cache-dir piflow-edge",
     )  # fmt: skip
 
@@ -310,11 +310,13 @@ def bundle_finding(bundle: os.PathLike | str, **engine: Any) -> Finding:
     from .verification import check, verify
 
     command = f"piflow-edge verify {bundle}"
+    if bundle == demo_bundle():
+        command = "pip install --force-reinstall --no-deps --no-cache-dir piflow-edge"
     try:
         generator = load(bundle, **engine)
         check(verify(generator), generator.bundle.name)
     except PiFlowError as error:
-        return Finding("bundle", PROBLEM, str(error), command)
+        return Finding("self-test", PROBLEM, str(error), command)
     return Finding(
-        "bundle", OK, f"{generator.bundle.name!r} reproduces its golden samples on {generator.engine.name}"
+        "self-test", OK, f"{generator.bundle.name!r} reproduces its golden samples on {generator.engine.name}"
     )

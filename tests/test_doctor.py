@@ -71,7 +71,7 @@ def test_without_compiled_kernels_it_warns_with_the_command(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
     finding = doctor.kernel_finding()
     assert finding.status == WARNING and "pip install --force-reinstall" in finding.fix
-    assert doctor.self_test().status == OK  # NumPy computes the same
+    assert doctor.rollout_finding().status == OK  # NumPy computes the same
 
 
 def test_a_kernel_that_computes_something_else_is_a_problem(monkeypatch):
@@ -81,9 +81,9 @@ def test_a_kernel_that_computes_something_else_is_a_problem(monkeypatch):
         return exact(policy, x_src, sigmas, kernel=kernel) + (0.001 if kernel == "auto" else 0)
 
     monkeypatch.setattr(doctor, "integrate", broken)
-    assert doctor.self_test().status == PROBLEM
+    assert doctor.rollout_finding().status == PROBLEM
     monkeypatch.setattr(doctor, "integrate", lambda *a, **k: np.array(np.nan))
-    assert doctor.self_test().status == PROBLEM
+    assert doctor.rollout_finding().status == PROBLEM
 
 
 def test_packages_are_held_to_what_piflow_edge_asks_for(monkeypatch):
@@ -157,6 +157,6 @@ def test_a_bundle_is_verified(shared_bundle, bundle):
     assert doctor.bundle_finding(shared_bundle).status == OK
     (bundle / "LICENSE").unlink()
     answer = json.loads(run("doctor", "--bundle", bundle, "--json", code=1).stdout)
-    (finding,) = (f for f in answer["findings"] if f["subject"] == "bundle")
+    (finding,) = (f for f in answer["findings"] if f["subject"] == "self-test")
     assert not answer["healthy"] and "LICENSE is missing" in finding["detail"]
     assert finding["fix"] == f"piflow-edge verify {bundle}"

@@ -60,6 +60,15 @@ def test_it_makes_the_same_images(shared_bundle, tmp_path):
     np.testing.assert_allclose(np.load(out), here, rtol=0, atol=1e-6)
 
 
+def test_the_first_images_need_no_training():
+    answer = run(
+        "import json, piflow_edge as pf;"
+        "r = pf.load(pf.demo_bundle())(labels=[3, 7], seed=0);"
+        "print(json.dumps([r.engine, [i.size for i in r.images]]))"
+    )
+    assert answer == ["ort-cpu", [[8, 8], [8, 8]]]
+
+
 def test_it_decodes_latents(latent_bundle, tmp_path):
     import piflow_edge as pf
 

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import click
 
-from .options import JSON, calls, emit, engine_options, engine_settings, placement_options, say, show
+from .options import (
+    BUNDLE_PATH,
+    JSON,
+    calls,
+    emit,
+    engine_options,
+    engine_settings,
+    placement_options,
+    say,
+    show,
+)
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -18,7 +28,7 @@ def counts(context, parameter, text: str | None) -> list[int] | None:
 
 
 @click.command()
-@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, **BUNDLE_PATH)
 @click.option("--engine", "engines", default="auto", callback=names, metavar="NAME,...",
               help="Backends; all is every one that runs here.")  # fmt: skip
 @click.option(
@@ -58,6 +68,7 @@ def bench(
 
     \b
     Example:
+      piflow-edge bench digits
       piflow-edge bench demo/bundles/digits-nfe1 --batch 1,8 --json > before.json
       piflow-edge bench demo/bundles/digits-nfe1 --batch 1,8 --compare before.json
       piflow-edge bench demo/bundles/* --teacher demo/teacher.onnx --evaluation demo/report/evaluation.json --plot b.png
@@ -112,7 +123,9 @@ def bench(
 
 
 @click.command()
-@click.option("--bundle", type=click.Path(path_type=Path), help="Also check that this bundle runs here.")
+@click.option(
+    "--bundle", help="That the self-test runs; else digits, which comes with the package.", **BUNDLE_PATH
+)
 @engine_options
 @JSON
 def doctor(bundle, as_json, **engine):
@@ -120,7 +133,8 @@ def doctor(bundle, as_json, **engine):
 
     \b
     Example:
-      piflow-edge doctor --bundle demo/bundles/digits-nfe1
+      piflow-edge doctor
+      piflow-edge doctor --bundle bundles/mine --engine tensorrt
     """
     from piflow_edge.doctor import diagnose
     from piflow_edge.findings import PROBLEM

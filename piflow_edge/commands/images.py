@@ -156,13 +156,13 @@ def sample(
 ):  # fmt: skip
     """Draw images from a bundle.
 
-    A PNG file shows all images side by side; a folder gets one PNG per image. Each holds the settings that make it
-    again: see --like.
+    BUNDLE is a folder, or digits, the bundle that comes with piflow-edge. A PNG file shows all images side by side; a
+    folder gets one PNG per image. Each holds the settings that make it again: see --like.
 
     \b
     Example:
-      piflow-edge sample demo/bundles/digits-nfe1 --labels 3,7 --seed 7 --out digits.png
-      piflow-edge sample demo/bundles/digits-nfe1 --like digits.png --out again.png
+      piflow-edge sample digits --labels 3,7 --seed 7 --out digits.png
+      piflow-edge sample digits --like digits.png --out again.png
     """
     from piflow_edge.generator import load
     from piflow_edge.images import open_array, open_image

@@ -21,8 +21,24 @@ def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
     return (int(height), int(width)) if width else int(height)
 
 
+def bundle_path(given: str | tuple[str, ...] | None) -> Path | tuple[Path, ...] | None:
+    """Where a bundle is. `digits` is the one that comes with the package, as in --data digits."""
+    if given is None or isinstance(given, tuple):
+        return given and tuple(map(bundle_path, given))
+    if given != "digits":
+        return Path(given)
+    if Path(given).exists():
+        raise click.UsageError("'digits' is the bundle that comes with piflow-edge, and there is one here too, which "
+                               "is ./digits; for the other, change the folder")  # fmt: skip
+    from piflow_edge.bundle import demo_bundle  # late: it brings NumPy
+
+    return demo_bundle()
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
-BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+# The path as it was typed: Path would make "digits" of "./digits".
+BUNDLE_PATH = {"type": click.Path(), "callback": lambda context, parameter, given: bundle_path(given)}
+BUNDLE = click.argument("bundle", **BUNDLE_PATH)
 TRUSTED_KEYS = click.option(
     "--trusted-key",
     "trusted_keys",

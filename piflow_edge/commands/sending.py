@@ -8,7 +8,9 @@ from .options import BUNDLE, FOLDER, JSON, TRUSTED_KEYS, emit
 
 
 @click.command()
-@BUNDLE
+@click.argument(
+    "bundle", type=click.Path(path_type=Path)
+)  # not BUNDLE: the one of the package is not signed in place
 @click.option("--key", type=click.Path(dir_okay=False, path_type=Path), required=True,
               help="Ed25519 private key in PEM, without a password.")  # fmt: skip
 @JSON

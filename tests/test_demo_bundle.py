@@ -1,0 +1,47 @@
+"""The bundle that comes with the package: a new user's first images, without torch and without training."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import piflow_edge as pf
+
+pytest.importorskip("onnxruntime")
+
+
+def run(folder, *arguments):
+    command = [sys.executable, "-m", "piflow_edge.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_it_reproduces_its_golden_samples_and_is_small():
+    from piflow_edge.verification import check, verify
+
+    generator = pf.load(pf.demo_bundle())
+    check(verify(generator), "digits")
+    assert generator.class_names == tuple("0123456789") and generator.bundle.manifest.schedule.nfe == 1
+    assert sum(file.stat().st_size for file in pf.demo_bundle().iterdir()) < 1.5e6
+
+
+def test_the_command_line_calls_it_digits(tmp_path):
+    from PIL import Image
+
+    done = run(tmp_path, "sample", "digits", "--labels", "3,7", "--out", "two.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "two.png") as image:
+        assert image.width > image.height
+
+
+def test_a_folder_of_that_name_is_never_mistaken_for_it(tmp_path):
+    (tmp_path / "digits").mkdir()
+    done = run(tmp_path, "inspect", "digits")
+    assert done.returncode == 2 and f".{os.sep}digits" in done.stderr.replace("/", os.sep)
+    done = run(tmp_path, "inspect", "./digits")  # which holds nothing
+    assert done.returncode == 2 and "bundle.json" in done.stderr
+
+
+def test_it_is_not_signed_in_place(tmp_path):
+    done = run(tmp_path, "sign", "digits", "--key", "key.pem")
+    assert done.returncode == 2 and not (pf.demo_bundle() / "signature.json").exists()
