@@ -16,6 +16,8 @@ SECTIONS = (
     ("Make images", "piflow_edge", "piflow_edge/generator.py", {
         "load": (), "Generator": ("__call__", "decode", "trained_nfes"), "Result": (),
     }),
+    ("While images are made", "piflow_edge", "piflow_edge/sampling.py", {"Progress": ()}),
+    ("What a PNG file holds", "piflow_edge", "piflow_edge/recipe.py", {"Recipe": (), "read_recipe": ()}),
     ("Noise levels", "piflow_edge", "piflow_edge/schedule.py", {
         "warp": (), "unwarp": (), "Schedule": ("sigmas", "segments"),
         "Segment": ("renoises", "renoise_scales", "renoise"),

@@ -70,6 +70,8 @@ def test_make_targets_and_files_exist(page):
     for file in re.findall(r"\b((?:benchmarks|tests|docs|export|engines|piflow_edge)/[\w./-]+\.\w+)", text):
         if file.startswith("docs/") and page.parent != ROOT:
             continue  # a link, which the next test follows
+        if file.startswith("benchmarks/results/"):
+            continue  # made when somebody measures
         assert (ROOT / file).exists(), file
 
 
@@ -89,7 +91,7 @@ def anchors(page: Path) -> set[str]:
 def test_relative_links_lead_somewhere(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+://", target):
+        if re.match(r"[a-z]+://", target) or target.startswith("results/"):
             continue
         path, _, anchor = target.partition("#")
         there = (page.parent / path).resolve() if path else page
@@ -132,8 +134,8 @@ def test_the_api_reference_holds_every_public_name():
     import piflow_edge
 
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    missing = [n for n in piflow_edge.__all__ if not n.startswith("_") and f"### `pf.{n}`" not in page]
-    assert missing == ["PiFlowError"]  # among the errors
+    names = [name for name in piflow_edge.__all__ if not name.startswith("_")]
+    assert [name for name in names if not re.search(rf"^### `(pf\.)?{name}`$", page, re.M)] == []
 
 
 def test_nothing_was_left_open():
