@@ -45,8 +45,8 @@ def _check_room(shape) -> None:
         )
 
 
-def _ints(x: Array | None) -> tuple[int, ...] | None:
-    return None if x is None else tuple(int(n) for n in x.reshape(-1))
+def _ints(x: Array | list[int] | None) -> tuple[int, ...] | None:
+    return None if x is None else tuple(int(n) for n in np.reshape(x, -1))
 
 
 def _only(name: str, value, *known) -> None:

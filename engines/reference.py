@@ -72,6 +72,8 @@ def _check(graph: Subgraph) -> None:
                 f"engine 'reference' has no operator {name}, which node {node.name!r} wants; it knows "
                 f"{', '.join(sorted([*OPERATORS, 'Scan']))}. Use another engine: pip install 'piflow-edge[cpu]'"
             )
+        if node.operator == "Split" and len(node.inputs) == 1:
+            node.attributes.setdefault("num_outputs", len(node.outputs))  # opset 17 counts the outputs
         if known == "Scan":
             _check_scan(node)
         else:
