@@ -69,18 +69,17 @@ def picture(lines, teachers):
     for precision in dict.fromkeys(line["precision"] for line in lines):
         chosen = [line for line in lines if line["precision"] == precision]
         points = [(line["ms"], line["fid"]) for line in chosen]
-        labels = [f"{line['nfe']} × {line['substeps']}" for line in chosen]
+        labels = [f"{line['nfe']} x {line['substeps']}" for line in chosen]
         # The others lie beside the first precision's, whose labels are theirs too.
         series.append(Series(f"student, {precision}", points, [] if series else labels))
     points = [(line["ms"], line["fid"]) for line in teachers]
     series.append(Series("teacher", points, [f"{line['steps']} steps" for line in teachers], line=True))
     return chart(
         series,
-        title="calls × substeps",
+        title="calls x substeps",
         x_label="ms per image, one at a time",
         y_label="FID in the digits classifier (lower is better)",
         log_x=True,
-        log_y=True,
         size=(1200, 640),
     )
 
