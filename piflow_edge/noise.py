@@ -19,7 +19,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .errors import ShapeError
+from .errors import EngineError, ShapeError
+from .kernels import cpu
 
 # Multipliers and Weyl constants of Philox4x32, from the paper.
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
@@ -58,7 +59,9 @@ def _round_keys(k0: int, k1: int, ndim: int) -> tuple[np.ndarray, ...]:
     return tuple(np.array(key, np.uint64).reshape(2, *(1,) * (ndim - 1)) for key in keys)
 
 
-def philox_normal(seed: int, indices: Sequence[int], shape: Sequence[int], *, draw: int = 0) -> np.ndarray:
+def philox_normal(
+    seed: int, indices: Sequence[int], shape: Sequence[int], *, draw: int = 0, kernel: str = "auto"
+) -> np.ndarray:
     """Standard normal noise for the images `indices` of a seed, the same on every machine and in any batch.
 
     Args:
@@ -66,27 +69,37 @@ def philox_normal(seed: int, indices: Sequence[int], shape: Sequence[int], *, dr
         indices: image numbers, each 0 up to 2^64 - 1.
         shape: shape of one image's noise, for example (C, H, W).
         draw: 0 for the starting noise, i for the re-noising after the i-th student call; below 2^32.
+        kernel: "reference" is NumPy, "cpu" is compiled, "auto" the second where it is there.
 
     Returns:
         float32, (len(indices), *shape).
 
     Raises:
         ShapeError: a seed, index or draw outside its range.
+        EngineError: no such kernel, or it is not in this installation.
     """
     for name, value, limit in [("seed", seed, 64), ("draw", draw, 32), *(("index", i, 64) for i in indices)]:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < 2**limit:
             raise ShapeError(f"{name} is a whole number from 0 to 2^{limit} - 1; got {value!r}")
-    size = math.prod(shape)
-    blocks = -(-size // 4)
-    counter = np.empty((4, len(indices), blocks), np.uint64)
-    index = np.array([int(i) for i in indices], np.uint64)[:, None]
+    size, index = math.prod(shape), np.array([int(i) for i in indices], np.uint64)
+    if kernel not in ("auto", "reference", "cpu"):
+        raise EngineError(f"kernel is auto, reference or cpu; got {kernel!r}")
+    if kernel == "cpu" and (reason := cpu.missing()) is not None:
+        raise EngineError(f"kernel 'cpu' cannot run: {reason}")
+    compiled = kernel != "reference" and cpu.missing() is None
+    flat = (cpu.normal if compiled else _normal)(int(seed), index, size, int(draw))
+    return flat.reshape(len(index), *shape)
+
+
+def _normal(seed: int, index: np.ndarray, size: int, draw: int) -> np.ndarray:
+    blocks, index = -(-size // 4), index[:, None]
+    counter = np.empty((4, len(index), blocks), np.uint64)
     counter[0], counter[1] = np.arange(blocks, dtype=np.uint64), draw
     counter[2], counter[3] = index & _WORD, index >> _HALF
-    words = philox(counter, (int(seed) & 0xFFFFFFFF, int(seed) >> 32))
+    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
     uniform = ((words >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
     radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * math.pi * uniform[1::2]
     normals = np.empty((len(index), blocks, 2, 2), np.float32)  # of a block two pairs, of a pair two waves
     for wave, function in enumerate((np.cos, np.sin)):
         normals[..., wave] = (function(angle) * radius).transpose(1, 2, 0)
-    flat = normals.reshape(len(index), -1)[:, :size]
-    return np.ascontiguousarray(flat).reshape(len(index), *shape)
+    return np.ascontiguousarray(normals.reshape(len(index), 4 * blocks)[:, :size])

@@ -49,13 +49,43 @@ def test_the_noise_is_standard_normal():
     assert abs((noise**4).mean() - 3) < 5 * (96 / n) ** 0.5
 
 
-def test_the_stream_is_fixed_for_good():
+@pytest.mark.parametrize("kernel", ["reference", "cpu"])
+def test_the_stream_is_fixed_for_good(kernel):
     # Worked out by hand from the published zero-key block: words 6627e8d5 e169c58d bc57ac4c 9b00dbd8.
     u = [((word >> 8) + 0.5) / 2**24 for word in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)]
     r0, r1 = np.sqrt(-2 * np.log(u[0])), np.sqrt(-2 * np.log(u[2]))
     a0, a1 = 2 * np.pi * u[1], 2 * np.pi * u[3]
     expected = np.float32([r0 * np.cos(a0), r0 * np.sin(a0), r1 * np.cos(a1), r1 * np.sin(a1)])
-    np.testing.assert_array_equal(philox_normal(0, [0], (4,))[0], expected)
+    np.testing.assert_array_equal(philox_normal(0, [0], (4,), kernel=kernel)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("seed", "indices", "shape", "draw"),
+    [
+        (0, [0], (1,), 0),
+        (7, [3, 2**63 + 1, 2**32], (3, 5, 7), 2**32 - 1),
+        (2**64 - 1, range(40), (4, 32, 33), 1),  # on several threads
+        (1, [], (2,), 0),
+        (1, [0], (0, 2), 0),
+    ],
+)
+def test_the_compiled_noise_is_that_of_numpy(seed, indices, shape, draw):
+    ours = philox_normal(seed, indices, shape, draw=draw, kernel="cpu")
+    expected = philox_normal(seed, indices, shape, draw=draw, kernel="reference")
+    assert ours.dtype == np.float32 and ours.shape == expected.shape
+    np.testing.assert_array_max_ulp(ours, expected, maxulp=1)
+    assert (ours != expected).sum() <= 1  # two libraries' logarithms round apart in one of 10^8
+
+
+def test_a_kernel_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr("piflow_edge.noise.cpu.missing", lambda: "it was not compiled")
+    with pytest.raises(PiFlowError, match="it was not compiled"):
+        philox_normal(0, [0], (2,), kernel="cpu")
+    with pytest.raises(PiFlowError, match="auto, reference or cpu"):
+        philox_normal(0, [0], (2,), kernel="gpu")
+    np.testing.assert_array_equal(
+        philox_normal(0, [0], (2,)), philox_normal(0, [0], (2,), kernel="reference")
+    )
 
 
 @pytest.mark.parametrize("arguments", [(-1, [0]), (2**64, [0]), (0, [-1]), (0, [2**64])])

@@ -21,7 +21,7 @@ from piflow_edge.policies import DXPolicy, GMPolicy
 
 Array = Any  # a NumPy array or a torch CPU tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 _HALF_OR_SINGLE = ("float32", "float16", "bfloat16")
 _LIBRARY_NAMES = {"win32": "piflow_kernels.dll", "darwin": "libpiflow_kernels.dylib"}
 
@@ -46,6 +46,17 @@ class _DX(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "num_nodes", "size")),
         *((name, ctypes.c_void_p) for name in ("grid", "x_src", "x_start", "x_dst", "weights")),
+    )
+
+
+class _Noise(ctypes.Structure):
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+        ("indices", ctypes.c_void_p),
+        ("draw", ctypes.c_uint32),
+        ("normals", ctypes.c_void_p),
     )
 
 
@@ -133,6 +144,17 @@ def rollout(
     import torch  # a torch tensor came in: it is loaded already
 
     return torch.from_numpy(x_dst)
+
+
+def normal(seed: int, indices: np.ndarray, size: int, draw: int) -> np.ndarray:
+    """Starting noise, float32 (len(indices), size), of images with the given `indices`, uint64; see `noise`."""
+    indices = np.ascontiguousarray(indices, np.uint64)
+    normals = np.empty((len(indices), size), np.float32)
+    if normals.size:
+        problem = _Noise(len(indices), size, seed, indices.ctypes.data, draw, normals.ctypes.data)
+        options = _Options(available_cores(), None)
+        _check(library().piflow_normal(ctypes.byref(problem), ctypes.byref(options)))
+    return normals
 
 
 def _gm_rollout(policy, x_start, sigmas, options):

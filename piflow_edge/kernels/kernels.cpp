@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "philox.h"
 
 namespace piflow {
 
@@ -25,6 +26,9 @@ constexpr int64_t kNumbers = 4096;
 // Work below which one more thread costs more than it brings; starting it takes some 20 microseconds.
 constexpr double kOperationsPerThread = 1e6;
 constexpr int64_t kBytesPerThread = 1 << 20;
+// Philox blocks a thread takes at a time, and how many make a thread worth starting: each takes some 100 ns.
+constexpr int64_t kBlocks = 512;
+constexpr int64_t kBlocksPerThread = 2048;
 
 // Best first.
 const std::vector<const Isa*>& usable_isas() {
@@ -191,6 +195,25 @@ void dx_rollout(const piflow_dx& p, const piflow_options& options, const Isa& is
   });
 }
 
+bool is_sound(const piflow_noise& p) {
+  return p.count >= 1 && p.size >= 1 && p.indices && p.normals;
+}
+
+void draw_normals(const piflow_noise& p, const piflow_options& options, const Isa&) {
+  const int64_t blocks = (p.size + 3) / 4, pieces = (blocks + kBlocks - 1) / kBlocks;
+  const int64_t num_threads = std::min(most_threads(options), 1 + p.count * blocks / kBlocksPerThread);
+  parallel_for(p.count * pieces, num_threads, [&] {
+    return [&](int64_t i) {
+      const int64_t image = i / pieces, from = i % pieces * kBlocks, to = std::min(from + kBlocks, blocks);
+      for (int64_t block = from; block < to; ++block) {
+        const Normals normals = normals_of(philox(uint32_t(block), p.draw, p.indices[image], p.seed));
+        const int64_t left = std::min<int64_t>(4, p.size - 4 * block);
+        std::copy_n(normals.begin(), left, p.normals + image * p.size + 4 * block);
+      }
+    };
+  });
+}
+
 template <class Problem, class Rollout>
 piflow_status run(const Problem* problem, const piflow_options* given, Rollout rollout) {
   const piflow_options options = given ? *given : piflow_options{};
@@ -214,6 +237,10 @@ piflow_status piflow_gm_rollout(const piflow_gm* problem, const piflow_options* 
 
 piflow_status piflow_dx_rollout(const piflow_dx* problem, const piflow_options* options) {
   return piflow::run(problem, options, piflow::dx_rollout);
+}
+
+piflow_status piflow_normal(const piflow_noise* problem, const piflow_options* options) {
+  return piflow::run(problem, options, piflow::draw_normals);
 }
 
 const char* piflow_isas(void) {

@@ -27,7 +27,7 @@ extern "C" {
 #endif
 
 /* Goes up when a struct or a function below changes; compare with piflow_abi_version(). */
-#define PIFLOW_ABI_VERSION 1
+#define PIFLOW_ABI_VERSION 2
 
 typedef enum piflow_status {
   PIFLOW_OK = 0,
@@ -73,6 +73,18 @@ typedef struct piflow_dx {
 } piflow_dx;
 
 PIFLOW_API piflow_status piflow_dx_rollout(const piflow_dx* problem, const piflow_options* options);
+
+/* Starting noise: standard normals by Philox4x32-10 and Box-Muller, the same in every language. An image's
+ * stream is addressed by (seed, index, draw); piflow_edge/noise.py says how, word by word. */
+typedef struct piflow_noise {
+  int64_t count, size; /* images, and numbers in one image */
+  uint64_t seed;
+  const uint64_t* indices; /* (count,): the number of each image */
+  uint32_t draw;           /* 0: the starting noise; i: what the state is re-noised with after the i-th call */
+  float* normals;          /* (count, size): the result */
+} piflow_noise;
+
+PIFLOW_API piflow_status piflow_normal(const piflow_noise* problem, const piflow_options* options);
 
 /* Names of the instruction sets this library runs here, best first, parted by spaces. */
 PIFLOW_API const char* piflow_isas(void);
