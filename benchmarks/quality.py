@@ -6,8 +6,8 @@ pairs), with `--iterations` that many steps. pi-Flow and direct regression train
 the whole budget; consistency distillation and MeanFlow one for all. Of the other methods, see `baselines.py`.
 
 A minute is one on the clock; on a CPU it is one of processor time per thread, which is the same on an idle machine and
-fair on a busy one. Steps are timed first, all methods in turn; then their number is fixed. What is trained is kept
-under --out and a run that was cut short goes on from there.
+fair on a busy one. For a budget in minutes, steps are timed first, all methods in turn; then their number is fixed.
+What is trained is kept under --out and a run that was cut short goes on from there.
 
 Run: python benchmarks/quality.py --data digits --teacher shipped --minutes-per-method 2.5 --out runs/quality-digits
 """
@@ -195,9 +195,24 @@ class Benchmark:
             raise SystemExit(f"{file} was made for {known['budget']}, not for {budget}; give another --out")
         missing = {run.kind: run for run in self.runs if run.kind not in known["runs"]}
         if missing:
-            known["runs"] |= self._timed(missing)
+            known["runs"] |= (
+                self._timed(missing) if self.options.minutes_per_method else self._counted(missing)
+            )
             write_atomic(file, (json.dumps(known, indent=2) + "\n").encode())
         return known["runs"]
+
+    def _counted(self, runs: dict[str, Run]) -> dict[str, dict]:
+        """As many steps as were asked for, and as many calls of the teacher as pi-Flow makes in them."""
+        options = self.options
+        calls = options.iterations * options.batch_size * ImitationConfig().num_intermediate_states
+        pairs = max(calls // TEACHER_STEPS, 1)
+        return {
+            kind: {
+                "iterations": options.iterations,
+                "pairs": pairs if isinstance(self.method(run), Regression) else 0,
+            }
+            for kind, run in runs.items()
+        }
 
     def _timed(self, runs: dict[str, Run]) -> dict[str, dict]:
         """Time a few steps of each kind of run, in turn, and share out the budget."""
@@ -223,12 +238,6 @@ class Benchmark:
         return plan
 
     def _shared_out(self, step: float, pair: float, start: float) -> tuple[int, int]:
-        if self.options.iterations:
-            # As many calls of the teacher as pi-Flow makes in as many steps.
-            calls = (
-                self.options.iterations * self.options.batch_size * ImitationConfig().num_intermediate_states
-            )
-            return self.options.iterations, max(calls // TEACHER_STEPS, 1) if pair else 0
         budget = 60 * self.options.minutes_per_method
         share = PAIRS_SHARE if pair else 0.0
         pairs = int(share * budget / pair) if pair else 0
