@@ -17,6 +17,8 @@ Inputs = dict[str, np.ndarray]
 # Not the golden images' seed: a precision is checked on other inputs than it was fitted to.
 CALIBRATION_SEED = 1
 CALIBRATION_IMAGES = 16
+# Not the fastest here: whether an export passes must not hang on the exporting machine's GPU, and int8 is for CPUs.
+ENGINE = "ort-cpu"
 
 
 @dataclass
@@ -44,8 +46,8 @@ class Calibration:
         classes = len(manifest.conditioning.class_names)
         self._ids = np.arange(CALIBRATION_IMAGES, dtype=np.int64) % (classes or 1)
         self._noise = philox_normal(CALIBRATION_SEED, range(CALIBRATION_IMAGES), manifest.latent.shape)
-        self._decoder = open_engine(decoder) if decoder else None
-        engine = open_engine(student)
+        self._decoder = open_engine(decoder, engine=ENGINE) if decoder else None
+        engine = open_engine(student, engine=ENGINE)
         self.batches: list[Inputs] = []
         for nfe in nfes:
             self._latents(engine, nfe, self.batches)
@@ -58,7 +60,7 @@ class Calibration:
         What `verify` asks of golden samples is asked of the calibration images here: network outputs, latents, and
         the root mean square of images, or of latents where there are none.
         """
-        engine = open_engine(graph)
+        engine = open_engine(graph, engine=ENGINE)
         outputs = [
             relative_error(found[name], expected[name])
             for found, expected in zip(map(engine.run, self.batches), self._outputs, strict=True)

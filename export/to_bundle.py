@@ -37,7 +37,7 @@ from piflow_edge.distill.sources import StudentModel, student_from_checkpoint
 from piflow_edge.engines import Graph
 from piflow_edge.engines.ort import first_non_finite, runtime
 from piflow_edge.errors import BundleError, CheckFailedError, DataError, ScheduleError
-from piflow_edge.export.calibration import Calibration
+from piflow_edge.export.calibration import ENGINE, Calibration
 from piflow_edge.export.decoder_graph import decoder_spec, export_decoder
 from piflow_edge.export.fp16 import to_fp16
 from piflow_edge.export.int8 import to_int8
@@ -126,7 +126,7 @@ def export_bundle(
         raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
     if folder.exists() and not overwrite:
         raise BundleError(f"{folder} exists; give another place, or --overwrite to replace the bundle")
-    if folder.exists() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BundleError(f"{folder} is not a bundle and will not be replaced; give another place")
     precisions = tuple(dict.fromkeys(precisions))
     if not precisions or not set(precisions) <= set(PRECISIONS):
@@ -188,7 +188,10 @@ def export_bundle(
             write_atomic(work / file, data)
         if signing_key is not None:
             write_atomic(work / SIGNATURE, signing_key.sign(manifest_bytes(manifest)))
-        rows = [row for precision in precisions for row in verify(load(work, precision=precision))]
+        rows = []
+        for precision in precisions:
+            with load(work, ENGINE, precision) as generator:
+                rows += verify(generator)
         check(rows, manifest.name)
     return rows
 

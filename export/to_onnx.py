@@ -11,7 +11,7 @@ from torch import nn
 
 from piflow_edge.distill.networks import FlowNetwork
 from piflow_edge.engines import Graph
-from piflow_edge.errors import CheckFailedError
+from piflow_edge.errors import CheckFailedError, CheckpointError
 from piflow_edge.export.compact import compact
 from piflow_edge.export.large import check, graph_of
 
@@ -38,9 +38,17 @@ class _Positional(nn.Module):
 
 
 def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = LABELS) -> bytes:
-    """`network_graph` as one file, for networks whose weights fit into it."""
+    """`network_graph` as one file, for networks whose weights fit into it.
+
+    Raises:
+        CheckpointError: they do not: the network is above 2 GiB.
+        CheckFailedError: the exported graph is not valid ONNX.
+    """
     graph = network_graph(network, conditioning)
-    assert not graph.weights, "a network above 2 GiB is two files; see network_graph"
+    if graph.weights:
+        raise CheckpointError(
+            "a network of one ONNX file is below 2 GiB; this one is larger, take a smaller one"
+        )
     return graph.model
 
 

@@ -227,3 +227,5 @@ class TestCommand:
             done.exit_code == 0 and json.loads(done.stdout)["error"] < 1e-4 and file.stat().st_size > 100_000
         )
         assert "exists" in CliRunner().invoke(main, export).stderr
+        refused = CliRunner().invoke(main, [*export, "--precision", "fp16"])
+        assert refused.exit_code == 2 and "--precision is for a student's bundle" in refused.stderr

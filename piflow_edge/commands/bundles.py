@@ -70,6 +70,7 @@ def export(
       piflow-edge export runs/teacher --teacher-graph --out teacher.onnx
     """
     if teacher_graph:
+        _refuse_options_of_a_student()
         _export_teacher(source, out, overwrite, as_json)
         return
     from piflow_edge.distill.autoencoder import load_autoencoder
@@ -98,6 +99,16 @@ def export(
     report_rows(rows, as_json, {"bundle": str(out)})
     if not as_json:
         click.echo(out)
+
+
+def _refuse_options_of_a_student() -> None:
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
+        if given and option.name not in ("source", "out", "overwrite", "teacher_graph", "as_json"):
+            raise click.UsageError(
+                f"{option.opts[0]} is for a student's bundle; leave it out with --teacher-graph"
+            )
 
 
 def _export_teacher(checkpoint: str, file: Path, overwrite: bool, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import piflow_edge as pf
 from piflow_edge.bundle import Bundle, FileSpec
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
-from piflow_edge.errors import BundleError
+from piflow_edge.errors import BundleError, CheckpointError
 from piflow_edge.export import large
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import export_network
@@ -99,3 +99,9 @@ def test_a_graph_survives_the_way_to_files_and_back(monkeypatch):
     assert len(two.model) < 0.6 * len(one.model) and large.model_of(two) == model
     kinds = large.types(model)
     assert kinds["means"] == onnx.TensorProto.FLOAT and np.isin(list(kinds.values()), [1, 7, 9]).all()
+
+
+def test_a_graph_that_must_be_one_file_says_so(monkeypatch):
+    monkeypatch.setattr(large, "LARGEST_MODEL", 0)
+    with pytest.raises(CheckpointError, match="2 GiB"):
+        export_network(network_of(make_student()))

@@ -70,6 +70,8 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("three years of work")
     with pytest.raises(BundleError, match="not a bundle"):
         export_bundle(make_student(), tmp_path, overwrite=True)
+    with pytest.raises(BundleError, match="not a bundle"):
+        export_bundle(make_student(), tmp_path / "thesis.tex", overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 
 
