@@ -92,7 +92,10 @@ def _checked_cores(cores) -> tuple[int, ...]:
     if not hasattr(os, "sched_getaffinity"):
         raise EngineError("cpu_affinity works on Linux only; leave it out, or use num_threads")
     allowed = os.sched_getaffinity(0)
-    cores = tuple(sorted(set(cores)))
+    try:
+        cores = tuple(sorted(set(cores)))
+    except TypeError as error:  # one number, or numbers among text
+        raise EngineError(f"cpu_affinity is a tuple of cores by their number; got {cores!r}") from error
     if not cores or not set(cores) <= allowed:
         raise EngineError(
             f"cpu_affinity is one or more of the cores this process may use, {sorted(allowed)}; got {list(cores)}"

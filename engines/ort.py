@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import threading
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
@@ -82,6 +83,8 @@ class OrtEngine:
     choice = Choice("it was asked for")
     # What must be at hand besides the package, for the error where the provider does not load.
     needs = "it"
+    # The one `sys.platform` it exists for; None is any.
+    system: str | None = None
     # Whether two calls may be under way at a time.
     concurrent = True
 
@@ -98,7 +101,10 @@ class OrtEngine:
 
         Raises:
             MissingExtraError: it is not installed, or without the provider.
+            EngineError: the provider is of another system.
         """
+        if (reason := cls._elsewhere()) is not None:
+            raise EngineError(reason)
         ort = runtime(cls.package, cls.name)
         if (reason := cls._missing(ort)) is not None:
             raise MissingExtraError(reason)
@@ -108,9 +114,15 @@ class OrtEngine:
     def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
         """See `Engine`."""
         try:
-            return cls._missing(runtime(cls.package, cls.name))
+            return cls._elsewhere() or cls._missing(runtime(cls.package, cls.name))
         except MissingExtraError as error:
             return str(error)
+
+    @classmethod
+    def _elsewhere(cls) -> str | None:
+        if cls.system in (None, sys.platform):
+            return None
+        return f"engine {cls.name!r} needs {cls.needs}, and this is {sys.platform}: use engine 'auto'"
 
     @classmethod
     def _missing(cls, ort) -> str | None:
@@ -246,6 +258,7 @@ class OrtCoreML(OrtEngine):
     provider = "CoreMLExecutionProvider"
     package = "'piflow-edge[cpu]'"
     needs = "macOS 12 or newer"
+    system = "darwin"
 
     def _provider_options(self, graph: Graph) -> dict[str, str]:
         units = {"any": "ALL", "npu": "CPUAndNeuralEngine", "gpu": "CPUAndGPU", "cpu": "CPUOnly"}
@@ -259,6 +272,7 @@ class OrtDirectML(OrtEngine):
     provider = "DmlExecutionProvider"
     package = "onnxruntime-directml"
     needs = "Windows 10 1903 or newer and a driver for DirectX 12"
+    system = "win32"
     concurrent = False  # ONNX Runtime's documentation forbids it
 
     def _provider_options(self, graph: Graph) -> dict[str, str]:

@@ -89,15 +89,27 @@ def test_a_named_engine_never_gives_way(backends):
 @pytest.mark.parametrize(
     "name", ["ort-tensorrt", "tensorrt-rtx", "ort-cuda", "openvino", "coreml", "directml"]
 )
-def test_a_provider_that_is_not_installed_is_an_error_with_a_command(name):
+def test_a_provider_that_is_not_installed_is_an_error_with_a_command(name, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     backend = engines._backend(name)
+    monkeypatch.setattr(backend, "system", None)  # as on the system it is for
     if backend.provider in onnxruntime.get_available_providers():
         pytest.skip(f"{backend.provider} is installed here")
     with pytest.raises(MissingExtraError) as error:
         open_engine(IDENTITY, engine=name)
     assert f"engine {name!r} needs ONNX Runtime's {backend.provider}" in str(error.value)
     assert f"pip uninstall -y onnxruntime && pip install {backend.package}" in str(error.value)
+    assert backend.obstacle(IDENTITY, "", EngineOptions()) == str(error.value)
+
+
+@pytest.mark.parametrize(("name", "words"), [("coreml", "needs macOS"), ("directml", "needs Windows")])
+def test_a_provider_of_another_system_is_not_to_be_installed(name, words):
+    backend = engines._backend(name)
+    if sys.platform == backend.system:
+        pytest.skip("this is its system")
+    with pytest.raises(EngineError, match=words) as error:
+        open_engine(IDENTITY, engine=name)
+    assert "pip" not in str(error.value)
     assert backend.obstacle(IDENTITY, "", EngineOptions()) == str(error.value)
 
 
@@ -143,7 +155,7 @@ def test_a_provider_that_fails_prints_nothing_and_is_an_error(capfd):
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
     backend = type(
-        "Broken", (ort.OrtCPU,), {"provider": "CUDAExecutionProvider", "_missing": lambda self, ort: None}
+        "Broken", (ort.OrtCPU,), {"provider": "CUDAExecutionProvider", "_missing": lambda ort: None}
     )
     with pytest.raises(EngineError):
         backend(IDENTITY, "cpu", EngineOptions())
@@ -177,7 +189,7 @@ def test_every_engine_of_the_table_is_there():
 @pytest.mark.parametrize(
     "settings",
     [dict(num_threads=0), dict(num_threads=1.5), dict(num_threads=True), dict(cpu_affinity=()),
-     dict(cpu_affinity=(4096,))],
+     dict(cpu_affinity=(4096,)), dict(cpu_affinity=0), dict(cpu_affinity=(0, "1"))],
 )  # fmt: skip
 def test_options_out_of_range_are_refused(settings):
     with pytest.raises(EngineError):
