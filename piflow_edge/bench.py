@@ -17,7 +17,7 @@ from piflow_edge.engines import DEFAULT_OPTIONS, ENGINES, EngineOptions, Graph, 
 
 from .bundle import Bundle
 from .cold_start import cold_start
-from .errors import BundleError, EngineError, MissingExtraError
+from .errors import BundleError, EngineError, EngineNotBuiltError, MissingExtraError
 from .files import sha256
 from .hardware import machine, power_state
 from .noise import philox_normal
@@ -116,7 +116,7 @@ class Row:
 class Benchmark:
     """What a run found. `machine_rounds`: ms of a fixed piece of NumPy in every round, the machine's pulse.
 
-    `left_out`: what "all" engines could not run, and why.
+    `left_out`: what "all" engines could not run, or a teacher's graph that is not built, and why.
     """
 
     rows: Sequence[Row]
@@ -192,8 +192,18 @@ def bench(
     if teacher is not None:
         scale = teacher.guidance_scale or distilled_guidance(opened[0])
         engines = dict.fromkeys((c.setting.engine, c.setting.device) for c in contenders)
+        students = len(contenders)
         for engine, device in engines:
-            contenders += _teachers(opened[0], engine, device, config, teacher, scale)
+            try:
+                contenders += _teachers(opened[0], engine, device, config, teacher, scale)
+            except EngineNotBuiltError as error:  # what is built ahead is built of bundles
+                left_out.append(
+                    {"model": "teacher", "engine": engine, "precision": "fp32", "why": str(error)}
+                )
+        if len(contenders) == students:
+            raise EngineError(
+                "no engine that runs the students runs the teacher; give --engine ort-cuda or ort-cpu"
+            )
     before = {"load": _load(), "power": power_state()}
     timed, pulse = _rounds(contenders, config)
     cold = (

@@ -34,6 +34,21 @@ class Line:
         return {"u_t": (inputs["x_t"] - x_0) / inputs["t"].reshape(per_sample)}
 
 
+def test_a_teacher_that_no_engine_has_built_is_an_error(monkeypatch, tmp_path):
+    from piflow_edge import bench, demo_bundle
+    from piflow_edge.errors import EngineError, EngineNotBuiltError
+
+    def not_built(*settings):
+        raise EngineNotBuiltError("there is no engine of the teacher")
+
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(bench, "_teachers", not_built)
+    with pytest.raises(EngineError, match="no engine that runs the students runs the teacher"):
+        bench.bench(
+            [demo_bundle()], bench.BenchConfig(cold_starts=0), bench.TeacherConfig(tmp_path / "t.onnx")
+        )
+
+
 class TestTeacher:
     noise = np.random.default_rng(0).standard_normal((2, 1, 2, 2), np.float32)
 
