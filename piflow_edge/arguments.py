@@ -1,6 +1,8 @@
 """What a caller asks a generator for, checked."""
 
+import math
 import numbers
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -40,7 +42,7 @@ def label_ids(labels, count, class_names: Sequence[str], name: str) -> np.ndarra
         return LabelError(f"{what}; bundle {name!r} has {known}")
 
     if labels is None:
-        raise refused(f"bundle {name!r} wants labels, one per image")
+        raise refused("give labels, one per image")
     if isinstance(labels, (numbers.Number, str)):
         labels = [labels]
     ids = []
@@ -59,17 +61,19 @@ def label_ids(labels, count, class_names: Sequence[str], name: str) -> np.ndarra
 
 def image_seeds(seed, count: int) -> Seeds:
     """(seed, index) of each of `count` images: of one seed, of a seed each, or as given."""
-    if isinstance(seed, numbers.Integral):
-        return [(int(seed), i) for i in range(count)]
+    given = [(seed, i) for i in range(count)] if isinstance(seed, numbers.Integral) else seed
     try:
-        seeds = [(int(s), 0) if isinstance(s, numbers.Integral) else tuple(s) for s in seed]
-        seeds = [(s, i) for s, i in seeds]
+        seeds = [(s, 0) if isinstance(s, numbers.Integral) else tuple(s) for s in given]
+        # Python's own numbers, which JSON can hold: NumPy's are no `int`.
+        seeds = [(operator.index(s), operator.index(i)) for s, i in seeds]
     except (TypeError, ValueError):
         raise ShapeError(
             f"seed is a whole number, or for every image one or a (seed, index); got {seed!r}"
         ) from None
     if len(seeds) != count:
         raise ShapeError(f"give one (seed, index) per image: {count} images, {len(seeds)} pairs")
+    if not all(0 <= number < 2**64 for pair in seeds for number in pair):
+        raise ShapeError(f"seed is a whole number from 0 to 2^64 - 1, and so is an index; got {seed!r}")
     return seeds
 
 
@@ -112,8 +116,8 @@ def start_and_mask(
 
 def check_numbers(temperature, resamples, callback_every) -> None:
     """ScheduleError for one that is out of its range; see `Generator`."""
-    if not (isinstance(temperature, numbers.Real) and temperature >= 0):
-        raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
+    if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):  # NaN fails too
+        raise ScheduleError(f"temperature is 0 or more, and finite; got {temperature!r}")
     for name, value, least in (("resamples", resamples, 0), ("callback_every", callback_every, 1)):
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if value is not None and not (whole and value >= least):

@@ -157,7 +157,7 @@ class Generator:
             ShapeError: noise, an image or a mask of another shape, or not finite.
             ScheduleError: a setting out of range, or without what it is for.
             BundleError: images are asked for, and the bundle makes latents and has no decoder.
-            EngineError: the network call failed, or the generator was closed.
+            EngineError: the network call failed or made NaN, or the generator was closed.
             Cancelled: `cancel` was set. No part of the images is returned; a callback has seen what there was.
         """
         began = time.perf_counter()
@@ -177,10 +177,10 @@ class Generator:
         if resamples is None:
             resamples = 0 if mask is None else _RESAMPLES
         strength = start_level(image, strength, mask, resamples, schedule)
-        self._tell_of_training(schedule, strength)
         start, drawn = start_and_mask(image, mask, len(ids), manifest.latent, self.bundle.name)
         if noise is not None:
             noise = checked_noise(noise, (len(ids), *manifest.latent.shape))
+        self._tell_of_training(schedule, strength)
         recipe = Recipe(
             version=1,
             bundle=self.bundle.name,
@@ -243,9 +243,14 @@ class Generator:
             pieces = [make(piece) for piece in _pieces(len(ids), self.engine.max_batch)]
             decoding = time.perf_counter()
             images = None
+            latents = _joined([gpu_arrays.to_host(piece) for piece in pieces])
+            if not np.isfinite(latents).all():  # would be black, or whatever the processor makes of it
+                raise EngineError(
+                    f"bundle {self.bundle.name!r} in {self.precision} on {self.engine.name} made NaN or infinity; load "
+                    f"it in another precision. `piflow-edge verify BUNDLE --precision {self.precision}` tells where"
+                )
             if output != "latent":
                 images = _joined([self._decoded(piece, output == "float") for piece in pieces])
-            latents = _joined([gpu_arrays.to_host(piece) for piece in pieces])
             if output == "pil":
                 images = as_pil(images)
             clock("decode", time.perf_counter() - decoding)
@@ -460,15 +465,22 @@ def load(
         MissingExtraError: the engine's package is not installed, or `trusted_keys` are given and `cryptography` is not.
     """
     opened = Bundle(bundle, trusted_keys=trusted_keys)
-    network = open_engine(opened.graph(precision), engine=engine, device=device, options=options)
-    decoder = None
-    if opened.manifest.decoder is not None:
-        settings = {"engine": network.name, "device": network.device, "options": options}
-        decoder = open_engine(opened.decoder(precision), **settings)
-    log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
     policy = opened.manifest.policy
     if {spec.name for spec in opened.manifest.network.outputs} != set(policy.outputs):
         raise BundleError(
             f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
         )
+    network = open_engine(opened.graph(precision), engine=engine, device=device, options=options)
+    decoder = None
+    if opened.manifest.decoder is not None:
+        # "auto" chooses for the decoder too, on the same device: an engine may be built for the student alone.
+        same = engine if engine == "auto" else network.name
+        try:
+            decoder = open_engine(
+                opened.decoder(precision), engine=same, device=network.device, options=options
+            )
+        except BaseException:
+            network.close()
+            raise
+    log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
     return Generator(opened, network, decoder, precision, options)

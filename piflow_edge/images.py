@@ -99,6 +99,10 @@ def drawn_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
     if array.dtype.kind == "f":
         array = array > 0.5
     elif array.dtype.kind in "iu":
+        if array.size and array.max() == 1:  # else nothing would be drawn
+            raise ShapeError(
+                "a mask of whole numbers has 255 for white; this one has 0 and 1: give it as bool"
+            )
         array = array > 127
     array = array if array.ndim == 3 else array[None]
     (height, width), (rows, columns) = size, array.shape[-2:] if array.ndim == 3 else (0, 0)

@@ -66,7 +66,8 @@ def verify(generator: Generator) -> list[Row]:
     golden, tolerances = read_golden(bundle), bundle.manifest.tolerances[generator.precision]
     ids, count = golden.get("labels"), len(golden["noise"])
     outputs, velocities, latents = [], [], []
-    sizes = sorted({min(size, count) for size in (*BATCHES, count)})
+    largest = min(count, generator.engine.max_batch or count)
+    sizes = sorted({min(size, largest) for size in (*BATCHES, count)})
     ids_of = {size: None if ids is None else ids[:size] for size in sizes}
     schedule = bundle.manifest.schedule.schedule()
     for i, segment in enumerate(schedule.segments):
@@ -127,14 +128,16 @@ def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sig
 def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
     """What each sampler graph makes of the golden noise, and what it should: latents, then images."""
     bundle, spec = generator.bundle, generator.bundle.manifest.schedule
-    noise, ids = golden["noise"], golden.get("labels")
-    labels = {} if ids is None else {"class_labels": ids}
     latents, images = [], []
     for nfe in bundle.manifest.samplers:
         graph = _sampler_engine(generator, nfe)
+        limits = [engine.max_batch for engine in (generator.engine, graph) if engine.max_batch is not None]
+        size = min([len(golden["noise"]), *limits])
+        noise, ids = golden["noise"][:size], golden["labels"][:size] if "labels" in golden else None
+        labels = {} if ids is None else {"class_labels": ids}
         found = graph.run({"noise": noise, **labels})
         expected = sample(
-            lambda x_t, sigma: generator.policy(x_t, sigma, ids),
+            lambda x_t, sigma, ids=ids: generator.policy(x_t, sigma, ids),
             noise,
             spec.schedule(nfe=nfe),
             temperature=spec.temperature,

@@ -45,3 +45,15 @@ def test_a_folder_of_that_name_is_never_mistaken_for_it(tmp_path):
 def test_it_is_not_signed_in_place(tmp_path):
     done = run(tmp_path, "sign", "digits", "--key", "key.pem")
     assert done.returncode == 2 and not (pf.demo_bundle() / "signature.json").exists()
+
+
+def test_images_of_one_seed_get_a_file_each(tmp_path):
+    from piflow_edge.pictures import image_grid, png_bytes
+
+    made = pf.load(pf.demo_bundle())([3, 7], seed=[5, 5])
+    (tmp_path / "both.png").write_bytes(png_bytes(image_grid([made.images]), made.recipe))
+    done = run(tmp_path, "sample", "digits", "--like", "both.png", "--out", "each")
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in (tmp_path / "each").iterdir()) == ["5-0-1.png", "5-0.png"]
+    assert pf.read_recipe(tmp_path / "each" / "5-0.png").labels == [3]
+    assert pf.read_recipe(tmp_path / "each" / "5-0-1.png").labels == [7]

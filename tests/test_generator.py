@@ -1,5 +1,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian
 
 import piflow_edge as pf
 from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
+from piflow_edge.errors import EngineError
 from piflow_edge.sampling import sample
 
 
@@ -74,12 +77,13 @@ class TestGenerator:
             (dict(labels=[True]), "got label True"),
             (dict(labels=[1.0]), "got label 1.0"),
             (dict(labels=[]), "one label or more"),
-            (dict(labels=None), "wants labels"),
+            (dict(labels=None), "give labels, one per image"),
             (dict(labels=[1], count=0), "count is a whole number, 1 or more"),
             (dict(labels=[1], nfe=0), "nfe is a whole number, 1 or more; got nfe=0"),
             (dict(labels=[1], substeps=0), "total_substeps"),
             (dict(labels=[1], temperature=-1), "temperature is 0 or more"),
             (dict(labels=[1], temperature=float("nan")), "temperature is 0 or more"),
+            (dict(labels=[1], temperature=float("inf")), "temperature is 0 or more, and finite"),
             (
                 dict(labels=[1], noise=np.zeros((1, 1, 4, 4), np.float32)),
                 r"\(1, 1, 8, 8\); got .*\(1, 1, 4, 4\)",
@@ -96,6 +100,7 @@ class TestGenerator:
             (dict(labels=[1], seed=[(0, 0, 0)]), "seed is a whole number"),
             (dict(labels=[1], seed=[(0.5, 0)]), "seed is a whole number"),
             (dict(labels=[1], seed=-1), "seed is a whole number"),
+            (dict(labels=[1], seed=2**64, noise=np.zeros((1, 1, 8, 8))), "seed is a whole number from 0"),
             (dict(labels=[1], seed=[(0, 0), (0, 1)]), r"one \(seed, index\) per image"),
             (dict(labels=[1], output="jpeg"), "output is"),
             (dict(labels=[1], nfe=[2]), "nfe is a whole number"),
@@ -171,6 +176,39 @@ def test_more_images_than_the_engine_takes_are_split():
         found = split(**settings, callback=lambda done, first=first: first.append(done.first)).latents
         np.testing.assert_allclose(found, whole(**settings).latents, rtol=0, atol=1e-6)
         assert sorted(set(first)) == [0, 3, 6] and len(engine.calls) % 3 == 0
+
+
+def test_nan_is_an_error_and_no_black_image():
+    engine = GaussianEngine()
+    exact = engine.run
+    engine.run = lambda inputs: {name: value * np.nan for name, value in exact(inputs).items()}
+    with pytest.raises(EngineError, match="made NaN or infinity; load it in another precision"):
+        gaussian_generator(engine)([1])
+
+
+@pytest.mark.parametrize(("asked", "given"), [("auto", "auto"), ("fast", "fast")])
+def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked, given):
+    from piflow_edge import generator
+
+    opened, closed = [], []
+
+    def open_engine(graph, *, engine, device, options):
+        opened.append((graph, engine, device))
+        if graph == "decoder":
+            raise EngineError("no decoder here")
+        return SimpleNamespace(name="fast", device="gpu", close=lambda: closed.append(graph))
+
+    latents = gaussian_generator().bundle.manifest
+    outputs = [SimpleNamespace(name=name) for name in latents.policy.outputs]
+    manifest = replace(latents, decoder="one", network=replace(latents.network, outputs=outputs))
+    bundle = SimpleNamespace(
+        name="b", manifest=manifest, graph=lambda precision: "student", decoder=lambda precision: "decoder"
+    )
+    monkeypatch.setattr(generator, "Bundle", lambda folder, trusted_keys: bundle)
+    monkeypatch.setattr(generator, "open_engine", open_engine)
+    with pytest.raises(EngineError, match="no decoder here"):
+        pf.load("b", engine=asked)
+    assert opened == [("student", asked, None), ("decoder", given, "gpu")] and closed == ["student"]
 
 
 def test_without_classes_a_count_says_how_many():

@@ -63,6 +63,12 @@ def test_a_latent_is_kept_only_where_all_its_pixels_are():
     np.testing.assert_array_equal(drawn_mask(mask, (4, 6))[0, 0], mask)
 
 
+def test_a_mask_of_0_and_1_does_not_pass_for_one_that_draws_nothing():
+    with pytest.raises(PiFlowError, match="give it as bool"):
+        drawn_mask(np.eye(2, 3, dtype=np.uint8), (2, 3))
+    assert not drawn_mask(np.zeros((2, 3), np.uint8), (2, 3)).any()
+
+
 @pytest.mark.parametrize(
     "mask", [np.zeros((4, 5), bool), np.zeros((2, 6), bool), np.zeros(6, bool), "x", np.zeros((1, 1), bool)]
 )

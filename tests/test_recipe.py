@@ -28,6 +28,7 @@ def png(path, **chunks):
     [
         (dict(seed=7), {}),
         (dict(seed=[(3, 4), (2**64 - 1, 2**63)], nfe=2, substeps=9, temperature=0.3), {}),
+        (dict(seed=np.array([[3, 4], [5, 6]])), {}),
         (dict(seed=1, h="inf"), {}),
         (dict(seed=1, h=0.25), {}),
         (dict(solver="multistep"), {}),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -247,10 +248,19 @@ def _pictures(out: Path, result) -> list[Path]:
         write_atomic(out, png_bytes(image_grid([result.images]), result.recipe))
         return [out]
     out.mkdir(parents=True, exist_ok=True)
-    files = []
-    for i, ((seed, index), image) in enumerate(zip(result.recipe.seeds, result.images, strict=True)):
-        files.append(out / f"{seed}-{index}.png")
-        write_atomic(files[-1], png_bytes(image, result.recipe.of(i)))
+    files = _names(out, result, ".png")
+    for i, (file, image) in enumerate(zip(files, result.images, strict=True)):
+        write_atomic(file, png_bytes(image, result.recipe.of(i)))
+    return files
+
+
+def _names(out: Path, result, suffix: str) -> list[Path]:
+    """One file per image, named for its seed and index; --like may make several of one, with a third number."""
+    files, seen = [], Counter()
+    for pair in result.recipe.seeds:
+        again = f"-{seen[pair]}" if seen[pair] else ""
+        files.append(out / f"{pair[0]}-{pair[1]}{again}{suffix}")
+        seen[pair] += 1
     return files
 
 
@@ -265,8 +275,7 @@ def _arrays(out: Path, result) -> list[Path]:
         files = {out: arrays}
     else:
         out.mkdir(parents=True, exist_ok=True)
-        seeds = result.recipe.seeds
-        files = {out / f"{s}-{i}.npy": array for (s, i), array in zip(seeds, arrays, strict=True)}
+        files = dict(zip(_names(out, result, ".npy"), arrays, strict=True))
     for path, array in files.items():
         with atomic_file(path) as file:
             np.save(file, array)
