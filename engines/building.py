@@ -12,7 +12,7 @@ from typing import Any
 from piflow_edge.bundle import Bundle, TensorSpec, decoder_file, sampler_file
 from piflow_edge.engines import EngineOptions, Graph, engine_cache, ort_compile, trt, trt_build, trt_versions
 from piflow_edge.engines.engine_cache import EngineKey
-from piflow_edge.errors import EngineError, PiFlowError
+from piflow_edge.errors import BundleError, EngineError, PiFlowError
 from piflow_edge.hardware import host_memory
 from piflow_edge.kernels import nvidia
 
@@ -231,8 +231,12 @@ def targets(
             "TensorRT has no int8 whose activations are scaled as they come; export with --precision int8-qdq"
         )
     if graph == "sampler":
-        if nfe is None and len(manifest.samplers) != 1:
-            has = ", ".join(map(str, manifest.samplers)) or "none"
+        if nfe is None and not manifest.samplers:
+            raise BundleError(
+                f"bundle {bundle.name!r} has no sampler graph; export it with --sampler-graph NFE"
+            )
+        if nfe is None and len(manifest.samplers) > 1:
+            has = ", ".join(map(str, manifest.samplers))
             raise EngineError(
                 f"bundle {bundle.name!r} has sampler graphs of these calls: {has}; choose with nfe"
             )

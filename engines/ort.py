@@ -32,13 +32,14 @@ def runtime(package: str = "'piflow-edge[cpu]'", engine: str = "ort-cpu"):
         engine: that needs it, for the error.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: it is not installed, or cannot be imported.
     """
     try:
         import onnxruntime
     except ImportError as error:
+        here = "" if isinstance(error, ModuleNotFoundError) else f", and what is here does not load ({error})"
         raise MissingExtraError(
-            f"engine {engine!r} needs onnxruntime; get it with: pip install {package}"
+            f"engine {engine!r} needs onnxruntime{here}; get it with: pip install {package}"
         ) from error
     return onnxruntime
 

@@ -56,14 +56,15 @@ def tensorrt():
     """The tensorrt module.
 
     Raises:
-        MissingExtraError: it is not installed.
+        MissingExtraError: it is not installed, or cannot be loaded.
     """
     try:
         import tensorrt
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the latter of libraries it does not find
+        here = "" if isinstance(error, ModuleNotFoundError) else f", and what is here does not load ({error})"
         raise MissingExtraError(
-            "engine 'tensorrt' needs NVIDIA's tensorrt; get it with: pip install 'piflow-edge[tensorrt]' (on Jetson it "
-            "comes with JetPack: make the environment with --system-site-packages)"
+            f"engine 'tensorrt' needs NVIDIA's tensorrt{here}; get it with: pip install 'piflow-edge[tensorrt]' "
+            "(on Jetson it comes with JetPack: make the environment with --system-site-packages)"
         ) from error
     return tensorrt
 

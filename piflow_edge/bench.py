@@ -204,6 +204,7 @@ def bench(
             raise EngineError(
                 "no engine that runs the students runs the teacher; give --engine ort-cuda or ort-cpu"
             )
+    contenders = list({contender.setting.key: contender for contender in contenders}.values())  # named twice
     before = {"load": _load(), "power": power_state()}
     timed, pulse = _rounds(contenders, config)
     cold = (

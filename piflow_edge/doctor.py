@@ -18,7 +18,7 @@ from piflow_edge.engines import ort
 
 from .bundle import demo_bundle
 from .cache import cache_folder
-from .errors import PiFlowError
+from .errors import EngineError, MissingExtraError, PiFlowError
 from .findings import OK, PROBLEM, WARNING, Finding, versions
 from .hardware import jetson_release, nvidia_gpus, power_state, read_text
 from .integrator import integrate
@@ -313,9 +313,13 @@ def bundle_finding(bundle: os.PathLike | str, **engine: Any) -> Finding:
     if bundle == demo_bundle():
         command = "pip install --force-reinstall --no-deps --no-cache-dir piflow-edge"
     try:
-        generator = load(bundle, **engine)
-        check(verify(generator), generator.bundle.name)
+        with load(bundle, **engine) as generator:
+            check(verify(generator), generator.bundle.name)
     except PiFlowError as error:
+        # Where it is the engine that is missing, its error says what to do.
+        told = re.search(r"(?:get it with|get the libraries with|once): (.+)", str(error))
+        if isinstance(error, EngineError | MissingExtraError):
+            command = told[1] if told else "use another --engine or --device"
         return Finding("self-test", PROBLEM, str(error), command)
     return Finding(
         "self-test", OK, f"{generator.bundle.name!r} reproduces its golden samples on {generator.engine.name}"

@@ -49,6 +49,16 @@ def test_a_teacher_that_no_engine_has_built_is_an_error(monkeypatch, tmp_path):
         )
 
 
+def test_what_is_named_twice_is_measured_once():
+    from piflow_edge import bench, demo_bundle
+
+    pytest.importorskip("onnxruntime")
+    config = bench.BenchConfig(
+        engines=["auto", "ort-cpu"], nfes=[1, 1], rounds=1, warmup=0, cold_starts=0, device="cpu"
+    )
+    assert len(bench.bench([demo_bundle()], config).rows) == 1
+
+
 class TestTeacher:
     noise = np.random.default_rng(0).standard_normal((2, 1, 2, 2), np.float32)
 
@@ -151,7 +161,7 @@ class TestCompare:
         assert found.differs == [("cpu", "x", "y")]
         assert found.only_old == ["a"] and found.only_new == ["b"] and not found.changes
 
-    @pytest.mark.parametrize("text", ["", "[]", '{"format": 99}'])
+    @pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', '{"format": 1, "machine_rounds": [1]}'])
     def test_another_file_is_refused(self, text, tmp_path):
         file = tmp_path / "old.json"
         file.write_text(text)

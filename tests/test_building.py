@@ -86,7 +86,7 @@ class TestOnABundle:
             ({"nfe": 2}, "give it with graph 'sampler'"),
             ({"graph": "sampler", "nfe": 3}, "no sampler graph of 3 calls"),
             ({"graph": "decoder"}, "has no decoder"),
-            ({"graph": "sampler"}, "sampler graphs of these calls: none"),
+            ({"graph": "sampler"}, "has no sampler graph; export it with"),
             ({"precision": "int4"}, "holds fp32"),
         ],
     )

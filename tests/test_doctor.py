@@ -1,11 +1,13 @@
 """The doctor: what it finds on a healthy machine, and what it says of each illness."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
-from piflow_edge import doctor
+from piflow_edge import demo_bundle, doctor
+from piflow_edge.engines import ort
 from piflow_edge.findings import OK, PROBLEM, WARNING
 from piflow_edge.kernels import cpu
 
@@ -14,7 +16,6 @@ from test_cli import run
 
 def test_this_machine_is_well_and_torch_stays_out(tmp_path, monkeypatch):
     import subprocess
-    import sys
 
     monkeypatch.setenv("PIFLOW_EDGE_CACHE", str(tmp_path / "not" / "yet"))
     pytest.importorskip("onnxruntime")
@@ -150,6 +151,17 @@ def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     finding = doctor.cache_finding(tmp_path / "file" / "cache")
     assert finding.status == PROBLEM and "PIFLOW_EDGE_CACHE" in finding.fix
+
+
+def test_an_engine_that_is_missing_is_no_fault_of_the_bundle():
+    finding = doctor.bundle_finding(
+        demo_bundle(), engine="coreml" if sys.platform != "darwin" else "directml"
+    )
+    assert finding.status == PROBLEM and finding.fix == "use another --engine or --device"
+    pytest.importorskip("onnxruntime")
+    if "onnxruntime-openvino" not in ort.installed():
+        finding = doctor.bundle_finding(demo_bundle(), engine="openvino")
+        assert finding.fix.endswith("pip install onnxruntime-openvino")
 
 
 @pytest.mark.torch

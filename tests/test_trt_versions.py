@@ -2,13 +2,14 @@
 
 import base64
 import json
+import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 from piflow_edge.engines import Graph, trt_build, trt_versions
-from piflow_edge.errors import EngineError
+from piflow_edge.errors import EngineError, MissingExtraError
 from piflow_edge.kernels import nvidia
 
 import small_network
@@ -74,6 +75,16 @@ def test_an_unknown_release_is_an_error_that_says_so(release):
         EngineError, match=f"knows TensorRT 8.5, 8.6, 10.x and 11.x; TensorRT {release} is here"
     ):
         trt_versions.api(release)
+
+
+def test_a_tensorrt_that_does_not_load_is_not_taken_for_one_that_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(
+        MissingExtraError, match=r"does not load \(libnvinfer.so.10: cannot open\); get it with: pip"
+    ):
+        trt_versions.tensorrt()
 
 
 def test_newer_releases_of_a_known_kind_are_taken():

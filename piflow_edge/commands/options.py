@@ -139,7 +139,9 @@ def calls(context, parameter, text: str | None) -> list[int]:
     if text is None:
         return []
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise click.BadParameter(f"give calls per image, separated by commas, such as 1,2,4; got {text!r}")
+        raise click.BadParameter(
+            f"give whole numbers, 1 or more, separated by commas, such as 1,2,4; got {text!r}"
+        )
     return [int(nfe) for nfe in text.split(",")]
 
 
