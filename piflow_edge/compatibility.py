@@ -139,14 +139,15 @@ def _tensorrt(runtime: Runtime, precision: str, opset: int, dynamic: list[str]) 
         )
     if dynamic:
         answer = "no"
-        reason = f"it has no {' and no '.join(dynamic)}; export int8 with static QDQ instead"
+        reason = f"it has no {' and no '.join(dynamic)}; export --precision int8-qdq instead"
     elif opset > runtime.max_opset:
         # Not a no: a parser may read what it does not promise, and most operators stay as they were.
         answer = "unverified"
         reason = (
-            f"its parser promises opset {runtime.max_opset} and the bundle has {opset}: try it on the device"
+            f"its parser promises opset {runtime.max_opset} and the bundle has {opset}: export with --opset 17, or try "
+            "it on the device"
         )
-    elif precision == "int8" and runtime.int8 == "weights only":
+    elif precision.startswith("int8") and runtime.int8 == "weights only":
         gpus = tuple(gpu for gpu in gpus if gpu != _TURING)
         answer, reason = (
             "unverified",

@@ -46,6 +46,7 @@ def test_a_parser_promises_no_more_than_its_opset():
         assert answers(17)[name].answer == "yes"
         row = answers(18)[name]
         assert row.answer == "unverified" and "promises opset 17 and the bundle has 18" in row.reason
+        assert "--opset 17" in row.reason
 
 
 def test_the_decoder_counts_too():
@@ -68,12 +69,13 @@ def test_int8_whose_activations_are_quantized_as_they_come_is_not_for_tensorrt()
     for runtime in RUNTIMES:
         assert dynamic[runtime.name].answer == "no"
         assert "DynamicQuantizeLinear" in dynamic[runtime.name].reason
-    assert answers(17, "int8")["TensorRT 10.15"].answer == "yes"
+        assert "int8-qdq" in dynamic[runtime.name].reason
+    assert answers(17, "int8-qdq")["TensorRT 10.15"].answer == "yes"
 
 
 def test_int8_on_tensorrt_rtx_leaves_out_turing():
     assert "7.5" in answers(17, "fp16")["TensorRT-RTX 1"].gpus
-    row = answers(17, "int8")["TensorRT-RTX 1"]
+    row = answers(17, "int8-qdq")["TensorRT-RTX 1"]
     assert row.answer == "unverified" and row.gpus and "7.5" not in row.gpus
 
 

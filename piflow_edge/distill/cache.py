@@ -20,8 +20,6 @@ from piflow_edge.files import write_atomic
 
 log = logging.getLogger(__name__)
 
-_READ_AT_ONCE = 64 << 20  # bytes
-
 
 class Hashed(Protocol):
     def fingerprint(self) -> str: ...

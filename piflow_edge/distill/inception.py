@@ -21,7 +21,6 @@ from piflow_edge.errors import FeatureError
 from piflow_edge.features import batches, eight_bit
 from piflow_edge.files import sha256
 
-FEATURES = 2048
 _SIDE = 299
 _BATCH_SIZE = 32
 _FID_CLASSES = 1008  # of the TensorFlow network; torchvision's has ImageNet's 1,000

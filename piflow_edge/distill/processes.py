@@ -193,11 +193,6 @@ def keep_memory() -> None:
             libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its maximum
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network itself, with its attributes, where DDP may stand around it."""
-    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
-
-
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's share of each tensor: the tensor itself, where it is not shared out."""
     return [t._local_tensor if isinstance(t, DTensor) else t for t in (t.detach() for t in tensors)]
