@@ -82,21 +82,30 @@ def state_dict(source: Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file cannot be read, or holds something else.
     """
+    weights: Any = source
     if not isinstance(source, Mapping):
         try:
             if Path(source).suffix == ".safetensors":
                 from safetensors.torch import load_file
 
-                source = load_file(source)
+                weights = load_file(source)
             else:
-                source = torch.load(source, map_location="cpu", weights_only=True)
+                weights = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds
             raise CheckpointError(f"{source} cannot be read as a checkpoint: {error}") from error
     for key in ("ema", "state_dict", "model"):
-        if isinstance(source.get(key), Mapping):
-            source = source[key]
+        if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
+            weights = weights[key]
             break
-    return {name.removeprefix("module."): tensor.float() for name, tensor in source.items()}
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
+        what = "the given one" if isinstance(source, Mapping) else source
+        raise CheckpointError(
+            f"a state dict is names and tensors, alone or under 'ema', 'state_dict' or 'model'; {what} holds something "
+            "else; save the module's state_dict() alone"
+        )
+    return {name.removeprefix("module."): tensor.float() for name, tensor in weights.items()}
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

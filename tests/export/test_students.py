@@ -141,6 +141,15 @@ def test_files_that_are_no_student_are_refused(files, source, config, problem):
 
 
 @pytest.mark.parametrize(
+    "content", [torch.zeros(3), [torch.zeros(3)], {"epoch": 3, "w": torch.zeros(3)}, {0: torch.zeros(3)}]
+)
+def test_a_file_of_something_else_than_weights_is_refused(files, content):
+    torch.save(content, files / "other.pt")
+    with pytest.raises(CheckpointError, match="a state dict is names and tensors"):
+        load_student(files / "other.pt", config=files / "student.json")
+
+
+@pytest.mark.parametrize(
     ("entry", "problem"),
     [
         ("test_students:not_a_student", "must return a StudentModel; it returned a ModuleNetwork"),
