@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def sample(
         clock: told ("network" or "policy", seconds) after each stage.
         callback: told how far it is after each segment; what it raises ends the loop and reaches the caller.
         callback_every: substeps after which `callback` is told, besides. The state is the same but for rounding.
-        cancelled: asked before every call and every 16 substeps, or more often with `callback_every`, whether to stop.
+        cancelled: asked before every call and every 16 substeps, and where `callback` is told, whether to stop.
         strength: noise level to start at, in (0, 1].
         known: the part of an image to keep; the rest is drawn.
         resamples: with `known`, how often a segment that starts below 1 is gone through to the end, and noise added
@@ -159,10 +160,9 @@ def sample(
         for j in range(repeats if segment.sigma_src < 1 else 0):
             x_t = resampled(x_t, segment.sigma_src, len(segments) + i * repeats + j + 1)
         policy = call(x_t, segment.sigma_src, sharpen=i < len(segments) - 1)
-        levels, every = _levels(segment, schedule.shift), callback_every
-        if every is None and cancelled is not None and solver == "euler":
-            every = _WATCHED_SUBSTEPS
-        for start, stop in _pieces(segment.substeps, every):
+        levels = _levels(segment, schedule.shift)
+        watched = _WATCHED_SUBSTEPS if cancelled is not None and solver == "euler" else None
+        for start, stop in _pieces(segment.substeps, callback_every, watched):
             began = time.perf_counter()
             sigma_t = float(levels[stop])
             whole = stop - start == segment.substeps
@@ -171,7 +171,7 @@ def sample(
             if known is not None and (last or callback is not None):
                 x_t = known.put_into(x_t, sigma_t)
             clock("policy", time.perf_counter() - began)
-            if callback is not None and (last or callback_every is not None):
+            if callback is not None and (last or (callback_every and stop % callback_every == 0)):
                 done = Progress(calls, nfe, stop, segment.substeps, sigma_t, x_t, policy, known)
                 callback(done)
             watch(sigma_t)
@@ -184,11 +184,10 @@ def _on_host(array: Array) -> Array:
     return gpu_arrays.to_host(array) if isinstance(array, DeviceArray) else array
 
 
-def _pieces(substeps: int, every: int | None) -> Iterator[tuple[int, int]]:
-    """(first substep, where to stop) of the pieces of a segment."""
-    every = every or substeps
-    for start in range(0, substeps, every):
-        yield start, min(start + every, substeps)
+def _pieces(substeps: int, *every: int | None) -> Iterator[tuple[int, int]]:
+    """(first substep, where to stop) of the pieces of a segment, cut after every so many substeps."""
+    stops = {stop for size in every if size is not None for stop in range(size, substeps, size)}
+    return pairwise([0, *sorted(stops), substeps])
 
 
 @lru_cache(maxsize=64)

@@ -189,3 +189,11 @@ def test_asked_to_stop_it_stops_between_substeps():
     with pytest.raises(Cancelled, match="after 1 network calls"):
         sample(network, noise(), Schedule(nfe=2, total_substeps=128), cancelled=cancelled)
     assert calls == [1.0] and len(asked) == 4  # before the call, and after 16, 32 and 48 of 64 substeps
+
+
+def test_a_rare_callback_does_not_make_it_deaf():
+    asked, seen = [], []
+    sample(dx_network, noise(), Schedule(nfe=1, total_substeps=128), callback=seen.append, callback_every=60,
+           cancelled=lambda: asked.append(None))  # fmt: skip
+    assert [done.substep for done in seen] == [60, 120, 128]
+    assert len(asked) == 1 + 8 + 2  # before the call, every 16 substeps, and where it was told besides
