@@ -170,7 +170,7 @@ def precision(found: Mapping) -> str:
             continue
         rows = []
         for precision, share in one["graph_share"].items():
-            calls = one.get("calls", {}).values()
+            calls = [batch["wall"] for batch in one.get("calls", {}).values()]
             fid = one.get("fid", {}).get(precision)
             rows.append((precision, percent(share), f"{one['psnr_db_to_pytorch'][precision]} dB", fid,
                          *(batch["ms"][precision] for batch in calls)))  # fmt: skip

@@ -73,6 +73,15 @@ def test_noise(shared_bundle, tmp_path):
     page(tmp_path, "noise", "though nothing did")
 
 
+def test_precision_tables_read_what_is_timed(shared_bundle, tmp_path):
+    import precision
+
+    calls = precision.timed(shared_bundle, [1, 2], 1)
+    wide = {"graph_share": {"fp32": 1.0}, "psnr_db_to_pytorch": {"fp32": 90.0}, "calls": calls}
+    (tmp_path / "precision.json").write_text(json.dumps({"command": "", "wide": wide}))
+    page(tmp_path, "precision", "ms, batch 2")
+
+
 def page(results, name, words):
     """The table of one result, which stands where its marks are and nowhere else."""
     from page import rewrite
