@@ -9,6 +9,9 @@ import sys
 import time
 from collections.abc import Mapping
 
+# What the process says once it has images.
+_DONE = "images\n"
+
 
 def cold_start(told: Mapping, *, device: str = "cpu") -> dict[str, float | None]:
     """One fresh process that opens a bundle, or a teacher, makes images, then the same images again.
@@ -38,9 +41,10 @@ def cold_start(told: Mapping, *, device: str = "cpu") -> dict[str, float | None]
     with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop a talkative engine
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as child:
-            child.stdout.readline()  # images are there
+            lines = iter(child.stdout)  # an engine may print lines of its own
+            next((line for line in lines if line == _DONE), None)  # images are there
             first = time.perf_counter() - began
-            answer = child.stdout.readline()
+            answer = next((line for line in lines if line.startswith("{")), "")
             held = gpu_memory_used() if used is not None else None
             child.stdin.close()  # for which it waits
         errors.seek(0)
@@ -59,7 +63,7 @@ def main() -> None:
     opened = time.perf_counter()
     draw()
     first = time.perf_counter()
-    print("images", flush=True)
+    print(_DONE, end="", flush=True)
     again = time.perf_counter()
     draw()
     second = time.perf_counter()

@@ -145,11 +145,12 @@ def verify(bundle, precision, trusted_keys, as_json, **engine):
     from piflow_edge.verification import check, verify
 
     settings = engine_settings(**engine) | {"trusted_keys": trusted_keys}
-    generator = load(bundle, precision=precision, **settings)
-    rows = verify(generator)
+    with load(bundle, precision=precision, **settings) as generator:
+        rows = verify(generator)
     if precision is None:
         for other in generator.bundle.manifest.precisions[1:]:
-            rows += verify(load(bundle, precision=other, **settings))
+            with load(bundle, precision=other, **settings) as loaded:
+                rows += verify(loaded)
     signature = generator.bundle.signature
     context = {"bundle": str(bundle), "engine": generator.engine.name}
     report_rows(rows, as_json, {**context, "signature": vars(signature) if signature else None})
