@@ -35,8 +35,7 @@ class Group(click.Group):
         except BrokenPipeError:
             raise  # whoever read our output has seen enough; click knows what to do
         except OSError as error:  # a full disk, a path that cannot be written
-            name = error.filename2 or error.filename  # of a rename, where to: the other is a temporary name
-            where = f": {name}" if name else ""
+            where = f": {error.filename}" if error.filename else ""
             click.echo(f"piflow-edge: {error.strerror or error}{where}", err=True)
             context.exit(2)
         except ImportError as error:

@@ -24,8 +24,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(work, path)
-    except BaseException:
+    except BaseException as error:
         work.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename) == str(work):
+            error.filename, error.filename2 = str(path), None  # what the caller asked for
         raise
 
 

@@ -135,10 +135,16 @@ def open_image(path: Path) -> Any:
 
 def open_array(path: Path) -> np.ndarray:
     """The array in an .npy file; ShapeError if it cannot be read."""
+    from zipfile import BadZipFile  # slow to import; NumPy does so here too
+
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ShapeError(f"{path} cannot be read as an .npy file: {error}") from error
+    except OSError as error:
+        raise ShapeError(f"{path} cannot be read as an .npy file: {error.strerror or error}") from error
+    except (ValueError, EOFError, BadZipFile) as error:  # whose text tells how to run what is in the file
+        raise ShapeError(
+            f"{path} cannot be read as an .npy file of numbers, as numpy.save writes it"
+        ) from error
     if not isinstance(array, np.ndarray):
         raise ShapeError(f"{path} is an .npz file of several arrays; give one array, as numpy.save writes it")
     return array

@@ -57,3 +57,10 @@ def test_images_of_one_seed_get_a_file_each(tmp_path):
     assert sorted(file.name for file in (tmp_path / "each").iterdir()) == ["5-0-1.png", "5-0.png"]
     assert pf.read_recipe(tmp_path / "each" / "5-0.png").labels == [3]
     assert pf.read_recipe(tmp_path / "each" / "5-0-1.png").labels == [7]
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    done = run(tmp_path, "sample", "digits", "--labels", "3", "--out", "taken.png")
+    assert done.returncode == 2 and done.stderr.strip().endswith(": taken.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["taken.png"]

@@ -89,6 +89,16 @@ def test_files_that_hold_no_image_are_refused(tmp_path):
     (tmp_path / "several.npz").rename(tmp_path / "several.npy")
     for name in ("text.png", "text.npy"):
         (tmp_path / name).write_text("no picture")
-    for name in ("text.png", "text.npy", "object.npy", "several.npy", "missing.png", "missing.npy"):
-        with pytest.raises(PiFlowError, match=name):
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "several.npy").read_bytes()[:40])
+    for name in (
+        "text.png",
+        "text.npy",
+        "object.npy",
+        "several.npy",
+        "cut.npy",
+        "missing.png",
+        "missing.npy",
+    ):
+        with pytest.raises(PiFlowError, match=name) as error:
             open_image(tmp_path / name)
+        assert "allow_pickle" not in str(error.value)
