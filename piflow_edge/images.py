@@ -138,7 +138,8 @@ def open_array(path: Path) -> np.ndarray:
     from zipfile import BadZipFile  # slow to import; NumPy does so here too
 
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # NumPy leaves what it cannot read open
+            array = np.load(file, allow_pickle=False)
     except OSError as error:
         raise ShapeError(f"{path} cannot be read as an .npy file: {error.strerror or error}") from error
     except (ValueError, EOFError, BadZipFile) as error:  # whose text tells how to run what is in the file
