@@ -114,10 +114,18 @@ def start_and_mask(
     return start, _for_every_image("mask", drawn_mask(mask, (height, width)), count)
 
 
-def check_numbers(temperature, resamples, callback_every) -> None:
-    """ScheduleError for one that is out of its range; see `Generator`."""
+def asked_temperature(spec: ScheduleSpec, temperature, nfe: int) -> float:
+    """The bundle's temperature for None, the authors' for "auto"; see `Generator`."""
+    if isinstance(temperature, str) and temperature == "auto":
+        return min(0.1 * (nfe - 1), 1.0)  # as the pipelines in Lakonik/piFlow
+    temperature = spec.temperature if temperature is None else temperature
     if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):  # NaN fails too
-        raise ScheduleError(f"temperature is 0 or more, and finite; got {temperature!r}")
+        raise ScheduleError(f"temperature is 0 or more, and finite, or 'auto'; got {temperature!r}")
+    return float(temperature)
+
+
+def check_numbers(resamples, callback_every) -> None:
+    """ScheduleError for one that is out of its range; see `Generator`."""
     for name, value, least in (("resamples", resamples, 0), ("callback_every", callback_every, 1)):
         whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if value is not None and not (whole and value >= least):

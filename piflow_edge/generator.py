@@ -19,6 +19,7 @@ from . import __version__
 from .arguments import (
     Seeds,
     asked_schedule,
+    asked_temperature,
     check_numbers,
     checked_noise,
     drawn_noise,
@@ -110,7 +111,7 @@ class Generator:
         seed: int | Sequence[int | tuple[int, int]] = 0,
         nfe: int | None = None,
         substeps: int | None = None,
-        temperature: float | None = None,
+        temperature: float | str | None = None,
         noise: np.ndarray | None = None,
         output: str = "pil",
         callback: Callable[[Progress], None] | None = None,
@@ -133,8 +134,8 @@ class Generator:
                 its (seed, index), as `Result.seeds` gives them, to make certain images again.
             nfe: student calls per image; None is what the student was trained for. What is fixed in its policy stays.
             substeps: Euler steps over all of raw time; None is what the student was trained with.
-            temperature: of GM policies at every call but the last, 0 or more; None is the bundle's, which is
-                min(0.1 (nfe - 1), 1) where it was exported with "auto".
+            temperature: of GM policies at every call but the last, 0 or more; "auto" is min(0.1 (nfe - 1), 1), as the
+                authors' pipelines sample; None is the bundle's.
             noise: starting noise (B, C, H, W) instead of the seed's, which then is of what `h` and `resamples` add.
             output: "pil", "numpy" (uint8), "float" (0 to 1) or "latent" (images are not made).
             callback: told a `Progress` after every student call's segment; its `x_0` is the clean latents as the policy
@@ -172,8 +173,8 @@ class Generator:
         ids = label_ids(labels, count, self.class_names, self.bundle.name)
         seeds = image_seeds(seed, len(ids))
         schedule = asked_schedule(manifest.schedule, nfe, substeps, h)
-        temperature = manifest.schedule.temperature if temperature is None else temperature
-        check_numbers(temperature, resamples, callback_every)
+        temperature = asked_temperature(manifest.schedule, temperature, schedule.nfe)
+        check_numbers(resamples, callback_every)
         if resamples is None:
             resamples = 0 if mask is None else _RESAMPLES
         strength = start_level(image, strength, mask, resamples, schedule)
@@ -193,7 +194,7 @@ class Generator:
             nfe=int(schedule.nfe),
             substeps=int(schedule.total_substeps),
             solver=solver,
-            temperature=float(temperature),
+            temperature=temperature,
             h="inf" if math.isinf(float(schedule.h)) else float(schedule.h),  # JSON has no infinity
             strength=strength,
             resamples=int(resamples),

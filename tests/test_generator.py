@@ -178,6 +178,13 @@ def test_more_images_than_the_engine_takes_are_split():
         assert sorted(set(first)) == [0, 3, 6] and len(engine.calls) % 3 == 0
 
 
+@pytest.mark.parametrize(("nfe", "expected"), [(1, 0.0), (4, 0.3), (11, 1.0), (12, 1.0)])
+def test_auto_is_the_authors_temperature(nfe, expected):
+    assert gaussian_generator()([1], nfe=nfe, temperature="auto").recipe.temperature == pytest.approx(
+        expected
+    )
+
+
 def test_nan_is_an_error_and_no_black_image():
     engine = GaussianEngine()
     exact = engine.run
