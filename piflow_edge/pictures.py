@@ -10,7 +10,7 @@ from .recipe import CHUNK, Recipe
 
 _GAP = 2
 # Shorter sides are enlarged up to about this many pixels, whole pixels each, so that 8x8 digits can be seen.
-_VISIBLE = 64
+VISIBLE = 64
 # Longer sides are shrunk to this many where pictures are only to be compared.
 _LARGEST = 256
 _TEXT_SIZE = 14
@@ -19,7 +19,7 @@ _TEXT_SIZE = 14
 def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     """Rows of equally large images on one white sheet; small images are enlarged by a whole factor."""
     width, height = rows[0][0].size
-    factor = max(1, _VISIBLE // max(width, height))
+    factor = max(1, VISIBLE // max(width, height))
     width, height = width * factor, height * factor
     columns = max(len(row) for row in rows)
     sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP), "white")

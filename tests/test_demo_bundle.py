@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,3 +65,15 @@ def test_a_file_that_cannot_be_written_is_named_as_it_was_given(tmp_path):
     done = run(tmp_path, "sample", "digits", "--labels", "3", "--out", "taken.png")
     assert done.returncode == 2 and done.stderr.strip().endswith(": taken.png")
     assert [file.name for file in tmp_path.iterdir()] == ["taken.png"]
+
+
+@pytest.mark.parametrize(("side", "expected"), [(64, (64, 64)), (8, (68, 68))])
+def test_one_image_that_can_be_seen_is_written_as_it_is(tmp_path, side, expected):
+    from PIL import Image
+
+    from piflow_edge.commands.images import _pictures
+
+    image, recipe = Image.new("L", (side, side)), pf.load(pf.demo_bundle())([3], output="latent").recipe
+    (file,) = _pictures(tmp_path / "a.png", SimpleNamespace(images=[image], recipe=recipe))
+    with Image.open(file) as written:
+        assert written.size == expected

@@ -158,8 +158,9 @@ def sample(
 ):  # fmt: skip
     """Draw images from a bundle.
 
-    BUNDLE is a folder, or digits, the bundle that comes with piflow-edge. A PNG file shows all images side by side; a
-    folder gets one PNG per image. Each holds the settings that make it again: see --like.
+    BUNDLE is a folder, or digits, the bundle that comes with piflow-edge. A PNG file holds the image, or
+    several side by side, small ones enlarged; a folder gets one PNG per image. Each holds the settings that make it
+    again: see --like.
 
     \b
     Example:
@@ -242,11 +243,14 @@ def _bar():
 
 def _pictures(out: Path, result) -> list[Path]:
     from piflow_edge.files import write_atomic
-    from piflow_edge.pictures import image_grid, png_bytes
+    from piflow_edge.pictures import VISIBLE, image_grid, png_bytes
 
     if out.suffix:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, png_bytes(image_grid([result.images]), result.recipe))
+        # One that can be seen as it is gets no margin: it may be the --image of the next call.
+        alone = len(result.images) == 1 and max(result.images[0].size) >= VISIBLE
+        sheet = result.images[0] if alone else image_grid([result.images])
+        write_atomic(out, png_bytes(sheet, result.recipe))
         return [out]
     out.mkdir(parents=True, exist_ok=True)
     files = _names(out, result, ".png")
