@@ -129,7 +129,7 @@ class TestGenerator:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (dict(engine="warp-drive"), "engine is one of auto, ort"),
+            (dict(engine="warp-drive"), "engine is one of auto, tensorrt"),
             (dict(device="tpu"), "runs on any, cpu, cuda"),
             (dict(precision="int3"), "holds fp32"),
         ],
