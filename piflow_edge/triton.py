@@ -50,14 +50,20 @@ def write_model(
             f"bundle {bundle.name!r} re-noises between calls: the graph takes that noise with the batch as its second "
             "axis, which Triton cannot put together; use one with h = 0"
         )
-    name = f"{re.sub(r'[^A-Za-z0-9._-]', '-', bundle.name)}-nfe{nfe}"
-    folder = Path(repository) / name
-    if folder.exists():
-        raise BundleError(f"{folder} exists; give another repository, or remove the model first")
+    folder = model_folder(repository, bundle.name, nfe)
+    name = folder.name
     with new_folder(folder) as work:
         (work / "1").mkdir()
         write_atomic(work / "1" / "model.onnx", graph)
         write_atomic(work / "config.pbtxt", model_config(bundle.manifest, name, max_batch).encode())
+    return folder
+
+
+def model_folder(repository: str | Path, name: str, nfe: int) -> Path:
+    """Where the model of a bundle of that name goes; BundleError if it exists."""
+    folder = Path(repository) / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}-nfe{nfe}"
+    if folder.exists():
+        raise BundleError(f"{folder} exists; give another repository, or remove the model first")
     return folder
 
 

@@ -8,6 +8,8 @@ from piflow_edge.bundle import Bundle
 from piflow_edge.errors import BundleError
 from piflow_edge.triton import write_model
 
+from conftest import make_student
+
 pytestmark = pytest.mark.torch
 KINDS = {"TYPE_FP32": "tensor(float)", "TYPE_INT64": "tensor(int64)", "TYPE_UINT8": "tensor(uint8)"}
 TENSOR = re.compile(
@@ -41,6 +43,34 @@ def test_the_config_is_read_by_tritons_own_schema(latent_bundle, tmp_path):
     config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
     assert [tensor.name for tensor in config.input] == ["noise", "class_labels"]
     assert config.HasField("dynamic_batching") and config.input[1].HasField("reshape")
+
+
+def test_export_writes_the_models_itself(tmp_path):
+    from click.testing import CliRunner
+
+    from piflow_edge.cli import main
+    from piflow_edge.distill.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path / "student", make_student(nfe=1))
+    models = tmp_path / "models"
+    command = [
+        "export",
+        str(tmp_path / "student"),
+        "--target",
+        "triton",
+        "--name",
+        "mine",
+        "--out",
+        str(models),
+    ]
+    done = CliRunner().invoke(main, [*command, "--sampler-graph", "1,2"])
+    assert done.exit_code == 0, done.output
+    written = {str(f.relative_to(models)) for f in models.rglob("*") if f.is_file()}
+    assert written == {f"mine-nfe{n}/{file}" for n in (1, 2) for file in ("config.pbtxt", "1/model.onnx")}
+    again = CliRunner().invoke(main, [*command, "--sampler-graph", "2,4"])
+    assert again.exit_code == 2 and "mine-nfe2 exists" in again.output
+    refused = CliRunner().invoke(main, [*command, "--overwrite"])
+    assert refused.exit_code == 2 and "leave them out" in refused.output
 
 
 def test_what_cannot_be_served_is_refused(latent_bundle, shared_bundle, tmp_path):

@@ -23,7 +23,10 @@ from .options import (
 @click.argument("source", metavar="STUDENT")
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path),
               help="JSON that says what the weights of a state dict are of.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
+@click.option("--out", type=click.Path(path_type=Path), required=True,
+              help="Folder of the bundle, or for triton of the model repository.")  # fmt: skip
+@click.option("--target", type=click.Choice(["bundle", "triton"]), default="bundle",
+              help="triton: the sampler graphs as models for NVIDIA Triton, checked as a bundle first.")  # fmt: skip
 @click.option("--name", help="Name of the bundle; else the folder's.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
 @click.option("--sampler-graph", "samplers", callback=calls, metavar="NFE,...",
@@ -46,6 +49,7 @@ def export(
     source,
     config,
     out,
+    target,
     name,
     temperature,
     samplers,
@@ -66,6 +70,7 @@ def export(
     \b
     Example:
       piflow-edge export runs/student-1 --out bundles/digits
+      piflow-edge export runs/student-1 --target triton --out models
       piflow-edge export weights.safetensors --config student.json --out bundles/mine
       piflow-edge export runs/teacher --teacher-graph --out teacher.onnx
     """
@@ -82,23 +87,49 @@ def export(
         license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
     except UnicodeDecodeError as error:
         raise click.UsageError(f"--license must be a text file in UTF-8: {error}") from error
-    rows = export_bundle(
-        load_student(source, config=config),
-        out,
-        name=name,
-        temperature=temperature,
-        samplers=samplers,
-        precisions=precisions,
-        opset=int(opset),
-        autoencoder=load_autoencoder(autoencoder) if autoencoder else None,
-        license_text=license_text,
-        license_name=license_file.name if license_file else "unstated",
-        signing_key=SigningKey(key) if key else None,
-        overwrite=overwrite,
-    )
-    report_rows(rows, as_json, {"bundle": str(out)})
+    student = load_student(source, config=config)
+    settings = {
+        "name": name or out.name,
+        "temperature": temperature,
+        "samplers": samplers,
+        "precisions": precisions,
+        "opset": int(opset),
+        "autoencoder": load_autoencoder(autoencoder) if autoencoder else None,
+        "license_text": license_text,
+        "license_name": license_file.name if license_file else "unstated",
+        "signing_key": SigningKey(key) if key else None,
+    }
+    if target == "triton":
+        if key or overwrite:
+            raise click.UsageError(
+                "--sign and --overwrite are for a bundle; leave them out with --target triton"
+            )
+        rows, written = _export_to_triton(student, out, settings)
+    else:
+        rows, written = export_bundle(student, out, **settings, overwrite=overwrite), [out]
+    kind = "bundle" if target == "bundle" else "models"
+    report_rows(rows, as_json, {kind: str(out) if target == "bundle" else [str(model) for model in written]})
     if not as_json:
-        click.echo(out)
+        for folder in written:
+            click.echo(folder)
+
+
+def _export_to_triton(student, repository: Path, settings: dict) -> tuple[list, list[Path]]:
+    """The bundle's rows, and the model of each of its sampler graphs; the bundle itself is not kept."""
+    from tempfile import TemporaryDirectory
+
+    from piflow_edge.bundle import Bundle
+    from piflow_edge.export.to_bundle import export_bundle
+    from piflow_edge.triton import model_folder, write_model
+
+    calls_per_image = settings["samplers"] or student.nfes[-1:]  # of several it was trained for, the best
+    for nfe in calls_per_image:
+        model_folder(repository, settings["name"], nfe)  # before the work, not after it
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "bundle"
+        rows = export_bundle(student, folder, **settings | {"samplers": calls_per_image})
+        bundle = Bundle(folder)
+        return rows, [write_model(bundle, repository, nfe=nfe) for nfe in calls_per_image]
 
 
 def _refuse_options_of_a_student() -> None:
