@@ -16,7 +16,6 @@ import random
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -34,7 +33,7 @@ if find_spec("piflow_edge.engines") is None:  # not installed: the folder lies b
 from piflow_edge.bundle import Bundle
 from piflow_edge.engines import ENGINES, building
 from piflow_edge.errors import PiFlowError
-from piflow_edge.hardware import power_state
+from piflow_edge.hardware import power_state, versions
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.device_arrays import DeviceArray
 
@@ -187,16 +186,10 @@ def examine(folder, engines, batches, repeats, own_kernels=False):
 
 
 def conditions(options):
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     facts = {
         "command": " ".join(["python", "benchmarks/gpu_engines.py", *sys.argv[1:]]),
         "python": sys.version.split()[0],
-        "versions": found,
+        "versions": versions(PACKAGES),
         "clocks_and_power": power_state(),
         "repeats": options.repeats,
     }

@@ -47,3 +47,12 @@ def write_bundle(student: FlowNetwork, folder: Path, *, nfe: int = 1, substeps: 
     checkpoint = Checkpoint("student", 0, describe(student), settings, classes, weights)
     export_bundle(checkpoint, folder, overwrite=True)
     return folder
+
+
+def students_in(folder: Path, *, small: bool = False) -> dict[str, Path]:
+    """Bundles of a student with each policy, of `LARGE`, or of a tiny network to try a script with."""
+    teacher = teacher_of(DiTConfig(hidden_size=16, depth=1, num_heads=2) if small else LARGE)
+    return {
+        "DiT, GM of 8": write_bundle(student_of(teacher), folder / "gm"),
+        "DiT, DX of 10": write_bundle(student_of(teacher, DXHead(10)), folder / "dx"),
+    }

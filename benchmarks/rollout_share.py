@@ -12,10 +12,8 @@ from itertools import product
 from pathlib import Path
 
 from piflow_edge.bench import BenchConfig, bench
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.heads import DXHead
 
-from networks import LARGE, student_of, teacher_of, write_bundle
+from networks import students_in
 from timing import answer, parser
 
 
@@ -30,11 +28,7 @@ def main(arguments=None):
 
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        teacher = teacher_of(DiTConfig(hidden_size=16, depth=1, num_heads=2) if options.small else LARGE)
-        bundles = {
-            "DiT, GM of 8": write_bundle(student_of(teacher), Path(folder) / "gm"),
-            "DiT, DX of 10": write_bundle(student_of(teacher, DXHead(10)), Path(folder) / "dx"),
-        }
+        bundles = students_in(Path(folder), small=options.small)
         if options.demo:
             bundles = {"digits, GM of 8": options.demo / "bundles" / "digits-nfe1", **bundles}
         config = BenchConfig(

@@ -19,8 +19,8 @@ from piflow_edge.engines import ort
 from .bundle import demo_bundle
 from .cache import cache_folder
 from .errors import EngineError, MissingExtraError, PiFlowError
-from .findings import OK, PROBLEM, WARNING, Finding, versions
-from .hardware import jetson_release, nvidia_gpus, power_state, read_text
+from .findings import OK, PROBLEM, WARNING, Finding
+from .hardware import jetson_release, nvidia_gpus, power_state, read_text, versions
 from .integrator import integrate
 from .kernels import cpu
 from .nvidia_findings import PACKAGES as NVIDIA_PACKAGES

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 
@@ -15,17 +14,6 @@ class Finding:
     status: str
     detail: str
     fix: str | None = None
-
-
-def versions(names: Sequence[str]) -> dict[str, str]:
-    """Those of the packages that are installed, with their version, without importing them."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def dotted(numbers: Sequence[int]) -> str:

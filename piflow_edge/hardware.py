@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,18 +42,24 @@ class Memory(NamedTuple):
 def machine() -> dict:
     """What figures were measured on: processor, cores this process may use, system, versions of what is installed."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version  # slow to import
 
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return {
         "cpu": _cpu_name(),
         "cores": available_cores(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": versions,
+        "versions": versions(_PACKAGES),
     }
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Those of the packages that are installed, with their version, without importing them."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def memory() -> Memory | None:

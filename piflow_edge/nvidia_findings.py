@@ -8,8 +8,8 @@ from pathlib import Path
 from piflow_edge.engines import trt_versions
 
 from .errors import EngineError
-from .findings import OK, PROBLEM, WARNING, Finding, dotted, major, versions
-from .hardware import jetson_release, nvidia_gpus, read_text, told_by
+from .findings import OK, PROBLEM, WARNING, Finding, dotted, major
+from .hardware import jetson_release, nvidia_gpus, read_text, told_by, versions
 from .kernels import nvidia
 
 ORT_GPU = "onnxruntime-gpu"
