@@ -4,7 +4,9 @@ Students too: a checkpoint of ours, a state dict with its configuration, a Pytho
 """
 
 import importlib
+import inspect
 import json
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -276,13 +278,55 @@ def _from_entry(entry: str) -> FlowNetwork:
 
 
 def _called(entry: str) -> Any:
-    module, _, function = entry.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
+    """What a function of the user's returns; whatever goes wrong in it is told as it is, with its place."""
+    module_name, _, name = entry.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise CheckpointError(
-            f"a network in Python is 'package.module:function', importable from here; {entry!r}: {error}"
+            f"a network in Python is 'package.module:function'; got {entry!r}, which is neither that nor a file here"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the module's own code runs here
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{module_name}.".startswith(f"{missing}."):
+            raise CheckpointError(
+                f"{entry}: there is no module {missing!r} to import here; for a file in this folder set PYTHONPATH=."
+            ) from error
+        raise CheckpointError(
+            f"{entry}: importing {module_name} failed: {_told(error)}; mend that"
         ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        what = f"is a {type(function).__name__}" if hasattr(module, name) else "is not there"
+        raise CheckpointError(
+            f"{entry} must be a function; {name!r} {what} in {module.__file__ or module_name}"
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some compiled ones do not tell; the call does
+        signature = inspect.Signature()
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise CheckpointError(
+            f"{entry} is called without arguments, and it takes {name}{signature}; name a function that needs none "
+            "and calls it"
+        ) from error
+    try:
+        return function()
+    except PiFlowError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{entry} failed: {_told(error)}; mend that") from error
+
+
+def _told(error: Exception) -> str:
+    """The user's exception, and the user's line it came from: the command line shows no traceback."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith("<")]
+    # Of a library's own lines the user can mend none.
+    place = next((f for f in reversed(frames) if "site-packages" not in Path(f.filename).parts), None)
+    where = f" ({place.filename}, line {place.lineno})" if place else ""
+    return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
 
 
 def _teacher(network, class_names, origin, provenance) -> TeacherModel:

@@ -17,7 +17,7 @@ from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.lora import LoRAConfig
 from piflow_edge.distill.networks import Convention, DiTNetwork, attach_policy_head, describe
 from piflow_edge.distill.sit import load_sit
-from piflow_edge.distill.sources import load_teacher, network_of
+from piflow_edge.distill.sources import load_student, load_teacher, network_of
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
 from piflow_edge.distill.training import TrainingConfig
@@ -313,17 +313,54 @@ def test_a_lora_student_wants_the_teacher_it_had(teacher_folder, data, tmp_path)
         network_of(trained)
 
 
+def test_a_source_that_is_none_is_named():
+    with pytest.raises(CheckpointError, match="must return a FlowNetwork; it returned a OrderedDict"):
+        load_teacher("collections:OrderedDict")
+    with pytest.raises(CheckpointError, match="must return a StudentModel; it returned a OrderedDict"):
+        load_student("collections:OrderedDict")
+
+
+@pytest.fixture
+def users_module(tmp_path, monkeypatch):
+    (tmp_path / "users_teachers.py").write_text(
+        "def wide(width, depth=2): ...\n"
+        "def misspelt(): return [].nothing\n"
+        "def adds(): return 'a' + 1\n"
+        "def raises(): raise RuntimeError('no such shape')\n"
+        "def ours():\n    from piflow_edge.errors import ShapeError\n    raise ShapeError('said well already')\n"
+        "number = 3\n"
+    )
+    (tmp_path / "users_broken.py").write_text("import no_such_library\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("users_teachers", "users_broken"):
+        sys.modules.pop(name, None)
+
+
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("entry", "words", "cause"),
     [
-        ("no.such.module:make", "importable from here"),
-        ("json:dumps", "importable from here|missing"),
-        ("collections:OrderedDict", "must return a FlowNetwork; it returned a OrderedDict"),
+        ("users_teachers:wide", r"without arguments, and it takes wide\(width, depth=2\); name", TypeError),
+        ("users_teachers:misspelt", "failed: AttributeError: 'list' .*teachers.py, line 2", AttributeError),
+        ("users_teachers:adds", r"failed: TypeError: .*teachers.py, line 3\)", TypeError),
+        ("users_teachers:raises", "failed: RuntimeError: no such shape", RuntimeError),
+        ("users_teachers:number", "must be a function; 'number' is a int", None),
+        ("users_teachers:missing", "must be a function; 'missing' is not there", None),
+        ("users_broken:f", "importing users_broken failed: .*'no_such_library'.*broken.py, line 1", ImportError),
+        ("no.such.module:make", "no module 'no' to import here; .*PYTHONPATH", ImportError),
+        ("C:\\teacher", "neither that nor a file here", None),
     ],
-)
-def test_a_source_that_is_none_is_named(source, words):
-    with pytest.raises((CheckpointError, TypeError), match=words):
-        load_teacher(source)
+)  # fmt: skip
+def test_what_goes_wrong_in_a_function_of_the_user_s_is_told_as_it_is(users_module, entry, words, cause):
+    for load in (load_teacher, load_student):
+        with pytest.raises(CheckpointError, match=words) as told:
+            load(entry)
+        assert isinstance(told.value.__cause__, cause or type(None))
+
+
+def test_an_error_of_ours_in_a_function_of_the_user_s_stays(users_module):
+    with pytest.raises(ShapeError, match=r"^said well already$"):
+        load_teacher("users_teachers:ours")
 
 
 def test_guidance_wants_to_know_what_no_condition_is(data):
