@@ -13,8 +13,9 @@ PAGE = ROOT / "docs" / "api.md"
 
 # Heading, module, whether the names are reached as pf.NAME, the file, and the names: a class with those of its methods.
 SECTIONS = (
+    ("Open a bundle", "piflow_edge", "piflow_edge/loading.py", {"load": ()}),
     ("Make images", "piflow_edge", "piflow_edge/generator.py", {
-        "load": (), "Generator": ("__call__", "decode", "trained_nfes"), "Result": (),
+        "Generator": ("__call__", "decode", "trained_nfes"), "Result": (),
     }),
     ("While images are made", "piflow_edge", "piflow_edge/sampling.py", {"Progress": ()}),
     ("What a PNG file holds", "piflow_edge", "piflow_edge/recipe.py", {"Recipe": (), "read_recipe": ()}),

@@ -47,8 +47,8 @@ from piflow_edge.export.parity import golden_file, golden_images, golden_samples
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_onnx import OPSET, network_graph
 from piflow_edge.files import new_folder, sha256, write_atomic
-from piflow_edge.generator import load
 from piflow_edge.images import as_pil
+from piflow_edge.loading import load
 from piflow_edge.pictures import image_grid, png_bytes
 from piflow_edge.signature import SIGNATURE, SigningKey
 from piflow_edge.verification import GOLDEN, Row, check, verify

@@ -19,7 +19,7 @@ _HOMES = {
     "DXPolicy": "policies",
     "rollout": "integrator",
     "philox_normal": "noise",
-    "load": "generator",
+    "load": "loading",
     "demo_bundle": "bundle",
     "Generator": "generator",
     "Result": "generator",
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from .errors import PiFlowError as PiFlowError
     from .generator import Generator as Generator
     from .generator import Result as Result
-    from .generator import load as load
     from .integrator import rollout as rollout
+    from .loading import load as load
     from .noise import philox_normal as philox_normal
     from .policies import DXPolicy as DXPolicy
     from .policies import GMPolicy as GMPolicy

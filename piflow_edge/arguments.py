@@ -124,12 +124,11 @@ def asked_temperature(spec: ScheduleSpec, temperature, nfe: int) -> float:
     return float(temperature)
 
 
-def check_numbers(resamples, callback_every) -> None:
-    """ScheduleError for one that is out of its range; see `Generator`."""
-    for name, value, least in (("resamples", resamples, 0), ("callback_every", callback_every, 1)):
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if value is not None and not (whole and value >= least):
-            raise ScheduleError(f"{name} is a whole number, {least} or more; got {value!r}")
+def check_whole(name: str, value, least: int) -> None:
+    """ScheduleError unless the setting is a whole number of `least` or more, or None."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= least):
+        raise ScheduleError(f"{name} is a whole number, {least} or more; got {value!r}")
 
 
 def asked_schedule(spec: ScheduleSpec, nfe, substeps, h) -> Schedule:

@@ -306,7 +306,7 @@ def _rollout_error(kind: str) -> float:
 
 def bundle_finding(bundle: os.PathLike | str, **engine: Any) -> Finding:
     """Whether a bundle reproduces its golden samples here; see `verification.verify`. `engine`: for `load`."""
-    from .generator import load
+    from .loading import load
     from .verification import check, verify
 
     command = f"piflow-edge verify {bundle}"

@@ -16,8 +16,9 @@ from piflow_edge.engines import Graph, open_engine
 
 from .errors import DataError
 from .features import DIGITS, Features, open_features
-from .generator import Generator, load
+from .generator import Generator
 from .hardware import machine
+from .loading import load
 from .metrics import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,

@@ -1,8 +1,6 @@
 """The generator an app embeds: a bundle, opened, that makes images. Any number of threads may share one."""
 
 import logging
-import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,31 +11,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions, open_engine
+from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions
 
-from . import __version__
-from .arguments import (
-    Seeds,
-    asked_schedule,
-    asked_temperature,
-    check_numbers,
-    checked_noise,
-    drawn_noise,
-    image_seeds,
-    label_ids,
-    start_and_mask,
-    start_level,
-)
+from .arguments import Seeds, asked_schedule, check_whole
 from .bundle import Bundle
 from .errors import BundleError, EngineError, RecipeError, ShapeError
 from .files import sha256
 from .images import as_pil, decode, decode_float
 from .kernels import gpu_arrays
 from .policies import Policy
-from .recipe import Recipe, hashes
+from .recipe import Recipe
+from .request import Request, asked_again, checked
 from .sampling import Known, Progress, sample
-from .schedule import Schedule
-from .signature import TrustedKey
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +30,6 @@ log = logging.getLogger(__name__)
 _BATCH_SIZE = 64
 # Pixels that are decoded at a time: a decoder's inner states are hundreds of times larger than its images.
 _DECODED_PIXELS = 1 << 20
-# Of inpainting. On Gaussian data with 4 calls the seam is 2.5 times as rough as the data without, 1.5 times with 4.
-_RESAMPLES = 4
 _OUTPUTS = ("pil", "numpy", "float", "latent")
 
 
@@ -95,6 +78,7 @@ class Generator:
         # On a GPU nothing crosses the bus between noise and image.
         self._place = gpu_arrays.place_of(engine.device)
         self._lock, self._running, self._closed = threading.Lock(), 0, False
+        self._told: set[str] = set()
 
     @cached_property
     def trained_nfes(self) -> tuple[int, ...]:
@@ -170,78 +154,40 @@ class Generator:
                 f"bundle {self.bundle.name!r} makes latents and has no decoder; ask for output='latent', or export it "
                 "with --autoencoder"
             )
-        ids = label_ids(labels, count, self.class_names, self.bundle.name)
-        seeds = image_seeds(seed, len(ids))
-        schedule = asked_schedule(manifest.schedule, nfe, substeps, h)
-        temperature = asked_temperature(manifest.schedule, temperature, schedule.nfe)
-        check_numbers(resamples, callback_every)
-        if resamples is None:
-            resamples = 0 if mask is None else _RESAMPLES
-        strength = start_level(image, strength, mask, resamples, schedule)
-        start, drawn = start_and_mask(image, mask, len(ids), manifest.latent, self.bundle.name)
-        if noise is not None:
-            noise = checked_noise(noise, (len(ids), *manifest.latent.shape))
-        self._tell_of_training(schedule, strength)
-        recipe = Recipe(
-            version=1,
-            bundle=self.bundle.name,
-            bundle_sha256=self._bundle_sha256,
-            precision=self.precision,
-            engine=self.engine.name,
-            device=self.engine.device,
-            labels=ids.tolist() if self.class_names else None,
-            seeds=seeds,
-            nfe=int(schedule.nfe),
-            substeps=int(schedule.total_substeps),
+        check_whole("callback_every", callback_every, 1)
+        request = checked(
+            self.bundle,
+            labels=labels,
+            count=count,
+            seed=seed,
+            nfe=nfe,
+            substeps=substeps,
             solver=solver,
             temperature=temperature,
-            h="inf" if math.isinf(float(schedule.h)) else float(schedule.h),  # JSON has no infinity
+            h=h,
             strength=strength,
-            resamples=int(resamples),
-            noise=hashes(noise),
-            image=hashes(start),
-            mask=hashes(drawn),
-            release=__version__,
+            resamples=resamples,
+            image=image,
+            mask=mask,
+            noise=noise,
         )
+        self._tell_of_training(request)
         timings = dict.fromkeys(("noise", "network", "policy", "decode", "total"), 0.0)
 
         def clock(stage: str, seconds: float) -> None:
             timings[stage] += 1000 * seconds
 
         settings = {
-            "temperature": temperature,
-            "solver": solver,
-            "num_threads": self.options.threads,
             "clock": clock,
+            "callback": callback,
             "callback_every": callback_every,
             "cancelled": cancel and cancel.is_set,
-            "strength": strength,
-            "resamples": resamples,
         }
-
-        def make(piece: slice) -> Any:
-            drawing = time.perf_counter()
-            fresh = noise[piece] if noise is not None else self._noise(seeds[piece], 0)
-            x_src, known = fresh, None
-            if start is not None and strength < 1:
-                x_src = (1 - strength) * start[piece] + strength * fresh
-            if drawn is not None:
-                parts = (start[piece], drawn[piece].astype(np.float32), fresh)
-                known = Known(*map(self._placed, parts))
-            x_src = self._placed(x_src)
-            clock("noise", time.perf_counter() - drawing)
-            return sample(
-                lambda x_t, sigma: self.policy(x_t, sigma, ids[piece]),
-                x_src,
-                schedule,
-                renoise=lambda draw: self._placed(self._noise(seeds[piece], draw)),
-                callback=callback and (lambda done: callback(replace(done, first=piece.start))),
-                known=known,
-                **settings,
-            )
-
         with self._open():
-            pieces = [make(piece) for piece in _pieces(len(ids), self.engine.max_batch)]
+            pieces = [
+                self._drawn(request, piece, **settings)
+                for piece in _pieces(len(request), self.engine.max_batch)
+            ]
             decoding = time.perf_counter()
             images = None
             latents = _joined([gpu_arrays.to_host(piece) for piece in pieces])
@@ -255,9 +201,16 @@ class Generator:
             if output == "pil":
                 images = as_pil(images)
             clock("decode", time.perf_counter() - decoding)
+        recipe = request.recipe(
+            bundle=self.bundle.name,
+            bundle_sha256=self._bundle_sha256,
+            precision=self.precision,
+            engine=self.engine.name,
+            device=self.engine.device,
+        )
         clock("total", time.perf_counter() - began)
-        known_seeds = None if noise is not None else seeds
-        return Result(images, latents, known_seeds, self.engine.name, self.engine.device, timings, recipe)
+        seeds = None if noise is not None else request.seeds
+        return Result(images, latents, seeds, self.engine.name, self.engine.device, timings, recipe)
 
     def make_again(
         self,
@@ -298,32 +251,8 @@ class Generator:
                 "the recipe ran on %s (%s), this is %s (%s): rounding may differ",
                 recipe.engine, recipe.device, self.engine.name, self.engine.device,
             )  # fmt: skip
-        size = len(recipe.seeds)
-        start, drawn = start_and_mask(image, mask, size, self.bundle.manifest.latent, self.bundle.name)
-        if noise is not None:
-            noise = checked_noise(noise, (size, *self.bundle.manifest.latent.shape))
-        for name, given in {"noise": noise, "image": start, "mask": drawn}.items():
-            if hashes(given) != getattr(recipe, name):
-                made = getattr(recipe, name)
-                hint = (
-                    "leave it out"
-                    if made is None
-                    else f"give the one whose SHA-256 begins with {made[0][:12]}"
-                )
-                raise RecipeError(f"the {name} is another than the recipe's; {hint}")
-        shared = ("nfe", "substeps", "temperature", "solver", "h", "strength", "resamples")
-        return self(
-            recipe.labels,
-            None if self.class_names else size,
-            recipe.seeds,
-            noise=noise,
-            image=start,
-            mask=None if drawn is None else drawn[:, 0],
-            output=output,
-            callback=callback,
-            cancel=cancel,
-            **{name: getattr(recipe, name) for name in shared if name != "strength" or start is not None},
-        )
+        again = asked_again(self.bundle, recipe, noise=noise, image=image, mask=mask)
+        return self(**again, output=output, callback=callback, cancel=cancel)
 
     def close(self) -> None:
         """Free the networks' memory, at once or when the calls that are running are done; more calls are refused."""
@@ -361,6 +290,35 @@ class Generator:
             self.decoder.close()
         if self._place is not None:
             gpu_arrays.release(self._place.ordinal)
+
+    def _drawn(self, request: Request, piece: slice, *, clock, callback, **settings) -> Any:
+        """Latents (B, C, H, W) of some of the images, where the engine works."""
+        drawing = time.perf_counter()
+        fresh = request.fresh_noise(piece)
+        x_src, known = fresh, None
+        if request.start is not None and request.strength < 1:
+            x_src = (1 - request.strength) * request.start[piece] + request.strength * fresh
+        if request.drawn is not None:
+            parts = (request.start[piece], request.drawn[piece].astype(np.float32), fresh)
+            known = Known(*map(self._placed, parts))
+        x_src = self._placed(x_src)
+        clock("noise", time.perf_counter() - drawing)
+        ids = request.ids[piece]
+        return sample(
+            lambda x_t, sigma: self.policy(x_t, sigma, ids),
+            x_src,
+            request.schedule,
+            renoise=lambda draw: self._placed(request.added_noise(piece, draw)),
+            callback=callback and (lambda done: callback(replace(done, first=piece.start))),
+            known=known,
+            clock=clock,
+            solver=request.solver,
+            temperature=request.temperature,
+            strength=request.strength,
+            resamples=request.resamples,
+            num_threads=self.options.threads,
+            **settings,
+        )
 
     def _placed(self, array: np.ndarray) -> Any:
         """The array where the engine works."""
@@ -404,24 +362,27 @@ class Generator:
     def _bundle_sha256(self) -> str:
         return sha256(self.bundle.manifest_bytes)
 
-    def _tell_of_training(self, schedule: Schedule, strength: float) -> None:
-        spec = self.bundle.manifest.schedule
-        if schedule.nfe not in self.trained_nfes:
-            log.warning(
-                "bundle %r was trained for %s calls per image and runs with %d",
-                self.bundle.name, " or ".join(map(str, self.trained_nfes)), schedule.nfe,
-            )  # fmt: skip
-        elif strength < 1 and not any(
-            np.isclose(strength, asked_schedule(spec, nfe, None, None).sigmas).any()
-            for nfe in self.trained_nfes
-        ):
-            log.warning(
-                "bundle %r was trained to be called at noise levels %s and starts at %.3g", self.bundle.name,
-                ", ".join(f"{sigma:.3g}" for sigma in schedule.sigmas[:-1]), strength,
-            )  # fmt: skip
+    def _tell_of_training(self, request: Request) -> None:
+        """Warn, once, of a setting that the student was not trained for."""
+        trained, schedule, strength = self.trained_nfes, request.schedule, request.strength
+        if schedule.nfe not in trained:
+            calls = " or ".join(map(str, trained))
+            told = f"was trained for {calls} calls per image and runs with {schedule.nfe}"
+        elif strength < 1 and not any(self._calls_at(strength, nfe) for nfe in trained):
+            levels = ", ".join(f"{sigma:.3g}" for sigma in schedule.sigmas[:-1])
+            told = f"was trained to be called at noise levels {levels} and starts at {strength:.3g}"
+        else:
+            return
+        with self._lock:
+            again = told in self._told
+            self._told.add(told)
+        if not again:
+            log.warning("bundle %r %s", self.bundle.name, told)
 
-    def _noise(self, seeds: Seeds, draw: int) -> np.ndarray:
-        return drawn_noise(seeds, self.bundle.manifest.latent.shape, draw)
+    def _calls_at(self, sigma: float, nfe: int) -> bool:
+        """Whether the bundle's schedule of so many calls has one at this noise level."""
+        sigmas = asked_schedule(self.bundle.manifest.schedule, nfe, None, None).sigmas
+        return bool(np.isclose(sigma, sigmas).any())
 
 
 def _pieces(count: int, max_batch: int | None) -> Iterator[slice]:
@@ -432,56 +393,3 @@ def _pieces(count: int, max_batch: int | None) -> Iterator[slice]:
 
 def _joined(pieces: list[np.ndarray]) -> np.ndarray:
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def load(
-    bundle: str | os.PathLike[str],
-    engine: str = "auto",
-    precision: str | None = None,
-    device: str | None = None,
-    *,
-    options: EngineOptions = DEFAULT_OPTIONS,
-    trusted_keys: Sequence[TrustedKey] | None = None,
-) -> Generator:
-    """Open an exported student.
-
-    Args:
-        bundle: the bundle's folder.
-        engine: "auto", the fastest that can run here, or the name of a backend; see `engines.open_engine`.
-        precision: one of the bundle's ("fp32"); None is its first.
-        device: what the backend runs on, such as "cpu", "cuda" or "cuda:1"; None is its best.
-        options: threads and memory.
-        trusted_keys: public keys in PEM, as files or as bytes: only a bundle that one of them signed is opened, and
-            with an empty list none is. None opens unsigned bundles too; a signature that is there must still fit,
-            which is checked where the `sign` extra is installed.
-
-    Returns:
-        A generator: call it with labels to make images. Its `engine.choice` says why that engine runs. `close`, or a
-        `with` block, frees its memory.
-
-    Raises:
-        BundleError: not a bundle, or altered, or not signed by one of the `trusted_keys`.
-        SigningKeyError: one of the `trusted_keys` is not an Ed25519 public key.
-        EngineError: the engine cannot run here.
-        MissingExtraError: the engine's package is not installed, or `trusted_keys` are given and `cryptography` is not.
-    """
-    opened = Bundle(bundle, trusted_keys=trusted_keys)
-    policy = opened.manifest.policy
-    if {spec.name for spec in opened.manifest.network.outputs} != set(policy.outputs):
-        raise BundleError(
-            f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
-        )
-    network = open_engine(opened.graph(precision), engine=engine, device=device, options=options)
-    decoder = None
-    if opened.manifest.decoder is not None:
-        # "auto" chooses for the decoder too, on the same device: an engine may be built for the student alone.
-        same = engine if engine == "auto" else network.name
-        try:
-            decoder = open_engine(
-                opened.decoder(precision), engine=same, device=network.device, options=options
-            )
-        except BaseException:
-            network.close()
-            raise
-    log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
-    return Generator(opened, network, decoder, precision, options)

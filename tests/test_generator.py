@@ -195,7 +195,7 @@ def test_nan_is_an_error_and_no_black_image():
 
 @pytest.mark.parametrize(("asked", "given"), [("auto", "auto"), ("fast", "fast")])
 def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked, given):
-    from piflow_edge import generator
+    from piflow_edge import loading
 
     opened, closed = [], []
 
@@ -211,8 +211,8 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
     bundle = SimpleNamespace(
         name="b", manifest=manifest, graph=lambda precision: "student", decoder=lambda precision: "decoder"
     )
-    monkeypatch.setattr(generator, "Bundle", lambda folder, trusted_keys: bundle)
-    monkeypatch.setattr(generator, "open_engine", open_engine)
+    monkeypatch.setattr(loading, "Bundle", lambda folder, trusted_keys: bundle)
+    monkeypatch.setattr(loading, "open_engine", open_engine)
     with pytest.raises(EngineError, match="no decoder here"):
         pf.load("b", engine=asked)
     assert opened == [("student", asked, None), ("decoder", given, "gpu")] and closed == ["student"]
@@ -300,6 +300,18 @@ def test_the_lower_the_strength_the_closer_to_the_image():
         distances.append(np.sqrt(np.mean((found - images) ** 2)))
         assert len(engine.calls) == 8 * strength
     assert distances == sorted(distances) and distances[0] < 0.3 * COVARIANCE[0, 0] ** 0.5 < distances[-1]
+
+
+def test_a_setting_the_student_was_not_trained_for_is_said_once(caplog):
+    generator = gaussian_generator()
+    for nfe in (2, 2, 3, 2, 4):
+        generator([0], nfe=nfe)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"bundle 'gaussian' was trained for 4 calls per image and runs with {nfe}" for nfe in (2, 3)
+    ]
+    gaussian_generator()([0], nfe=2)
+    assert len(caplog.records) == 3  # another generator says it again
 
 
 def test_a_start_the_student_was_not_trained_for_is_said(caplog):

@@ -172,7 +172,7 @@ def verify(bundle, precision, trusted_keys, as_json, **engine):
     Example:
       piflow-edge verify demo/bundles/digits-nfe1
     """
-    from piflow_edge.generator import load
+    from piflow_edge.loading import load
     from piflow_edge.verification import check, verify
 
     settings = engine_settings(**engine) | {"trusted_keys": trusted_keys}

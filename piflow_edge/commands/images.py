@@ -167,8 +167,8 @@ def sample(
       piflow-edge sample digits --labels 3,7 --seed 7 --out digits.png
       piflow-edge sample digits --like digits.png --out again.png
     """
-    from piflow_edge.generator import load
     from piflow_edge.images import open_array, open_image
+    from piflow_edge.loading import load
     from piflow_edge.recipe import read_recipe
 
     suffix = ".png" if output == "png" else ".npy"
