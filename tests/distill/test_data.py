@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from piflow_edge.distill import data as data_module
+from piflow_edge.distill import image_folder, npz
 from piflow_edge.distill.data import ImageData, Latent, check_same_latents, load_images
 from piflow_edge.distill.features import digit_features
 from piflow_edge.errors import DataError, ShapeError
@@ -231,8 +231,8 @@ class TestBroken:
 
 class TestKept:
     def count_reads(self, monkeypatch):
-        reads, read = [], data_module._read
-        monkeypatch.setattr(data_module, "_read", lambda *given: reads.append(given) or read(*given))
+        reads, read = [], image_folder._read
+        monkeypatch.setattr(image_folder, "_read", lambda *given: reads.append(given) or read(*given))
         return reads
 
     def test_images_are_decoded_once(self, folder, monkeypatch):
@@ -353,7 +353,7 @@ class TestInPlace:
 
     @pytest.fixture(autouse=True)
     def everything_is_large(self, monkeypatch):
-        monkeypatch.setattr(data_module, "_IN_PLACE_FROM", 0)
+        monkeypatch.setattr(npz, "_IN_PLACE_FROM", 0)
 
     def save(self, tmp_path, save=np.savez):
         rng = np.random.default_rng(0)
@@ -370,7 +370,7 @@ class TestInPlace:
         np.testing.assert_array_equal(levels(data), arrays["images"].transpose(0, 3, 1, 2))
         np.testing.assert_array_equal(data.batch(np.array([3]))[1]["text"], arrays["cond_text"][[3]])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(data_module, "_IN_PLACE_FROM", 1 << 30)
+            patch.setattr(npz, "_IN_PLACE_FROM", 1 << 30)
             assert load_images(str(path)).fingerprint() == data.fingerprint()
 
     def test_an_altered_byte_is_found(self, tmp_path):

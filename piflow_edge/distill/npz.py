@@ -1,0 +1,150 @@
+"""An `.npz` of images or latents. Large arrays that are not compressed stay on the disk."""
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from piflow_edge.errors import DataError
+
+from .image_data import PIECE, ImageData, Latent, pieces
+
+# Arrays from this size on stay on the disk, where they are not compressed.
+_IN_PLACE_FROM = 64 << 20
+# Items that are not finite and are named; the others are counted.
+_NAMED = 10
+
+
+def read_npz(path: Path) -> ImageData:
+    """Images or latents of an `.npz`; see `data.load_images`."""
+    try:
+        arrays = _arrays(path)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+    ) as error:
+        raise DataError(f"{path} cannot be read as .npz: {error}") from error
+    conditions = {k.removeprefix("cond_"): v for k, v in arrays.items() if k.startswith("cond_")}
+    if ("images" in arrays) == ("latents" in arrays) or not ("labels" in arrays or conditions):
+        raise DataError(
+            f"{path} must hold 'images' or 'latents', and 'labels' or arrays named 'cond_...'; it holds "
+            f"{sorted(arrays)}"
+        )
+    if "images" in arrays:
+        images, latent = _images(path, arrays["images"]), None
+    else:
+        images, latent = _latents(path, arrays)
+    if "labels" in conditions:
+        raise DataError(f"class ids in {path} are named 'labels', not 'cond_labels'")
+    labels, names = _labels(path, arrays, len(images)) if "labels" in arrays else (None, ())
+    for name, array in conditions.items():
+        if array.shape[:1] != images.shape[:1] or array.dtype.kind not in "biuf":
+            raise DataError(
+                f"'cond_{name}' in {path} must hold numbers, one row for each of {len(images)} images; got "
+                f"{array.dtype} {array.shape}"
+            )
+        _check_finite(array, f"cond_{name}", path)
+    return ImageData(path.stem, images, labels, names, conditions, latent)
+
+
+def _images(path: Path, images: np.ndarray) -> np.ndarray:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
+        raise DataError(
+            f"images in {path} must be uint8 (M, H, W) or (M, H, W, C); got {images.dtype} {images.shape}"
+        )
+    return images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+
+
+def _latents(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Latent]:
+    latents = arrays["latents"]
+    if latents.dtype not in (np.float16, np.float32) or latents.ndim not in (4, 5) or not latents.size:
+        raise DataError(
+            f"latents in {path} must be float16 or float32 (M, C, H, W) or (M, C, T, H, W); got {latents.dtype} "
+            f"{latents.shape}"
+        )
+    _check_finite(latents, "latents", path)
+    found = {}
+    for key in ("scale", "shift"):
+        value = arrays.get(key)
+        if value is None or value.size != 1 or value.dtype.kind not in "iuf":
+            came = "none" if value is None else f"{value.dtype} {value.shape}"
+            raise DataError(
+                f"latents in {path} must come with the numbers 'scale' and 'shift', 1 and 0 where the network is to "
+                f"see them as they are; {key!r} is {came}"
+            )
+        found[key] = float(value.item())
+    if not (np.isfinite(list(found.values())).all() and found["scale"] != 0):
+        raise DataError(f"scale and shift of latents are finite, and scale is not 0; {path} has {found}")
+    return latents, Latent(**found)
+
+
+def _labels(path: Path, arrays: Mapping[str, np.ndarray], count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    labels = arrays["labels"]
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise DataError(
+            f"labels in {path} must be one class id, 0 or more, per image; got {labels.dtype} {labels.shape}"
+        )
+    names = arrays.get("class_names", np.arange(labels.max() + 1))
+    if labels.max() >= len(names):
+        raise DataError(f"labels in {path} go up to {labels.max()}; class_names has only {len(names)}")
+    return labels.astype(np.int64), tuple(str(n) for n in names)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of the file; large ones that are not compressed in place, as `np.load` cannot."""
+    # Opened here: np.load leaves the file open when it turns out to be broken.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        members = {i.filename.removesuffix(".npy"): i for i in archive.zip.infolist()}
+        in_place = {
+            name: info
+            for name, info in members.items()
+            if info.compress_type == zipfile.ZIP_STORED and info.file_size >= _IN_PLACE_FROM
+        }
+        return {
+            name: _in_place(path, file, archive.zip, in_place[name]) if name in in_place else archive[name]
+            for name in archive.files
+        }
+
+
+def _in_place(path: Path, file, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{info.filename} is .npy of version {version}")
+        read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
+        shape, fortran_order, dtype = read_header(member)
+        start = member.tell()
+        while member.read(PIECE):  # to the end, where the checksum is compared
+            pass
+    if dtype.hasobject:
+        raise ValueError(f"{info.filename} holds Python objects")
+    file.seek(info.header_offset)
+    name_length, extra_length = struct.unpack("<26x2H", file.read(30))
+    start += info.header_offset + 30 + name_length + extra_length
+    return np.memmap(path, dtype, "r", start, shape, "F" if fortran_order else "C")
+
+
+def _check_finite(array: np.ndarray, what: str, path: Path) -> None:
+    if array.dtype.kind != "f":
+        return
+    odd, seen = [], 0
+    for piece in pieces(array, f"checking {what}"):
+        finite = np.isfinite(piece).reshape(len(piece), -1).all(axis=1)
+        odd += (seen + np.flatnonzero(~finite)).tolist()
+        seen += len(piece)
+    if odd:
+        named = ", ".join(map(str, odd[:_NAMED])) + (
+            f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
+        )
+        raise DataError(
+            f"{what} in {path} must be finite; NaN or infinity stands in item {named}; leave them out"
+        )
