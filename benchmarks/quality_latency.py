@@ -15,11 +15,12 @@ import numpy as np
 
 import piflow_edge as pf
 from piflow_edge.bench import BenchConfig, TeacherConfig, bench
+from piflow_edge.contenders import images_of, teacher_sampler
 from piflow_edge.demo import shipped_teacher
 from piflow_edge.distill.checkpoint import load_checkpoint
 from piflow_edge.distill.data import load_images
 from piflow_edge.distill.sources import load_teacher
-from piflow_edge.evaluation import evaluation_labels, images_of, teacher_sampler
+from piflow_edge.evaluation import evaluation_labels
 from piflow_edge.export.teacher_graph import export_teacher
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.features import open_features

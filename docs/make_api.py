@@ -61,7 +61,8 @@ SECTIONS = (
         "GuidanceConfig": (), "train_teacher": (),
     }),
     ("Export", "piflow_edge.export.to_bundle", "export/to_bundle.py", {"export_bundle": ()}),
-    ("Evaluation", "piflow_edge.evaluation", "piflow_edge/evaluation.py", {"evaluate": (), "Score": ()}),
+    ("Evaluation", "piflow_edge.evaluation", "piflow_edge/evaluation.py", {"evaluate": ()}),
+    ("What an evaluation finds", "piflow_edge.evaluation", "piflow_edge/scores.py", {"Score": ()}),
 )  # fmt: skip
 
 HEAD = """# API reference

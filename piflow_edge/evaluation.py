@@ -3,99 +3,45 @@
 All contenders start from the same noise and labels, and all networks run in the same engine.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from piflow_edge.engines import Graph, open_engine
-
+from .contenders import (
+    common_guidance,
+    milliseconds,
+    student_contenders,
+    teacher_contenders,
+    unique_names,
+)
 from .errors import DataError
 from .features import DIGITS, Features, open_features
-from .generator import Generator
 from .hardware import machine
 from .loading import load
-from .metrics import (
-    KID_SUBSET_SIZE,
-    KID_SUBSETS,
-    FeatureSet,
-    agreement,
-    check_finite,
-    class_diversities,
-    frechet_distance,
-    kernel_distance,
-    paired_distance,
-    territory,
-)
+from .metrics import KID_SUBSET_SIZE, KID_SUBSETS, FeatureSet, agreement, check_finite
 from .noise import philox_normal
 from .progress import progress
-from .teacher_engine import EngineTeacher
+from .scores import (
+    DENSITY_NEIGHBOURS,
+    NEIGHBOURS,
+    Score,
+    beside_teacher,
+    class_keys,
+    real_diversity,
+    score_of,
+)
 
 if TYPE_CHECKING:
     from .distill.data import ImageData
-
-# Rounds of one image each that the time per image is the median of, all contenders in turn: so many, or as many as fit
-# into so many seconds, but never fewer than three.
-_TIMED_ROUNDS = 15
-_TIMED_SECONDS = 60.0
 
 # Images that are made at a time: so many, or so few that they hold this many values.
 _PIECE = 250
 _PIECE_VALUES = 2**22
 
-# Neighbours of precision and recall, and of density and coverage, as in the papers.
-_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
-
 REAL = "real images"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Something that makes images.
-
-    `sample`: (noise (B, C, H, W), labels (B,), seeds of the noise) -> images float32 (B, C, H, W), -1 to 1 or about.
-    """
-
-    name: str
-    network_calls: int
-    sample: Callable[[np.ndarray, np.ndarray, list[tuple[int, int]]], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One contender's figures; those beside the teacher are None where there is no teacher.
-
-    `network_calls`: per image; a guided call runs the network on two samples. `fid`: Frechet distance to the real
-    images' features. `fid_ratio`: to the teacher's. `kid`, `kid_std`: see `metrics.kernel_distance`. `diversity`: mean
-    feature distance inside a class, averaged over classes. `diversity_ratio`: to the teacher's.
-    `class_diversity`: class by class, and `class_diversity_ratio` to the teacher's. `worst_class`: where that is
-    lowest. `precision`, `recall`, `density`, `coverage`: see `metrics.territory`. `mse`: to the teacher's images from
-    the same noise, on pixels. `feature_distance`: to them, on features, over the teacher's diversity: 0 for the same
-    images, 1 for others of the same class. `ms_per_image`: median, one image at a time.
-    """
-
-    name: str
-    network_calls: int
-    fid: float
-    fid_ratio: float | None = field(default=None, kw_only=True)
-    kid: float
-    kid_std: float
-    diversity: float
-    diversity_ratio: float | None = field(default=None, kw_only=True)
-    class_diversity: dict[str, float]
-    class_diversity_ratio: dict[str, float] | None = field(default=None, kw_only=True)
-    worst_class: str | None = field(default=None, kw_only=True)
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-    mse: float | None = field(default=None, kw_only=True)
-    feature_distance: float | None = field(default=None, kw_only=True)
-    ms_per_image: float
 
 
 @dataclass(frozen=True)
@@ -189,30 +135,36 @@ def evaluate(
     real = FeatureSet(_real_features(data, features), f"the {REAL}")
     noise = philox_normal(seed, range(1), noise_shape)
     times, rounds = milliseconds(contenders, noise, labels[:1], [(seed, 0)])
-    class_keys = _class_keys(data.class_names)
+    names = class_keys(data.class_names)
     scores = []
     with progress("scoring", len(contenders)) as bar:
         for contender in contenders:
-            scores.append(_score(contender, made, real, labels, class_keys, times[contender.name]))
-            bar(contender.name)
+            name, calls = contender.name, contender.network_calls
+            found = made.features[name]
+            scores.append(score_of(name, found, real, labels, names, network_calls=calls, ms=times[name]))
+            bar(name)
     if full is not None:
-        scores = [_beside(score, scores[0], made) for score in scores]
+        teacher = scores[0]
+        scores = [
+            beside_teacher(s, teacher, made.features[s.name], made.features[teacher.name], made.mse[s.name])
+            for s in scores
+        ]
     conditions = {
         "data": data.name,
         "real_images": len(data),
         "images": count,
         "image_shape": list(data.shape),
-        "images_per_class": dict(zip(class_keys, np.bincount(labels).tolist(), strict=True)),
+        "images_per_class": dict(zip(names, np.bincount(labels).tolist(), strict=True)),
         "seed": seed,
         "guidance_scale": guidance_scale if full is not None else None,
         "features": features.description,
         "features_source": features.source,
-        **_real_diversity(real, data.labels, class_keys),
+        **real_diversity(real, data.labels, names),
         "kid": {
             "subsets": KID_SUBSETS,
             "images_per_subset": min(KID_SUBSET_SIZE, count // 2, len(data) // 2),
         },
-        "neighbours": {"precision, recall": _NEIGHBOURS, "density, coverage": _DENSITY_NEIGHBOURS},
+        "neighbours": {"precision, recall": NEIGHBOURS, "density, coverage": DENSITY_NEIGHBOURS},
         "timing": f"median of {rounds} rounds of one image, all contenders in turn, noise given",
         **machine(),
     }
@@ -277,112 +229,6 @@ def picture_columns(labels: np.ndarray, side: int) -> list[int]:
     return [int(places[n]) for n in range(rounds) for places in where if n < len(places)]
 
 
-def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of every path, and as many before it as it takes to tell them apart."""
-    parts = [Path(path).resolve().parts for path in paths]
-    if len(set(parts)) < len(parts):
-        raise DataError("every student is scored once; one was given twice")
-    depth = 1
-    while len({p[-depth:] for p in parts}) < len(parts):
-        depth += 1
-    return ["/".join(p[-depth:]) for p in parts]
-
-
-def common_guidance(generators: dict[str, Generator]) -> float:
-    """Guidance scale of the teacher that all students were distilled from; 1 without any that records it."""
-    recorded = {n: g.bundle.manifest.provenance.get("settings", {}) for n, g in generators.items()}
-    scales = {n: settings["guidance"]["scale"] for n, settings in recorded.items() if "guidance" in settings}
-    if len(set(scales.values())) > 1:
-        raise DataError(
-            f"the students' teachers were guided differently ({scales}); give --guidance for the comparison"
-        )
-    return next(iter(scales.values()), 1.0)
-
-
-def teacher_contenders(
-    checkpoint, guidance_scale: float, steps: Sequence[int], decoder: Generator | None = None
-) -> list[Contender]:
-    """The teacher in so many Euler steps each; `decoder`: a student whose decoder makes images of its latents."""
-    velocity_steps = teacher_sampler(checkpoint, guidance_scale)
-
-    def sample(noise, labels, n):
-        latents = velocity_steps(noise, labels, n)
-        return latents if decoder is None else images_of(decoder, latents)
-
-    return [
-        Contender(
-            f"teacher, {n} step{'s' if n > 1 else ''}",
-            n,
-            lambda noise, labels, seeds, n=n: sample(noise, labels, n),
-        )
-        for n in steps
-    ]
-
-
-def teacher_sampler(checkpoint, guidance_scale: float) -> Callable:
-    """`(noise, labels, steps) -> images` by Euler steps of the guided teacher, its network in the runtime's engine."""
-    from .distill.sources import network_of
-    from .export.to_onnx import export_network
-
-    network = network_of(checkpoint)
-    engine = open_engine(Graph(export_network(network)))
-    teacher = EngineTeacher(engine, guidance_scale, network.num_classes)
-
-    def sample(noise, labels, steps):
-        pieces = [slice(start, start + 250) for start in range(0, len(noise), 250)]
-        return np.concatenate([teacher.sample(noise[p], labels[p], steps) for p in pieces])
-
-    return sample
-
-
-def student_contenders(name: str, generator: Generator) -> list[Contender]:
-    """A bundle as a contender, or as several if it was trained for several numbers of calls."""
-    noisy = generator.bundle.manifest.schedule.h != 0
-
-    def sample(noise, labels, seeds, nfe):
-        # A schedule that draws noise between calls wants the seeds, which make the same starting noise.
-        start = {"seed": seeds} if noisy else {"noise": noise}
-        made = generator(labels=labels.tolist(), output="latent", nfe=nfe, **start)
-        return images_of(generator, made.latents)
-
-    several = len(generator.trained_nfes) > 1
-    return [
-        Contender(
-            f"{name}, {nfe} call{'s' if nfe > 1 else ''}" if several else name,
-            nfe,
-            lambda noise, labels, seeds, nfe=nfe: sample(noise, labels, seeds, nfe),
-        )
-        for nfe in generator.trained_nfes
-    ]
-
-
-def images_of(generator: Generator, latents: np.ndarray) -> np.ndarray:
-    """Images float32 (B, C, H, W) of latents; pixels as they are, and what a decoder makes of the others in 8 bits."""
-    manifest = generator.bundle.manifest
-    if manifest.decoder is None:
-        return latents / manifest.latent.scale + manifest.latent.shift
-    return generator.decode(latents).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
-
-
-def milliseconds(
-    contenders: Sequence[Contender], noise: np.ndarray, labels: np.ndarray, seeds: list[tuple[int, int]]
-) -> tuple[dict[str, float], int]:
-    """Median time of each contender on one image, all in turn so that a slow spell hits them alike; and the rounds."""
-    rounds = []
-    deadline = time.perf_counter() + _TIMED_SECONDS
-    for _ in range(_TIMED_ROUNDS + 2):  # two to warm up
-        taken = {}
-        for contender in contenders:
-            began = time.perf_counter()
-            contender.sample(noise, labels, seeds)
-            taken[contender.name] = 1000 * (time.perf_counter() - began)
-        rounds.append(taken)
-        if len(rounds) >= 2 + 3 and time.perf_counter() > deadline:
-            break
-    timed = rounds[2:]
-    return {c.name: statistics.median(taken[c.name] for taken in timed) for c in contenders}, len(timed)
-
-
 @dataclass
 class _Made:
     """What is kept of all images: features and squared errors of every contender, and some pictures."""
@@ -431,47 +277,6 @@ def _make(contenders, full, data, features, labels, columns, noise_shape, seed) 
     )
 
 
-def _score(contender: Contender, made: _Made, real: FeatureSet, labels, class_names, ms: float) -> Score:
-    """One contender's figures, without those beside the teacher."""
-    features = FeatureSet(made.features[contender.name], contender.name)
-    fid, kid = frechet_distance(features, real), kernel_distance(features, real)
-    lie = territory(real, features, neighbours=_NEIGHBOURS, density_neighbours=_DENSITY_NEIGHBOURS)
-    diversity = {class_names[label]: value for label, value in class_diversities(features, labels).items()}
-    return Score(
-        contender.name,
-        contender.network_calls,
-        fid=fid,
-        kid=kid.mean,
-        kid_std=kid.std,
-        diversity=float(np.mean(list(diversity.values()))),
-        class_diversity=diversity,
-        **lie._asdict(),
-        ms_per_image=ms,
-    )
-
-
-def _beside(score: Score, teacher: Score, made: _Made) -> Score:
-    """The same figures with those beside the teacher."""
-    ratios = {
-        key: _ratio(value, teacher.class_diversity[key]) for key, value in score.class_diversity.items()
-    }
-    distance = paired_distance(made.features[score.name], made.features[teacher.name])
-    return replace(
-        score,
-        fid_ratio=_ratio(score.fid, teacher.fid),
-        diversity_ratio=_ratio(score.diversity, teacher.diversity),
-        class_diversity_ratio=ratios,
-        worst_class=min(ratios, key=ratios.__getitem__),
-        mse=made.mse[score.name],
-        feature_distance=_ratio(distance, teacher.diversity),
-    )
-
-
-def _ratio(value: float, of: float) -> float:
-    """A teacher that makes one image per class has no diversity; the same is 1, and more is finite."""
-    return 1.0 if value == of else value / max(of, 1e-12)
-
-
 def _real_features(data: "ImageData", features: Features) -> np.ndarray:
     starts = range(0, len(data), _PIECE)
     with progress("real images", len(starts)) as bar:
@@ -480,17 +285,6 @@ def _real_features(data: "ImageData", features: Features) -> np.ndarray:
             found.append(features(data.batch(np.arange(start, min(start + _PIECE, len(data))))[0]))
             bar("")
     return np.concatenate(found)
-
-
-def _real_diversity(real: FeatureSet, labels: np.ndarray, names: list[str]) -> dict:
-    """Of the real images, for the conditions; classes with a single one have none."""
-    counts = np.bincount(labels, minlength=len(names))
-    several = counts[labels] > 1
-    found = class_diversities(real.features[several], labels[several])
-    return {
-        "real_diversity": float(np.mean(list(found.values()))),
-        "real_class_diversity": {name: found.get(label) for label, name in enumerate(names)},
-    }
 
 
 def _real_pictures(data: "ImageData", labels: np.ndarray) -> np.ndarray:
@@ -505,11 +299,6 @@ def _real_pictures(data: "ImageData", labels: np.ndarray) -> np.ndarray:
         chosen.append(places[seen[label] * len(places) // wanted])
         seen[label] += 1
     return data.batch(np.array(chosen))[0]
-
-
-def _class_keys(names: Sequence[str]) -> list[str]:
-    """The classes' names, with their number where two are alike."""
-    return [f"{i} {name}" if list(names).count(name) > 1 else str(name) for i, name in enumerate(names)]
 
 
 def _common_noise(

@@ -13,16 +13,9 @@ from PIL import Image
 
 from piflow_edge import evaluation
 from piflow_edge.cli import main
+from piflow_edge.contenders import Contender, common_guidance, images_of, unique_names
 from piflow_edge.errors import DataError, ShapeError
-from piflow_edge.evaluation import (
-    Contender,
-    common_guidance,
-    evaluate,
-    evaluation_labels,
-    images_of,
-    picture_columns,
-    unique_names,
-)
+from piflow_edge.evaluation import evaluate, evaluation_labels, picture_columns
 from piflow_edge.pictures import at_most, image_grid, side_by_side
 
 from conftest import HAS_TORCH

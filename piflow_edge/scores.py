@@ -1,0 +1,134 @@
+"""The figures of one contender, from the features of its images, and those beside the teacher."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from .metrics import (
+    FeatureSet,
+    class_diversities,
+    frechet_distance,
+    kernel_distance,
+    paired_distance,
+    territory,
+)
+
+# Neighbours of precision and recall, and of density and coverage, as in the papers.
+NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+
+
+@dataclass(frozen=True)
+class Score:
+    """One contender's figures; those beside the teacher are None where there is no teacher.
+
+    `network_calls`: per image; a guided call runs the network on two samples. `fid`: Frechet distance to the real
+    images' features. `fid_ratio`: to the teacher's. `kid`, `kid_std`: see `metrics.kernel_distance`. `diversity`: mean
+    feature distance inside a class, averaged over classes. `diversity_ratio`: to the teacher's.
+    `class_diversity`: class by class, and `class_diversity_ratio` to the teacher's. `worst_class`: where that is
+    lowest. `precision`, `recall`, `density`, `coverage`: see `metrics.territory`. `mse`: to the teacher's images from
+    the same noise, on pixels. `feature_distance`: to them, on features, over the teacher's diversity: 0 for the same
+    images, 1 for others of the same class. `ms_per_image`: median, one image at a time.
+    """
+
+    name: str
+    network_calls: int
+    fid: float
+    fid_ratio: float | None = field(default=None, kw_only=True)
+    kid: float
+    kid_std: float
+    diversity: float
+    diversity_ratio: float | None = field(default=None, kw_only=True)
+    class_diversity: dict[str, float]
+    class_diversity_ratio: dict[str, float] | None = field(default=None, kw_only=True)
+    worst_class: str | None = field(default=None, kw_only=True)
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    mse: float | None = field(default=None, kw_only=True)
+    feature_distance: float | None = field(default=None, kw_only=True)
+    ms_per_image: float
+
+
+def score_of(
+    name: str,
+    features: np.ndarray,
+    real: FeatureSet,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    *,
+    network_calls: int,
+    ms: float,
+) -> Score:
+    """One contender's figures, without those beside the teacher.
+
+    Args:
+        name: the contender's.
+        features: of its images, (N, D).
+        real: features of the real images.
+        labels: of its images, (N,).
+        class_names: one per label, each another.
+        network_calls, ms: per image.
+    """
+    features = FeatureSet(features, name)
+    fid, kid = frechet_distance(features, real), kernel_distance(features, real)
+    lie = territory(real, features, neighbours=NEIGHBOURS, density_neighbours=DENSITY_NEIGHBOURS)
+    diversity = {class_names[label]: value for label, value in class_diversities(features, labels).items()}
+    return Score(
+        name,
+        network_calls,
+        fid=fid,
+        kid=kid.mean,
+        kid_std=kid.std,
+        diversity=float(np.mean(list(diversity.values()))),
+        class_diversity=diversity,
+        **lie._asdict(),
+        ms_per_image=ms,
+    )
+
+
+def beside_teacher(
+    score: Score, teacher: Score, features: np.ndarray, teacher_features: np.ndarray, mse: float
+) -> Score:
+    """The same figures with those beside the teacher.
+
+    Args:
+        score, teacher: of either, without these figures.
+        features, teacher_features: of the images of either, (N, D), from the same noise and labels.
+        mse: to the teacher's images, on pixels.
+    """
+    ratios = {
+        key: _ratio(value, teacher.class_diversity[key]) for key, value in score.class_diversity.items()
+    }
+    distance = paired_distance(features, teacher_features)
+    return replace(
+        score,
+        fid_ratio=_ratio(score.fid, teacher.fid),
+        diversity_ratio=_ratio(score.diversity, teacher.diversity),
+        class_diversity_ratio=ratios,
+        worst_class=min(ratios, key=ratios.__getitem__),
+        mse=mse,
+        feature_distance=_ratio(distance, teacher.diversity),
+    )
+
+
+def _ratio(value: float, of: float) -> float:
+    """A teacher that makes one image per class has no diversity; the same is 1, and more is finite."""
+    return 1.0 if value == of else value / max(of, 1e-12)
+
+
+def real_diversity(real: FeatureSet, labels: np.ndarray, names: list[str]) -> dict:
+    """Of the real images, for the conditions; classes with a single one have none."""
+    counts = np.bincount(labels, minlength=len(names))
+    several = counts[labels] > 1
+    found = class_diversities(real.features[several], labels[several])
+    return {
+        "real_diversity": float(np.mean(list(found.values()))),
+        "real_class_diversity": {name: found.get(label) for label, name in enumerate(names)},
+    }
+
+
+def class_keys(names: Sequence[str]) -> list[str]:
+    """The classes' names, with their number where two are alike."""
+    return [f"{i} {name}" if list(names).count(name) > 1 else str(name) for i, name in enumerate(names)]
