@@ -42,7 +42,10 @@ SECTIONS = (
         "open_engine": (), "Graph": (), "EngineOptions": (), "Engine": (),
     }),
     ("Building engines", "piflow_edge.engines.building", "engines/building.py", {
-        "BuildSettings": (), "Batch": ("parse",), "targets": (), "plan": (), "build": (),
+        "BuildSettings": (), "plan": (), "build": (),
+    }),
+    ("What is built", "piflow_edge.engines.build_targets", "engines/build_targets.py", {
+        "targets": (), "Batch": ("parse",),
     }),
     ("Teachers and students", "piflow_edge.distill.networks", "piflow_edge/distill/networks.py", {
         "Convention": (), "ModuleNetwork": (), "attach_policy_head": (),

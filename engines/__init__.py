@@ -5,8 +5,11 @@ and `device` say what runs. Modules load when asked for.
 """
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -21,9 +24,9 @@ log = logging.getLogger(__name__)
 # memory; Core ML computes in half precision whatever the graph says.
 ENGINES = {
     "tensorrt": ("piflow_edge.engines.trt:TensorRTEngine", ("cuda",)),
-    "ort-tensorrt": ("piflow_edge.engines.ort:OrtTensorRT", ("cuda",)),
-    "tensorrt-rtx": ("piflow_edge.engines.ort:OrtTensorRTRTX", ("cuda",)),
-    "ort-cuda": ("piflow_edge.engines.ort:OrtCUDA", ("cuda",)),
+    "ort-tensorrt": ("piflow_edge.engines.ort_cuda:OrtTensorRT", ("cuda",)),
+    "tensorrt-rtx": ("piflow_edge.engines.ort_cuda:OrtTensorRTRTX", ("cuda",)),
+    "ort-cuda": ("piflow_edge.engines.ort_cuda:OrtCUDA", ("cuda",)),
     "directml": ("piflow_edge.engines.ort:OrtDirectML", ("gpu",)),
     "ort-cpu": ("piflow_edge.engines.ort:OrtCPU", ("cpu",)),
     "openvino": ("piflow_edge.engines.ort:OrtOpenVINO", ("cpu", "gpu", "npu")),
@@ -45,6 +48,21 @@ class Graph:
     model: bytes
     weights: Mapping[str, bytes] = field(default_factory=dict)
     source: str = field(default="BUNDLE", compare=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the model and its weights."""
+        return len(self.model) + sum(map(len, self.weights.values()))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the model with all its weights."""
+        from piflow_edge.files import sha256  # late: most engines never ask
+
+        if not self.weights:
+            return sha256(self.model)
+        parts = (f"{name} {sha256(data)}" for name, data in sorted(self.weights.items()))
+        return sha256("\n".join([sha256(self.model), *parts]).encode())
 
 
 @dataclass(frozen=True)
@@ -82,13 +100,24 @@ class EngineOptions:
         """Threads to compute with, the calling one included."""
         return self.num_threads or len(self.cpu_affinity or ()) or available_cores()
 
+    @contextmanager
+    def on_cores(self) -> Iterator[None]:
+        """Keep the calling thread, and threads that it starts, on `cpu_affinity` for a while."""
+        if self.cpu_affinity is None:
+            yield
+            return
+        before = os.sched_getaffinity(0)  # 0: of this thread
+        os.sched_setaffinity(0, self.cpu_affinity)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
+
 
 DEFAULT_OPTIONS = EngineOptions()
 
 
 def _checked_cores(cores) -> tuple[int, ...]:
-    import os
-
     if not hasattr(os, "sched_getaffinity"):
         raise EngineError("cpu_affinity works on Linux only; leave it out, or use num_threads")
     allowed = os.sched_getaffinity(0)
@@ -114,19 +143,21 @@ class Choice:
 class Engine(Protocol):
     """An opened network. May be run from several threads at a time.
 
-    `max_batch`: most samples in one call, None for any number. Outputs of `run` lie where its inputs do: NumPy arrays
-    in, NumPy arrays out; arrays in the memory of the engine's GPU in, such arrays out, not waited for. `close` frees
-    its memory; it may be called twice. `choice` is set by `open_engine`.
+    `min_batch`, `max_batch`: fewest and most samples that it computes in one call, the latter None for any number. A
+    call of fewer has its last sample repeated inside, takes as long, and returns what was asked for. Outputs of `run`
+    lie where its inputs do: NumPy arrays in, NumPy arrays out; arrays in the memory of the engine's GPU in, such arrays
+    out, not waited for. `close` frees its memory; it may be called twice. `choice` is set by `open_engine`.
     """
 
     name: str
     device: str
+    min_batch: int
     max_batch: int | None
     choice: Choice
 
     @classmethod
-    def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
-        """Why "auto" passes it over, as far as can be told without opening the graph; None if nothing is known."""
+    def opener(cls, graph: Graph, device: str, options: EngineOptions) -> "Callable[[], Engine] | str":
+        """For "auto": what opens the graph at once, or why that cannot be, as far as can be told before it is tried."""
         ...
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
@@ -172,11 +203,12 @@ def open_engine(
 def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine:
     passed_over: dict[str, str] = {}
     for name in _suited(device):
-        backend, place = _backend(name), _device(name, device)
-        reason = backend.obstacle(graph, place, options)
-        if reason is None:
+        opener = _backend(name).opener(graph, _device(name, device), options)
+        if isinstance(opener, str):
+            reason = opener
+        else:
             try:
-                opened = backend(graph, place, options)
+                opened = opener()
             except PiFlowError as error:
                 if name == "ort-cpu":  # needs no device or driver that could be amiss: it is the graph
                     raise

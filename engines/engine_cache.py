@@ -7,7 +7,7 @@ whole or not at all; builders of the same engine wait for one another; what does
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,14 +17,13 @@ from piflow_edge.cache import cache_folder
 from piflow_edge.engines import Graph
 from piflow_edge.errors import EngineError, MissingExtraError
 from piflow_edge.files import sha256, write_atomic
+from piflow_edge.kernels import nvidia
 
 log = logging.getLogger(__name__)
 
 _MAGIC = "piflow-edge engine 1"
 # A header is a few hundred bytes; a file whose first line is longer is none of ours.
 _HEADER_LIMIT = 1 << 16
-# The parts of a key that say which device and software an engine is for; the rest is how it was built.
-PLACE = ("backend", "onnx", "tensorrt", "cuda", "gpu", "compute_capability")
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class EngineKey:
 
     Args:
         backend: "tensorrt", "ort-tensorrt" or "tensorrt-rtx".
-        onnx: of the graph; see `graph_hash`.
+        onnx: of the graph; its `sha256`.
         precision: of the graph, as in the bundle.
         profile: batch sizes "MIN:OPT:MAX".
         tensorrt: its version, and where it runs inside ONNX Runtime that one's.
@@ -57,10 +56,6 @@ class EngineKey:
     def file_name(self) -> str:
         """Of the engine, in `folder`."""
         return sha256(json.dumps(asdict(self), sort_keys=True).encode())[:32] + ".engine"
-
-    def place(self) -> dict[str, str]:
-        """The parts that must fit for an engine to run here, whatever it was built with."""
-        return {name: getattr(self, name) for name in PLACE}
 
     def differs_from(self, other: "EngineKey") -> list[str]:
         """One line for each part that is another one there."""
@@ -105,12 +100,25 @@ def folder() -> Path:
     return cache_folder() / "engines"
 
 
-def graph_hash(graph: Graph) -> str:
-    """SHA-256 of an ONNX model with all its weights."""
-    if not graph.weights:
-        return sha256(graph.model)
-    parts = [sha256(graph.model), *(f"{name} {sha256(data)}" for name, data in sorted(graph.weights.items()))]
-    return sha256("\n".join(parts).encode())
+def place(backend: str, release: str, device: str) -> dict[str, str]:
+    """What an engine must have been built for to run here, as parts of an `EngineKey`.
+
+    Args:
+        backend: the engine's name.
+        release: of TensorRT, as in the key.
+        device: "cuda" or "cuda:N".
+
+    Raises:
+        EngineError: no such GPU.
+    """
+    ordinal = nvidia.ordinal_in(device)
+    return {
+        "backend": backend,
+        "tensorrt": release,
+        "cuda": nvidia.driver_version(),
+        "gpu": nvidia.name(ordinal),
+        "compute_capability": nvidia.device(ordinal).compute_capability,
+    }
 
 
 def entries() -> list[Entry]:
@@ -119,10 +127,11 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.date, reverse=True)
 
 
-def newest(**parts: str) -> tuple[Entry, bytes] | None:
-    """The last built engine whose key has these parts, with its bytes; damaged ones are left out, with a warning."""
+def newest(graph: Graph, place: Mapping[str, str]) -> tuple[Entry, bytes] | None:
+    """The last built engine of a graph for a `place`, with its bytes; damaged ones are left out, with a warning."""
     for entry in entries():
-        if all(getattr(entry.key, name) == value for name, value in parts.items()):
+        here = all(getattr(entry.key, name) == value for name, value in place.items())
+        if here and entry.key.onnx == graph.sha256:  # hashed only where there is an engine to compare with
             try:
                 return entry, entry.read()
             except EngineError as error:

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from piflow_edge.engines import EngineOptions, Graph, ort
+from piflow_edge.engines import EngineOptions, Graph, ort_cuda
+from piflow_edge.engines.ort import give_weights
 from piflow_edge.errors import EngineError
+from piflow_edge.kernels import nvidia
 
-BACKENDS = {"ort-tensorrt": ort.OrtTensorRT, "tensorrt-rtx": ort.OrtTensorRTRTX}
+BACKENDS = {"ort-tensorrt": ort_cuda.OrtTensorRT, "tensorrt-rtx": ort_cuda.OrtTensorRTRTX}
 # Packages that bring the library the provider calls; the first that is installed is told in an engine's key.
 _LIBRARIES = {
     "ort-tensorrt": ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt"),
@@ -89,17 +91,19 @@ def compiled(
     """
     backend = BACKENDS[engine]
     module = backend.installed_runtime()
-    ordinal = int(device.partition(":")[2] or 0)
     if timing_cache is not None:
         timing_cache.mkdir(parents=True, exist_ok=True)
     options = provider_options(
-        engine, precision, profile, ordinal=ordinal, workspace=workspace, timing_cache=timing_cache
+        engine,
+        precision,
+        profile,
+        ordinal=nvidia.ordinal_in(device),
+        workspace=workspace,
+        timing_cache=timing_cache,
     )
     settings = module.SessionOptions()
     settings.log_severity_level = 4
-    if graph.weights:
-        names, contents = list(graph.weights), list(graph.weights.values())
-        settings.add_external_initializers_from_files_in_memory(names, contents, [len(c) for c in contents])
+    give_weights(settings, graph)
     try:
         if hasattr(module, "ModelCompiler"):
             settings.add_provider(backend.provider, options)
@@ -124,6 +128,6 @@ def _compiled_by_a_session(module, provider: str, settings, graph: Graph, option
         return path.read_bytes()
 
 
-def open_compiled(engine: str, data: bytes, device: str):
-    """A compiled model, opened in its backend."""
-    return BACKENDS[engine](Graph(data), device, EngineOptions())
+def open_compiled(engine: str, data: bytes, device: str, profile: str):
+    """A compiled model for batch sizes "MIN:OPT:MAX", opened in its backend."""
+    return BACKENDS[engine](Graph(b""), device, EngineOptions(), plan=data, profile=profile)

@@ -1,11 +1,12 @@
 """NumPy alone: slow and plain, the answer the others are held to. Runs where nothing but piflow-edge is installed."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
-from piflow_edge.engines import Choice, EngineOptions, Graph
+from piflow_edge.engines import Choice, Engine, EngineOptions, Graph
 from piflow_edge.engines.onnx_file import Model, Node, Subgraph, read_model
 from piflow_edge.engines.operators import OPERATORS
 from piflow_edge.errors import EngineError
@@ -27,6 +28,7 @@ class ReferenceEngine:
     """
 
     name = "reference"
+    min_batch = 1
     max_batch: int | None = None
     choice = Choice("it was asked for")
 
@@ -41,9 +43,9 @@ class ReferenceEngine:
         _check(self._model.graph)
 
     @classmethod
-    def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
+    def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
         """See `Engine`."""
-        return None
+        return partial(cls, graph, device, options)
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One network call."""

@@ -7,12 +7,14 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from piflow_edge.engines import EngineOptions, Graph, engine_cache, trt_versions
+from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padding, trt_versions
 from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError, ShapeError
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, stream_of, view
@@ -87,9 +89,7 @@ class TensorRTEngine:
         graph: an ONNX model, whose engine for this GPU is looked up in the cache: the last one built.
         device: "cuda" or "cuda:N".
         options: nothing of them is used.
-        plan: a serialised engine to open instead.
-
-    `min_batch`, `max_batch`: fewest and most samples in one call, by the profile it was built with.
+        plan: a serialised engine to open instead. Its profile says `min_batch` and `max_batch`.
 
     Raises:
         MissingExtraError: tensorrt is not installed.
@@ -102,9 +102,9 @@ class TensorRTEngine:
     def __init__(self, graph: Graph, device: str, options: EngineOptions, *, plan: bytes | None = None):
         trt = trt_versions.tensorrt()
         self._api = trt_versions.api(trt.__version__)
-        self.device, self._ordinal = device, ordinal_of(device)
+        self.device, self._ordinal = device, nvidia.ordinal_in(device)
         if plan is None:
-            plan = _cached(graph, trt, self._ordinal)
+            plan = _cached(graph, trt, device)
         self._lock = threading.Lock()
         self._log = trt_versions.logger(trt)
         with nvidia.current(self._ordinal):
@@ -130,13 +130,13 @@ class TensorRTEngine:
         self._calls: OrderedDict[tuple[int, int], _Call] = OrderedDict()
 
     @classmethod
-    def obstacle(cls, graph: Graph, device: str, options: EngineOptions) -> str | None:
-        """Why "auto" passes it over: it is not installed, there is no GPU, or no engine was built for it."""
+    def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
+        """See `Engine`: it is passed over where it is not installed, or no engine was built of this network."""
         try:
-            _cached(graph, trt_versions.tensorrt(), ordinal_of(device))
+            plan = _cached(graph, trt_versions.tensorrt(), device)
         except PiFlowError as error:
             return str(error)
-        return None
+        return partial(cls, graph, device, options, plan=plan)
 
     @property
     def input_formats(self) -> dict[str, str]:
@@ -163,27 +163,32 @@ class TensorRTEngine:
             if self._engine is None:
                 raise EngineError("engine 'tensorrt' is closed; open the network again")
             arrays = {t.name: self._checked(t, inputs) for t in self._tensors if t.is_input}
-            batch = self._batch(arrays)
-            if not self.min_batch <= batch <= self.max_batch:
+            if (batch := self._batch(arrays)) < 1:
+                raise ShapeError("a call has one sample or more; got none")
+            if batch > self.max_batch:
                 low, high = self.min_batch, self.max_batch
                 raise EngineError(
                     f"this engine was built for batches of {low} to {high}; got {batch}: split it, or build with "
-                    f"--batch {min(low, batch)}:{batch}:{max(high, batch)}"
+                    f"--batch {low}:{batch}:{batch}"
                 )
-            on_gpu = [array for array in arrays.values() if is_on_gpu(array)]
-            stream = stream_of(on_gpu[0]) if on_gpu else self._stream.handle
-            if stream != self._stream.handle:  # inputs and scratch may still be in use by the call before
-                nvidia.after(self._ordinal, stream, self._stream.handle)
-            for tensor in self._tensors:
-                if tensor.is_input:
-                    self._bring(tensor, arrays[tensor.name], tensor.sized(batch), stream)
-            outputs = self._free_outputs(stream)
-            self._queue(batch, outputs, stream)
-            if stream != self._stream.handle:
-                nvidia.after(self._ordinal, self._stream.handle, stream)
-            if on_gpu:
-                return self._on_gpu(outputs, batch, stream)
-            return self._on_host(outputs, batch)
+            axes = {t.name: t.shape.index(-1) for t in self._tensors if t.is_input and -1 in t.shape}
+            self._log.errors.clear()  # of calls that went well all the same
+            return padding.run_padded(self._called, arrays, axes, self.min_batch)
+
+    def _called(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        batch = self._batch(arrays)
+        on_gpu = [array for array in arrays.values() if is_on_gpu(array)]
+        stream = stream_of(on_gpu[0]) if on_gpu else self._stream.handle
+        if stream != self._stream.handle:  # inputs and scratch may still be in use by the call before
+            nvidia.after(self._ordinal, stream, self._stream.handle)
+        for tensor in self._tensors:
+            if tensor.is_input:
+                self._bring(tensor, arrays[tensor.name], tensor.sized(batch), stream)
+        outputs = self._free_outputs(stream)
+        self._queue(batch, outputs, stream)
+        if stream != self._stream.handle:
+            nvidia.after(self._ordinal, self._stream.handle, stream)
+        return self._on_gpu(outputs, batch, stream) if on_gpu else self._on_host(outputs, batch)
 
     def close(self) -> None:
         """Free its memory, once calls that are under way have ended; that of outputs goes with their arrays."""
@@ -329,30 +334,13 @@ class TensorRTEngine:
         return arrays
 
 
-def ordinal_of(device: str) -> int:
-    """Number of the GPU that a device such as "cuda:1" names."""
-    return int(device.partition(":")[2] or 0)
-
-
-def place(trt, ordinal: int, backend: str = "tensorrt") -> dict[str, str]:
-    """What an engine must have been built for to run here, as parts of an `EngineKey`."""
-    return {
-        "backend": backend,
-        "tensorrt": trt.__version__,
-        "cuda": nvidia.driver_version(),
-        "gpu": nvidia.name(ordinal),
-        "compute_capability": nvidia.device(ordinal).compute_capability,
-    }
-
-
-def _cached(graph: Graph, trt, ordinal: int) -> bytes:
-    onnx = engine_cache.graph_hash(graph)
-    found = engine_cache.newest(onnx=onnx, **(here := place(trt, ordinal)))
-    if found is None:
+def _cached(graph: Graph, trt, device: str) -> bytes:
+    place = engine_cache.place("tensorrt", trt.__version__, device)
+    if (found := engine_cache.newest(graph, place)) is None:
         raise EngineNotBuiltError(
-            f"there is no TensorRT engine of this network for {here['gpu']}, TensorRT {here['tensorrt']} and CUDA "
-            f"{here['cuda']} in {engine_cache.folder()}; build it, once: piflow-edge build {graph.source} "
-            f"--engine tensorrt{f' --device cuda:{ordinal}' if ordinal else ''}"
+            f"there is no TensorRT engine of this network for {place['gpu']}, TensorRT {place['tensorrt']} and CUDA "
+            f"{place['cuda']} in {engine_cache.folder()}; build it, once: piflow-edge build {graph.source} "
+            f"--engine tensorrt{f' --device {device}' if nvidia.ordinal_in(device) else ''}"
         )
     return found[1]
 

@@ -14,7 +14,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from piflow_edge.engines import Graph
-from piflow_edge.engines.ort import layer_values
+from piflow_edge.engines.layers import layer_values
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.calibration import Conversion, Inputs
 from piflow_edge.export.compact import compact

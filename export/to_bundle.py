@@ -35,7 +35,8 @@ from piflow_edge.distill.checkpoint import Checkpoint
 from piflow_edge.distill.heads import head_to_json
 from piflow_edge.distill.sources import StudentModel, student_from_checkpoint
 from piflow_edge.engines import Graph
-from piflow_edge.engines.ort import first_non_finite, runtime
+from piflow_edge.engines.layers import first_non_finite
+from piflow_edge.engines.ort import runtime
 from piflow_edge.errors import BundleError, CheckFailedError, DataError, ScheduleError
 from piflow_edge.export.calibration import ENGINE, Calibration
 from piflow_edge.export.decoder_graph import decoder_spec, export_decoder

@@ -176,7 +176,10 @@ def _provider_finding(onnxruntime, name: str) -> Finding:
         reason = "it gave another result" if loaded else "its libraries were not found"
     if works:
         return Finding(name, OK, "opens and runs a network")
-    fixes = {backend.provider: f"pip install {backend.package}" for backend in ort.BACKENDS}
+    from piflow_edge.engines import ort_cuda  # late: knows GPUs
+
+    backends = (*ort.BACKENDS, *ort_cuda.BACKENDS)
+    fixes = {backend.provider: f"pip install {backend.package}" for backend in backends}
     fix = fixes.get(name, "use another provider")
     if name == "CPUExecutionProvider":
         fix = "pip install --force-reinstall onnxruntime"

@@ -111,7 +111,7 @@ def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sig
     odd = [name for name, value in outputs.items() if not np.isfinite(value).all()]
     if not odd:
         return
-    from piflow_edge.engines.ort import first_non_finite  # needs onnx, of which the runtime is free
+    from piflow_edge.engines.layers import first_non_finite  # needs onnx, of which the runtime is free
 
     bundle, precision = generator.bundle, generator.precision
     try:

@@ -4,11 +4,15 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from piflow_edge.bundle import Bundle
-from piflow_edge.engines import EngineOptions, Graph, building, engine_cache, ort, ort_compile
-from piflow_edge.engines.building import Batch, BuildSettings, Memory, plan, targets
+from piflow_edge.engines import EngineOptions, Graph, building, engine_cache, ort, ort_compile, ort_cuda
+from piflow_edge.engines.build_memory import Memory
+from piflow_edge.engines.build_targets import Batch, targets
+from piflow_edge.engines.building import BuildSettings, plan
+from piflow_edge.engines.engine_cache import EngineKey
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import cuda, nvidia
 
@@ -206,30 +210,82 @@ def test_a_provider_that_takes_nothing_is_an_error(provider):
         compiled(engine)
 
 
-def test_a_compiled_engine_is_found_again_with_its_greatest_batch(provider, monkeypatch, tmp_path, caplog):
+class PretendedSession:
+    """Of a network compiled for batches of 4 to 6: two rows of noise, whose batch comes second, are added to x."""
+
+    def get_inputs(self):
+        shapes = {"x": ["batch", 3], "noise": [2, "batch", 3], "level": [1]}
+        return [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
+
+    def get_outputs(self):
+        return [SimpleNamespace(name="y")]
+
+    def run(self, names, inputs):
+        assert names == ["y"] and 4 <= len(inputs["x"]) == inputs["noise"].shape[1] <= 6
+        return [inputs["x"] + inputs["noise"].sum(0) * inputs["level"]]
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU by its name, and an empty cache."""
     pytest.importorskip("filelock")
-    engine, _ = provider()
-    backend, graph, opened = ort_compile.BACKENDS[engine], Graph(b"model", source="b --precision fp16"), []
     monkeypatch.setenv("PIFLOW_EDGE_CACHE", str(tmp_path))
     monkeypatch.setattr(nvidia, "driver_version", lambda: "12.6")
     monkeypatch.setattr(nvidia, "name", lambda ordinal: "Orin")
     monkeypatch.setattr(nvidia, "device", lambda ordinal: nvidia.Device("sm_87", 8, 0))
-    monkeypatch.setattr(
-        ort.OrtCUDA, "_opened", lambda self, module, graph: opened.append(graph) or NoSession()
-    )
+
+
+def cached(engine, graph, profile="4:4:6"):
+    release = ort_compile.release(engine)
+    place = engine_cache.place(engine, release, "cuda")
+    key = EngineKey(onnx=graph.sha256, precision="fp16", profile=profile, options="", **place)
+    return engine_cache.get_or_build(key, lambda: (b"an EPContext node", {}))[0].path
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Models that were given to ONNX Runtime."""
+    seen = []
+    opening = lambda self, module, graph: seen.append(graph.model) or PretendedSession()  # noqa: E731
+    monkeypatch.setattr(ort_cuda.OrtCUDA, "_opened", opening)
+    return seen
+
+
+def test_a_compiled_engine_is_found_again_with_its_batches(provider, gpu, opened, caplog):
+    engine, _ = provider()
+    backend, graph = ort_compile.BACKENDS[engine], Graph(b"model", source="b --precision fp16")
     words = f"piflow-edge build b --precision fp16 --engine {engine}"
-    assert words in backend.obstacle(graph, "cuda", EngineOptions())
-    backend(graph, "cuda", EngineOptions())
-    assert opened[-1] is graph and words in caplog.text
-
-    key = engine_cache.EngineKey(engine, engine_cache.graph_hash(graph), "fp16", "1:1:6", ort_compile.release(engine),
-                                 "12.6", "Orin", "8.7", "")  # fmt: skip
-    engine_cache.get_or_build(key, lambda: (b"an EPContext node", {}))
-    assert backend.obstacle(graph, "cuda", EngineOptions()) is None
+    assert words in backend.opener(graph, "cuda", EngineOptions())
     found = backend(graph, "cuda", EngineOptions())
-    assert opened[-1].model == b"an EPContext node" and found.max_batch == 6
+    assert opened == [b"model"] and words in caplog.text and (found.min_batch, found.max_batch) == (1, None)
+    cached(engine, graph)
+    found = backend(graph, "cuda", EngineOptions())
+    assert opened[-1] == b"an EPContext node" and (found.min_batch, found.max_batch) == (4, 6)
 
 
-class NoSession:
-    def get_outputs(self):
-        return []
+def test_auto_reads_a_compiled_engine_once(provider, gpu, opened, monkeypatch):
+    engine, _ = provider()
+    backend, graph, read = ort_compile.BACKENDS[engine], Graph(b"model"), []
+    path, whole = cached(engine, graph), engine_cache.Entry.read
+    monkeypatch.setattr(engine_cache.Entry, "read", lambda self: read.append(self.path) or whole(self))
+    assert backend.opener(graph, "cuda", EngineOptions())().max_batch == 6
+    assert read == [path] and opened == [b"an EPContext node"]
+
+
+def test_auto_neither_uses_a_damaged_engine_nor_builds_another(provider, gpu, opened):
+    engine, _ = provider()
+    graph = Graph(b"model")
+    path = cached(engine, graph)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    reason = ort_compile.BACKENDS[engine].opener(graph, "cuda", EngineOptions())
+    assert "it would first build an engine" in reason and opened == []
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 6])
+def test_a_call_of_fewer_than_it_was_compiled_for_gives_what_was_asked_for(provider, gpu, opened, batch):
+    engine, _ = provider()
+    cached(engine, Graph(b"model"))
+    found = ort_compile.BACKENDS[engine](Graph(b"model"), "cuda", EngineOptions())
+    x, noise = np.arange(3.0 * batch).reshape(batch, 3), np.ones((2, batch, 3))
+    outputs = found.run({"x": x, "noise": noise, "level": np.array([0.5])})
+    np.testing.assert_array_equal(outputs["y"], x + 1)

@@ -10,10 +10,13 @@ import time
 import pytest
 
 from piflow_edge.engines import Graph, engine_cache
-from piflow_edge.engines.engine_cache import EngineKey, get_or_build, graph_hash, miss, newest
+from piflow_edge.engines.engine_cache import EngineKey, get_or_build, miss, newest
 from piflow_edge.errors import EngineError
 
-KEY = EngineKey("tensorrt", "ab" * 32, "fp16", "1:1:8", "10.3.0", "12.6", "Orin", "8.7", "workspace=all")
+GRAPH = Graph(b"model")
+KEY = EngineKey("tensorrt", GRAPH.sha256, "fp16", "1:1:8", "10.3.0", "12.6", "Orin", "8.7", "workspace=all")
+
+PLACE = {name: getattr(KEY, name) for name in ("backend", "tensorrt", "cuda", "gpu", "compute_capability")}
 
 pytest.importorskip("filelock")
 
@@ -45,7 +48,7 @@ def test_every_part_of_the_key_counts_and_a_miss_names_it(name, folder):
     fill()
     other = dataclasses.replace(KEY, **{name: "another"})
     if name != "backend":
-        shown = "abababababab" if name == "onnx" else getattr(KEY, name)
+        shown = GRAPH.sha256[:12] if name == "onnx" else getattr(KEY, name)
         assert miss(other) == (
             f"the nearest engine in {folder} has another {name.replace('_', ' ')} 'another', there {shown!r}"
         )
@@ -61,13 +64,13 @@ def test_a_miss_compares_with_the_nearest(folder):
 
 
 def test_the_last_built_of_those_that_run_here_is_found():
-    assert newest(**KEY.place()) is None
+    assert newest(GRAPH, PLACE) is None
     fill()
     wide = dataclasses.replace(KEY, profile="1:4:16")
     fill(wide, b"wide")
-    entry, data = newest(**KEY.place())
+    entry, data = newest(GRAPH, PLACE)
     assert entry.key == wide and data == b"wide"
-    assert newest(**(KEY.place() | {"cuda": "13.0"})) is None
+    assert newest(GRAPH, PLACE | {"cuda": "13.0"}) is None and newest(Graph(b"other"), PLACE) is None
 
 
 @pytest.mark.parametrize("where", [0, 40, -3], ids=["first line", "key", "engine"])
@@ -76,7 +79,7 @@ def test_an_altered_engine_is_built_again_and_never_used(where, caplog):
     data = bytearray(path.read_bytes())
     data[where] ^= 1
     path.write_bytes(data)
-    assert newest(**KEY.place()) is None
+    assert newest(GRAPH, PLACE) is None
     entry, built = fill(data=b"anew")
     assert built and entry.read() == b"anew"
     assert "built again" in caplog.text
@@ -110,8 +113,8 @@ def test_a_failed_build_leaves_nothing(folder):
 
 def test_weights_beside_a_graph_count_in_its_hash():
     one, two = Graph(b"model", {"w": b"1"}), Graph(b"model", {"w": b"2"})
-    assert len({graph_hash(g) for g in (Graph(b"model"), one, two, Graph(b"model", {"v": b"1"}))}) == 4
-    assert graph_hash(one) == graph_hash(Graph(b"model", {"w": b"1"}))
+    assert len({g.sha256 for g in (GRAPH, one, two, Graph(b"model", {"v": b"1"}))}) == 4
+    assert one.sha256 == Graph(b"model", {"w": b"1"}).sha256
 
 
 # --- several processes
@@ -162,7 +165,7 @@ def test_a_builder_that_is_killed_leaves_the_lock_open_and_no_half_engine(tmp_pa
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.communicate()
-    assert not list(folder.glob("*.engine")) and newest(**KEY.place()) is None
+    assert not list(folder.glob("*.engine")) and newest(GRAPH, PLACE) is None
     entry, built = fill(data=b"whole")
     assert built and entry.read() == b"whole"
     assert not [path for path in folder.glob(".*") if path.suffix != ".lock"]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge import doctor, engines, hardware
-from piflow_edge.engines import ENGINE_NAMES, ENGINES, EngineOptions, Graph, open_engine, ort
+from piflow_edge.engines import ENGINE_NAMES, ENGINES, EngineOptions, Graph, open_engine, ort, ort_cuda
 from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
 
 IDENTITY = Graph(doctor.identity_model())
@@ -29,8 +30,8 @@ class Fake:
         self.device = device
 
     @classmethod
-    def obstacle(cls, graph, device, options):
-        return cls.lacks
+    def opener(cls, graph, device, options):
+        return cls.lacks or partial(cls, graph, device, options)
 
 
 def fake(name, *, lacks=None, breaks=False):
@@ -99,7 +100,7 @@ def test_a_provider_that_is_not_installed_is_an_error_with_a_command(name, monke
         open_engine(IDENTITY, engine=name)
     assert f"engine {name!r} needs ONNX Runtime's {backend.provider}" in str(error.value)
     assert f"pip uninstall -y onnxruntime && pip install {backend.package}" in str(error.value)
-    assert backend.obstacle(IDENTITY, "", EngineOptions()) == str(error.value)
+    assert backend.opener(IDENTITY, "", EngineOptions()) == str(error.value)
 
 
 @pytest.mark.parametrize(("name", "words"), [("coreml", "needs macOS"), ("directml", "needs Windows")])
@@ -110,13 +111,13 @@ def test_a_provider_of_another_system_is_not_to_be_installed(name, words):
     with pytest.raises(EngineError, match=words) as error:
         open_engine(IDENTITY, engine=name)
     assert "pip" not in str(error.value)
-    assert backend.obstacle(IDENTITY, "", EngineOptions()) == str(error.value)
+    assert backend.opener(IDENTITY, "", EngineOptions()) == str(error.value)
 
 
 def test_two_onnxruntimes_are_named(monkeypatch):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(ort, "installed", lambda: ["onnxruntime", "onnxruntime-gpu"])
-    monkeypatch.setattr(ort.OrtCUDA, "provider", "NoSuchProvider")
+    monkeypatch.setattr(ort_cuda.OrtCUDA, "provider", "NoSuchProvider")
     words = "both installed and overwrite each other; .*pip uninstall -y onnxruntime onnxruntime-gpu && pip install"
     with pytest.raises(MissingExtraError, match=words):
         open_engine(IDENTITY, engine="ort-cuda")
@@ -144,7 +145,7 @@ class Session:
 )
 def test_a_silent_fall_back_to_the_cpu_is_an_error(monkeypatch, loaded, words):
     onnxruntime = pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(ort.OrtCUDA, "_missing", classmethod(lambda cls, ort: None))
+    monkeypatch.setattr(ort_cuda.OrtCUDA, "_missing", classmethod(lambda cls, ort: None))
     monkeypatch.setattr(onnxruntime, "InferenceSession", type("S", (Session,), {"providers": loaded}))
     with pytest.raises(EngineError, match=words):
         open_engine(IDENTITY, engine="ort-cuda")
@@ -180,7 +181,7 @@ def test_a_device_the_engine_does_not_know_is_refused(engine, device):
 def test_every_engine_of_the_table_is_there():
     for name in ENGINES:
         backend = engines._backend(name)
-        assert backend.name == name and callable(backend.obstacle)
+        assert backend.name == name and callable(backend.opener)
 
 
 # --- options
@@ -222,7 +223,7 @@ def test_options_reach_the_session(monkeypatch):
 def test_the_calling_thread_computes_on_the_cores_too():
     core = max(os.sched_getaffinity(0))
     before = os.sched_getaffinity(0)
-    with ort._on_cores((core,)):
+    with EngineOptions(cpu_affinity=(core,)).on_cores():
         assert os.sched_getaffinity(0) == {core}
     assert os.sched_getaffinity(0) == before
 

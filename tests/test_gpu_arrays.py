@@ -140,14 +140,14 @@ np.testing.assert_allclose(xp.to_host(found), expected, rtol=0, atol=2e-5)
 
 GENERATOR = """
 import piflow_edge as pf
-from piflow_edge.engines import ort
+from piflow_edge.engines import ort_cuda
 
-class OnHost(ort.OrtCUDA):
+class OnHost(ort_cuda.OrtCUDA):
     provider, memory = "CPUExecutionProvider", "cpu"
     _provider_options = lambda self, graph: {}
 
-ort.OrtCUDA = OnHost
-assert OnHost.obstacle(None, "cuda", None) is None
+ort_cuda.OrtCUDA = OnHost
+assert callable(OnHost.opener(None, "cuda", None))
 bundle = sys.argv[1]
 expected = pf.load(bundle, engine="ort-cpu")
 generator = pf.load(bundle, engine="ort-cuda")
@@ -183,10 +183,11 @@ import piflow_edge as pf
 import pretended_tensorrt
 from piflow_edge.bundle import Bundle
 from piflow_edge.engines import building
+from piflow_edge.engines.build_targets import targets
 
 pretended_tensorrt.install("10.3.0")
 settings = building.BuildSettings(batch=building.Batch(1, 1, 4))
-for target in building.targets(Bundle(sys.argv[1])):
+for target in targets(Bundle(sys.argv[1])):
     building.build(building.plan(target, settings), settings)
 arguments = dict(labels=[3, 7, 1], seed=5, temperature=0.5, output="numpy")
 theirs = pf.load(sys.argv[1], engine="ort-cpu")(**arguments)

@@ -149,7 +149,7 @@ engine = opened(2, 2, 4)
 given, expected = small_network.inputs(2)
 refused(EngineError, "built for batches of 2 to 4; got 5: split it, or build with --batch 2:5:5",
         lambda: engine.run(small_network.inputs(5)[0]))
-refused(EngineError, "built for batches of 2 to 4; got 1", lambda: engine.run(small_network.inputs(1)[0]))
+refused(PiFlowError, "one sample or more", lambda: engine.run(small_network.inputs(0)[0]))
 refused(PiFlowError, "the network takes class_labels, t, x_t; got t", lambda: engine.run({"t": given["t"]}))
 refused(PiFlowError, "x_t must be (batch, 2, 3); got (2, 3, 2)",
         lambda: engine.run(given | {"x_t": np.zeros((2, 3, 2), np.float32)}))
@@ -266,7 +266,7 @@ def test_without_an_engine_the_error_is_the_command_that_builds_it(run, tmp_path
         """
 refused(EngineNotBuiltError, "build it, once: piflow-edge build bundles/small --precision fp32 --engine tensorrt",
         lambda: open_engine(graph, engine="tensorrt"))
-assert "there is no TensorRT engine" in TensorRTEngine.obstacle(graph, "cuda", EngineOptions())
+assert "there is no TensorRT engine" in TensorRTEngine.opener(graph, "cuda", EngineOptions())
 """
     )
 

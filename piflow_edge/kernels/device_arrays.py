@@ -20,6 +20,8 @@ _TYPESTRS = {
     "<f4": "float32", "<f2": "float16", "<i4": "int32", "<i8": "int64", "|i1": "int8", "|u1": "uint8", "|b1": "bool",
 }  # fmt: skip
 _TYPESTR_OF = {dtype: typestr for typestr, dtype in _TYPESTRS.items()}
+# Of one number; all formats that an array may have.
+ITEM_BYTES = {dtype: int(typestr[2:]) for typestr, dtype in _TYPESTRS.items()} | {"bfloat16": 2}
 _DLPACK_TYPES = {
     (2, 32): "float32", (2, 16): "float16", (4, 16): "bfloat16",
     (0, 32): "int32", (0, 64): "int64", (0, 8): "int8", (1, 8): "uint8", (6, 8): "bool",
@@ -73,7 +75,7 @@ class DeviceArray:
         start, stop, step = rows.indices(self.shape[0])
         if step != 1:
             raise ShapeError("rows of an array on a GPU are taken one after the other")
-        row = math.prod(self.shape[1:]) * int(_TYPESTR_OF[self.dtype][2:])
+        row = math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
         return replace(
             self, pointer=self.pointer + start * row, shape=(max(0, stop - start), *self.shape[1:])
         )

@@ -18,7 +18,7 @@ import numpy as np
 from piflow_edge.errors import EngineError, ShapeError
 
 from . import cuda, nvidia
-from .device_arrays import DeviceArray, view
+from .device_arrays import ITEM_BYTES, DeviceArray, stream_of, view
 
 log = logging.getLogger(__name__)
 
@@ -122,19 +122,18 @@ def place_of(device: str) -> Place | None:
 
     On an NVIDIA GPU without our kernels that is the host's too: what this costs is said in a warning.
     """
-    kind, _, number = device.partition(":")
-    if kind != "cuda":
+    if device.partition(":")[0] != "cuda":
         return None
     if (reason := cuda.missing()) is not None:
         log.warning("arrays cross the bus with every network call, and policies run on the CPU: %s", reason)
         return None
-    return place(int(number or 0))
+    return place(nvidia.ordinal_in(device))
 
 
 def empty(shape, *, dtype: str = float32, device: Place) -> DeviceArray:
     """An array of any values."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    size = builtins.max(1, math.prod(shape) * np.dtype(dtype).itemsize)
+    size = builtins.max(1, math.prod(shape) * ITEM_BYTES[dtype])
     memory = _Lent(device, size)
     return DeviceArray(memory.pointer, dtype, shape, device.ordinal, memory, device.stream)
 
@@ -152,6 +151,22 @@ def constant(values: np.ndarray, device: Place) -> DeviceArray:
     """Like `asarray`, for values that come again with every image: kept in the GPU's memory for the next time."""
     buffer = nvidia.uploaded(device.ordinal, values.tobytes())
     return DeviceArray(buffer.pointer, str(values.dtype), values.shape, device.ordinal, buffer, device.stream)
+
+
+def with_last_repeated(name: str, array: Any, axis: int, count: int) -> DeviceArray:
+    """A copy of an array in a GPU's memory, of any library, with its last row along `axis` there `count` times more."""
+    x = view(name, array, stream := stream_of(array), ITEM_BYTES)
+    rows = x.shape[axis] + count
+    result = empty(
+        (*x.shape[:axis], rows, *x.shape[axis + 1 :]), dtype=x.dtype, device=Place(x.ordinal, stream)
+    )
+    row = math.prod(x.shape[axis + 1 :]) * ITEM_BYTES[x.dtype]
+    for outer in range(math.prod(x.shape[:axis])):
+        to, source = result.pointer + outer * rows * row, x.pointer + outer * x.shape[axis] * row
+        nvidia.copy(x.ordinal, to, source, x.shape[axis] * row, stream)
+        for place in range(x.shape[axis], rows):
+            nvidia.copy(x.ordinal, to + place * row, source + (x.shape[axis] - 1) * row, row, stream)
+    return result
 
 
 def to_host(array: Any) -> np.ndarray:

@@ -241,6 +241,11 @@ def uploaded(ordinal: int, data: bytes) -> _Buffer:
     return _Buffer(ordinal, data)
 
 
+def ordinal_in(device: str) -> int:
+    """Number of the GPU that a device such as "cuda:1" names; 0 where it names none."""
+    return int(device.partition(":")[2] or 0)
+
+
 def ordinal_of(pointer: int) -> int:
     """The GPU that a pointer belongs to."""
     driver = _driver()

@@ -15,7 +15,7 @@ import piflow_edge as pf
 from piflow_edge.bundle import Bundle, FileSpec
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
-from piflow_edge.engines.ort import first_non_finite, layer_values
+from piflow_edge.engines.layers import first_non_finite, layer_values
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.calibration import Calibration

@@ -1,0 +1,197 @@
+"""ONNX Runtime on NVIDIA's GPUs: arrays stay in the GPU's memory, and engines of TensorRT come from the cache."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padding, placement
+from piflow_edge.engines.ort import OrtEngine
+from piflow_edge.errors import EngineError
+from piflow_edge.kernels import nvidia
+from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, view
+
+log = logging.getLogger(__name__)
+
+# Number formats of arrays that lie on a GPU.
+_BINDABLE = ("float32", "float16", "int64")
+
+
+class OrtCUDA(OrtEngine):
+    """NVIDIA GPUs by cuDNN and cuBLAS.
+
+    Arrays in the GPU's memory are bound where they lie, and results stay there: the network runs on the stream of the
+    rollout kernels, and nothing is waited for.
+    """
+
+    name = "ort-cuda"
+    provider = "CUDAExecutionProvider"
+    package = "'onnxruntime-gpu[cuda,cudnn]'"
+    needs = "an NVIDIA driver, CUDA and cuDNN 9, of the versions that `piflow-edge doctor` tells"
+    memory = "cuda"  # as ONNX Runtime calls it
+
+    @property
+    def ordinal(self) -> int:
+        """Number of the GPU."""
+        return nvidia.ordinal_in(self.device)
+
+    def _provider_options(self, graph: Graph) -> dict[str, str]:
+        return self._gpu_options() | {
+            # Of the graph's own precision: TF32 has 11 bits, and who wants fewer than float32's 24 takes fp16.
+            "use_tf32": "0",
+            # Exhaustive search, the default, tries each convolution for seconds at every new size.
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+
+    def _gpu_options(self) -> dict[str, str]:
+        options = {"device_id": str(self.ordinal)}
+        if self._place is not None:
+            options |= {"has_user_compute_stream": "1", "user_compute_stream": str(self._place.stream)}
+        return options
+
+    def _opened(self, ort, graph: Graph):
+        if hasattr(ort, "preload_dlls"):  # onnxruntime 1.21: finds CUDA and cuDNN as pip installs them
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it did not find
+                ort.preload_dlls()
+        from piflow_edge.kernels import gpu_arrays  # late: for GPUs only
+
+        self._place = gpu_arrays.place_of(self.device)
+        self._run_options = ort.RunOptions()
+        # Else ONNX Runtime waits for the stream at the end of every call.
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        return super()._opened(ort, graph)
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One network call. With any input in the GPU's memory, the outputs stay there."""
+        if not any(is_on_gpu(array) for array in inputs.values()):
+            return super().run(inputs)
+        if (session := self._session) is None:
+            raise EngineError(f"engine {self.name!r} is closed; open the network again")
+        from piflow_edge.kernels import gpu_arrays  # there is a GPU, or no input could lie on one
+
+        place = self._place or gpu_arrays.place(self.ordinal)
+        binding = session.io_binding()
+        # Bound, not copied: what is made for this call must last until it is queued.
+        arrays = {name: self._bound(name, array, place) for name, array in inputs.items()}
+        try:
+            for name, array in arrays.items():
+                dtype = np.dtype(array.dtype)
+                binding.bind_input(name, self.memory, self.ordinal, dtype, array.shape, array.pointer)
+            for name in self._outputs:
+                binding.bind_output(name, self.memory, self.ordinal)
+            session.run_with_iobinding(binding, self._run_options)
+            values = binding.get_outputs()
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise EngineError(f"the network call failed in onnxruntime: {error}") from error
+        return {name: _device_array(value, place) for name, value in zip(self._outputs, values, strict=True)}
+
+    def _bound(self, name: str, array, place):
+        from piflow_edge.kernels import gpu_arrays
+
+        if not is_on_gpu(array):  # noise levels and labels, the same for every image
+            return gpu_arrays.constant(np.asarray(array), place)
+        return view(name, array, place.stream, _BINDABLE)
+
+
+class OrtTensorRT(OrtCUDA):
+    """NVIDIA GPUs by TensorRT within ONNX Runtime: an engine from the cache, else one that is built for minutes now.
+
+    Args:
+        graph, device, options: as for every engine.
+        plan: a compiled model to open instead.
+        profile: batch sizes "MIN:OPT:MAX" that it was built for.
+    """
+
+    name = "ort-tensorrt"
+    provider = "TensorrtExecutionProvider"
+    package = "'onnxruntime-gpu[cuda,cudnn]' tensorrt"
+    needs = "an NVIDIA driver, CUDA, cuDNN 9 and TensorRT 10, of the versions that `piflow-edge doctor` tells"
+
+    def __init__(
+        self,
+        graph: Graph,
+        device: str,
+        options: EngineOptions,
+        *,
+        plan: bytes | None = None,
+        profile: str = "",
+    ):
+        self._plan, self._profile = plan, profile
+        super().__init__(graph, device, options)
+        # A length that may vary, which is the batch's alone, has a name instead of a number.
+        shapes = {
+            value.name: [isinstance(n, int) for n in value.shape] for value in self._session.get_inputs()
+        }
+        self._axes = {name: fixed.index(False) for name, fixed in shapes.items() if not all(fixed)}
+
+    @classmethod
+    def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
+        """See `Engine`."""
+        opener = super().opener(graph, device, options)
+        if isinstance(opener, str):
+            return opener
+        if (found := cls._cached(graph, device)) is None:
+            return f"it would first build an engine, for minutes; build it ahead: {cls._build_command(graph)}"
+        return partial(opener, **found)
+
+    @classmethod
+    def _cached(cls, graph: Graph, device: str) -> dict[str, Any] | None:
+        """`plan` and `profile` of what `piflow-edge build` made of this graph for this GPU, or None."""
+        from piflow_edge.engines import ort_compile  # late: it imports this module
+
+        release = ort_compile.release(cls.name)
+        try:
+            found = engine_cache.newest(graph, engine_cache.place(cls.name, release, device))
+        except EngineError:  # no GPU: the provider itself says what it lacks
+            return None
+        return found and {"plan": found[1], "profile": found[0].key.profile}
+
+    @classmethod
+    def _build_command(cls, graph: Graph) -> str:
+        return f"piflow-edge build {graph.source} --engine {cls.name}"
+
+    def _opened(self, ort, graph: Graph):
+        if self._plan is None and (found := self._cached(graph, self.device)) is not None:
+            self._plan, self._profile = found["plan"], found["profile"]
+        if self._profile:
+            least, _, most = self._profile.split(":")
+            self.min_batch, self.max_batch = int(least), int(most)
+        if self._plan is None:
+            log.warning(
+                "engine %r builds now, for minutes; once and for all: %s",
+                self.name,
+                self._build_command(graph),
+            )
+            return super()._opened(ort, graph)
+        plan, self._plan = self._plan, None  # not held beside the session
+        return super()._opened(ort, Graph(plan))
+
+    def _provider_options(self, graph: Graph) -> dict[str, str]:
+        return self._gpu_options()
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """One network call."""
+        return padding.run_padded(super().run, inputs, self._axes, self.min_batch)
+
+
+class OrtTensorRTRTX(OrtTensorRT):
+    """GeForce and other RTX GPUs by TensorRT for RTX."""
+
+    name = "tensorrt-rtx"
+    provider = "NvTensorRTRTXExecutionProvider"
+    package = "onnxruntime-trt-rtx"
+    needs = "an RTX GPU of Ampere or newer, its driver, and TensorRT for RTX"
+
+
+def _device_array(value, place) -> DeviceArray:
+    """An output of ONNX Runtime's, which owns its memory."""
+    dtype = placement.dtype_of(value)
+    return DeviceArray(value.data_ptr(), dtype, tuple(value.shape()), place.ordinal, value, place.stream)
+
+
+BACKENDS = (OrtCUDA, OrtTensorRT, OrtTensorRTRTX)
