@@ -36,6 +36,9 @@ ENGINES = {
 
 ENGINE_NAMES = ("auto", *ENGINES)
 
+# More than any machine has use for: to start a hundred thousand takes longer than anybody waits.
+_MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -70,7 +73,7 @@ class EngineOptions:
     """How a backend uses the machine. What it has no use for, it leaves alone.
 
     Args:
-        num_threads: of the CPU, 1 or more; None is one for each core of `cpu_affinity`, or without it for each core
+        num_threads: of the CPU, 1 to 1024; None is one for each core of `cpu_affinity`, or without it for each core
             that this process may use: its affinity mask and its container's quota count.
         cpu_affinity: cores to compute on, by their number; None leaves that to the system. Linux only.
         spinning: let threads wait for work at full load. Saves some microseconds a call; costs a core's power, and
@@ -90,8 +93,9 @@ class EngineOptions:
     memory_pattern: bool = True
 
     def __post_init__(self):
-        if self.num_threads is not None and (type(self.num_threads) is not int or self.num_threads < 1):
-            raise EngineError(f"num_threads is a whole number, 1 or more; got {self.num_threads!r}")
+        threads = self.num_threads
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
+            raise EngineError(f"num_threads is a whole number from 1 to {_MOST_THREADS}; got {threads!r}")
         if self.cpu_affinity is not None:
             object.__setattr__(self, "cpu_affinity", _checked_cores(self.cpu_affinity))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from piflow_edge.engines import DEFAULT_OPTIONS, ENGINES, EngineOptions, Graph, open_engine
+from piflow_edge.engines import DEFAULT_OPTIONS, ENGINE_NAMES, ENGINES, EngineOptions, Graph, open_engine
 
 from .bundle import Bundle
 from .cold_start import cold_start
@@ -151,12 +151,15 @@ def bench(
     """Measure bundles and, if it is given, their teacher.
 
     Raises:
-        EngineError, MissingExtraError: a named engine cannot run here; or, of all, none can.
+        EngineError, MissingExtraError: no such engine, or a named one cannot run here; or, of all, none can.
         BundleError: a bundle cannot be read, or has no such precision.
         ScheduleError: calls or substeps that make no sense.
     """
     from piflow_edge import load
 
+    for name in config.engines:  # beside "all" too, where no engine of that name would be looked for
+        if name not in (ALL_ENGINES, *ENGINE_NAMES):
+            raise EngineError(f"engine is one of {', '.join((ALL_ENGINES, *ENGINE_NAMES))}; got {name!r}")
     contenders: list[_Contender] = []
     left_out: list[dict[str, str]] = []
     opened = [Bundle(folder) for folder in bundles]
@@ -272,6 +275,9 @@ def _teachers(bundle, engine: str, device: str, config: BenchConfig, teacher: Te
         open_engine(graph, engine=engine, device=device, options=config.options), scale, classes
     )
     latent, shift = bundle.manifest.latent, bundle.manifest.schedule.shift
+    # Another graph, or one for other images, is better known before minutes of measuring.
+    count = config.batches[0]
+    guided.velocity(philox_normal(config.seed, range(count), latent.shape), 1.0, np.zeros(count, np.int64))
     for batch in config.batches:
         labels = np.arange(batch) % classes
 

@@ -67,10 +67,28 @@ def read_benchmark(file: Path) -> dict:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as the JSON of piflow-edge bench: {error}") from error
-    whole = isinstance(found, dict) and {"conditions", "rows", "machine_rounds"} <= found.keys()
-    if not whole or found.get("format") != FORMAT:
+    if not (isinstance(found, dict) and found.get("format") == FORMAT and _is_whole(found)):
         raise DataError(f"{file} is not what piflow-edge bench --json of this version writes")
     return found
+
+
+def _is_whole(found: Mapping) -> bool:
+    """Whether all is there that `compare` reads: an editor or another program may have had it."""
+    rows = found.get("rows")
+    return (
+        isinstance(found.get("conditions"), dict)
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and isinstance(row.get("key"), str) for row in rows)
+        and all(map(_are_times, [found.get("machine_rounds"), *(row.get("rounds") for row in rows)]))
+    )
+
+
+def _are_times(rounds: object) -> bool:
+    return (
+        isinstance(rounds, list)
+        and bool(rounds)
+        and all(isinstance(ms, int | float) and 0 < ms < float("inf") for ms in rounds)
+    )
 
 
 def compare(old: Mapping, new: Mapping) -> Comparison:

@@ -3,13 +3,19 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .bench import Benchmark, Row
 from .bench_compare import Comparison
+from .bundle import Bundle
 from .errors import DataError
 from .plots import Series, bars, chart, number
+
+Quality = Mapping[tuple[str, int], float]  # FID by contender's name and network calls
+# What evaluate adds to a contender's name; a bundle's own may hold commas.
+_COUNTED = re.compile(r", \d+ (calls?|steps?)$")
 
 _COLUMNS = ("key", "model", "engine", "device", "precision", "calls", "substeps", "batch", "trained", "median", "p90",
             "p99", "images_per_second")  # fmt: skip
@@ -120,7 +126,7 @@ def comparison_text(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def read_quality(file: Path) -> dict[tuple[str, int], float]:
+def read_quality(file: Path) -> Quality:
     """FID by contender's name and network calls, from the evaluation.json of `piflow-edge evaluate`.
 
     Raises:
@@ -128,15 +134,50 @@ def read_quality(file: Path) -> dict[tuple[str, int], float]:
     """
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))["scores"]
-        # A student trained for several numbers of calls stands there as "name, 2 calls".
-        return {(s["name"].rpartition(", ")[0] or s["name"], s["network_calls"]): s["fid"] for s in scores}
+        # A student trained for several numbers of calls stands there as "name, 2 calls", a teacher with its steps.
+        return {(_COUNTED.sub("", s["name"]), s["network_calls"]): float(s["fid"]) for s in scores}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{file} is not the evaluation.json that piflow-edge evaluate --out writes ({error!r})"
         ) from error
 
 
-def picture(benchmark: Benchmark, quality: Mapping[tuple[str, int], float] | None):
+def check_quality(
+    quality: Quality,
+    bundles: Sequence[Path],
+    nfes: Sequence[int] | None,
+    precisions: Sequence[str] | None,
+    substeps: Sequence[int] | None,
+) -> None:
+    """Hold an evaluation to what is going to be measured: it must score one of the bundles, as `picture` asks.
+
+    Args:
+        quality: see `read_quality`.
+        bundles: folders.
+        nfes, precisions, substeps: of `BenchConfig`.
+
+    Raises:
+        DataError: there would be nothing to draw.
+    """
+    for bundle in map(Bundle, bundles):
+        manifest = bundle.manifest
+        own = (precisions is None or manifest.precisions[0] in precisions) and (
+            substeps is None or manifest.schedule.total_substeps in substeps
+        )
+        names = (bundle.name, bundle.folder.resolve().name)
+        if own and any(name in names and (nfes is None or calls in nfes) for name, calls in quality):
+            return
+    raise _nothing_scored(quality)
+
+
+def _nothing_scored(quality: Quality) -> DataError:
+    return DataError(
+        f"the evaluation scores {', '.join(sorted({name for name, _ in quality}))}, none of which is measured here as "
+        "it was evaluated: by its network calls, in the bundle's first precision and with its own substeps"
+    )
+
+
+def picture(benchmark: Benchmark, quality: Quality | None):
     """Time per image against FID; without `quality`, where the time of every row goes. A PIL image.
 
     Raises:
@@ -159,10 +200,7 @@ def picture(benchmark: Benchmark, quality: Mapping[tuple[str, int], float] | Non
             ((row.median / setting.batch, fid), label)
         )
     if not found:
-        raise DataError(
-            f"the evaluation scores {', '.join(sorted({name for name, _ in quality}))}, none of which was measured "
-            "here as it was evaluated: in the bundle's first precision and with its own substeps"
-        )
+        raise _nothing_scored(quality)
     series = [
         Series(name, [point for point, _ in points], [label for _, label in points], line=len(points) > 1)
         for name, points in ((name, sorted(points)) for name, points in found.items())

@@ -1,5 +1,6 @@
 """A teacher's network in an engine, followed by guided Euler steps without PyTorch: the students' measure."""
 
+import math
 import time
 from itertools import pairwise
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from piflow_edge.engines import Engine
 
-from .errors import ScheduleError
+from .errors import EngineError, ScheduleError
 from .schedule import warp
 
 
@@ -25,8 +26,8 @@ class EngineTeacher:
     """
 
     def __init__(self, engine: Engine, guidance_scale: float, null_label: int | None):
-        if not guidance_scale >= 1:
-            raise ScheduleError(f"guidance scale is 1 (none) or more; got {guidance_scale!r}")
+        if not 1 <= guidance_scale < math.inf:
+            raise ScheduleError(f"guidance scale is 1 (none) or more, and finite; got {guidance_scale!r}")
         if guidance_scale > 1 and null_label is None:
             raise ScheduleError(
                 "guidance needs the label that stands for 'no class'; give it, or guidance scale 1"
@@ -53,6 +54,11 @@ class EngineTeacher:
     def _call(self, x_t: np.ndarray, sigma_t: float, labels: np.ndarray) -> np.ndarray:
         t = np.full(len(x_t), sigma_t, np.float32)
         began = time.perf_counter()
-        u_t = self.engine.run({"x_t": x_t, "t": t, "class_labels": labels})["u_t"]
+        outputs = self.engine.run({"x_t": x_t, "t": t, "class_labels": labels})
         self.network_seconds += time.perf_counter() - began
-        return u_t
+        if "u_t" not in outputs:
+            raise EngineError(
+                f"a teacher's graph gives u_t, this one {', '.join(outputs)}; make it with "
+                "piflow-edge export TEACHER --teacher-graph"
+            )
+        return outputs["u_t"]

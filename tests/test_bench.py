@@ -102,6 +102,16 @@ class TestTeacher:
         assert warp(0.5, 2.0) != 0.5  # the shift matters in this comparison
 
 
+def test_names_may_hold_commas(tmp_path):
+    from piflow_edge.bench_report import read_quality
+
+    names = ["a, b", "c", "a, b, 2 calls", "c, 1 call", "teacher, 1 step", "d, 3 calls more"]
+    scores = [{"name": name, "network_calls": i, "fid": 1} for i, name in enumerate(names)]
+    (tmp_path / "e.json").write_text(json.dumps({"scores": scores}))
+    found = [name for name, _ in read_quality(tmp_path / "e.json")]
+    assert found == ["a, b", "c", "a, b", "c", "teacher", "d, 3 calls more"]
+
+
 def test_the_machine_says_what_it_is():
     told = machine()
     assert told["cpu"] and told["cores"] >= 1 and "numpy" in told["versions"]
@@ -161,8 +171,23 @@ class TestCompare:
         assert found.differs == [("cpu", "x", "y")]
         assert found.only_old == ["a"] and found.only_new == ["b"] and not found.changes
 
-    @pytest.mark.parametrize("text", ["", "[]", '{"format": 99}', '{"format": 1, "machine_rounds": [1]}'])
-    def test_another_file_is_refused(self, text, tmp_path):
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"format": 99}, {"conditions": []}, {"rows": {}}, {"rows": [{}]}, {"rows": [{"key": "a", "rounds": []}]},
+            {"rows": [{"key": "a", "rounds": ["1"]}]}, {"machine_rounds": [float("nan")]}, {"machine_rounds": None},
+        ],
+    )  # fmt: skip
+    def test_another_file_is_refused(self, change, tmp_path):
+        file = tmp_path / "old.json"
+        file.write_text(json.dumps(run(10.0)))
+        assert compare(read_benchmark(file), run(10.0)).changes
+        file.write_text(json.dumps(run(10.0) | change))
+        with pytest.raises(DataError, match=r"old\.json"):
+            read_benchmark(file)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{"])
+    def test_no_json_of_a_run_is_refused(self, text, tmp_path):
         file = tmp_path / "old.json"
         file.write_text(text)
         with pytest.raises(DataError, match=r"old\.json"):
@@ -235,12 +260,64 @@ class TestCommand:
         assert cold["first_images"] > cold["open"] > 0 and cold["device_memory"] is None
         assert cold["resident"] is None or 20 < cold["resident"] <= cold["peak"]
 
-    def test_what_cannot_be_used_is_refused(self, shared_bundle, tmp_path):
-        assert "ends in .png" in bench(shared_bundle, "--plot", "x.pdf", code=2).stderr
-        assert "--plot" in bench(shared_bundle, "--evaluation", tmp_path / "e.json", code=2).stderr
-        assert "engine is one of" in bench(shared_bundle, "--engine", "steam", code=2).stderr
-        assert "holds fp32" in bench(shared_bundle, "--precision", "fp8", code=2).stderr
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ("--plot x.pdf", "ends in .png"),
+            ("--plot no/such/x.png", "no folder no/such"),
+            ("--csv no/such/x.csv", "no folder no/such"),
+            ("--csv x.png --plot x.png", "two names"),
+            ("--evaluation e.json", "--plot"),
+            ("--engine steam", "engine is one of"),
+            ("--engine all,steam", "got 'steam'"),
+            ("--engine ort-cpu,", "got ''"),
+            ("--precision fp8", "holds fp32"),
+            ("--nfe 0", "1 or more"),
+            ("--batch 1,", "1 or more"),
+            ("--seconds nan", "give a number"),
+            ("--threads 100000", "1 to 1024"),
+            ("--device steam", "got device 'steam'"),
+            ("--teacher none.onnx", "does not exist"),
+            ("--guidance 2", "--teacher"),
+            ("--teacher-steps 50", "--teacher"),
+            ("--compare none.json", "none.json cannot be read"),
+        ],
+    )
+    def test_what_cannot_be_used_is_refused_before_it_is_measured(
+        self, arguments, words, shared_bundle, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        done = bench(shared_bundle, *arguments.split(), code=2)
+        assert words in done.stderr and "timing" not in done.stderr and not done.stdout
+        assert not list(tmp_path.iterdir())
+
+    def test_what_is_not_a_teacher_is_refused(self, shared_bundle, tmp_path):
+        (tmp_path / "text.onnx").write_text("text")
+        assert "cannot open" in bench(shared_bundle, "--teacher", tmp_path / "text.onnx", code=2).stderr
+        student = shared_bundle / "student.fp32.onnx"
+        assert "--teacher-graph" in bench(shared_bundle, "--teacher", student, code=2).stderr
+        infinite = bench(shared_bundle, "--teacher", student, "--guidance", "inf", code=2)
+        assert "give a number" in infinite.stderr
+
+    def test_bundles_of_one_name_are_refused(self, shared_bundle):
         assert "told apart" in bench(shared_bundle, shared_bundle, code=2).stderr
+
+    @pytest.mark.parametrize("name", ["tiny, b", "other"])
+    def test_an_evaluation_of_others_is_refused(self, name, shared_bundle, tmp_path):
+        file, plot = tmp_path / "evaluation.json", tmp_path / "b.png"
+        file.write_text(json.dumps({"scores": [{"name": name, "network_calls": 2, "fid": 9.0}]}))
+        done = bench(shared_bundle, *self.quick, "--evaluation", file, "--plot", plot, code=2)
+        assert f"scores {name}, none of which" in done.stderr and "timing" not in done.stderr
+
+    def test_a_full_disk_takes_nothing_of_what_was_measured(self, shared_bundle, tmp_path, monkeypatch):
+        from piflow_edge import files
+
+        def full(path, data):
+            raise OSError(28, "No space left on device", str(path))
+
+        monkeypatch.setattr(files, "write_atomic", full)
+        done = bench(shared_bundle, *self.quick, "--csv", tmp_path / "b.csv", "--json", code=2)
+        assert len(json.loads(done.stdout)["rows"]) == 1 and "No space" in done.stderr
 
     def test_a_teacher_is_exported(self, tmp_path):
         from piflow_edge.demo import shipped_teacher

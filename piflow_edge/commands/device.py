@@ -1,5 +1,6 @@
 """Commands about this machine: `bench`, `doctor`."""
 
+import math
 from pathlib import Path
 
 import click
@@ -23,6 +24,18 @@ def names(context, parameter, text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
+def finite(context, parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):  # the ranges of click let NaN through
+        raise click.BadParameter(f"give a number; got {value}")
+    return value
+
+
+def writable(context, parameter, file: Path | None) -> Path | None:
+    if file is not None and not file.parent.is_dir():  # better known before minutes of measuring
+        raise click.BadParameter(f"there is no folder {file.parent} to write {file.name} in; make it first")
+    return file
+
+
 def counts(context, parameter, text: str | None) -> list[int] | None:
     return calls(context, parameter, text) or None
 
@@ -43,23 +56,27 @@ def counts(context, parameter, text: str | None) -> list[int] | None:
 @click.option("--batch", "batches", default="1", callback=counts, metavar="N,...", help="Images at a time.")
 @click.option("--rounds", type=click.IntRange(min=1), default=100, help="Timed calls of each contender.")
 @click.option("--warmup", type=click.IntRange(min=0), default=5, help="Rounds before that.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=120.0,
+@click.option("--seconds", type=click.FloatRange(min=0), callback=finite, default=120.0,
               help="End the rounds after this time, but not before five.")  # fmt: skip
 @click.option("--cold-starts", type=click.IntRange(min=0), default=3,
               help="Fresh processes for first images and memory of each contender.")  # fmt: skip
 @placement_options
-@click.option("--teacher", type=FILE, help="Its graph, by export --teacher-graph: the baseline.")
+@click.option("--teacher", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Its graph, by export --teacher-graph: the baseline.")  # fmt: skip
 @click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
-@click.option("--guidance", type=click.FloatRange(min=1), help="Of the teacher; else the first bundle's.")
-@click.option("--csv", "csv_file", type=FILE, help="Also write a table here.")
-@click.option("--plot", type=FILE, help="Also write a PNG here: latency against quality, or where time goes.")
+@click.option("--guidance", type=click.FloatRange(min=1), callback=finite,
+              help="Of the teacher; else the first bundle's.")  # fmt: skip
+@click.option("--csv", "csv_file", type=FILE, callback=writable, help="Also write a table here.")
+@click.option("--plot", type=FILE, callback=writable,
+              help="Also write a PNG here: latency against quality, or where time goes.")  # fmt: skip
 @click.option(
     "--evaluation", type=FILE, help="evaluation.json of evaluate --out, with the quality for --plot."
 )
 @click.option("--compare", "old", type=FILE, help="JSON of an earlier run: what moved beyond noise.")
 @JSON
+@click.pass_context
 def bench(
-    bundles, engines, precisions, nfes, substeps, batches, rounds, warmup, seconds, cold_starts, teacher,
+    context, bundles, engines, precisions, nfes, substeps, batches, rounds, warmup, seconds, cold_starts, teacher,
     teacher_steps, guidance, csv_file, plot, evaluation, old, as_json, **placement,
 ):  # fmt: skip
     """How fast is it here? Time and memory per engine, precision, calls, substeps and batch.
@@ -82,12 +99,19 @@ def bench(
 
     if plot is not None and plot.suffix.lower() != ".png":
         raise click.UsageError(f"a plot is written as PNG; give --plot a name that ends in .png; got {plot}")
+    if plot is not None and plot == csv_file:
+        raise click.UsageError(f"--csv and --plot cannot both be {plot}; give them two names")
     if evaluation is not None and plot is None:
         raise click.UsageError("--evaluation is for --plot; give that too")
+    steps_given = context.get_parameter_source("teacher_steps") != click.core.ParameterSource.DEFAULT
+    if teacher is None and (steps_given or guidance is not None):
+        raise click.UsageError("--teacher-steps and --guidance are of a --teacher; give its graph too")
     # What cannot be read is better known before minutes of measuring.
     settings = engine_settings(engine=None, **placement)
     before = None if old is None else read_benchmark(old)
     quality = None if evaluation is None else report.read_quality(evaluation)
+    if quality is not None:
+        report.check_quality(quality, bundles, nfes, precisions, substeps)
     found = measure(
         bundles,
         BenchConfig(
@@ -105,10 +129,6 @@ def bench(
         ),
         None if teacher is None else TeacherConfig(teacher, teacher_steps, guidance),
     )
-    if csv_file is not None:
-        write_atomic(csv_file, report.csv_text(found).encode())
-    if plot is not None:
-        write_atomic(plot, png_bytes(report.picture(found, quality)))
     answer = found.as_json()
     change = None if before is None else compare(before, answer)
     if as_json:
@@ -120,6 +140,11 @@ def bench(
         say(report.comparison_text(change))
         if not as_json:
             show(report.comparison_table(change))
+    # Last, so that a disk that is full by now takes nothing of what was measured.
+    if csv_file is not None:
+        write_atomic(csv_file, report.csv_text(found).encode())
+    if plot is not None:
+        write_atomic(plot, png_bytes(report.picture(found, quality)))
 
 
 @click.command()
