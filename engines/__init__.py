@@ -75,7 +75,8 @@ class EngineOptions:
     Args:
         num_threads: of the CPU, 1 to 1024; None is one for each core of `cpu_affinity`, or without it for each core
             that this process may use: its affinity mask and its container's quota count.
-        cpu_affinity: cores to compute on, by their number; None leaves that to the system. Linux only.
+        cpu_affinity: cores to compute on, by their number; None leaves that to the system. Linux only. The thread that
+            calls keeps to them until its call ends, callbacks included.
         spinning: let threads wait for work at full load. Saves some microseconds a call; costs a core's power, and
             slows whatever else runs.
         memory_arena: keep freed memory for the next call: up to a twentieth faster with large decoders, and memory

@@ -201,7 +201,7 @@ class OrtEngine:
                 f"engine {self.name!r} cannot run this network: {self.provider} took none of its {total} nodes, all "
                 "would run on the CPU; use engine 'ort-cpu'"
             )
-        log.info("engine %r took %d of %d nodes; the rest runs on the CPU", self.name, ours, total)
+        log.info("engine %r runs %d of %d nodes, the CPU %d", self.name, ours, total, counts[_CPU_PROVIDER])
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """One network call."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -183,10 +184,11 @@ class Generator:
             "callback_every": callback_every,
             "cancelled": cancel and cancel.is_set,
         }
-        with self._open():
+        # The policies' threads are started from this one, and keep to its cores.
+        with self._open(), self.options.on_cores():
             pieces = [
                 self._drawn(request, piece, **settings)
-                for piece in _pieces(len(request), self.engine.max_batch)
+                for piece in _pieces(len(request), _BATCH_SIZE, self.engine)
             ]
             decoding = time.perf_counter()
             images = None
@@ -336,7 +338,7 @@ class Generator:
         size = max(1, _DECODED_PIXELS // (height * width))
         name = self.bundle.manifest.decoder.inputs[0].name
         images = []
-        for piece in _pieces(len(latents), min(size, self.decoder.max_batch or size)):
+        for piece in _pieces(len(latents), size, self.decoder):
             unscaled = latents[piece] / spec.scale + spec.shift
             (decoded,) = self.decoder.run({name: unscaled}).values()
             images.append(made(decoded))
@@ -385,10 +387,13 @@ class Generator:
         return bool(np.isclose(sigma, sigmas).any())
 
 
-def _pieces(count: int, max_batch: int | None) -> Iterator[slice]:
-    size = min(_BATCH_SIZE, max_batch or _BATCH_SIZE)
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def _pieces(count: int, size: int, engine: Engine) -> Iterator[slice]:
+    """Cuts for as few calls of up to `size` samples as the engine allows, all of about one size: of 10 for an engine of
+    4 to 8 it takes 5 and 5, where 8 would leave 2."""
+    most = max(engine.min_batch, min(size, engine.max_batch or size))
+    calls = max(1, -(-count // most))
+    starts = (-(-count * call // calls) for call in range(calls + 1))
+    return (slice(start, stop) for start, stop in pairwise(starts))
 
 
 def _joined(pieces: list[np.ndarray]) -> np.ndarray:

@@ -36,14 +36,15 @@ class GaussianEngine:
 
     name, device = "exact", "cpu"
 
-    def __init__(self, *, max_batch=None, num_nodes=None):
-        self.max_batch, self.num_nodes = max_batch, num_nodes
-        self.calls, self.closed = [], False
+    def __init__(self, *, min_batch=1, max_batch=None, num_nodes=None):
+        self.min_batch, self.max_batch, self.num_nodes = min_batch, max_batch, num_nodes
+        self.calls, self.closed, self.sizes = [], False, []
 
     def run(self, inputs):
         x_t, sigma_t = inputs["x_t"], float(inputs["t"][0])
         assert not self.closed and (self.max_batch is None or len(x_t) <= self.max_batch)
         self.calls.append(sigma_t)
+        self.sizes.append(len(x_t))
         mean, covariance = posterior(x_t.reshape(len(x_t), PIXELS).astype(float), sigma_t)
         u_t = ((x_t - mean.reshape(x_t.shape)) / sigma_t).astype(np.float32)
         if self.num_nodes is not None:

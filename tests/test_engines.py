@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -13,8 +14,19 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge import doctor, engines, hardware
-from piflow_edge.engines import ENGINE_NAMES, ENGINES, EngineOptions, Graph, open_engine, ort, ort_cuda
+from piflow_edge.engines import (
+    ENGINE_NAMES,
+    ENGINES,
+    EngineOptions,
+    Graph,
+    open_engine,
+    ort,
+    ort_cuda,
+    placement,
+)
 from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
+
+import small_network
 
 IDENTITY = Graph(doctor.identity_model())
 X = {"x": np.array([1.5], np.float32)}
@@ -36,6 +48,12 @@ class Fake:
 
 def fake(name, *, lacks=None, breaks=False):
     return type(name, (Fake,), {"name": name, "lacks": lacks, "breaks": breaks})
+
+
+@pytest.fixture(scope="module")
+def small_graph():
+    pytest.importorskip("onnx", reason="the small network is made with onnx")
+    return Graph(small_network.model().SerializeToString())
 
 
 @pytest.fixture
@@ -151,6 +169,48 @@ def test_a_silent_fall_back_to_the_cpu_is_an_error(monkeypatch, loaded, words):
         open_engine(IDENTITY, engine="ort-cuda")
 
 
+class OnCPU:
+    """A session of ONNX Runtime 1.23, which does not tell that its provider took no node."""
+
+    def __init__(self, model, settings, providers, enable_fallback):
+        import onnxruntime
+
+        self._session = onnxruntime.capi.onnxruntime_inference_collection.InferenceSession(model, settings)
+        for name in ("get_inputs", "get_outputs", "run", "end_profiling"):
+            setattr(self, name, getattr(self._session, name))
+
+    def get_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_a_silent_fall_back_is_seen_by_onnxruntimes_that_do_not_tell_of_it(monkeypatch, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(ort_cuda.OrtCUDA, "_missing", classmethod(lambda cls, ort: None))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", OnCPU)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(EngineError, match="CUDAExecutionProvider took none of its 1 nodes"):
+        open_engine(IDENTITY, engine="ort-cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_provider_that_takes_nodes_runs_in_onnxruntimes_that_do_not_tell(monkeypatch, small_graph):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    told = placement._profiled
+    monkeypatch.setattr(ort_cuda.OrtCUDA, "_missing", classmethod(lambda cls, ort: None))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", OnCPU)
+    # What ONNX Runtime wrote of its own provider, as if it were of this one.
+    renamed = {"CPUExecutionProvider": "CUDAExecutionProvider"}
+    counts = []
+
+    def profiled(session, batch):
+        counts.append(told(session, batch))
+        return type(counts[0])({renamed[name]: count for name, count in counts[0].items()})
+
+    monkeypatch.setattr(placement, "_profiled", profiled)
+    open_engine(small_graph, engine="ort-cuda")
+    assert counts[0]["CPUExecutionProvider"] > 3
+
+
 def test_a_provider_that_fails_prints_nothing_and_is_an_error(capfd):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -220,11 +280,24 @@ def test_options_reach_the_session(monkeypatch):
 
 
 @linux
-def test_the_calling_thread_computes_on_the_cores_too():
+def test_all_threads_that_compute_keep_to_the_cores(small_graph):
+    pytest.importorskip("onnxruntime")
     core = max(os.sched_getaffinity(0))
-    before = os.sched_getaffinity(0)
-    with EngineOptions(cpu_affinity=(core,)).on_cores():
-        assert os.sched_getaffinity(0) == {core}
+    before, threads = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+    engine = open_engine(
+        small_graph, engine="ort-cpu", options=EngineOptions(num_threads=4, cpu_affinity=(core,))
+    )
+    seen, session = [], engine._session
+
+    def run(names, inputs):  # in the calling thread, the fourth that computes
+        seen.append(os.sched_getaffinity(0))
+        return session.run(names, inputs)
+
+    engine._session = SimpleNamespace(run=run)
+    given, expected = small_network.inputs(3)
+    np.testing.assert_array_equal(engine.run(given)["u"], expected["u"])
+    own = [os.sched_getaffinity(int(thread)) for thread in set(os.listdir("/proc/self/task")) - threads]
+    assert own == [{core}] * 3 and seen == [{core}]
     assert os.sched_getaffinity(0) == before
 
 

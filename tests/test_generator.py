@@ -1,3 +1,4 @@
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -9,6 +10,7 @@ from gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian
 
 import piflow_edge as pf
 from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
+from piflow_edge import generator as generator_module
 from piflow_edge.errors import EngineError
 from piflow_edge.sampling import sample
 
@@ -176,6 +178,39 @@ def test_more_images_than_the_engine_takes_are_split():
         found = split(**settings, callback=lambda done, first=first: first.append(done.first)).latents
         np.testing.assert_allclose(found, whole(**settings).latents, rtol=0, atol=1e-6)
         assert sorted(set(first)) == [0, 3, 6] and len(engine.calls) % 3 == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(8, [8]), (9, [5, 4]), (10, [5, 5]), (17, [6, 6, 5]), (12, [6, 6]), (3, [3])]
+)
+def test_calls_of_an_engine_for_several_images_are_large_enough_where_that_can_be(count, sizes):
+    engine = GaussianEngine(min_batch=4, max_batch=8)  # of 3 it would make 4 itself
+    found = gaussian_generator(engine, nfe=1)([0] * count, output="latent").latents
+    assert engine.sizes == sizes
+    whole = gaussian_generator(nfe=1)([0] * count, output="latent").latents
+    np.testing.assert_allclose(found, whole, rtol=0, atol=1e-6)
+
+
+def test_a_decoder_for_several_images_is_given_as_many_at_a_time():
+    engine = GaussianEngine(min_batch=4, max_batch=8)
+    pieces = list(generator_module._pieces(9, 1, engine))  # of large pictures, which are decoded one by one
+    assert pieces == [slice(0, 3), slice(3, 6), slice(6, 9)]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
+def test_a_call_keeps_to_its_cores_and_gives_them_back():
+    core, before, seen = min(os.sched_getaffinity(0)), os.sched_getaffinity(0), []
+
+    def stop(done):
+        seen.append(os.sched_getaffinity(0))
+        raise Cancelled("enough")
+
+    generator = gaussian_generator()
+    generator.options = pf.EngineOptions(cpu_affinity=(core,))
+    with pytest.raises(Cancelled):
+        generator([1], callback=stop)
+    # Threads of the policies are started by this one, and a new thread keeps to the cores of its maker.
+    assert seen == [{core}] and os.sched_getaffinity(0) == before
 
 
 @pytest.mark.parametrize(("nfe", "expected"), [(1, 0.0), (4, 0.3), (11, 1.0), (12, 1.0)])

@@ -203,6 +203,20 @@ with pf.load(sys.argv[1], engine="tensorrt") as generator:
     # noise, times and labels go there, a few bytes; image and latents come back.
     assert (moved["launches"], moved["outs"], moved["bytes"], moved["graphs"]) == (3, 2, 0, 0), moved
 assert counts()["graphs"] == 0
+
+# Engines for no fewer than 4: 10 images are made 5 at a time, 1 as one of 4; and checks ask for batches of 1.
+from piflow_edge.verification import check, verify
+settings = building.BuildSettings(batch=building.Batch(4, 4, 8))
+for target in targets(Bundle(sys.argv[1])):
+    building.build(building.plan(target, settings), settings)
+with pf.load(sys.argv[1], engine="ort-cpu") as plain, pf.load(sys.argv[1], engine="tensorrt") as generator:
+    assert (generator.engine.min_batch, generator.decoder.min_batch) == (4, 4)
+    for count in (10, 1):
+        arguments = dict(labels=list(range(count)), output="numpy")
+        ours, theirs = generator(**arguments), plain(**arguments)
+        np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
+        assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+    check(verify(generator), "small")
 """
 
 

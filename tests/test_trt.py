@@ -163,6 +163,44 @@ check(engine.run(given), expected)
     )
 
 
+def test_fewer_samples_than_an_engine_takes_are_filled_up_and_give_what_was_asked_for(run):
+    run(
+        """
+engine = opened(4, 4, 8)
+assert (engine.min_batch, engine.max_batch) == (4, 8)
+stream = nvidia.Stream(0)
+for batch in (1, 3, 4, 1, 8):
+    given, expected = small_network.inputs(batch, seed=batch)
+    check(engine.run(given), expected)
+    for names in (("x_t",), tuple(given)):
+        found = engine.run({n: OnGpu(a, stream.handle) if n in names else a for n, a in given.items()})
+        assert all(type(a) is DeviceArray and a.stream == stream.handle for a in found.values())
+        check({name: seen(array) for name, array in found.items()}, expected)
+assert {batch for batch, _ in engine._calls} == {4, 8}
+"""
+    )
+
+
+def test_a_failure_tells_of_itself_alone(run):
+    run(
+        """
+from types import SimpleNamespace
+engine = opened()
+given, _ = small_network.inputs(2)
+say = lambda words: engine._log.log(SimpleNamespace(name="ERROR"), words)
+say("of a call that went well")
+trt_build.trt_versions.create_context = lambda *arguments: say("no memory")
+for _ in range(2):
+    try:
+        engine.run(given)
+    except EngineError as error:
+        assert str(error) == "TensorRT cannot prepare a call of 2: no memory", error
+    else:
+        raise AssertionError("it ran")
+"""
+    )
+
+
 def test_class_ids_become_int32_where_tensorrt_has_no_int64(run):
     run(
         """
