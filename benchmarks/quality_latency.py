@@ -16,7 +16,7 @@ import numpy as np
 import piflow_edge as pf
 from piflow_edge.bench import BenchConfig, TeacherConfig, bench
 from piflow_edge.contenders import images_of, teacher_sampler
-from piflow_edge.demo import shipped_teacher
+from piflow_edge.demo import DIGITS_TEMPERATURE, shipped_teacher
 from piflow_edge.distill.checkpoint import load_checkpoint
 from piflow_edge.distill.data import load_images
 from piflow_edge.distill.sources import load_teacher
@@ -103,7 +103,8 @@ def main(arguments=None):
         for nfe in options.nfe:
             checkpoint = load_checkpoint(options.demo / "students" / f"nfe{nfe}", kind="student")
             folders.append(Path(work) / f"digits-nfe{nfe}")
-            export_bundle(checkpoint, folders[-1], precisions=options.precisions)
+            settings = {"temperature": DIGITS_TEMPERATURE, "precisions": options.precisions}
+            export_bundle(checkpoint, folders[-1], **settings)
         scale = checkpoint.settings["guidance"]["scale"]
         quality = dict(students(folders, judge, options))
         config = BenchConfig(substeps=options.substeps, rounds=options.rounds, cold_starts=0, warmup=2)

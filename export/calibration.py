@@ -93,7 +93,7 @@ class Calibration:
             network,
             self._noise,
             spec.schedule(nfe=nfe),
-            temperature=spec.temperature,
+            temperature=spec.temperature_of(nfe),
             renoise=lambda draw: philox_normal(
                 CALIBRATION_SEED, range(CALIBRATION_IMAGES), self.manifest.latent.shape, draw=draw
             ),

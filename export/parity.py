@@ -43,7 +43,7 @@ def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.nda
         golden[f"levels.{i}"] = levels
         golden[f"velocities.{i}"] = np.stack([policy.velocity(x_src, level) for level in levels.tolist()])
         if isinstance(policy, GMPolicy) and i < schedule.nfe - 1:
-            policy = policy.tempered(spec.temperature)
+            policy = policy.tempered(spec.temperature_of(schedule.nfe))
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
         x_dst = rollout(policy, x_src, *ends, shift=schedule.shift, kernel="reference")
         if segment.renoises:

@@ -165,7 +165,7 @@ def _gm_tables(manifest: Manifest, schedule: Schedule) -> dict[str, np.ndarray]:
     padded = np.zeros((nfe, longest, 4, 1, 1), np.float32)
     for row, segment in zip(padded, segments, strict=True):
         row[: segment.substeps] = gm_substeps(_sigmas(segment, schedule), eps)
-    temperature = min(max(manifest.schedule.temperature, eps), 1.0)  # as GMPolicy.tempered
+    temperature = min(max(manifest.schedule.temperature_of(nfe), eps), 1.0)  # as GMPolicy.tempered
     return {
         "sigma_src": _float32(segment.sigma_src for segment in segments),
         "sigma_dst": _float32(segment.sigma_dst for segment in segments),

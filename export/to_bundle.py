@@ -1,7 +1,6 @@
 """Student checkpoint -> bundle: graph, manifest, golden samples and preview, checked before they are moved in place."""
 
 import logging
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,6 +50,7 @@ from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.images import as_pil
 from piflow_edge.loading import load
 from piflow_edge.pictures import image_grid, png_bytes
+from piflow_edge.schedule import is_temperature
 from piflow_edge.signature import SIGNATURE, SigningKey
 from piflow_edge.verification import GOLDEN, Row, check, verify
 
@@ -85,7 +85,7 @@ def export_bundle(
     folder: Path,
     *,
     name: str | None = None,
-    temperature: float = 1.0,
+    temperature: float | str = "auto",
     eps: float = 1e-4,
     samplers: Sequence[int] = (),
     precisions: Sequence[str] = ("fp32",),
@@ -102,7 +102,8 @@ def export_bundle(
         student: its checkpoint, or a network with what must be known to run it.
         folder: where the bundle goes.
         name: of the bundle; None is the folder's.
-        temperature: recorded as the bundle's default.
+        temperature: of GM policies at every call but the last, 0 or more, recorded as the bundle's default; "auto" is
+            the published rule min(0.1 (nfe - 1), 1), 1 leaves the policies as they were trained.
         eps: floor inside the policy at run time.
         samplers: calls per image for which the whole sampler is written as one graph too.
         precisions: of `PRECISIONS`; the first is what the bundle runs in unless asked. The decoder of int8 is fp32.
@@ -123,8 +124,8 @@ def export_bundle(
     """
     folder = Path(folder)
     runtime()  # missing, it would be missed only after the work is done
-    if not (0 <= temperature < math.inf):
-        raise ScheduleError(f"temperature is 0 or more; got {temperature!r}")
+    if not is_temperature(temperature):
+        raise ScheduleError(f"temperature is 0 or more, and finite, or 'auto'; got {temperature!r}")
     if folder.exists() and not overwrite:
         raise BundleError(f"{folder} exists; give another place, or --overwrite to replace the bundle")
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
@@ -267,7 +268,7 @@ def _check_autoencoder(student: StudentModel, autoencoder: Autoencoder | None) -
 def _manifest(
     student: StudentModel,
     name: str,
-    temperature: float,
+    temperature: float | str,
     eps: float,
     samplers: Sequence[int],
     precisions: Sequence[str],

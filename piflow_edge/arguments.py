@@ -1,9 +1,9 @@
 """What a caller asks a generator for, checked."""
 
-import math
 import numbers
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +12,7 @@ from .bundle import LatentSpec, ScheduleSpec
 from .errors import LabelError, ScheduleError, ShapeError
 from .images import drawn_mask, encode
 from .noise import philox_normal
-from .schedule import Schedule
+from .schedule import Schedule, is_temperature
 
 Seeds = list[tuple[int, int]]
 
@@ -115,13 +115,12 @@ def start_and_mask(
 
 
 def asked_temperature(spec: ScheduleSpec, temperature, nfe: int) -> float:
-    """The bundle's temperature for None, the authors' for "auto"; see `Generator`."""
-    if isinstance(temperature, str) and temperature == "auto":
-        return min(0.1 * (nfe - 1), 1.0)  # as the pipelines in Lakonik/piFlow
-    temperature = spec.temperature if temperature is None else temperature
-    if not (isinstance(temperature, numbers.Real) and 0 <= temperature < math.inf):  # NaN fails too
-        raise ScheduleError(f"temperature is 0 or more, and finite, or 'auto'; got {temperature!r}")
-    return float(temperature)
+    """The bundle's temperature for None; see `Generator`."""
+    if temperature is not None:
+        if not is_temperature(temperature):
+            raise ScheduleError(f"temperature is 0 or more, and finite, or 'auto'; got {temperature!r}")
+        spec = replace(spec, temperature=temperature)
+    return float(spec.temperature_of(nfe))
 
 
 def check_whole(name: str, value, least: int) -> None:

@@ -22,7 +22,7 @@ from piflow_edge.engines import Graph
 from .errors import BundleError, PiFlowError
 from .files import sha256
 from .policies import Array, DXPolicy, GMPolicy
-from .schedule import Schedule
+from .schedule import Schedule, is_temperature, published_temperature
 from .signature import SIGNATURE, SIGNATURE_LIMIT, TrustedKey, check_signature
 
 FORMAT_VERSION = 4
@@ -76,20 +76,28 @@ class DXPolicySpec:
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """The schedule the student was trained for; see `Schedule`. `temperature`: at every call but the last."""
+    """The schedule the student was trained for; see `Schedule`.
+
+    `temperature`: of a GM policy at every call but the last; 1 leaves it as it was trained, "auto" is the published
+    rule, which depends on the number of calls.
+    """
 
     nfe: int
     shift: float
     final_step_size_scale: float
     total_substeps: int
     h: float | str
-    temperature: float
+    temperature: float | str
 
     def schedule(self, **changes) -> Schedule:
         """The schedule itself, with `changes` such as `nfe=2`."""
         settings = asdict(self) | changes
         del settings["temperature"]
         return Schedule(**settings)
+
+    def temperature_of(self, nfe: int) -> float:
+        """The temperature, a number, for `nfe` calls per image."""
+        return published_temperature(nfe) if self.temperature == "auto" else self.temperature
 
 
 @dataclass(frozen=True)
@@ -406,7 +414,11 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
             manifest.schedule.schedule(nfe=nfe)
     except PiFlowError as error:
         raise BundleError(f"{place} has an unusable schedule: {error}") from error
-    if not (manifest.policy.eps > 0 and manifest.schedule.temperature >= 0 and manifest.latent.scale != 0):
+    if not (
+        manifest.policy.eps > 0
+        and manifest.latent.scale != 0
+        and is_temperature(manifest.schedule.temperature)
+    ):
         raise BundleError(f"{place} has an eps, temperature or latent scale out of range; export again")
     return manifest
 
@@ -449,7 +461,7 @@ def _typed(kind, value, where: str):
             if named in get_args(get_type_hints(option)["kind"]):
                 return _typed(option, value, where)
     elif origin in (Union, types.UnionType):
-        if any(type(value) is option for option in args):
+        if type(value) in args or (float in args and type(value) is int):
             return value
         described = [option for option in args if is_dataclass(option)]
         if described:

@@ -43,11 +43,17 @@ def shipped_teacher() -> Path:
     return ASSETS / "digits_teacher"
 
 
+# Of the digits' bundles. The published rule sharpens too much here: it makes FID 36.5 instead of 16.8 at 2 calls and
+# 18.7 instead of 15.6 at 4. 1 is the default of the authors' own test loop; the rule is their text-to-image pipelines'.
+DIGITS_TEMPERATURE = 1.0
+
+
 def export_digits(student: "Checkpoint", folder: Path) -> None:
     """Write a student of the digits as a bundle, in place of one that may be there."""
     from .export.to_bundle import export_bundle
 
-    export_bundle(student, folder, license_text=LICENSE_TEXT, license_name=LICENSE_NAME, overwrite=True)
+    licence = {"license_text": LICENSE_TEXT, "license_name": LICENSE_NAME}
+    export_bundle(student, folder, temperature=DIGITS_TEMPERATURE, **licence, overwrite=True)
 
 
 def run_demo(

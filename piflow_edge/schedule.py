@@ -43,6 +43,18 @@ def unwarp(sigma_t, shift: float):
     return sigma_t / (shift + (1 - shift) * sigma_t)
 
 
+def published_temperature(nfe: int) -> float:
+    """Temperature of GM policies for `nfe` calls, min(0.1 (nfe - 1), 1): "auto" of the pipelines in Lakonik/piFlow."""
+    return min(0.1 * (nfe - 1), 1.0)
+
+
+def is_temperature(value) -> bool:
+    """Whether it is a finite number, 0 or more, or "auto"."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return 0 <= value < math.inf  # NaN is not
+    return isinstance(value, str) and value == "auto"
+
+
 def resolution_shift(
     seq_len: int,
     *,

@@ -140,7 +140,7 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
             lambda x_t, sigma, ids=ids: generator.policy(x_t, sigma, ids),
             noise,
             spec.schedule(nfe=nfe),
-            temperature=spec.temperature,
+            temperature=spec.temperature_of(nfe),
         )
         latents.append((f"latents of nfe{nfe}", found["latents"], expected))
         if bundle.manifest.makes_images:  # of the graph's own latents, as above

@@ -111,6 +111,7 @@ def edit(bundle, change):
         (lambda body: body["policy"].update(kind="dx"), "unknown key 'num_components'"),
         (lambda body: body["policy"].update(eps=0.0), "eps, temperature or latent scale"),
         (lambda body: body["schedule"].update(temperature=-1.0), "eps, temperature or latent scale"),
+        (lambda body: body["schedule"].update(temperature="warm"), "eps, temperature or latent scale"),
         (lambda body: body["latent"].update(scale=0.0), "eps, temperature or latent scale"),
         (
             lambda body: body.update(precisions=["fp16"], tolerances={"fp16": body["tolerances"]["fp32"]}),

@@ -64,7 +64,7 @@ class TestGenerator:
         assert "trained for 2 calls" in caplog.text
 
     def test_temperature_sharpens_all_calls_but_the_last(self, generator):
-        plain, cold = generator([1], seed=0).latents, generator([1], seed=0, temperature=0.1).latents
+        plain, cold = (generator([1], seed=0, temperature=t).latents for t in (1, 0.1))
         assert not np.array_equal(plain, cold)
         np.testing.assert_array_equal(
             generator([1], seed=0, nfe=1).latents, generator([1], seed=0, nfe=1, temperature=0.1).latents
@@ -218,6 +218,19 @@ def test_auto_is_the_authors_temperature(nfe, expected):
     assert gaussian_generator()([1], nfe=nfe, temperature="auto").recipe.temperature == pytest.approx(
         expected
     )
+
+
+def test_a_bundle_may_hold_the_authors_rule():
+    generator = gaussian_generator()
+    manifest = generator.bundle.manifest
+    generator.bundle.manifest = replace(manifest, schedule=replace(manifest.schedule, temperature="auto"))
+    for nfe in (1, 4):
+        by_rule = generator([1], nfe=nfe)
+        assert by_rule.recipe.temperature == pytest.approx(0.1 * (nfe - 1))
+        np.testing.assert_array_equal(
+            by_rule.latents, generator([1], nfe=nfe, temperature=0.1 * (nfe - 1)).latents
+        )
+    assert generator([1], nfe=4, temperature=1).recipe.temperature == 1
 
 
 def test_nan_is_an_error_and_no_black_image():

@@ -16,6 +16,7 @@ from .options import (
     precisions,
     report_rows,
     show,
+    temperature,
 )
 
 
@@ -28,7 +29,9 @@ from .options import (
 @click.option("--target", type=click.Choice(["bundle", "triton"]), default="bundle",
               help="triton: the sampler graphs as models for NVIDIA Triton, checked as a bundle first.")  # fmt: skip
 @click.option("--name", help="Name of the bundle; else the folder's.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Recorded as the default.")
+@click.option("--temperature", callback=temperature, default="auto", metavar="NUMBER|auto",
+              help="Of GM policies at every call but the last, recorded as the default: 0 or more, or auto, the "
+                   "published rule min(0.1 (NFE - 1), 1); 1 leaves them as trained.")  # fmt: skip
 @click.option("--sampler-graph", "samplers", callback=calls, metavar="NFE,...",
               help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
 @click.option("--precision", "precisions", callback=precisions, default="fp32", metavar="NAME,...",

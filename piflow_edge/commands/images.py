@@ -21,6 +21,7 @@ from .options import (
     engine_settings,
     say,
     show,
+    temperature,
 )
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -135,8 +136,8 @@ def evaluate(
 @click.option("--substeps", type=COUNT, help="Euler steps of the policy; else the bundle's.")
 @click.option("--solver", type=click.Choice(["euler", "multistep"]), default="euler",
               help="Euler as trained, or a quarter of the policy's evaluations.")  # fmt: skip
-@click.option("--temperature", callback=lambda *given: temperature(*given), metavar="NUMBER|auto",
-              help="Of the mixture, 0 or more, or auto, the authors' rule for --nfe; else the bundle's.")  # fmt: skip
+@click.option("--temperature", callback=temperature, metavar="NUMBER|auto",
+              help="Of the mixture, 0 or more, or auto, the published rule for --nfe; else the bundle's.")  # fmt: skip
 @click.option("--h", help="Strength of the noise added between calls, 0 or more, or inf; else the bundle's.")
 @click.option("--noise", type=FILE, help="Starting noise as .npy, (B, C, H, W), instead of the seed's.")
 @click.option(
@@ -285,15 +286,6 @@ def _arrays(out: Path, result) -> list[Path]:
         with atomic_file(path) as file:
             np.save(file, array)
     return list(files)
-
-
-def temperature(context, parameter, text: str | None) -> float | str | None:
-    if text in (None, "auto"):
-        return text
-    try:
-        return float(text)  # whose range the generator checks
-    except ValueError:
-        raise click.BadParameter(f"give a number, 0 or more, or auto; got {text!r}") from None
 
 
 def _label(text: str, names: tuple[str, ...]):

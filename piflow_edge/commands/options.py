@@ -35,6 +35,15 @@ def bundle_path(given: str | tuple[str, ...] | None) -> Path | tuple[Path, ...] 
     return demo_bundle()
 
 
+def temperature(context, parameter, text: str | None) -> float | str | None:
+    if text in (None, "auto"):
+        return text
+    try:
+        return float(text)  # whose range the generator checks
+    except ValueError:
+        raise click.BadParameter(f"give a number, 0 or more, or auto; got {text!r}") from None
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 # The path as it was typed: Path would make "digits" of "./digits".
 BUNDLE_PATH = {"type": click.Path(), "callback": lambda context, parameter, given: bundle_path(given)}

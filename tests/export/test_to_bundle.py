@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from piflow_edge import files
+from piflow_edge.bundle import Bundle
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph, open_engine
-from piflow_edge.errors import BundleError, CheckFailedError
+from piflow_edge.errors import BundleError, CheckFailedError, ScheduleError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET, export_network, network_graph
@@ -57,6 +58,13 @@ def test_a_graph_that_differs_from_pytorch_is_not_exported(tmp_path, monkeypatch
     with pytest.raises(CheckFailedError, match="network outputs differ"):
         export_bundle(make_student(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_published_temperature_is_recorded_unless_another_is_given(shared_bundle, tmp_path):
+    assert Bundle(shared_bundle).manifest.schedule.temperature == "auto"
+    with pytest.raises(ScheduleError, match="temperature is 0 or more, and finite, or 'auto'; got 'warm'"):
+        export_bundle(make_student(), tmp_path / "odd", temperature="warm")
+    assert not (tmp_path / "odd").exists()
 
 
 def test_a_bundle_is_not_replaced_unasked(shared_bundle):
