@@ -119,8 +119,9 @@ class Generator:
                 its (seed, index), as `Result.seeds` gives them, to make certain images again.
             nfe: student calls per image; None is what the student was trained for. What is fixed in its policy stays.
             substeps: Euler steps over all of raw time; None is what the student was trained with.
-            temperature: of GM policies at every call but the last, 0 or more; "auto" is min(0.1 (nfe - 1), 1), as the
-                authors' pipelines sample; None is the bundle's.
+            temperature: of GM policies at every call but the last, 0 or more, where 1 leaves them as trained; "auto" is
+                the published rule min(0.1 (nfe - 1), 1); None is the bundle's, which is "auto" unless exported
+                otherwise.
             noise: starting noise (B, C, H, W) instead of the seed's, which then is of what `h` and `resamples` add.
             output: "pil", "numpy" (uint8), "float" (0 to 1) or "latent" (images are not made).
             callback: told a `Progress` after every student call's segment; its `x_0` is the clean latents as the policy

@@ -31,7 +31,7 @@ TOLERANCE = dict(rtol=0, atol=2e-5)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A bundle with sampler graphs: of the calls it was trained for, 2, and of others, which have other temperatures."""
+    """A bundle with sampler graphs: of the calls it was trained for, 2, and of others, each with its temperature."""
     folder = tmp_path_factory.mktemp("bundles") / "graphs"
     export_bundle(make_student(), folder, samplers=[3, 1, 2])
     return folder
