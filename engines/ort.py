@@ -21,12 +21,13 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def runtime(package: str = "'piflow-edge[cpu]'", engine: str = "ort-cpu"):
+def runtime(package: str = "'piflow-edge[cpu]'", engine: str = "ort-cpu", also: str = ""):
     """The onnxruntime module.
 
     Args:
         package: what pip is told to install, for the error.
         engine: that needs it, for the error.
+        also: what the error adds.
 
     Raises:
         MissingExtraError: it is not installed, or cannot be imported.
@@ -36,7 +37,7 @@ def runtime(package: str = "'piflow-edge[cpu]'", engine: str = "ort-cpu"):
     except ImportError as error:
         here = "" if isinstance(error, ModuleNotFoundError) else f", and what is here does not load ({error})"
         raise MissingExtraError(
-            f"engine {engine!r} needs onnxruntime{here}; get it with: pip install {package}"
+            f"engine {engine!r} needs onnxruntime{here}; get it with: pip install {package}{also}"
         ) from error
     return onnxruntime
 
@@ -102,7 +103,7 @@ class OrtEngine:
         """
         if (reason := cls._elsewhere()) is not None:
             raise EngineError(reason)
-        ort = runtime(cls.package, cls.name)
+        ort = runtime(cls.package, cls.name, cls._also())
         if (reason := cls._missing(ort)) is not None:
             raise MissingExtraError(reason)
         return ort
@@ -131,8 +132,13 @@ class OrtEngine:
         several = f"{' and '.join(here)} are both installed and overwrite each other; " if here[1:] else ""
         return (
             f"engine {cls.name!r} needs ONNX Runtime's {cls.provider}, and the onnxruntime {ort.__version__} installed "
-            f"here lacks it; {several}get it with: {remove}pip install {cls.package}"
+            f"here lacks it; {several}get it with: {remove}pip install {cls.package}{cls._also()}"
         )
+
+    @classmethod
+    def _also(cls) -> str:
+        """What else is missing here, for errors that say how to get the package."""
+        return ""
 
     def _provider_options(self, graph: Graph) -> dict[str, str]:
         return {}
@@ -159,18 +165,17 @@ class OrtEngine:
         settings = self._settings(ort)
         give_weights(settings, graph)
         if self.provider == _CPU_PROVIDER:
-            session = self._made(ort, graph, settings, "the network")
+            session = self._made(ort, graph, settings)
         else:
-            what = f"the network with {self.provider} (which needs {self.needs})"
             with placement.watched(ort, settings, self.min_batch) as counted:
-                session = self._made(ort, graph, settings, what)
+                session = self._made(ort, graph, settings)
                 self._check(ort, session, counted)
         # The session keeps the file's bytes to open itself again with other providers, which is not done here.
         if getattr(session, "_model_bytes", None) is not None:
             session._model_bytes = None
         return session
 
-    def _made(self, ort, graph: Graph, settings, what: str):
+    def _made(self, ort, graph: Graph, settings):
         providers = [(self.provider, self._provider_options(graph))]
         try:
             # Some providers start threads of their own here, which keep to the cores of the one that starts them.
@@ -178,15 +183,20 @@ class OrtEngine:
                 # Without `enable_fallback=0` it would print an error and go on with the CPU.
                 return ort.InferenceSession(graph.model, settings, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
-            raise EngineError(f"onnxruntime {ort.__version__} cannot open {what}: {error}") from error
+            told = f"onnxruntime {ort.__version__} cannot open the network"
+            if self.provider != _CPU_PROVIDER:
+                told += f" with {self.provider}. It {self._wants()}. It says"
+            raise EngineError(f"{told}: {str(error).strip()}") from error
+
+    def _wants(self) -> str:
+        return f"needs {self.needs}; get the libraries with: pip install {self.package}{self._also()}"
 
     def _check(self, ort, session, counted) -> None:
         """Refuse a provider that was left out or took no node: the whole network would run on the CPU."""
         if self.provider not in session.get_providers():
             raise EngineError(
                 f"engine {self.name!r} cannot run here: onnxruntime {ort.__version__} left {self.provider} out, "
-                f"because its libraries or its device did not load, as it says on stderr; it needs {self.needs}; get "
-                f"the libraries with: pip install {self.package}"
+                f"because its libraries or its device did not load, as it says on stderr. It {self._wants()}"
             )
         try:
             counts = counted(session)

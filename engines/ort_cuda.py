@@ -12,6 +12,7 @@ import numpy as np
 from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padding, placement
 from piflow_edge.engines.ort import OrtEngine
 from piflow_edge.errors import EngineError
+from piflow_edge.hardware import jetson_release
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, view
 
@@ -33,6 +34,12 @@ class OrtCUDA(OrtEngine):
     package = "'onnxruntime-gpu[cuda,cudnn]'"
     needs = "an NVIDIA driver, CUDA and cuDNN 9, of the versions that `piflow-edge doctor` tells"
     memory = "cuda"  # as ONNX Runtime calls it
+
+    @classmethod
+    def _also(cls) -> str:
+        if jetson_release():
+            return " (on Jetson NVIDIA's own build for JetPack, which PyPI has not; or use engine 'tensorrt')"
+        return nvidia.also_lacks_driver()
 
     @property
     def ordinal(self) -> int:

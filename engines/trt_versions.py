@@ -11,6 +11,7 @@ from pathlib import Path
 
 from piflow_edge.engines import Graph
 from piflow_edge.errors import EngineError, MissingExtraError
+from piflow_edge.kernels import nvidia
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def tensorrt():
         raise MissingExtraError(
             f"engine 'tensorrt' needs NVIDIA's tensorrt{here}; get it with: pip install 'piflow-edge[tensorrt]' "
             "(on Jetson it comes with JetPack: make the environment with --system-site-packages)"
+            + nvidia.also_lacks_driver()
         ) from error
     return tensorrt
 

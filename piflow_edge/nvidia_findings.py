@@ -11,6 +11,7 @@ from .errors import EngineError
 from .findings import OK, PROBLEM, WARNING, Finding, dotted, major
 from .hardware import jetson_release, nvidia_gpus, read_text, told_by, versions
 from .kernels import nvidia
+from .kernels.nvidia import driver_cuda_version
 
 ORT_GPU = "onnxruntime-gpu"
 PACKAGES = (
@@ -173,18 +174,6 @@ def _power_mode() -> Finding:
     where = "" if modes else f", with the ID of the largest mode in {_POWER_MODES}"
     return Finding("power mode", WARNING, f"{mode[1]} limits the clocks",
                    f"sudo nvpmodel -m {largest} && sudo jetson_clocks{where}")  # fmt: skip
-
-
-def driver_cuda_version() -> tuple[int, int] | None:
-    """(major, minor) of the CUDA that the NVIDIA driver is made for; None without a driver."""
-    number = ctypes.c_int()
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        if driver.cuDriverGetVersion(ctypes.byref(number)) != 0 or not number.value:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return number.value // 1000, number.value % 1000 // 10
 
 
 def onnxruntime_cuda() -> str | None:

@@ -25,6 +25,7 @@ from piflow_edge.engines import (
     placement,
 )
 from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
+from piflow_edge.kernels import nvidia
 
 import small_network
 
@@ -119,6 +120,22 @@ def test_a_provider_that_is_not_installed_is_an_error_with_a_command(name, monke
     assert f"engine {name!r} needs ONNX Runtime's {backend.provider}" in str(error.value)
     assert f"pip uninstall -y onnxruntime && pip install {backend.package}" in str(error.value)
     assert backend.opener(IDENTITY, "", EngineOptions()) == str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("jetson", "driver", "words"),
+    [(None, None, "an NVIDIA driver must come first"), ("# R36", (12, 6), "on Jetson NVIDIA's own build"),
+     (None, (12, 6), "")],
+)  # fmt: skip
+def test_what_to_install_for_a_gpu_fits_the_machine(monkeypatch, jetson, driver, words):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(ort_cuda, "jetson_release", lambda: jetson)
+    monkeypatch.setattr(nvidia, "driver_cuda_version", lambda: driver)
+    with pytest.raises(MissingExtraError) as error:
+        open_engine(IDENTITY, engine="ort-cuda")
+    told, _, added = str(error.value).partition(" (")
+    assert told.endswith("pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    assert words in added and bool(words) == bool(added)
 
 
 @pytest.mark.parametrize(("name", "words"), [("coreml", "needs macOS"), ("directml", "needs Windows")])

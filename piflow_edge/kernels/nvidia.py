@@ -62,6 +62,23 @@ def _nvrtc():
     return nvrtc
 
 
+def driver_cuda_version() -> tuple[int, int] | None:
+    """(major, minor) of the CUDA that the NVIDIA driver is made for; None without a driver."""
+    number = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        if driver.cuDriverGetVersion(ctypes.byref(number)) != 0 or not number.value:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def also_lacks_driver() -> str:
+    """What an error adds that tells how to get a library for GPUs: that the driver is missing too. Else nothing."""
+    return "" if driver_cuda_version() else " (and an NVIDIA driver must come first: this machine has none)"
+
+
 @cache
 def _driver():
     driver = _bindings("driver")
