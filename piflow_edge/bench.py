@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ from .files import sha256
 from .hardware import machine, power_state
 from .noise import philox_normal
 from .progress import progress
+from .stopwatch import STAGES
 from .teacher_engine import EngineTeacher
 
 FORMAT = 1  # of the JSON; `bench_compare` reads it
-STAGES = ("noise", "network", "policy", "decode", "transfer")
 _MIN_ROUNDS = 5
+# In which a GPU is waited for at the end of every stage.
+_MOST_WAITING_ROUNDS = 20
 ALL_ENGINES = "all"
 
 
@@ -91,8 +94,9 @@ class Row:
     """One setting's figures; times in ms.
 
     `median`, `p90`, `p99`: of `rounds`, a call of the generator each: labels in, uint8 images out.
-    `images_per_second`: over all rounds. `split`: median of every stage; "other" is the rest of the call. `warmup`: the
-    rounds before. `trained`: False for a student that runs with calls it was not trained for. `cold`: see `cold_start`.
+    `images_per_second`: over all rounds. `split`: median of every stage; "other" is the rest of the call; on an NVIDIA
+    GPU of rounds that wait for it at the end of every stage, which sum up to more than the median. `warmup`: the rounds
+    before. `trained`: False for a student that runs with calls it was not trained for. `cold`: see `cold_start`.
     """
 
     setting: Setting
@@ -137,12 +141,16 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class _Contender:
-    """`draw`: makes one batch of images and says how many ms each stage took. `child`: for `cold_start`."""
+    """`draw`: makes one batch of images and says how many ms each stage took. `child`: for `cold_start`.
+
+    `waiting`: as `draw`, waiting for the GPU at the end of every stage; None where `draw` waits anyway.
+    """
 
     setting: Setting
     draw: Callable[[], Mapping[str, float]]
     child: Mapping
     trained: bool = True
+    waiting: Callable[[], Mapping[str, float]] | None = None
 
 
 def bench(
@@ -210,6 +218,7 @@ def bench(
     contenders = list({contender.setting.key: contender for contender in contenders}.values())  # named twice
     before = {"load": _load(), "power": power_state()}
     timed, pulse = _rounds(contenders, config)
+    waited = _waiting_rounds(contenders, len(pulse) - config.warmup)
     cold = (
         [_cold(contender, config) for contender in contenders]
         if config.cold_starts
@@ -220,6 +229,7 @@ def bench(
         "bundles": {bundle.name: _identity(bundle) for bundle in opened},
         "teacher": None if teacher is None else _teacher_identity(teacher, scale),
         "timed": "labels to uint8 images, in one process, all contenders in turn, each round in a new order",
+        "split": "of these rounds; of a GPU's queue, of rounds of their own that wait at the end of every stage",
         "rounds": len(pulse) - config.warmup,
         "warmup": config.warmup,
         "cold_starts": config.cold_starts,
@@ -228,7 +238,7 @@ def bench(
         "before": before,
         "after": {"load": _load(), "power": power_state()},
     }
-    rows = [_row(*each, config.warmup) for each in zip(contenders, timed, cold, strict=True)]
+    rows = [_row(*each, config.warmup) for each in zip(contenders, timed, waited, cold, strict=True)]
     return Benchmark(rows, pulse[config.warmup :], conditions, left_out)
 
 
@@ -255,12 +265,14 @@ def _students(generator, config: BenchConfig) -> list[_Contender]:
         request = {**asked(bundle, batch), "nfe": nfe, "substeps": steps, "seed": config.seed}
         request["output"] = "numpy" if bundle.manifest.makes_images else "latent"
 
-        def draw(request=request):
-            return generator(**request).timings
+        def draw(request=request, **how):
+            return generator(**request, **how).timings
 
+        queued = engine.device.partition(":")[0] == "cuda"
+        waiting = partial(draw, synchronize=True) if queued else None
         setting = Setting(bundle.name, engine.name, engine.device, generator.precision, nfe, steps, batch)
         child = {**_child(bundle, setting, config), "request": request}
-        found.append(_Contender(setting, draw, child, nfe in generator.trained_nfes))
+        found.append(_Contender(setting, draw, child, nfe in generator.trained_nfes, waiting))
     return found
 
 
@@ -335,12 +347,26 @@ def _rounds(contenders: Sequence[_Contender], config: BenchConfig) -> tuple[list
                 break
             random.shuffle(order)  # what ran before leaves its mark on caches and clock
             for i in order:
-                start = time.perf_counter()
-                stages = contenders[i].draw()
-                timed[i].append({**stages, "total": 1000 * (time.perf_counter() - start)})
+                timed[i].append(_timed(contenders[i].draw))
             pulse.append(_pulse())
             bar()
     return timed, pulse
+
+
+def _timed(draw: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
+    start = time.perf_counter()
+    stages = draw()
+    return {**stages, "total": 1000 * (time.perf_counter() - start)}
+
+
+def _waiting_rounds(contenders: Sequence[_Contender], rounds: int) -> list[list[Mapping]]:
+    """Timings of rounds that wait for the GPU at the end of every stage; none for contenders that need no such ones."""
+    timed: list[list[Mapping]] = [[] for _ in contenders]
+    for _ in range(min(rounds, _MOST_WAITING_ROUNDS)):
+        for contender, found in zip(contenders, timed, strict=True):
+            if contender.waiting is not None:
+                found.append(_timed(contender.waiting))
+    return timed
 
 
 def _pulse() -> float:
@@ -352,10 +378,17 @@ def _pulse() -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _row(contender: _Contender, timed: Sequence[Mapping], cold: Mapping | None, warmup: int) -> Row:
+def _row(
+    contender: _Contender,
+    timed: Sequence[Mapping],
+    waited: Sequence[Mapping],
+    cold: Mapping | None,
+    warmup: int,
+) -> Row:
     rounds = [stages["total"] for stages in timed[warmup:]]
-    split = {s: float(np.median([t[s] for t in timed[warmup:]])) for s in STAGES if s in timed[-1]}
-    rest = [stages["total"] - sum(stages.get(s, 0.0) for s in STAGES) for stages in timed[warmup:]]
+    staged = waited or timed[warmup:]
+    split = {s: float(np.median([t[s] for t in staged])) for s in STAGES if s in staged[-1]}
+    rest = [stages["total"] - sum(stages.get(s, 0.0) for s in STAGES) for stages in staged]
     split["other"] = float(np.median(rest))
     p90, p99 = np.percentile(rounds, [90, 99]).tolist()
     return Row(

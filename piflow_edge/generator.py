@@ -18,12 +18,13 @@ from .arguments import Seeds, asked_schedule, check_whole
 from .bundle import Bundle
 from .errors import BundleError, EngineError, RecipeError, ShapeError
 from .files import sha256
-from .images import as_pil, decode, decode_float
-from .kernels import gpu_arrays
+from .images import as_pil, decode_float_there, decode_there
+from .kernels import gpu_arrays, nvidia
 from .policies import Policy
 from .recipe import Recipe
 from .request import Request, asked_again, checked
 from .sampling import Known, Progress, sample
+from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Result:
     `images`: PIL images; for output="numpy" an array uint8 (B, H, W, C), for "float" float32 from 0 to 1; None for
     "latent". `latents`: float32 (B, C, H, W). `seeds`: for every image the (seed, index) that makes it again, None
     when the noise was given. `engine`, `device`: what ran the network. `timings`: milliseconds per stage ("noise",
-    "network", "policy", "decode", "total"). `recipe`: all settings used; see `Generator.make_again`.
+    "network", "policy", "decode", "transfer" between host and device) and "total"; on a GPU see `synchronize` of a
+    call. `recipe`: all settings used; see `Generator.make_again`.
     """
 
     images: Any
@@ -109,6 +111,7 @@ class Generator:
         resamples: int | None = None,
         callback_every: int | None = None,
         cancel: Event | None = None,
+        synchronize: bool = False,
     ) -> Result:
         """Make images: one per label, or `count` of them.
 
@@ -138,6 +141,9 @@ class Generator:
                 comes to fit what is kept; see `sampling.sample`. None is 4, which few calls per image need.
             callback_every: substeps after which `callback` is told, besides; costs no network call.
             cancel: such as `threading.Event`; once it is set, from any thread, the call ends within some substeps.
+            synchronize: on an NVIDIA GPU, wait for it at the end of every stage, so that `Result.timings` are of the
+                stages themselves, and the call takes longer. Else they are those of queueing, and "transfer" has the
+                waiting.
 
         Raises:
             LabelError: a class the bundle does not know, or none given.
@@ -174,11 +180,8 @@ class Generator:
             noise=noise,
         )
         self._tell_of_training(request)
-        timings = dict.fromkeys(("noise", "network", "policy", "decode", "total"), 0.0)
-
-        def clock(stage: str, seconds: float) -> None:
-            timings[stage] += 1000 * seconds
-
+        place = self._place
+        clock = Stopwatch(lambda: nvidia.wait_for(place.stream)) if synchronize and place else Stopwatch()
         settings = {
             "clock": clock,
             "callback": callback,
@@ -191,19 +194,17 @@ class Generator:
                 self._drawn(request, piece, **settings)
                 for piece in _pieces(len(request), _BATCH_SIZE, self.engine)
             ]
-            decoding = time.perf_counter()
-            images = None
-            latents = _joined([gpu_arrays.to_host(piece) for piece in pieces])
+            images, latents = None, _joined([self._on_host(piece, clock) for piece in pieces])
             if not np.isfinite(latents).all():  # would be black, or whatever the processor makes of it
                 raise EngineError(
                     f"bundle {self.bundle.name!r} in {self.precision} on {self.engine.name} made NaN or infinity; load "
                     f"it in another precision. `piflow-edge verify BUNDLE --precision {self.precision}` tells where"
                 )
             if output != "latent":
-                images = _joined([self._decoded(piece, output == "float") for piece in pieces])
+                images = _joined([self._decoded(piece, output == "float", clock) for piece in pieces])
             if output == "pil":
-                images = as_pil(images)
-            clock("decode", time.perf_counter() - decoding)
+                with clock.stage("decode"):
+                    images = as_pil(images)
         recipe = request.recipe(
             bundle=self.bundle.name,
             bundle_sha256=self._bundle_sha256,
@@ -213,7 +214,7 @@ class Generator:
         )
         clock("total", time.perf_counter() - began)
         seeds = None if noise is not None else request.seeds
-        return Result(images, latents, seeds, self.engine.name, self.engine.device, timings, recipe)
+        return Result(images, latents, seeds, self.engine.name, self.engine.device, clock.ms, recipe)
 
     def make_again(
         self,
@@ -294,26 +295,30 @@ class Generator:
         if self._place is not None:
             gpu_arrays.release(self._place.ordinal)
 
-    def _drawn(self, request: Request, piece: slice, *, clock, callback, **settings) -> Any:
+    def _drawn(self, request: Request, piece: slice, *, clock: Stopwatch, callback, **settings) -> Any:
         """Latents (B, C, H, W) of some of the images, where the engine works."""
-        drawing = time.perf_counter()
-        fresh = request.fresh_noise(piece)
-        x_src, known = fresh, None
-        if request.start is not None and request.strength < 1:
-            x_src = (1 - request.strength) * request.start[piece] + request.strength * fresh
-        if request.drawn is not None:
-            parts = (request.start[piece], request.drawn[piece].astype(np.float32), fresh)
-            known = Known(*map(self._placed, parts))
-        x_src = self._placed(x_src)
-        clock("noise", time.perf_counter() - drawing)
+        with clock.stage("noise"):
+            fresh, parts = request.fresh_noise(piece), ()
+            x_src = fresh
+            if request.start is not None and request.strength < 1:
+                x_src = (1 - request.strength) * request.start[piece] + request.strength * fresh
+            if request.drawn is not None:
+                parts = (request.start[piece], request.drawn[piece].astype(np.float32), fresh)
+        x_src, *parts = (self._placed(part, clock) for part in (x_src, *parts))
+
+        def renoise(draw: int) -> Any:
+            with clock.stage("noise"):
+                added = request.added_noise(piece, draw)
+            return self._placed(added, clock)
+
         ids = request.ids[piece]
         return sample(
             lambda x_t, sigma: self.policy(x_t, sigma, ids),
             x_src,
             request.schedule,
-            renoise=lambda draw: self._placed(request.added_noise(piece, draw)),
+            renoise=renoise,
             callback=callback and (lambda done: callback(replace(done, first=piece.start))),
-            known=known,
+            known=Known(*parts) if parts else None,
             clock=clock,
             solver=request.solver,
             temperature=request.temperature,
@@ -323,26 +328,39 @@ class Generator:
             **settings,
         )
 
-    def _placed(self, array: np.ndarray) -> Any:
+    def _placed(self, array: np.ndarray, clock: Stopwatch) -> Any:
         """The array where the engine works."""
-        return array if self._place is None else gpu_arrays.asarray(array, device=self._place)
+        if self._place is None:
+            return array
+        with clock.stage("transfer"):
+            return gpu_arrays.asarray(array, device=self._place)
+
+    def _on_host(self, array: Any, clock: Stopwatch) -> np.ndarray:
+        if isinstance(array, np.ndarray):
+            return array
+        with clock.stage("transfer"):
+            return gpu_arrays.to_host(array)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them."""
-        return self._decoded(latents, False)
+        return self._decoded(latents, False, Stopwatch())
 
-    def _decoded(self, latents: Any, as_float: bool) -> np.ndarray:
-        spec, made = self.bundle.manifest.latent, decode_float if as_float else decode
+    def _decoded(self, latents: Any, as_float: bool, clock: Stopwatch) -> np.ndarray:
+        spec, made = self.bundle.manifest.latent, decode_float_there if as_float else decode_there
         if self.decoder is None:
-            return made(latents, spec)
+            with clock.stage("decode"):
+                images = made(latents, spec)
+            return self._on_host(images, clock)
         *_, height, width = self.bundle.manifest.decoder.outputs[0].shape
         size = max(1, _DECODED_PIXELS // (height * width))
         name = self.bundle.manifest.decoder.inputs[0].name
         images = []
         for piece in _pieces(len(latents), size, self.decoder):
-            unscaled = latents[piece] / spec.scale + spec.shift
-            (decoded,) = self.decoder.run({name: unscaled}).values()
-            images.append(made(decoded))
+            with clock.stage("decode"):
+                unscaled = latents[piece] / spec.scale + spec.shift
+                (decoded,) = self.decoder.run({name: unscaled}).values()
+                shown = made(decoded)
+            images.append(self._on_host(shown, clock))
         return _joined(images)
 
     def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:

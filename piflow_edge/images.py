@@ -13,25 +13,37 @@ Array = Any  # NumPy's, or in a GPU's memory
 
 def decode(latents: Array, spec: LatentSpec | None = None) -> np.ndarray:
     """Latents (B, C, H, W) -> images, uint8 (B, H, W, C). Without a `spec`, latents are pixels from -1 to 1."""
+    return _on_host(decode_there(latents, spec))
+
+
+def decode_there(latents: Array, spec: LatentSpec | None = None) -> Array:
+    """As `decode`, where the latents lie: of an image in a GPU's memory, bytes are what crosses the bus."""
     pixels = _pixels(latents, spec)
     if not isinstance(pixels, np.ndarray):
         from .kernels import gpu_arrays  # the array came from there
 
         pixels = gpu_arrays.round(gpu_arrays.clip((pixels + 1) * 127.5, 0, 255))
-        # Bytes are what crosses the bus.
-        return gpu_arrays.to_host(gpu_arrays.astype(gpu_arrays.permute_dims(pixels, (0, 2, 3, 1)), "uint8"))
+        return gpu_arrays.astype(gpu_arrays.permute_dims(pixels, (0, 2, 3, 1)), "uint8")
     pixels = np.clip((pixels + 1) * 127.5, 0, 255)
     return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
 
 
-def decode_float(latents: Array, spec: LatentSpec | None = None) -> np.ndarray:
-    """Latents (B, C, H, W) -> images, float32 (B, H, W, C) from 0 to 1; see `decode`."""
+def decode_float_there(latents: Array, spec: LatentSpec | None = None) -> Array:
+    """Latents (B, C, H, W) -> images, float32 (B, H, W, C) from 0 to 1, where the latents lie."""
     pixels = _pixels(latents, spec)
     if not isinstance(pixels, np.ndarray):
         from .kernels import gpu_arrays  # the array came from there
 
-        pixels = gpu_arrays.to_host(pixels)
+        return gpu_arrays.permute_dims(gpu_arrays.clip((pixels + 1) * 0.5, 0, 1), (0, 2, 3, 1))
     return np.ascontiguousarray(np.clip((pixels + 1) * 0.5, 0, 1).transpose(0, 2, 3, 1))
+
+
+def _on_host(array: Array) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array
+    from .kernels import gpu_arrays  # the array came from there
+
+    return gpu_arrays.to_host(array)
 
 
 def _pixels(latents: Array, spec: LatentSpec | None) -> Array:

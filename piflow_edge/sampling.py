@@ -105,7 +105,7 @@ def sample(
         renoise: `(draw) -> noise` like `noise`, for schedules with h above 0; draw is 1 for the first. Those of
             `resamples` follow after one for each segment.
         kernel, solver, num_threads: see `rollout`.
-        clock: told ("network" or "policy", seconds) after each stage.
+        clock: told ("network" or "policy", seconds) after each stage; what `renoise` takes is in neither.
         callback: told how far it is after each segment; what it raises ends the loop and reaches the caller.
         callback_every: substeps after which `callback` is told, besides. The state is the same but for rounding.
         cancelled: asked before every call and every 16 substeps, and where `callback` is told, whether to stop.
@@ -148,10 +148,10 @@ def sample(
         return policy.tempered(temperature) if sharpen and isinstance(policy, GMPolicy) else policy
 
     def resampled(x_t: Array, sigma_src: float, draw: int) -> Array:
-        policy = call(x_t, sigma_src, sharpen=True)
+        policy, fresh = call(x_t, sigma_src, sharpen=True), renoise(draw)
         began = time.perf_counter()
         x_0 = integrate(policy, x_t, _levels_to_0(sigma_src, schedule), **rollouts)
-        x_t = (1 - sigma_src) * known.put_into(x_0, 0.0) + sigma_src * renoise(draw)
+        x_t = (1 - sigma_src) * known.put_into(x_0, 0.0) + sigma_src * fresh
         clock("policy", time.perf_counter() - began)
         return x_t
 
@@ -176,7 +176,9 @@ def sample(
                 callback(done)
             watch(sigma_t)
         if segment.renoises:
-            x_t = segment.renoise(x_t, renoise(i + 1))
+            fresh, began = renoise(i + 1), time.perf_counter()
+            x_t = segment.renoise(x_t, fresh)
+            clock("policy", time.perf_counter() - began)
     return x_t
 
 

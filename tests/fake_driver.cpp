@@ -103,7 +103,7 @@ using Work = std::vector<std::function<void()>>;
 static std::map<void*, Stream> streams;
 static Work captured;
 static std::vector<Work*> graphs;
-static int waits = 0, launches = 0;
+static int waits = 0, launches = 0, synchronizations = 0;
 
 // Also for the pretended TensorRT, whose work is a function.
 DRIVER fake_queue(void* stream, std::function<void()> work) {
@@ -121,10 +121,10 @@ DRIVER fake_call(void* stream, void (*function)(int), int number) {
 DRIVER fake_is_captured(void* stream) { return streams.count(stream) && streams[stream].is_captured; }
 DRIVER fake_invalidate(void* stream) { return streams.at(stream).is_invalid = true, kOk; }
 // Bytes allocated, streams, graphs that live; so far waits of one stream for another, launches of graphs, copies to the
-// GPU and from it.
+// GPU and from it, waits of the host for a stream.
 DRIVER fake_count(int what) {
   const int counts[] = {int(used()), int(streams.size()), int(graphs.size()), waits,
-                        launches,    copies_in,           copies_out};
+                        launches,    copies_in,           copies_out, synchronizations};
   return counts[what];
 }
 
@@ -135,6 +135,7 @@ DRIVER cuStreamCreate(void** stream, unsigned flags) {
 }
 DRIVER cuStreamDestroy_v2(void* stream) { return streams.erase(stream) ? (free(stream), kOk) : kUnexpected; }
 DRIVER cuStreamSynchronize(void* stream) {
+  ++synchronizations;
   return streams.count(stream) && streams[stream].is_captured ? kUnexpected : kOk;
 }
 DRIVER cuMemcpyAsync(void* to, const void* from, size_t size, void* stream) {

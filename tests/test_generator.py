@@ -49,7 +49,8 @@ class TestGenerator:
     def test_the_result_says_what_ran(self, generator):
         result = generator([1], seed=0)
         assert (result.engine, result.device) == ("ort-cpu", "cpu")
-        assert set(result.timings) == {"noise", "network", "policy", "decode", "total"}
+        assert set(result.timings) == {"noise", "network", "policy", "decode", "transfer", "total"}
+        assert result.timings["transfer"] == 0  # there is no bus
         assert result.images[0].size == (8, 8) and result.images[0].mode == "L"
         assert generator([1], output="latent").images is None
 

@@ -15,7 +15,7 @@ from piflow_edge.kernels import gpu_arrays, nvidia
 from pretended_gpu import HAS_BINDINGS, fake_driver, run_on_fake_driver
 
 CODE = """
-import ctypes, logging, sys
+import ctypes, logging, sys, time
 import numpy as np
 from piflow_edge.errors import PiFlowError
 from piflow_edge.kernels import gpu_arrays as xp, nvidia
@@ -24,8 +24,8 @@ nvidia.compiled = lambda arch, defines, source: b"arrays" if source.name == "arr
     **{key[-1]: value for key, _, value in (define.partition("=") for define in defines)}).encode()
 nvidia.check_available = lambda: None  # NVRTC itself looks for a real driver
 fake = ctypes.CDLL("libcuda.so.1")
-COUNTS = "bytes", "streams", "graphs", "waits", "launches", "ins", "outs"
-counts = lambda: dict(zip(COUNTS, map(fake.fake_count, range(7))))
+COUNTS = "bytes", "streams", "graphs", "waits", "launches", "ins", "outs", "syncs"
+counts = lambda: dict(zip(COUNTS, map(fake.fake_count, range(8))))
 place = xp.place(0)
 rng = np.random.default_rng(0)
 """
@@ -156,12 +156,49 @@ theirs = expected(**arguments, output="numpy")
 for image in range(3):
     before = counts()
     ours = generator(**arguments, output="numpy")
-    moved = {name: counts()[name] - before[name] for name in ("ins", "outs", "bytes")}
+    moved = {name: counts()[name] - before[name] for name in ("ins", "outs", "bytes", "syncs")}
 assert (ours.engine, ours.device) == ("ort-cuda", "cuda")
 np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
 assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
 # The noise goes there, image and latents come back; noise levels and labels are there already.
-assert moved == {"ins": 1, "outs": 2, "bytes": 0}, moved
+# Each of these copies is waited for, and nothing else.
+assert moved == {"ins": 1, "outs": 2, "bytes": 0, "syncs": 3}, moved
+assert theirs.timings["transfer"] == 0 < ours.timings["transfer"]
+
+# Asked for, the wait is at the end of every stage, and of its time.
+wait_for, queued = nvidia.wait_for, []
+
+def slow(stream):
+    assert stream == place.stream
+    queued.append(stream)
+    time.sleep(0.02)
+    wait_for(stream)
+
+nvidia.wait_for = slow
+staged = generator(**arguments, output="numpy", synchronize=True).timings
+nvidia.wait_for = wait_for
+# Noise, 2 calls, 2 policies, the decoder, 3 copies which wait once more themselves, the total.
+assert len(queued) == 1 + 2 + 2 + 1 + 2 * 3 + 1, len(queued)
+for stage, waits in {"noise": 1, "network": 2, "policy": 2, "decode": 1, "transfer": 6}.items():
+    assert staged[stage] >= 20 * waits, staged
+again = generator(**arguments, output="float", h=0.5)
+there = expected(**arguments, output="float", h=0.5)
+np.testing.assert_allclose(again.images, there.images, rtol=0, atol=1e-4)
+
+from piflow_edge.bench import BenchConfig, bench
+calls, call = [], pf.Generator.__call__
+
+def noted(self, *arguments, synchronize=False, **more):
+    calls.append((self.engine.name, synchronize))
+    return call(self, *arguments, synchronize=synchronize, **more)
+
+pf.Generator.__call__ = noted
+config = BenchConfig(engines=["ort-cuda", "ort-cpu"], rounds=3, warmup=1, cold_starts=0)
+rows = bench([bundle], config).rows
+# A GPU's split comes from rounds of its own, which wait; its latency from those that do not.
+assert sorted(calls) == sorted(2 * 2 * [("ort-cuda", False), ("ort-cpu", False)] + 3 * [("ort-cuda", True)])
+assert [row.split["transfer"] > 0 for row in rows] == [True, False] and [len(row.rounds) for row in rows] == [3, 3]
+pf.Generator.__call__ = call
 seen = []
 generator(**arguments, callback=lambda done: seen.append((type(done.x_t), type(done.x_0))))
 assert seen == [(np.ndarray, np.ndarray)] * 2
