@@ -21,11 +21,12 @@ from statistics import median
 import numpy as np
 
 import piflow_edge as pf
-from piflow_edge.bundle import PRECISIONS, Bundle
+from piflow_edge.bundle import Bundle
 from piflow_edge.distill.sources import StudentModel, load_student
 from piflow_edge.evaluation import default_features, evaluation_labels, machine
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.images import as_pil
+from piflow_edge.manifest import PRECISIONS
 from piflow_edge.metrics import FeatureSet, frechet_distance
 from piflow_edge.pictures import png_bytes, side_by_side
 

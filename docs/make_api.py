@@ -31,8 +31,9 @@ SECTIONS = (
     ("Errors", "piflow_edge.errors", "piflow_edge/errors.py", None),
     ("The bundle that comes with the package", "piflow_edge", "piflow_edge/bundle.py", {"demo_bundle": ()}),
     ("Bundles", "piflow_edge.bundle", "piflow_edge/bundle.py", {
-        "Bundle": ("graph", "decoder", "sampler", "read"), "LatentSpec": (),
+        "Bundle": ("graph", "decoder", "sampler", "read"),
     }),
+    ("What a bundle's latents are", "piflow_edge.manifest", "piflow_edge/manifest.py", {"LatentSpec": ()}),
     ("Checks", "piflow_edge.verification", "piflow_edge/verification.py", {
         "verify": (), "check": (), "Row": ("passed",),
     }),

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from piflow_edge.bundle import Manifest, ToleranceSpec
 from piflow_edge.engines import Engine, Graph, open_engine
 from piflow_edge.images import decode
+from piflow_edge.manifest import Manifest, ToleranceSpec
 from piflow_edge.noise import philox_normal
 from piflow_edge.sampling import sample
 from piflow_edge.verification import peak_error, relative_error, rms_levels, rms_of_psnr

@@ -5,11 +5,11 @@ import io
 import numpy as np
 import torch
 
-from piflow_edge.bundle import Manifest
 from piflow_edge.distill.autoencoder import Autoencoder
 from piflow_edge.distill.networks import FlowNetwork
 from piflow_edge.images import decode
 from piflow_edge.integrator import rollout
+from piflow_edge.manifest import Manifest
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import GMPolicy
 from piflow_edge.verification import GOLDEN_SEED

@@ -10,25 +10,6 @@ from pathlib import Path
 import numpy as np
 
 import piflow_edge
-from piflow_edge.bundle import (
-    FORMAT_VERSION,
-    MANIFEST,
-    PRECISIONS,
-    ConditioningSpec,
-    DecoderSpec,
-    DXPolicySpec,
-    FileSpec,
-    GMPolicySpec,
-    LatentSpec,
-    Manifest,
-    NetworkSpec,
-    ScheduleSpec,
-    TensorSpec,
-    ToleranceSpec,
-    decoder_file,
-    manifest_bytes,
-    sampler_file,
-)
 from piflow_edge.distill.autoencoder import Autoencoder
 from piflow_edge.distill.checkpoint import Checkpoint
 from piflow_edge.distill.heads import head_to_json
@@ -49,9 +30,29 @@ from piflow_edge.export.to_onnx import OPSET, network_graph
 from piflow_edge.files import new_folder, sha256, write_atomic
 from piflow_edge.images import as_pil
 from piflow_edge.loading import load
+from piflow_edge.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PRECISIONS,
+    SIGNATURE,
+    ConditioningSpec,
+    DecoderSpec,
+    DXPolicySpec,
+    FileSpec,
+    GMPolicySpec,
+    LatentSpec,
+    Manifest,
+    NetworkSpec,
+    ScheduleSpec,
+    TensorSpec,
+    ToleranceSpec,
+    decoder_file,
+    manifest_bytes,
+    sampler_file,
+)
 from piflow_edge.pictures import image_grid, png_bytes
 from piflow_edge.schedule import is_temperature
-from piflow_edge.signature import SIGNATURE, SigningKey
+from piflow_edge.signature import SigningKey
 from piflow_edge.verification import GOLDEN, Row, check, verify
 
 log = logging.getLogger(__name__)

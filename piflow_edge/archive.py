@@ -12,10 +12,11 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .bundle import MANIFEST, MANIFEST_LIMIT, Bundle, Manifest, parse_manifest
+from .bundle import Bundle
 from .errors import BundleError
 from .files import atomic_file, new_folder
-from .signature import SIGNATURE, SIGNATURE_LIMIT, TrustedKey, check_signature
+from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, Manifest, parse_manifest
+from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
 
 # The first moment a .zip can name: what is packed does not depend on when.
 _EPOCH = (1980, 1, 1, 0, 0, 0)

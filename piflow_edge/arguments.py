@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from .bundle import LatentSpec, ScheduleSpec
 from .errors import LabelError, ScheduleError, ShapeError
 from .images import drawn_mask, encode
+from .manifest import LatentSpec, ScheduleSpec
 from .noise import philox_normal
 from .schedule import Schedule, is_temperature
 

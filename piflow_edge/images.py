@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import LatentSpec
 from .errors import ShapeError
+from .manifest import LatentSpec
 
 Array = Any  # NumPy's, or in a GPU's memory
 

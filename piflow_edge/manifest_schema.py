@@ -1,6 +1,6 @@
 """`bundle.json` for programs that are not ours: its dataclasses as a JSON Schema.
 
-The published file is `bundle.schema.json` beside this one. After a change of the dataclasses in `bundle.py` write it
+The published file is `bundle.schema.json` beside this one. After a change of the dataclasses in `manifest.py` write it
 again, from the repository's root:
 
     python -m piflow_edge.manifest_schema > piflow_edge/bundle.schema.json
@@ -15,7 +15,7 @@ import types
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .bundle import FORMAT_VERSION, Manifest
+from .manifest import FORMAT_VERSION, Manifest
 
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}
 
@@ -59,7 +59,7 @@ def _object(kind: type, definitions: dict[str, dict]) -> dict[str, Any]:
 
 
 def _schema(kind: Any, definitions: dict[str, dict]) -> dict[str, Any]:
-    """The schema of one annotated type, as `bundle.py` reads it."""
+    """The schema of one annotated type, as `manifest.py` reads it."""
     origin, args = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         if kind.__name__ not in definitions:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from .errors import BundleError, MissingExtraError, SigningKeyError
 from .files import sha256, write_atomic
+from .manifest import SIGNATURE
 
-SIGNATURE = "bundle.sig"
-# It holds 96 bytes in hexadecimal; anything this large is no signature.
+# bundle.sig holds 96 bytes in hexadecimal; anything this large is no signature.
 SIGNATURE_LIMIT = 1 << 12
 
 _VERSION = 1

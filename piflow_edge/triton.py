@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .bundle import Bundle, Manifest
+from .bundle import Bundle
 from .errors import BundleError
 from .files import new_folder, write_atomic
+from .manifest import Manifest
 
 _TENSOR = '{{\n    name: "{name}"\n    data_type: {kind}\n    dims: [ {dims} ]{more}\n  }}'
 # Triton's shapes have one number or more beside the batch; the graph takes labels (batch,).

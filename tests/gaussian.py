@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from piflow_edge.bundle import (
+from piflow_edge.generator import Generator
+from piflow_edge.manifest import (
     FORMAT_VERSION,
     ConditioningSpec,
     DXPolicySpec,
@@ -15,7 +16,6 @@ from piflow_edge.bundle import (
     ScheduleSpec,
     TensorSpec,
 )
-from piflow_edge.generator import Generator
 
 SIDE = 4
 PIXELS = SIDE * SIDE

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle, manifest_bytes
+from piflow_edge.bundle import Bundle
 from piflow_edge.errors import BundleError, CheckFailedError
+from piflow_edge.manifest import manifest_bytes
 from piflow_edge.verification import Row, check, verify
 
 pytestmark = pytest.mark.torch
@@ -90,8 +91,8 @@ def test_a_manifest_that_is_not_ours_is_refused(bundle, text):
 
 def edit(bundle, change):
     """Alter the manifest as somebody would who also mends its checksum."""
-    from piflow_edge.bundle import _canonical
     from piflow_edge.files import sha256
+    from piflow_edge.manifest import _canonical
 
     body = json.loads((bundle / "bundle.json").read_bytes())
     del body["sha256"]
@@ -144,11 +145,11 @@ def test_a_check_that_failed_names_the_worst_case():
 
 
 def test_another_network_under_the_same_golden_samples_fails_verification(bundle, tmp_path):
-    from piflow_edge.bundle import FileSpec
     from piflow_edge.distill.checkpoint import Checkpoint
     from piflow_edge.distill.sources import network_of
     from piflow_edge.export.to_onnx import export_network
     from piflow_edge.files import sha256
+    from piflow_edge.manifest import FileSpec
 
     from conftest import make_student
 

@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from piflow_edge import PiFlowError
-from piflow_edge.bundle import LatentSpec
 from piflow_edge.images import as_pil, decode, drawn_mask, encode, open_image
+from piflow_edge.manifest import LatentSpec
 
 GREY, COLOUR = LatentSpec("pixels", [1, 4, 6], 1.0, 0.0), LatentSpec("pixels", [3, 4, 6], 0.5, 0.25)
 LATENTS = LatentSpec("latents", [4, 2, 3], 0.36, 0.1)

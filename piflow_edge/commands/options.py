@@ -155,7 +155,7 @@ def calls(context, parameter, text: str | None) -> list[int]:
 
 
 def precisions(context, parameter, text: str) -> list[str]:
-    from piflow_edge.bundle import PRECISIONS  # late: it brings in NumPy
+    from piflow_edge.manifest import PRECISIONS  # late: it brings in NumPy
 
     names = text.split(",")
     if not set(names) <= set(PRECISIONS):

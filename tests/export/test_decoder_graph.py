@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle, FileSpec
+from piflow_edge.bundle import Bundle
 from piflow_edge.distill.autoencoder import encode, load_autoencoder
 from piflow_edge.distill.data import ImageData, Latent
 from piflow_edge.distill.dit import DiTConfig
@@ -30,6 +30,7 @@ from piflow_edge.export.decoder_graph import export_decoder
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET
 from piflow_edge.files import sha256
+from piflow_edge.manifest import FileSpec
 from piflow_edge.verification import verify
 
 from conftest import make_autoencoder, make_student

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle, DXPolicySpec
+from piflow_edge.bundle import Bundle
 from piflow_edge.distill.heads import DXHead
 from piflow_edge.engines import open_engine
 from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.manifest import DXPolicySpec
 from piflow_edge.verification import verify
 
 from conftest import make_student

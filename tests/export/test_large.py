@@ -8,7 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle, FileSpec
+from piflow_edge.bundle import Bundle
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError, CheckpointError
@@ -16,6 +16,7 @@ from piflow_edge.export import large
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import export_network
 from piflow_edge.files import sha256
+from piflow_edge.manifest import FileSpec
 from piflow_edge.verification import verify
 
 from conftest import make_student

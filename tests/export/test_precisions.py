@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle, FileSpec
+from piflow_edge.bundle import Bundle
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
 from piflow_edge.engines.layers import first_non_finite, layer_values
@@ -25,6 +25,7 @@ from piflow_edge.export.int8 import quantisable, quantise, to_int8
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import export_network, network_graph
 from piflow_edge.files import sha256
+from piflow_edge.manifest import FileSpec
 from piflow_edge.verification import verify
 
 from conftest import make_student
