@@ -20,13 +20,14 @@ _ONNXRUNTIME = {17: "1.12", 18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18"}
 _DYNAMIC_INT8 = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 
 # GPUs by CUDA compute capability.
-_XAVIER, _TURING, _ORIN, _AMPERE, _ADA, _BLACKWELL = "7.2", "7.5", "8.7", "8.6", "8.9", "12.0"
+_XAVIER, _TURING, _ORIN, _AMPERE, _ADA, _THOR, _BLACKWELL = "7.2", "7.5", "8.7", "8.6", "8.9", "11.0", "12.0"
 _NAMES = {
     _XAVIER: "Jetson Xavier",
     _TURING: "Turing (RTX 20)",
     _AMPERE: "Ampere (RTX 30)",
     _ORIN: "Jetson Orin",
     _ADA: "Ada (RTX 40)",
+    _THOR: "Jetson Thor",
     _BLACKWELL: "Blackwell (RTX 50)",
 }
 
@@ -35,8 +36,8 @@ _NAMES = {
 class Runtime:
     """A runtime that reads ONNX.
 
-    `jetpacks`: those that bring it. `gpus`: compute capabilities. `max_opset`: the highest its parser is stated to
-    read. `strongly_typed`: it takes every precision from the graph and has no switch
+    `jetpacks`: those that bring it, or that it is made for. `gpus`: compute capabilities. `max_opset`: the highest its
+    parser is stated to read. `strongly_typed`: it takes every precision from the graph and has no switch
     for fp16 or int8. `int8`: how it runs int8 graphs, "QDQ" or "weights only". `unverified`: what of this was not found
     in its maker's documents, or "".
     """
@@ -71,21 +72,38 @@ RUNTIMES = (
     # and supports Orin and Xavier: developer.nvidia.com/embedded/jetpack-sdk-51. fp16 and int8 on 7.2 and 8.7: the
     # support matrix of TensorRT 8.4, whose successors repeat it.
     Runtime("TensorRT 8.5", ("5.1",), (_XAVIER, _ORIN), 17, False, "QDQ"),
-    # Opset: docs/operators.md of onnx-tensorrt, 8.6: "up to Opset 17".
-    Runtime("TensorRT 8.6", ("6.0",), (_ORIN,), 17, False, "QDQ", "that JetPack 6.0 brings it"),
+    # Opset: docs/operators.md of onnx-tensorrt, 8.6: "up to Opset 17". In JetPack 6.0: pytorch/TensorRT#3049, and what
+    # users list of devices with Jetson Linux 36.3 (8.6.2.3, CUDA 12.2); NVIDIA's own page was not at hand.
+    Runtime(
+        "TensorRT 8.6", ("6.0",), (_ORIN,), 17, False, "QDQ", "that JetPack 6.0 brings it; its users say so"
+    ),
     # TensorRT 10.3 in JetPack 6.1 and 6.2: docs.pytorch.org/TensorRT, getting_started/jetpack. Opset: docs/operators.md
     # of onnx-tensorrt, 10.0: "opset 9 to opset 20"; that of 10.3 was not at hand, and a parser's range only grows.
     Runtime("TensorRT 10.3", ("6.1", "6.2"), (_ORIN,), 20, False, "QDQ"),
+    # What users list of devices: 10.13 with JetPack 7.0 (Jetson Linux 38.2), 10.16.2 with 7.2 (39.2). Opset: that of
+    # 10.0 and of 10.15, see there.
+    Runtime(
+        "TensorRT 10.13", ("7.0",), (_THOR,), 20, False, "QDQ", "that JetPack 7.0 brings it; its users say so"
+    ),
     # Opset: docs/operators.md of onnx-tensorrt, 10.15: "opset 9 to opset 24". SM 7.0 and up since 10.0: support matrix
     # of 10.1, which ends at 9.0.
     Runtime("TensorRT 10.15", (), (_TURING, _AMPERE, _ADA, _BLACKWELL), 24, False, "QDQ", "the list of GPUs"),
+    Runtime(
+        "TensorRT 10.16",
+        ("7.2",),
+        (_ORIN, _THOR),
+        24,
+        False,
+        "QDQ",
+        "that JetPack 7.2 brings it; its users say so",
+    ),
     # Opset: docs.nvidia.com/deeplearning/tensorrt, reference/onnx-opset-guide: 9 to 25. An example table of 11.2 says
-    # 24, so the lower holds here. Only strong typing: "Migrating from TensorRT 10.x to 11.x". JetPack 7.2.2 since
-    # 11.4.1, none before: the migration guide's page on Jetson.
+    # 24, so the lower holds here. Only strong typing: "Migrating from TensorRT 10.x to 11.x". JetPack 7.2.2 or later on
+    # AGX Orin and Thor since 11.4.1, no JetPack before: the migration guide's page on Jetson (11.4.1, api/migration).
     Runtime(
         "TensorRT 11",
         ("7.2.2",),
-        (_ORIN, _TURING, _AMPERE, _ADA, _BLACKWELL),
+        (_ORIN, _THOR, _TURING, _AMPERE, _ADA, _BLACKWELL),
         24,
         True,
         "QDQ",

@@ -1,6 +1,7 @@
 """NVIDIA's software as `doctor` looks at it: driver, CUDA, cuDNN, TensorRT, JetPack, and what of it does not fit."""
 
 import ctypes
+import platform
 import re
 import sys
 from pathlib import Path
@@ -20,10 +21,11 @@ PACKAGES = (
 )  # fmt: skip
 _MODEL = Path("/proc/device-tree/model")
 _POWER_MODES = Path("/etc/nvpmodel.conf")
-# Of Jetson Linux (L4T): developer.nvidia.com/embedded/jetson-linux-archive names the JetPack of each release.
-_JETPACKS = {32: 4, 34: 5, 35: 5, 36: 6, 38: 7}
+# Of Jetson Linux (L4T): developer.nvidia.com/embedded/jetson-linux-archive names the JetPack of each release, and
+# developer.nvidia.com/embedded/jetpack that of 39.
+_JETPACKS = {32: 4, 34: 5, 35: 5, 36: 6, 38: 7, 39: 7}
 # The first driver for a CUDA (CUDA's release notes, Linux), and the first onnxruntime-gpu on PyPI for CUDA 13 (what its
-# extras require; 1.26 requires CUDA 12's).
+# extras require; 1.26 requires CUDA 12's). The first for aarch64 is for CUDA 13 too.
 _DRIVERS = {12: "525", 13: "580"}
 _FIRST_FOR_CUDA_13 = "1.27"
 
@@ -61,6 +63,9 @@ def cuda_finding(release: str, built_for: str | None, driver_cuda: tuple[int, in
     if built_for is None:
         return Finding("cuda", OK, f"{here} does not say for which CUDA it was built")
     detail = f"{here} is built for CUDA {built_for}, the driver for CUDA {dotted(driver_cuda)}"
+    if major(built_for) > driver_cuda[0] and platform.machine() == "aarch64":
+        return Finding("cuda", PROBLEM, f"{detail}; there is no onnxruntime-gpu for CUDA {driver_cuda[0]} on aarch64",
+                       f"pip uninstall -y {ORT_GPU} && pip install 'piflow-edge[cpu]'")  # fmt: skip
     if major(built_for) > driver_cuda[0]:
         needed = _DRIVERS.get(major(built_for))
         return Finding("cuda", PROBLEM, detail, f"install an NVIDIA driver for CUDA {major(built_for)}"
@@ -92,7 +97,10 @@ def tensorrt_finding(installed: dict[str, str], driver_cuda: tuple[int, int]) ->
                 f"TensorRT {library} is on this machine, and this environment does not see its Python part"
             )
             return Finding("tensorrt", WARNING, detail, "python3 -m venv --system-site-packages .venv")
-        return Finding("tensorrt", OK, "not installed; get it with: pip install 'piflow-edge[tensorrt]'")
+        command = "pip install 'piflow-edge[tensorrt]'"
+        if jetson_release() is not None:
+            command = "sudo apt-get install nvidia-jetpack"
+        return Finding("tensorrt", OK, f"not installed; get it with: {command}")
     for made_for in (12, 13):
         if f"tensorrt-cu{made_for}" in installed and made_for > driver_cuda[0]:
             names = (
@@ -107,6 +115,8 @@ def tensorrt_finding(installed: dict[str, str], driver_cuda: tuple[int, int]) ->
         return Finding("tensorrt", PROBLEM, str(error), "pip install 'tensorrt>=10,<12'")
     except ImportError as error:
         command = f"pip install --force-reinstall tensorrt=={release}"
+        if jetson_release() is not None:  # there it is JetPack's
+            command = "sudo apt-get install --reinstall tensorrt python3-libnvinfer"
         return Finding("tensorrt", PROBLEM, f"{release} does not load: {error.__cause__ or error}", command)
     return Finding("tensorrt", OK, release)
 

@@ -39,6 +39,11 @@ def test_everything_is_looked_at_where_there_is_a_driver(driver, monkeypatch):
 
 
 def test_an_onnxruntime_for_a_newer_cuda_than_the_drivers_is_a_problem(monkeypatch):
+    monkeypatch.setattr(nvidia.platform, "machine", lambda: "aarch64")
+    finding = nvidia.cuda_finding("1.31.1", "13.0", (12, 6))
+    assert finding.status == PROBLEM  # nothing older is built for it
+    assert finding.fix == "pip uninstall -y onnxruntime-gpu && pip install 'piflow-edge[cpu]'"
+    monkeypatch.setattr(nvidia.platform, "machine", lambda: "x86_64")
     finding = nvidia.cuda_finding("1.31.1", "13.0", (12, 6))
     assert finding.status == PROBLEM and "built for CUDA 13.0" in finding.detail
     assert "580" in finding.fix and "onnxruntime-gpu[cuda,cudnn]<1.27" in finding.fix
