@@ -34,10 +34,16 @@ def runtime(package: str = "'piflow-edge[cpu]'", engine: str = "ort-cpu", also: 
     """
     try:
         import onnxruntime
-    except ImportError as error:
-        here = "" if isinstance(error, ModuleNotFoundError) else f", and what is here does not load ({error})"
+
+        onnxruntime.InferenceSession  # noqa: B018 - where a package was half removed, an empty folder can be imported
+    except Exception as error:  # a broken one raises whatever it stumbles over
+        names = installed()
+        reason = f", and what is here does not load ({error})" if names else ""
+        command = f"pip install {package}"
+        if names:  # else pip finds it installed, and does nothing
+            command = f"pip uninstall -y {' '.join(names)} && {command}"
         raise MissingExtraError(
-            f"engine {engine!r} needs onnxruntime{here}; get it with: pip install {package}{also}"
+            f"engine {engine!r} needs onnxruntime{reason}; get it with: {command}{also}"
         ) from error
     return onnxruntime
 

@@ -5,9 +5,12 @@ import io
 import os
 import platform
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
@@ -53,6 +56,8 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
         engine: `engine`, `device` and `options` for `load`.
     """
     installed = versions(_PACKAGES)
+    if crash_of_runtime() is not None:
+        engine = {"engine": "reference"}  # the rest is still worth knowing
     findings = [
         python_finding(sys.version_info),
         *package_findings(installed),
@@ -144,11 +149,16 @@ def provider_findings(installed: dict[str, str]) -> list[Finding]:
     packages = [name for name in ort.PACKAGES if name in installed]
     if not packages:
         return []
+    command = f"pip install --force-reinstall {' '.join(packages)}"
+    if packages[1:]:
+        command = runtime_finding(installed).fix
+    if (reason := crash_of_runtime()) is not None:
+        detail = f"onnxruntime ends the process that imports it, with {reason}"
+        return [Finding("providers", PROBLEM, detail, command)]
     try:
-        import onnxruntime
-    except ImportError as error:
-        command = f"pip install --force-reinstall {packages[-1]}"
-        return [Finding("providers", PROBLEM, f"onnxruntime cannot be imported: {error}", command)]
+        onnxruntime = ort.runtime()
+    except MissingExtraError as error:
+        return [Finding("providers", PROBLEM, f"onnxruntime cannot be imported: {error.__cause__}", command)]
     if hasattr(onnxruntime, "preload_dlls"):  # as the engine does: finds CUDA and cuDNN where pip puts them
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
@@ -158,6 +168,18 @@ def provider_findings(installed: dict[str, str]) -> list[Finding]:
         return [_provider_finding(onnxruntime, name) for name in names]
     finally:
         onnxruntime.set_default_logger_severity(2)  # as it was
+
+
+@cache
+def crash_of_runtime() -> str | None:
+    """The signal that ends a process which imports onnxruntime, such as SIGILL; None where it lives.
+
+    A library cut short, or made for another processor, ends the process and leaves no word.
+    """
+    code = subprocess.run([sys.executable, "-c", "import onnxruntime"], capture_output=True).returncode
+    if code >= 0:  # on Windows always: there a crash shows as the number of an exception
+        return f"error {code:#x}" if code > 0xFFFF else None
+    return signal.Signals(-code).name
 
 
 def _provider_finding(onnxruntime, name: str) -> Finding:

@@ -41,17 +41,23 @@ def nvidia_findings(installed: dict[str, str]) -> list[Finding]:
     if driver_cuda is None:
         if gpus is None and not wanted:
             return [Finding("nvidia", OK, "no NVIDIA driver; networks and policies run on the CPU")]
-        detail = f"no driver, and {' and '.join(wanted)} cannot run without one" if wanted else "no driver"
-        return [Finding("nvidia", PROBLEM, detail, "install NVIDIA's driver, or: pip install 'piflow-edge[cpu]' in an "
-                        "environment of its own")]  # fmt: skip
+        detail, fix = "no driver", "install NVIDIA's driver"
+        if gpus is not None:  # as in a container that was given the one and not the other
+            detail = f"nvidia-smi finds {gpus[0]['name']}, and the driver's library libcuda does not load"
+            fix = "install NVIDIA's driver again; in a container: docker run --gpus all"
+        if wanted:
+            detail += f"; {' and '.join(wanted)} cannot use a GPU without it"
+            fix += (
+                f"; or stay on the CPU: pip uninstall -y {' '.join(wanted)} && pip install 'piflow-edge[cpu]'"
+            )
+        return [Finding("nvidia", PROBLEM, detail, fix)]
     names = ", ".join(f"{gpu['name']}, driver {gpu['driver_version']}" for gpu in gpus or [])
     findings = [Finding("nvidia", OK, f"{names or 'a driver'} for CUDA {dotted(driver_cuda)}")]
     if ORT_GPU in installed:
         built_for = onnxruntime_cuda()
-        findings += [
-            cuda_finding(installed[ORT_GPU], built_for, driver_cuda),
-            cudnn_finding(cudnn_version(), built_for),
-        ]
+        findings.append(cuda_finding(installed[ORT_GPU], built_for, driver_cuda))
+        if _release_for(driver_cuda, built_for) is None:  # else another release comes with its own cuDNN
+            findings.append(cudnn_finding(cudnn_version(), built_for))
     findings.append(tensorrt_finding(installed, driver_cuda))
     findings.append(compiler_finding(installed, driver_cuda))
     return findings
@@ -63,18 +69,25 @@ def cuda_finding(release: str, built_for: str | None, driver_cuda: tuple[int, in
     if built_for is None:
         return Finding("cuda", OK, f"{here} does not say for which CUDA it was built")
     detail = f"{here} is built for CUDA {built_for}, the driver for CUDA {dotted(driver_cuda)}"
-    if major(built_for) > driver_cuda[0] and platform.machine() == "aarch64":
-        return Finding("cuda", PROBLEM, f"{detail}; there is no onnxruntime-gpu for CUDA {driver_cuda[0]} on aarch64",
-                       f"pip uninstall -y {ORT_GPU} && pip install 'piflow-edge[cpu]'")  # fmt: skip
-    if major(built_for) > driver_cuda[0]:
-        needed = _DRIVERS.get(major(built_for))
-        return Finding("cuda", PROBLEM, detail, f"install an NVIDIA driver for CUDA {major(built_for)}"
-                       f"{f' ({needed} or newer)' if needed else ''}, or an older onnxruntime-gpu: "
-                       f"pip install 'onnxruntime-gpu[cuda,cudnn]<{_FIRST_FOR_CUDA_13}'")  # fmt: skip
+    if fix := _release_for(driver_cuda, built_for):
+        return Finding("cuda", PROBLEM, detail, fix)
     if runtime is None or major(runtime) != major(built_for):
         found = f"CUDA {runtime}" if runtime else "no CUDA runtime"
         return Finding("cuda", PROBLEM, f"{detail}; {found} was found", _with_libraries(release))
     return Finding("cuda", OK, f"{detail}; CUDA runtime {runtime}")
+
+
+def _release_for(driver_cuda: tuple[int, int], built_for: str | None) -> str | None:
+    """How to come by an onnxruntime-gpu for this driver; None where the one that is here is for it."""
+    if built_for is None or major(built_for) <= driver_cuda[0]:
+        return None
+    if platform.machine() == "aarch64":
+        return f"pip uninstall -y {ORT_GPU} && pip install 'piflow-edge[cpu]': for aarch64 there is none for CUDA 12"
+    needed = _DRIVERS.get(major(built_for))
+    return (
+        f"pip install 'onnxruntime-gpu[cuda,cudnn]<{_FIRST_FOR_CUDA_13}', or install an NVIDIA driver for CUDA "
+        f"{major(built_for)}{f' ({needed} or newer)' if needed else ''}"
+    )
 
 
 def cudnn_finding(release: str | None, built_for: str | None) -> Finding:
@@ -135,7 +148,10 @@ def compiler_finding(installed: dict[str, str], driver_cuda: tuple[int, int]) ->
 
 
 def missing_library(provider: Path, release: str) -> tuple[str, str] | None:
-    """What the loader says a provider of onnxruntime-gpu lacks, and the command that brings it; None if nothing."""
+    """What the loader says a provider of onnxruntime-gpu lacks, and the command that brings it; None if nothing.
+
+    Libraries are of no use without a driver, or with one that is too old for them.
+    """
     try:
         shared = provider.with_name(provider.name.replace(provider.stem.rpartition("_")[2], "shared"))
         ctypes.CDLL(str(shared), mode=ctypes.RTLD_GLOBAL)  # in which the other finds what it calls
@@ -144,10 +160,12 @@ def missing_library(provider: Path, release: str) -> tuple[str, str] | None:
         reason = str(error)
     else:
         return None
+    if (driver_cuda := driver_cuda_version()) is None:
+        return reason, "install NVIDIA's driver"
+    if fix := _release_for(driver_cuda, onnxruntime_cuda()):
+        return reason, fix
     if library := re.search(r"lib(nvinfer|nvonnxparser)\w*\.so\.(\d+)", reason):
         return reason, f"pip install 'tensorrt=={library[2]}.*'"
-    if "libcuda.so" in reason:
-        return reason, "install NVIDIA's driver"
     return reason, _with_libraries(release)
 
 

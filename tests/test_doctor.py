@@ -1,6 +1,8 @@
 """The doctor: what it finds on a healthy machine, and what it says of each illness."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -15,8 +17,6 @@ from test_cli import run
 
 
 def test_this_machine_is_well_and_torch_stays_out(tmp_path, monkeypatch):
-    import subprocess
-
     monkeypatch.setenv("PIFLOW_EDGE_CACHE", str(tmp_path / "not" / "yet"))
     pytest.importorskip("onnxruntime")
     answer = json.loads(run("doctor", "--json").stdout)
@@ -66,6 +66,34 @@ def test_a_provider_whose_libraries_are_missing_does_not_pass_for_the_cpu():
     if finding.status == OK:
         pytest.skip("CUDA works here")
     assert finding.status == WARNING and finding.fix.startswith("pip install")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "with SIGILL"),
+        ("raise OSError('no libm here')", "cannot be imported: no libm here"),
+        ("", "cannot be imported: module 'onnxruntime' has no attribute"),  # half of it was removed
+    ],
+)
+def test_an_onnxruntime_that_does_not_load_is_told_and_the_rest_too(tmp_path, monkeypatch, content, reason):
+    """In a process of its own: this one may have imported the real one."""
+    folder = tmp_path / "onnxruntime"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(content)
+    (tmp_path / "onnxruntime-1.22.0.dist-info").mkdir()
+    (tmp_path / "onnxruntime-1.22.0.dist-info" / "METADATA").write_text(
+        "Name: onnxruntime\nVersion: 1.22.0\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    answer = subprocess.run(
+        [sys.executable, "-m", "piflow_edge.cli", "doctor", "--json"], capture_output=True, text=True
+    )
+    assert answer.returncode == 1, answer.stderr
+    found = {f["subject"]: f for f in json.loads(answer.stdout)["findings"]}
+    assert found["providers"]["status"] == PROBLEM and reason in found["providers"]["detail"]
+    assert found["providers"]["fix"] == "pip install --force-reinstall onnxruntime"
+    assert found["self-test"]["status"] == OK and found["self-test"]["detail"].endswith("on reference")
 
 
 def test_without_compiled_kernels_it_warns_with_the_command(monkeypatch):

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -23,11 +22,15 @@ def driver(monkeypatch):
     return set_to
 
 
-def test_software_for_gpus_without_a_driver_is_a_problem(driver):
+def test_software_for_gpus_without_a_driver_is_a_problem(driver, monkeypatch):
     driver(None)
     assert [f.status for f in nvidia.nvidia_findings({"onnxruntime": "1"})] == [OK]
-    (finding,) = nvidia.nvidia_findings({"onnxruntime-gpu": "1"})
-    assert finding.status == PROBLEM and "driver" in finding.fix
+    (finding,) = nvidia.nvidia_findings({"onnxruntime-gpu": "1", "tensorrt": "10"})
+    assert finding.status == PROBLEM and finding.fix.startswith("install NVIDIA's driver")
+    assert "pip uninstall -y onnxruntime-gpu tensorrt && pip install 'piflow-edge[cpu]'" in finding.fix
+    monkeypatch.setattr(nvidia, "nvidia_gpus", lambda: [{"name": "a GPU"}])
+    (finding,) = nvidia.nvidia_findings({})
+    assert finding.status == PROBLEM and "libcuda does not load" in finding.detail and "--gpus" in finding.fix
 
 
 def test_everything_is_looked_at_where_there_is_a_driver(driver, monkeypatch):
@@ -42,11 +45,19 @@ def test_an_onnxruntime_for_a_newer_cuda_than_the_drivers_is_a_problem(monkeypat
     monkeypatch.setattr(nvidia.platform, "machine", lambda: "aarch64")
     finding = nvidia.cuda_finding("1.31.1", "13.0", (12, 6))
     assert finding.status == PROBLEM  # nothing older is built for it
-    assert finding.fix == "pip uninstall -y onnxruntime-gpu && pip install 'piflow-edge[cpu]'"
+    assert finding.fix.startswith("pip uninstall -y onnxruntime-gpu && pip install 'piflow-edge[cpu]'")
     monkeypatch.setattr(nvidia.platform, "machine", lambda: "x86_64")
     finding = nvidia.cuda_finding("1.31.1", "13.0", (12, 6))
     assert finding.status == PROBLEM and "built for CUDA 13.0" in finding.detail
     assert "580" in finding.fix and "onnxruntime-gpu[cuda,cudnn]<1.27" in finding.fix
+
+
+def test_with_a_driver_that_is_too_old_nothing_is_brought_for_the_newer_cuda(driver, monkeypatch, provider):
+    driver((12, 6))
+    monkeypatch.setattr(nvidia, "onnxruntime_cuda", lambda: "13.0")
+    findings = nvidia.nvidia_findings({"onnxruntime-gpu": "1.31.1"})
+    assert [f.subject for f in findings] == ["nvidia", "cuda", "tensorrt", "cuda kernel"]
+    assert nvidia.missing_library(provider("cublasLt.so.13"), "1.31.1")[1] == findings[1].fix
 
 
 @pytest.mark.parametrize(("runtime", "status"), [(None, PROBLEM), ("12.8.90", PROBLEM), ("13.0.96", OK)])
@@ -101,15 +112,9 @@ def test_a_compiler_newer_than_the_driver_is_a_problem():
     assert nvidia.compiler_finding({}, (13, 0)).status == WARNING
 
 
-@pytest.mark.parametrize(
-    ("needs", "fix"),
-    [
-        ("nvinfer.so.10", "pip install 'tensorrt==10.*'"),
-        ("cublasLt.so.13", "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'"),
-        ("cuda.so.1", "install NVIDIA's driver"),
-    ],
-)
-def test_the_loader_says_which_library_a_provider_lacks(tmp_path, needs, fix):
+@pytest.fixture
+def provider(tmp_path):
+    """Makes a provider's library that needs one that is not there; without a name, one that needs nothing."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
@@ -117,16 +122,35 @@ def test_the_loader_says_which_library_a_provider_lacks(tmp_path, needs, fix):
     def library(name, *arguments):
         command = [compiler, "-shared", "-x", "c", "/dev/null", "-o", str(tmp_path / name), *arguments]
         subprocess.run(command, check=True, capture_output=True)
+        return tmp_path / name
 
-    library("libonnxruntime_providers_shared.so")
-    library(f"lib{needs}", f"-Wl,-soname,lib{needs}")
-    linked = ["-x", "none", "-Wl,--no-as-needed", str(tmp_path / f"lib{needs}")]
-    library("libonnxruntime_providers_cuda.so", *linked)
-    Path(tmp_path / f"lib{needs}").unlink()
-    reason, command = nvidia.missing_library(tmp_path / "libonnxruntime_providers_cuda.so", "1.31.1")
+    def made(needs=None):
+        library("libonnxruntime_providers_shared.so")
+        if needs is None:
+            return library("libonnxruntime_providers_tensorrt.so")
+        other = library(f"lib{needs}", f"-Wl,-soname,lib{needs}")
+        path = library("libonnxruntime_providers_cuda.so", "-x", "none", "-Wl,--no-as-needed", str(other))
+        other.unlink()
+        return path
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("needs", "cuda", "fix"),
+    [
+        ("nvinfer.so.10", (13, 0), "pip install 'tensorrt==10.*'"),
+        ("cublasLt.so.13", (13, 0), "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'"),
+        ("cublasLt.so.13", None, "install NVIDIA's driver"),
+        ("cuda.so.1", None, "install NVIDIA's driver"),
+    ],
+)
+def test_the_loader_says_which_library_a_provider_lacks(driver, monkeypatch, provider, needs, cuda, fix):
+    driver(cuda)
+    monkeypatch.setattr(nvidia, "onnxruntime_cuda", lambda: "13.0")
+    reason, command = nvidia.missing_library(provider(needs), "1.31.1")
     assert needs in reason and command == fix
-    library("libonnxruntime_providers_tensorrt.so")
-    assert nvidia.missing_library(tmp_path / "libonnxruntime_providers_tensorrt.so", "1.31.1") is None
+    assert nvidia.missing_library(provider(), "1.31.1") is None
 
 
 # --- Jetson
