@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.engines import ort
+from piflow_edge.engines import ort, placement
 
 from .bundle import demo_bundle
 from .cache import cache_folder
@@ -187,17 +187,23 @@ def _provider_finding(onnxruntime, name: str) -> Finding:
     options.log_severity_level = 4
     x = np.array([1.5], np.float32)
     try:
-        # Without `enable_fallback=0` it prints what went wrong and takes the CPU's.
-        session = onnxruntime.InferenceSession(identity_model(), options, providers=[name], enable_fallback=0)
-        # A provider that cannot load its libraries is left out in silence, and the CPU's takes its place.
-        loaded = name in session.get_providers()
+        with placement.watched(onnxruntime, options) as counted:
+            # Without `enable_fallback=0` it prints what went wrong and takes the CPU's.
+            session = onnxruntime.InferenceSession(
+                identity_model(), options, providers=[name], enable_fallback=0
+            )
+            # A provider that cannot load its libraries is left out in silence, and the CPU's takes its place.
+            loaded = name in session.get_providers()
+            runs = loaded and counted(session)[name] > 0
         works = loaded and session.run(None, {"x": x})[0] == x
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         works, reason = False, str(error)
     else:
         reason = "it gave another result" if loaded else "its libraries were not found"
     if works:
-        return Finding(name, OK, "opens and runs a network")
+        # So does OpenVINO before 1.24, which wants more than a node.
+        left = "loads, and leaves a network of one node to the CPU"
+        return Finding(name, OK, "opens and runs a network" if runs else left)
     from piflow_edge.engines import ort_cuda  # late: knows GPUs
 
     backends = (*ort.BACKENDS, *ort_cuda.BACKENDS)

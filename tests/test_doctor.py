@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from piflow_edge import demo_bundle, doctor
-from piflow_edge.engines import ort
+from piflow_edge.engines import ort, placement
 from piflow_edge.findings import OK, PROBLEM, WARNING
 from piflow_edge.kernels import cpu
 
@@ -94,6 +95,16 @@ def test_an_onnxruntime_that_does_not_load_is_told_and_the_rest_too(tmp_path, mo
     assert found["providers"]["status"] == PROBLEM and reason in found["providers"]["detail"]
     assert found["providers"]["fix"] == "pip install --force-reinstall onnxruntime"
     assert found["self-test"]["status"] == OK and found["self-test"]["detail"].endswith("on reference")
+
+
+def test_a_provider_that_leaves_its_network_to_the_cpu_is_not_said_to_run_it(monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    finding = doctor._provider_finding(onnxruntime, "CPUExecutionProvider")
+    assert (finding.status, finding.detail) == (OK, "opens and runs a network")
+    monkeypatch.setattr(placement, "_told", lambda session: Counter({"another": 1}))
+    monkeypatch.setattr(placement, "_profiled", lambda session, batch: Counter({"another": 1}))
+    finding = doctor._provider_finding(onnxruntime, "CPUExecutionProvider")
+    assert (finding.status, finding.detail.split(",")[0]) == (OK, "loads")
 
 
 def test_without_compiled_kernels_it_warns_with_the_command(monkeypatch):
