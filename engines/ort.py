@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 from piflow_edge.engines import Choice, Engine, EngineOptions, Graph, placement
@@ -58,12 +57,9 @@ def give_weights(settings, graph: Graph) -> None:
 
 def installed() -> list[str]:
     """Which of ONNX Runtime's `PACKAGES` are installed."""
-    found = []
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            distribution(name)
-            found.append(name)
-    return found
+    from piflow_edge.hardware import versions  # late: slow to import what it asks
+
+    return list(versions(PACKAGES))
 
 
 class OrtEngine:

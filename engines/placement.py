@@ -1,7 +1,6 @@
 """Which of ONNX Runtime's providers runs how many nodes: one that takes none leaves all to the CPU, in silence."""
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,8 @@ def watched(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Counter]]
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         yield _told
         return
+    import tempfile  # late: newer ones need none
+
     # Windows keeps the file of a session that could not be opened until the session is collected.
     with tempfile.TemporaryDirectory(prefix="piflow-edge-", ignore_cleanup_errors=True) as folder:
         settings.enable_profiling = True
