@@ -129,7 +129,7 @@ def test_a_provider_that_is_not_installed_is_an_error_with_a_command(name, monke
 )  # fmt: skip
 def test_what_to_install_for_a_gpu_fits_the_machine(monkeypatch, jetson, driver, words):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(ort, "installed", lambda: [])
+    monkeypatch.setattr(ort, "installed", list)
     monkeypatch.setattr(ort_cuda, "jetson_release", lambda: jetson)
     monkeypatch.setattr(nvidia, "driver_cuda_version", lambda: driver)
     with pytest.raises(MissingExtraError) as error:
