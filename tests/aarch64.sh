@@ -6,7 +6,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 place=$PWD/.aarch64
-packages="setuptools>=77 wheel pytest hypothesis cryptography jsonschema numpy pillow onnxruntime click rich array-api-compat"
+packages="setuptools>=77 wheel pytest pytest-xdist hypothesis cryptography jsonschema numpy pillow onnxruntime click rich array-api-compat \
+onnx filelock"
 
 if [ "$(uname -m)" != aarch64 ]; then
     if [ ! -e "$place/whole" ]; then

@@ -43,9 +43,13 @@ def every(releases=RELEASES):
     return pytest.mark.parametrize("release", releases, indirect=True)
 
 
+def small_model():
+    pytest.importorskip("onnx", reason="the small network is made with onnx")
+    return small_network.model()
+
+
 def built(precision="fp32", graph=None, **settings):
-    pytest.importorskip("onnx")
-    graph = graph or Graph(small_network.model().SerializeToString())
+    graph = graph or Graph(small_model().SerializeToString())
     settings = {"ordinal": 0, "workspace": None, "timing_cache": None} | settings
     return json.loads(trt_build.build_plan(graph, precision, small_network.profile(), **settings))
 
@@ -125,7 +129,7 @@ def test_weights_in_files_beside_the_model_are_read(release, tmp_path):
     onnx = pytest.importorskip("onnx")
     path = tmp_path / "model.onnx"
     kept = {"save_as_external_data": True, "location": "model.bin", "size_threshold": 0}
-    onnx.save(small_network.model(), path, **kept)
+    onnx.save(small_model(), path, **kept)
     weights = {"model.bin": (tmp_path / "model.bin").read_bytes()}
     graph = Graph(path.read_bytes(), weights)
     assert len(weights["model.bin"]) == small_network.TABLE.nbytes
@@ -135,7 +139,7 @@ def test_weights_in_files_beside_the_model_are_read(release, tmp_path):
 
 @every(["8.6.1", "11.4.0.106"])
 def test_what_the_parser_cannot_read_is_told(release):
-    model = small_network.model()
+    model = small_model()
     model.graph.node[-1].op_type = "DynamicQuantizeLinear"
     with pytest.raises(EngineError, match="cannot read the graph: no importer for DynamicQuantizeLinear"):
         built(graph=Graph(model.SerializeToString()))
@@ -146,7 +150,7 @@ def test_a_bundle_that_says_other_inputs_than_the_graph_has_is_refused(release):
     with pytest.raises(
         EngineError, match="the graph's inputs are x_t, t, class_labels; the bundle says noise"
     ):
-        trt_build.build_plan(Graph(small_network.model().SerializeToString()), "fp32", {"noise": ((1,),) * 3},
+        trt_build.build_plan(Graph(small_model().SerializeToString()), "fp32", {"noise": ((1,),) * 3},
                              ordinal=0, workspace=None, timing_cache=None)  # fmt: skip
 
 
