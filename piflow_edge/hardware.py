@@ -4,8 +4,6 @@ import contextlib
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -130,6 +128,9 @@ def jetson_release() -> str | None:
 
 def told_by(program: str, *arguments: str) -> str | None:
     """What a program that only reports prints; None where it is missing, fails, or takes over 10 seconds."""
+    import shutil  # late, with the next: slow to import, and `engines` imports this module
+    import subprocess
+
     path = shutil.which(program)
     if path is None:
         return None
