@@ -208,7 +208,7 @@ class OrtEngine:
                 f"{ort.__version__}: {error}"
             ) from error
         ours, total = counts[self.provider], sum(counts.values())
-        if not ours:
+        if total and not ours:
             raise EngineError(
                 f"engine {self.name!r} cannot run this network: {self.provider} took none of its {total} nodes, all "
                 "would run on the CPU; use engine 'ort-cpu'"
