@@ -210,15 +210,15 @@ def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine
     for name in _suited(device):
         opener = _backend(name).opener(graph, _device(name, device), options)
         if isinstance(opener, str):
-            reason = opener
+            passed_over[name] = opener.removeprefix(f"engine {name!r} ")
         else:
             try:
                 opened = opener()
             except PiFlowError as error:
                 if name == "ort-cpu":  # needs no device or driver that could be amiss: it is the graph
                     raise
-                reason = str(error)
-                log.warning("engine %r is installed and does not work: %s", name, reason)
+                passed_over[name] = str(error).removeprefix(f"engine {name!r} ")
+                log.warning("engine %r, which is installed, was passed over: %s", name, passed_over[name])
             else:
                 opened.choice = Choice("it is the fastest that can run here", passed_over)
                 log.info("engine %r on %s runs: %s", name, opened.device, opened.choice.reason)
@@ -226,13 +226,12 @@ def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine
                     log.info("engine %r was passed over: %s", other, why)
                 if name == "reference":
                     log.warning(
-                        "NumPy runs the network, many times slower than it could be: %s",
+                        "NumPy runs the network, many times slower than it could be: engine 'ort-cpu' %s",
                         passed_over["ort-cpu"],
                     )
                 return opened
-        passed_over[name] = reason
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-    raise EngineError(f"no engine can run here{f' on {device}' if device else ''}: {reasons}")
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in passed_over.items())
+    raise EngineError(f"no engine can run here{f' on {device}' if device else ''}:{reasons}")
 
 
 def _suited(device: str | None) -> list[str]:

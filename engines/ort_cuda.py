@@ -36,6 +36,14 @@ class OrtCUDA(OrtEngine):
     memory = "cuda"  # as ONNX Runtime calls it
 
     @classmethod
+    def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
+        """See `Engine`. That this package is installed where there is no GPU is nothing to warn of."""
+        opener = super().opener(graph, device, options)
+        if isinstance(opener, str) or nvidia.driver_cuda_version():
+            return opener
+        return f"engine {cls.name!r} needs an NVIDIA driver, and this machine has none"
+
+    @classmethod
     def _also(cls) -> str:
         if jetson_release():
             return " (on Jetson NVIDIA's own build for JetPack, which PyPI has not; or use engine 'tensorrt')"

@@ -231,6 +231,7 @@ def gpu(monkeypatch, tmp_path):
     pytest.importorskip("filelock")
     monkeypatch.setenv("PIFLOW_EDGE_CACHE", str(tmp_path))
     monkeypatch.setattr(nvidia, "driver_version", lambda: "12.6")
+    monkeypatch.setattr(nvidia, "driver_cuda_version", lambda: (12, 6))
     monkeypatch.setattr(nvidia, "name", lambda ordinal: "Orin")
     monkeypatch.setattr(nvidia, "device", lambda ordinal: nvidia.Device("sm_87", 8, 0))
 

@@ -81,7 +81,7 @@ def test_auto_takes_the_first_that_can_run_and_says_why(backends, caplog):
     assert engine.choice.passed_over == {"best": "there is no GPU", "good": "good breaks"}
     assert "'plain' on cpu runs: it is the fastest" in caplog.text and "no GPU" in caplog.text
     warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert warned == ["engine 'good' is installed and does not work: good breaks"]
+    assert warned == ["engine 'good', which is installed, was passed over: good breaks"]
 
 
 def test_auto_keeps_to_the_device_that_is_asked_for(backends):
@@ -90,7 +90,7 @@ def test_auto_keeps_to_the_device_that_is_asked_for(backends):
         plain=(("cpu",), fake("plain")),
     )
     assert open_engine(IDENTITY, device="cpu").choice.passed_over == {}
-    with pytest.raises(EngineError, match=r"no engine can run here on cuda:1: best: there is no GPU$"):
+    with pytest.raises(EngineError, match=r"no engine can run here on cuda:1:\n  best: there is no GPU$"):
         open_engine(IDENTITY, device="cuda:1")
 
 
@@ -137,6 +137,15 @@ def test_what_to_install_for_a_gpu_fits_the_machine(monkeypatch, jetson, driver,
     told, _, added = str(error.value).partition(" (")
     assert told.endswith("pip install 'onnxruntime-gpu[cuda,cudnn]'")
     assert words in added and bool(words) == bool(added)
+
+
+def test_auto_passes_over_a_gpus_package_in_silence_where_there_is_no_gpu(monkeypatch, caplog):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(ort_cuda.OrtCUDA, "_missing", classmethod(lambda cls, ort: None))
+    monkeypatch.setattr(nvidia, "driver_cuda_version", lambda: None)
+    engine = open_engine(IDENTITY)
+    assert engine.choice.passed_over["ort-cuda"] == "needs an NVIDIA driver, and this machine has none"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("name", "words"), [("coreml", "needs macOS"), ("directml", "needs Windows")])

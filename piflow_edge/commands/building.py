@@ -10,7 +10,7 @@ from .options import BUNDLE, JSON, TRUSTED_KEYS, emit, say, show
 @click.option("--engine", type=click.Choice(["tensorrt", "ort-tensorrt", "tensorrt-rtx"]), default="tensorrt",
               help="What to build for: TensorRT itself, or one of ONNX Runtime's providers.")  # fmt: skip
 @click.option("--batch", default="1:1:8", metavar="MIN:OPT:MAX",
-              help="Batch sizes the engine takes, fastest at OPT; one number is all three.")  # fmt: skip
+              help="Batch sizes it computes, best at OPT; one number is all. Fewer take as long as MIN.")  # fmt: skip
 @click.option("--workspace", type=click.IntRange(min=1), metavar="MIB",
               help="Memory of the GPU that one layer may use for scratch, in MiB; else all of it.")  # fmt: skip
 @click.option("--precision", help="One of the bundle's; else its first.")

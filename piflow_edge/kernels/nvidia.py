@@ -45,7 +45,7 @@ def _bindings(name: str):
         return import_module(f"cuda.bindings.{name}")
     except ImportError as error:
         raise EngineError(
-            f"a GPU of NVIDIA's needs the package cuda-bindings; get it with: {PIP_COMMAND}"
+            f"a GPU of NVIDIA's needs the package cuda-bindings; get it with: {PIP_COMMAND}{also_lacks_driver()}"
         ) from error
 
 
