@@ -3,12 +3,14 @@
 Each contender is a fresh interpreter, in turn, medians: `import numpy`, `import piflow_edge` with its public names,
 `import click`, `piflow-edge --help`; with --demo the time from process start to the first image of the demo's bundle,
 and the same student from its checkpoint in PyTorch, as an app without this runtime would run it. What a process holds
-after its first image is asked in further ones, for the question takes time too.
+after its first image is asked in further ones, for the question takes time too. All have their bytecode, as pip
+writes it: where none may be written, a checkout would be compiled at every start.
 
 Run: python benchmarks/startup.py --demo demo
 """
 
 import importlib.util
+import os
 import shutil
 import statistics
 import subprocess
@@ -41,11 +43,12 @@ with torch.no_grad():
 latents = pf.rollout(pf.GMPolicy(*outputs, noise, 1.0), noise, 1.0, 0.0, 128)
 images = as_pil(decode(latents.numpy()))
 """
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 HOLDS = "\nfrom piflow_edge.hardware import memory; print(*(memory() or ()))"
 
 
 def runs(command):
-    return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
 
 
 def held(code, repeats):
@@ -53,7 +56,7 @@ def held(code, repeats):
     told = []
     for _ in range(repeats):
         done = subprocess.run(
-            [sys.executable, "-c", code + HOLDS], check=True, capture_output=True, text=True
+            [sys.executable, "-c", code + HOLDS], check=True, capture_output=True, text=True, env=ENVIRONMENT
         )
         told.append([float(number) for number in done.stdout.split()])
     if not all(told):

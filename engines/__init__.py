@@ -198,6 +198,12 @@ def open_engine(
     """
     if engine not in ENGINE_NAMES:
         raise EngineError(f"engine is one of {', '.join(ENGINE_NAMES)}; got {engine!r}")
+    if device is not None and not isinstance(device, str):
+        raise EngineError(f"device is a name, such as 'cpu' or 'cuda:1', or None; got device {device!r}")
+    if not isinstance(options, EngineOptions):
+        raise EngineError(
+            f"options is an EngineOptions, such as EngineOptions(num_threads=1); got {options!r}"
+        )
     if engine == "auto":
         return _fastest(graph, device, options)
     opened = _backend(engine)(graph, _device(engine, device), options)

@@ -130,6 +130,15 @@ def check_whole(name: str, value, least: int) -> None:
         raise ScheduleError(f"{name} is a whole number, {least} or more; got {value!r}")
 
 
+def check_watchers(callback, callback_every, cancel) -> None:
+    """ScheduleError for what cannot watch a call; see `Generator`."""
+    if callback is not None and not callable(callback):
+        raise ScheduleError(f"callback is a function that takes a Progress; got {callback!r}")
+    check_whole("callback_every", callback_every, 1)
+    if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
+        raise ScheduleError(f"cancel is a threading.Event, or what has its is_set(); got {cancel!r}")
+
+
 def asked_schedule(spec: ScheduleSpec, nfe, substeps, h) -> Schedule:
     """The bundle's schedule with what is not None instead of its own."""
     try:

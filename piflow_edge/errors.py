@@ -47,6 +47,10 @@ class EngineNotBuiltError(EngineError):
     """An engine that must be built first, which `piflow-edge build` does."""
 
 
+class NotFiniteError(EngineError):
+    """A network that made NaN or infinity, of which there is no image."""
+
+
 class MissingExtraError(PiFlowError, ImportError):
     """A command or engine needs a package that is not installed."""
 

@@ -14,15 +14,15 @@ import numpy as np
 
 from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions
 
-from .arguments import Seeds, asked_schedule, check_whole
+from .arguments import Seeds, check_watchers
 from .bundle import Bundle
-from .errors import BundleError, EngineError, RecipeError, ShapeError
+from .errors import BundleError, EngineError, NotFiniteError, RecipeError, ShapeError
 from .files import sha256
 from .images import as_pil, decode_float_there, decode_there
 from .kernels import gpu_arrays, nvidia
 from .policies import Policy
 from .recipe import Recipe
-from .request import Request, asked_again, checked
+from .request import Request, asked_again, checked, untrained
 from .sampling import Known, Progress, sample
 from .stopwatch import Stopwatch
 
@@ -150,7 +150,7 @@ class Generator:
             ShapeError: noise, an image or a mask of another shape, or not finite.
             ScheduleError: a setting out of range, or without what it is for.
             BundleError: images are asked for, and the bundle makes latents and has no decoder.
-            EngineError: the network call failed or made NaN, or the generator was closed.
+            EngineError: a network failed, or the generator was closed; NotFiniteError: it made NaN or infinity.
             Cancelled: `cancel` was set. No part of the images is returned; a callback has seen what there was.
         """
         began = time.perf_counter()
@@ -162,7 +162,7 @@ class Generator:
                 f"bundle {self.bundle.name!r} makes latents and has no decoder; ask for output='latent', or export it "
                 "with --autoencoder"
             )
-        check_whole("callback_every", callback_every, 1)
+        check_watchers(callback, callback_every, cancel)
         request = checked(
             self.bundle,
             labels=labels,
@@ -179,14 +179,15 @@ class Generator:
             mask=mask,
             noise=noise,
         )
-        self._tell_of_training(request)
+        if (told := untrained(request, manifest.schedule, self.trained_nfes)) is not None:
+            self._warn_once(told)
         place = self._place
         clock = Stopwatch(lambda: nvidia.wait_for(place.stream)) if synchronize and place else Stopwatch()
         settings = {
             "clock": clock,
             "callback": callback,
             "callback_every": callback_every,
-            "cancelled": cancel and cancel.is_set,
+            "cancelled": None if cancel is None else cancel.is_set,
         }
         # The policies' threads are started from this one, and keep to its cores.
         with self._open(), self.options.on_cores():
@@ -195,11 +196,7 @@ class Generator:
                 for piece in _pieces(len(request), _BATCH_SIZE, self.engine)
             ]
             images, latents = None, _joined([self._on_host(piece, clock) for piece in pieces])
-            if not np.isfinite(latents).all():  # would be black, or whatever the processor makes of it
-                raise EngineError(
-                    f"bundle {self.bundle.name!r} in {self.precision} on {self.engine.name} made NaN or infinity; load "
-                    f"it in another precision. `piflow-edge verify BUNDLE --precision {self.precision}` tells where"
-                )
+            self._check_finite(latents, "the student", self.engine)
             if output != "latent":
                 images = _joined([self._decoded(piece, output == "float", clock) for piece in pieces])
             if output == "pil":
@@ -346,22 +343,30 @@ class Generator:
         return self._decoded(latents, False, Stopwatch())
 
     def _decoded(self, latents: Any, as_float: bool, clock: Stopwatch) -> np.ndarray:
-        spec, made = self.bundle.manifest.latent, decode_float_there if as_float else decode_there
+        made = decode_float_there if as_float else decode_there
         if self.decoder is None:
             with clock.stage("decode"):
-                images = made(latents, spec)
+                images = made(latents, self.bundle.manifest.latent)
             return self._on_host(images, clock)
         *_, height, width = self.bundle.manifest.decoder.outputs[0].shape
         size = max(1, _DECODED_PIXELS // (height * width))
-        name = self.bundle.manifest.decoder.inputs[0].name
         images = []
         for piece in _pieces(len(latents), size, self.decoder):
             with clock.stage("decode"):
-                unscaled = latents[piece] / spec.scale + spec.shift
-                (decoded,) = self.decoder.run({name: unscaled}).values()
+                (decoded,) = self.decoder.run(self.decoder_inputs(latents[piece])).values()
+                self._check_finite(decoded, "the decoder", self.decoder)
                 shown = made(decoded)
             images.append(self._on_host(shown, clock))
         return _joined(images)
+
+    def _check_finite(self, made: Any, network: str, engine: Engine) -> None:
+        """NotFiniteError for NaN and infinity: they would be black, or whatever the processor makes of them."""
+        if not gpu_arrays.all_finite(made):
+            raise NotFiniteError(
+                f"{network} of bundle {self.bundle.name!r} in {self.precision} on {engine.name} made NaN or infinity; "
+                "load it in another precision. `piflow-edge verify BUNDLE --precision "
+                f"{self.precision}` tells where"
+            )
 
     def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """One student call: the raw network outputs at `x_t` (B, C, H, W) for class ids (B,)."""
@@ -370,6 +375,11 @@ class Generator:
     def inputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """What the network is fed in `outputs`."""
         return self.bundle.manifest.network_inputs(x_t, sigma_t, ids)
+
+    def decoder_inputs(self, latents: Any) -> dict[str, Any]:
+        """What the decoder is fed for latents (B, C, H, W): scaled back; see `decode`."""
+        spec, (given,) = self.bundle.manifest.latent, self.bundle.manifest.decoder.inputs
+        return {given.name: latents / spec.scale + spec.shift}
 
     def policy(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> Policy:
         """One student call as a policy; see `outputs`."""
@@ -383,27 +393,12 @@ class Generator:
     def _bundle_sha256(self) -> str:
         return sha256(self.bundle.manifest_bytes)
 
-    def _tell_of_training(self, request: Request) -> None:
-        """Warn, once, of a setting that the student was not trained for."""
-        trained, schedule, strength = self.trained_nfes, request.schedule, request.strength
-        if schedule.nfe not in trained:
-            calls = " or ".join(map(str, trained))
-            told = f"was trained for {calls} calls per image and runs with {schedule.nfe}"
-        elif strength < 1 and not any(self._calls_at(strength, nfe) for nfe in trained):
-            levels = ", ".join(f"{sigma:.3g}" for sigma in schedule.sigmas[:-1])
-            told = f"was trained to be called at noise levels {levels} and starts at {strength:.3g}"
-        else:
-            return
+    def _warn_once(self, told: str) -> None:
         with self._lock:
-            again = told in self._told
+            new = told not in self._told
             self._told.add(told)
-        if not again:
+        if new:
             log.warning("bundle %r %s", self.bundle.name, told)
-
-    def _calls_at(self, sigma: float, nfe: int) -> bool:
-        """Whether the bundle's schedule of so many calls has one at this noise level."""
-        sigmas = asked_schedule(self.bundle.manifest.schedule, nfe, None, None).sigmas
-        return bool(np.isclose(sigma, sigmas).any())
 
 
 def _pieces(count: int, size: int, engine: Engine) -> Iterator[slice]:

@@ -9,8 +9,7 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from .errors import EngineError, ScheduleError, ShapeError
-from .kernels import cpu, cuda
-from .kernels.device_arrays import is_on_gpu
+from .kernels import cpu
 from .policies import DXPolicy, Policy
 from .schedule import segment_sigmas
 
@@ -104,10 +103,9 @@ def integrate(
     elif kernel == "reference":
         x_dst = _euler(policy, x_src, sigmas)
     else:
-        place = ("cuda" if is_on_gpu(x_src) else "cpu") if kernel == "auto" else kernel
-        compiled = cuda if place == "cuda" else cpu
+        compiled = _compiled(kernel, x_src)
         if (reason := compiled.obstacle(policy, x_src)) is None:
-            settings = {"num_threads": num_threads} if place == "cpu" else {}
+            settings = {"num_threads": num_threads} if compiled is cpu else {}
             x_dst = compiled.rollout(policy, x_src, sigmas, **settings)
         elif kernel != "auto":
             raise EngineError(f"kernel {kernel!r} cannot run: {reason}")
@@ -117,6 +115,15 @@ def integrate(
             closed = isinstance(policy, DXPolicy)
             x_dst = policy.closed_form(x_src, sigmas) if closed else _euler(policy, x_src, sigmas)
     return x_dst if x_dst.dtype == x_src.dtype else array_namespace(x_src).astype(x_dst, x_src.dtype)
+
+
+def _compiled(kernel: str, x_src: Array):
+    """The module of the kernel that was asked for; for "auto", of the one for the memory that `x_src` lies in."""
+    if kernel == "cpu" or (kernel == "auto" and isinstance(x_src, np.ndarray)):
+        return cpu
+    from .kernels import cuda, device_arrays  # late: without a GPU nobody needs them
+
+    return cuda if kernel == "cuda" or device_arrays.is_on_gpu(x_src) else cpu
 
 
 def _euler(policy, x_t, sigmas):

@@ -1,15 +1,19 @@
-"""Opening an exported student. Light: what runs it is imported when it is asked for."""
+"""Opening an exported student. What that takes is imported when `load` is called, so that `pf.load` costs nothing."""
+
+from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, open_engine
 
-from .bundle import Bundle
 from .errors import BundleError
-from .generator import Generator
-from .signature import TrustedKey
+
+if TYPE_CHECKING:
+    from .generator import Generator
+    from .signature import TrustedKey
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,9 @@ def load(
         EngineError: the engine cannot run here.
         MissingExtraError: the engine's package is not installed, or `trusted_keys` are given and `cryptography` is not.
     """
+    from .bundle import Bundle
+    from .generator import Generator
+
     opened = Bundle(bundle, trusted_keys=trusted_keys)
     policy = opened.manifest.policy
     if {spec.name for spec in opened.manifest.network.outputs} != set(policy.outputs):

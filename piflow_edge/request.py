@@ -1,6 +1,7 @@
 """What one call of a generator asks for: checked, and with all that was left open filled in."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from .arguments import (
 )
 from .bundle import Bundle
 from .errors import RecipeError
+from .manifest import ScheduleSpec
 from .recipe import Recipe, hashes
 from .schedule import Schedule
 
@@ -127,6 +129,20 @@ def checked(
         noise=noise,
         shape=tuple(manifest.latent.shape),
     )
+
+
+def untrained(request: Request, spec: ScheduleSpec, trained_nfes: Sequence[int]) -> str | None:
+    """What a student of `spec`, trained for these calls per image, was not trained for in a request; None: nothing."""
+    nfe, strength = request.schedule.nfe, request.strength
+    if nfe not in trained_nfes:
+        return f"was trained for {' or '.join(map(str, trained_nfes))} calls per image and runs with {nfe}"
+    if strength == 1:
+        return None
+    levels = [asked_schedule(spec, each, None, None).sigmas for each in trained_nfes]
+    if any(np.isclose(strength, sigmas).any() for sigmas in levels):
+        return None
+    told = ", ".join(f"{sigma:.3g}" for sigma in request.schedule.sigmas[:-1])
+    return f"was trained to be called at noise levels {told} and starts at {strength:.3g}"
 
 
 def asked_again(bundle: Bundle, recipe: Recipe, *, noise, image, mask) -> dict[str, Any]:

@@ -10,14 +10,15 @@ import io
 import logging
 import zipfile
 import zlib
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from piflow_edge.engines import open_engine
+from piflow_edge.engines import Graph, open_engine
 
 from .bundle import Bundle
-from .errors import BundleError, CheckFailedError, EngineError, MissingExtraError
+from .errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
 from .generator import Generator
 from .sampling import sample
 
@@ -60,7 +61,7 @@ def verify(generator: Generator) -> list[Row]:
 
     Raises:
         BundleError: the golden samples do not fit the bundle.
-        CheckFailedError: the network gives NaN or infinity; the layer that gives it first is named.
+        CheckFailedError: a network gives NaN or infinity; the layer that gives it first is named.
     """
     bundle = generator.bundle
     golden, tolerances = read_golden(bundle), bundle.manifest.tolerances[generator.precision]
@@ -92,9 +93,11 @@ def verify(generator: Generator) -> list[Row]:
     ]
     if bundle.manifest.makes_images:
         # From the golden latents, so that this row speaks of the decoder alone.
-        images = [("images", generator.decode(golden["latents"]), golden["images"])]
+        images = [("images", _decoded(generator, golden["latents"]), golden["images"])]
         rows.append(_worst("images", images, tolerances.images, measure=_levels))
-        drawn = [(name, generator.decode(ours), golden["images"][: len(ours)]) for name, ours, _ in latents]
+        drawn = [
+            (name, _decoded(generator, ours), golden["images"][: len(ours)]) for name, ours, _ in latents
+        ]
         rows.append(_worst("drawn images", drawn, rms_of_psnr(tolerances.psnr), measure=rms_levels))
     else:
         whole = rms_of_psnr(tolerances.psnr, peak=1)
@@ -111,18 +114,34 @@ def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sig
     odd = [name for name, value in outputs.items() if not np.isfinite(value).all()]
     if not odd:
         return
-    from piflow_edge.engines.layers import first_non_finite  # needs onnx, of which the runtime is free
-
     bundle, precision = generator.bundle, generator.precision
-    try:
-        layer = first_non_finite(bundle.graph(precision), generator.inputs(x_t, sigma, ids))
-        layer = layer or "none on its own, only the layers as the engine joins them"
-    except MissingExtraError as error:
-        layer = f"unknown, because {error}"
+    layer = _first_non_finite(bundle.graph(precision), generator.inputs(x_t, sigma, ids))
     raise CheckFailedError(
         f"bundle {bundle.name!r} in {precision} gives NaN or infinity in {odd[0]} at noise level {sigma:.3g}; the "
         f"first layer to do so: {layer}"
     )
+
+
+def _decoded(generator: Generator, latents: np.ndarray) -> np.ndarray:
+    try:
+        return generator.decode(latents)
+    except NotFiniteError as error:
+        bundle, precision = generator.bundle, generator.precision
+        layer = _first_non_finite(bundle.decoder(precision), generator.decoder_inputs(latents))
+        raise CheckFailedError(
+            f"bundle {bundle.name!r} in {precision} gives NaN or infinity in its decoder; the first layer to do so: "
+            f"{layer}"
+        ) from error
+
+
+def _first_non_finite(graph: Graph, inputs: dict[str, np.ndarray]) -> str:
+    from piflow_edge.engines.layers import first_non_finite  # needs onnx, of which the runtime is free
+
+    try:
+        layer = first_non_finite(graph, inputs)
+    except MissingExtraError as error:
+        return f"unknown, because {error}"
+    return layer or "none on its own, only the layers as the engine joins them"
 
 
 def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
@@ -130,12 +149,14 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
     bundle, spec = generator.bundle, generator.bundle.manifest.schedule
     latents, images = [], []
     for nfe in bundle.manifest.samplers:
-        graph = _sampler_engine(generator, nfe)
-        limits = [engine.max_batch for engine in (generator.engine, graph) if engine.max_batch is not None]
-        size = min([len(golden["noise"]), *limits])
-        noise, ids = golden["noise"][:size], golden["labels"][:size] if "labels" in golden else None
-        labels = {} if ids is None else {"class_labels": ids}
-        found = graph.run({"noise": noise, **labels})
+        with closing(_sampler_engine(generator, nfe)) as graph:
+            limits = [
+                engine.max_batch for engine in (generator.engine, graph) if engine.max_batch is not None
+            ]
+            size = min([len(golden["noise"]), *limits])
+            noise, ids = golden["noise"][:size], golden["labels"][:size] if "labels" in golden else None
+            labels = {} if ids is None else {"class_labels": ids}
+            found = graph.run({"noise": noise, **labels})
         expected = sample(
             lambda x_t, sigma, ids=ids: generator.policy(x_t, sigma, ids),
             noise,
@@ -144,7 +165,7 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
         )
         latents.append((f"latents of nfe{nfe}", found["latents"], expected))
         if bundle.manifest.makes_images:  # of the graph's own latents, as above
-            images.append((f"images of nfe{nfe}", found["images"], generator.decode(found["latents"])))
+            images.append((f"images of nfe{nfe}", found["images"], _decoded(generator, found["latents"])))
     return latents, images
 
 

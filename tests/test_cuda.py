@@ -451,7 +451,7 @@ def test_the_driver_is_called_as_it_wants_to_be(tmp_path):
 def torch_on_host(gpu_on_host, monkeypatch):
     """torch, all of whose tensors count as lying on that GPU."""
     torch = pytest.importorskip("torch")
-    for module in (device_arrays, cuda, integrator):
+    for module in (device_arrays, cuda):
         monkeypatch.setattr(module, "is_on_gpu", lambda array: isinstance(array, torch.Tensor))
     monkeypatch.setattr(cuda, "stream_of", lambda array: 3)
     monkeypatch.setattr(nvidia, "check_available", lambda: None)

@@ -11,7 +11,8 @@ from gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian
 import piflow_edge as pf
 from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
 from piflow_edge import generator as generator_module
-from piflow_edge.errors import EngineError
+from piflow_edge.errors import EngineError, NotFiniteError
+from piflow_edge.manifest import DecoderSpec, TensorSpec
 from piflow_edge.sampling import sample
 
 
@@ -122,6 +123,10 @@ class TestGenerator:
             (dict(labels=[1], resamples=2), "give a mask"),
             (dict(labels=[1], resamples=-1), "resamples is a whole number"),
             (dict(labels=[1], callback_every=0), "callback_every is a whole number"),
+            (dict(labels=[1], callback=3), "callback is a function that takes a Progress; got 3"),
+            (dict(labels=[1], cancel=3), "cancel is a threading.Event"),
+            (dict(labels=[1], cancel=0), "cancel is a threading.Event"),
+            (dict(labels=[1], cancel=threading.Event), "cancel is a threading.Event"),
             (dict(labels=[1], solver="rk4"), "solver is one of euler, multistep"),
         ],
     )
@@ -135,6 +140,9 @@ class TestGenerator:
             (dict(engine="warp-drive"), "engine is one of auto, tensorrt"),
             (dict(device="tpu"), "runs on any, cpu, cuda"),
             (dict(precision="int3"), "holds fp32"),
+            (dict(options={"num_threads": 1}), r"options is an EngineOptions, .* got \{'num_threads': 1\}"),
+            (dict(device=3), "got device 3"),
+            (dict(engine=["ort-cpu"]), r"got \['ort-cpu'\]"),
         ],
     )
     def test_an_engine_that_is_not_there_is_an_error(self, shared_bundle, arguments, words):
@@ -238,14 +246,36 @@ def test_nan_is_an_error_and_no_black_image():
     engine = GaussianEngine()
     exact = engine.run
     engine.run = lambda inputs: {name: value * np.nan for name, value in exact(inputs).items()}
-    with pytest.raises(EngineError, match="made NaN or infinity; load it in another precision"):
+    with pytest.raises(
+        NotFiniteError, match=r"the student of .* made NaN or infinity; load it in another prec"
+    ):
         gaussian_generator(engine)([1])
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+@pytest.mark.parametrize("output", ["pil", "numpy", "float"])
+def test_nan_of_the_decoder_is_an_error_too(output, odd):
+    generator = gaussian_generator()
+    tensors = [[TensorSpec(name, "float32", ["batch", 1, SIDE, SIDE])] for name in ("latents", "images")]
+    decoder = DecoderSpec("mirror", *tensors, 20)
+    generator.bundle.manifest = replace(generator.bundle.manifest, decoder=decoder)
+
+    def run(inputs):
+        images = inputs["latents"].copy()
+        images[-1, 0, -1, -1] = last
+        return {"images": images}
+
+    generator.decoder = SimpleNamespace(name="mirror", max_batch=None, min_batch=1, run=run)
+    last = 0.5
+    assert len(generator([1, 0], output=output).images) == 2
+    last = odd
+    with pytest.raises(NotFiniteError, match="the decoder of bundle 'gaussian' in fp32 on mirror made NaN"):
+        generator([1, 0], output=output)
+    assert np.isfinite(generator([1, 0], output="latent").latents).all()
 
 
 @pytest.mark.parametrize(("asked", "given"), [("auto", "auto"), ("fast", "fast")])
 def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked, given):
-    from piflow_edge import loading
-
     opened, closed = [], []
 
     def open_engine(graph, *, engine, device, options):
@@ -260,8 +290,8 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
     bundle = SimpleNamespace(
         name="b", manifest=manifest, graph=lambda precision: "student", decoder=lambda precision: "decoder"
     )
-    monkeypatch.setattr(loading, "Bundle", lambda folder, trusted_keys: bundle)
-    monkeypatch.setattr(loading, "open_engine", open_engine)
+    monkeypatch.setattr("piflow_edge.bundle.Bundle", lambda folder, trusted_keys: bundle)
+    monkeypatch.setattr("piflow_edge.loading.open_engine", open_engine)
     with pytest.raises(EngineError, match="no decoder here"):
         pf.load("b", engine=asked)
     assert opened == [("student", asked, None), ("decoder", given, "gpu")] and closed == ["student"]

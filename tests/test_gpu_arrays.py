@@ -68,6 +68,13 @@ check(lambda np, s: np.astype(np.round(s), np.uint8), np.array([0.4, 254.6, 3.5]
 
 from piflow_edge.images import decode
 
+for odd in (np.nan, np.inf, -np.inf, 3e38, 0):
+    for place_of_it in ((0, 0, 0, 0), (1, 2, 3, 4)):
+        numbers = np.full((2, 3, 4, 5), 3e38, np.float32)  # whose sum is infinite, and not theirs
+        numbers[place_of_it] = odd
+        expected = bool(np.isfinite(odd))
+        assert xp.all_finite(numbers) == xp.all_finite(xp.asarray(numbers, device=place)) == expected, odd
+
 latents = rng.standard_normal((2, 3, 4, 5), dtype=np.float32)
 np.testing.assert_array_equal(decode(xp.asarray(latents, device=place)), decode(latents))
 
@@ -160,9 +167,9 @@ for image in range(3):
 assert (ours.engine, ours.device) == ("ort-cuda", "cuda")
 np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
 assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
-# The noise goes there, image and latents come back; noise levels and labels are there already.
+# The noise goes there; image, latents and whether all is finite come back. Noise levels and labels are there already.
 # Each of these copies is waited for, and nothing else.
-assert moved == {"ins": 1, "outs": 2, "bytes": 0, "syncs": 3}, moved
+assert moved == {"ins": 1, "outs": 3, "bytes": 0, "syncs": 4}, moved
 assert theirs.timings["transfer"] == 0 < ours.timings["transfer"]
 
 # Asked for, the wait is at the end of every stage, and of its time.
@@ -177,9 +184,10 @@ def slow(stream):
 nvidia.wait_for = slow
 staged = generator(**arguments, output="numpy", synchronize=True).timings
 nvidia.wait_for = wait_for
-# Noise, 2 calls, 2 policies, the decoder, 3 copies which wait once more themselves, the total.
-assert len(queued) == 1 + 2 + 2 + 1 + 2 * 3 + 1, len(queued)
-for stage, waits in {"noise": 1, "network": 2, "policy": 2, "decode": 1, "transfer": 6}.items():
+# Noise, 2 calls, 2 policies, the decoder which asks whether all is finite, 3 copies which wait once more themselves,
+# the total.
+assert len(queued) == 1 + 2 + 2 + 2 + 2 * 3 + 1, len(queued)
+for stage, waits in {"noise": 1, "network": 2, "policy": 2, "decode": 2, "transfer": 6}.items():
     assert staged[stage] >= 20 * waits, staged
 again = generator(**arguments, output="float", h=0.5)
 there = expected(**arguments, output="float", h=0.5)
@@ -204,6 +212,15 @@ generator(**arguments, callback=lambda done: seen.append((type(done.x_t), type(d
 assert seen == [(np.ndarray, np.ndarray)] * 2
 network = generator.engine.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
 assert all(value.stream == place.stream for value in network.values())
+decode = generator.decoder.run
+generator.decoder.run = lambda inputs: {name: value / 0 for name, value in decode(inputs).items()}
+for output in ("pil", "numpy", "float"):
+    try:
+        generator(**arguments, output=output)
+        raise AssertionError("an image of infinity")
+    except PiFlowError as error:
+        assert "the decoder of bundle 'bundle' in fp32 on ort-cuda made NaN or infinity" in str(error), error
+assert np.isfinite(generator(**arguments, output="latent").latents).all()
 plain = generator.engine.run(generator.inputs(theirs.latents, 0.5, np.array([1, 2, 3])))
 for name, value in plain.items():
     np.testing.assert_array_equal(xp.to_host(network[name]), value)
@@ -237,8 +254,8 @@ with pf.load(sys.argv[1], engine="tensorrt") as generator:
         assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
     moved = {name: counts()[name] - before[name] for name in COUNTS}
     # Once recorded, an image is two replays of the student and one of the decoder, and nothing new is taken. Beside the
-    # noise, times and labels go there, a few bytes; image and latents come back.
-    assert (moved["launches"], moved["outs"], moved["bytes"], moved["graphs"]) == (3, 2, 0, 0), moved
+    # noise, times and labels go there, a few bytes; image, latents and whether all is finite come back.
+    assert (moved["launches"], moved["outs"], moved["bytes"], moved["graphs"]) == (3, 3, 0, 0), moved
 assert counts()["graphs"] == 0
 
 # Engines for no fewer than 4: 10 images are made 5 at a time, 1 as one of 4; and checks ask for batches of 1.

@@ -1,6 +1,5 @@
 """Commands about pictures: `demo`, `evaluate`, `sample`."""
 
-import json
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -168,6 +167,8 @@ def sample(
       piflow-edge sample digits --labels 3,7 --seed 7 --out digits.png
       piflow-edge sample digits --like digits.png --out again.png
     """
+    from dataclasses import asdict
+
     from piflow_edge.images import open_array, open_image
     from piflow_edge.loading import load
     from piflow_edge.recipe import read_recipe
@@ -206,7 +207,7 @@ def sample(
             "seeds": result.recipe.seeds,
             "timings_ms": timings,
         }
-        emit({"files": [str(path) for path in files], **run, "recipe": json.loads(result.recipe.as_json())})
+        emit({"files": [str(path) for path in files], **run, "recipe": asdict(result.recipe)})
     else:
         say(f"{result.engine} on {result.device}, {result.timings['total']:.1f} ms")
         for path in files:

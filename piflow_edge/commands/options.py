@@ -1,6 +1,5 @@
 """What several commands share: options, and how results are told."""
 
-import json
 import os
 import re
 import sys
@@ -166,6 +165,8 @@ def precisions(context, parameter, text: str) -> list[str]:
 
 
 def emit(value) -> None:
+    import json
+
     click.echo(json.dumps(value, indent=2))
 
 

@@ -179,6 +179,14 @@ def to_host(array: Any) -> np.ndarray:
     return host
 
 
+def all_finite(x: Any) -> bool:
+    """Whether an array (B, ..., H, W), also one of NumPy's, holds neither NaN nor infinity. Waits for it on a GPU."""
+    if isinstance(x, np.ndarray):
+        return bool(np.isfinite(x).all())
+    nothing = x - x  # 0, or NaN in these places; summed up where it lies, so that little crosses the bus
+    return bool(np.isfinite(to_host(sum(sum(nothing, axis=-2), axis=-1))).all())
+
+
 # --- the array API
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 import piflow_edge as pf
 from piflow_edge.bundle import Bundle
@@ -24,7 +25,7 @@ from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
 from piflow_edge.distill.training import TrainingConfig
 from piflow_edge.engines import open_engine
-from piflow_edge.errors import BundleError, CheckFailedError, DataError
+from piflow_edge.errors import BundleError, CheckFailedError, DataError, NotFiniteError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.decoder_graph import export_decoder
 from piflow_edge.export.to_bundle import export_bundle
@@ -156,6 +157,24 @@ def test_verify_has_a_layer_from_latents_to_images(latent_bundle, tmp_path, othe
     rows = {row.layer: row for row in verify(pf.load(altered))}
     failed = [name for name, row in rows.items() if not row.passed]
     assert failed == ["images", "drawn images", "sampler images"]
+
+
+def test_a_decoder_that_gives_nan_is_told_and_the_layer(latent_bundle, tmp_path):
+    model = onnx.load(latent_bundle / "decoder.fp32.onnx")
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32("inf"), weight.name))
+    data = model.SerializeToString()
+    altered = shutil.copytree(latent_bundle, tmp_path / "altered")
+    (altered / "decoder.fp32.onnx").write_bytes(data)
+    spec = vars(FileSpec(sha256(data), len(data)))
+    edit(altered, lambda body: body["files"].update({"decoder.fp32.onnx": spec}))
+    with pf.load(altered) as generator:
+        with pytest.raises(
+            NotFiniteError, match="the decoder of bundle 'latent' in fp32 on ort-cpu made NaN"
+        ):
+            generator([1])
+        with pytest.raises(CheckFailedError, match=r"NaN or infinity in its decoder; .*: \w+ \(Conv with "):
+            verify(generator)
 
 
 def test_the_decoder_of_an_fp16_bundle_is_fp16_too(tmp_path, kl):

@@ -10,10 +10,11 @@ import onnx
 import pytest
 
 import piflow_edge as pf
+from piflow_edge import verification
 from piflow_edge.bundle import Bundle
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph, open_engine
-from piflow_edge.errors import BundleError, CheckFailedError
+from piflow_edge.errors import BundleError, CheckFailedError, EngineError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_bundle import export_bundle
@@ -130,6 +131,23 @@ def test_a_graph_holds_standard_operators_and_the_network_once(folder):
     assert not model.functions
     # Three rollouts of 43 substeps take four float32 each, and the nodes of one a few kilobytes.
     assert len(opened.sampler(3).model) < len(opened.graph().model) + 16_000
+
+
+def test_verify_closes_the_engines_it_opens(folder, monkeypatch):
+    opened = []
+
+    def opening(*arguments, **settings):
+        opened.append(open_engine(*arguments, **settings))
+        return opened[-1]
+
+    monkeypatch.setattr(verification, "open_engine", opening)
+    with pf.load(folder) as generator:
+        verify(generator)
+        assert len(opened) == 3
+        for engine in opened:
+            with pytest.raises(EngineError, match="is closed"):
+                engine.run({})
+        generator([1])  # what was given is not closed
 
 
 def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):
