@@ -6,8 +6,9 @@ made again on its own. Draw 0 is the starting noise; draw i re-noises at the end
 The stream of a draw is the Philox blocks with counter `(block, draw, index low word, index high word)` and key
 `(seed low word, seed high word)`, block = 0, 1, 2, ... A block's four words give four normals: words 0 and 1 a pair,
 words 2 and 3 a pair, by Box-Muller `sqrt(-2 ln u) * (cos, sin)(2 pi v)` with `u, v = ((word >> 8) + 0.5) / 2^24`.
-The transform runs in float64 and is rounded to float32 once, because libraries' float32 logarithms differ in the
-last bit while this rounds alike everywhere but for about one value in 10^8.
+It runs in float64 and is rounded to float32 once. Libraries' logarithms and cosines differ in the last bit, so they are
+written out as their series, in operations that IEEE 754 rounds alike everywhere (+, -, *, /, sqrt, none fused): the
+noise is the same to the bit on every machine. `kernels/philox.h` does the same in C++.
 
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 """
@@ -27,6 +28,11 @@ _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
+# Series in the square of their argument, as far as float64 shows a difference.
+_LOGARITHM = [1 / n for n in range(21, 0, -2)]
+_COSINE = [(-1) ** n / math.factorial(2 * n) for n in range(9, -1, -1)]
+_SINE = [(-1) ** n / math.factorial(2 * n + 1) for n in range(8, -1, -1)]
+_LN_2, _ROOT_HALF, _QUARTER = 0.6931471805599453, 0.7071067811865476, 1.5707963267948966
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -97,9 +103,39 @@ def _normal(seed: int, index: np.ndarray, size: int, draw: int) -> np.ndarray:
     counter[0], counter[1] = np.arange(blocks, dtype=np.uint64), draw
     counter[2], counter[3] = index & _WORD, index >> _HALF
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    uniform = ((words >> np.uint32(8)).astype(np.float64) + 0.5) * 2.0**-24
-    radius, angle = np.sqrt(-2 * np.log(uniform[0::2])), 2 * math.pi * uniform[1::2]
+    radius = _radius(words[0::2] >> 8)
     normals = np.empty((len(index), blocks, 2, 2), np.float32)  # of a block two pairs, of a pair two waves
-    for wave, function in enumerate((np.cos, np.sin)):
-        normals[..., wave] = (function(angle) * radius).transpose(1, 2, 0)
+    for i, wave in enumerate(_waves(words[1::2] >> 8)):
+        normals[..., i] = (wave * radius).transpose(1, 2, 0)
     return np.ascontiguousarray(normals.reshape(len(index), 4 * blocks)[:, :size])
+
+
+def _radius(k: np.ndarray) -> np.ndarray:
+    """sqrt(-2 ln u), u = (k + 0.5) / 2^24, for whole k below 2^24; float64."""
+    m, power = np.frexp((k + 0.5) * 2.0**-24)
+    small = m < _ROOT_HALF
+    m, power = np.where(small, 2 * m, m), power - small
+    s = (m - 1) / (m + 1)  # ln m = 2 (s + s^3 / 3 + s^5 / 5 + ...), |s| below 0.172
+    return np.sqrt(-2 * (power * _LN_2 + 2 * s * _polynomial(_LOGARITHM, s * s)))
+
+
+def _waves(k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of 2 pi (k + 0.5) / 2^24, for whole k below 2^24; float64."""
+    quarter = (
+        k.astype(np.int32) + (1 << 21)
+    ) >> 22  # turns of 90 degrees, and what is left of one: -0.5 to 0.5
+    x = ((k - (quarter << 22)) + 0.5) * 2.0**-22 * _QUARTER
+    cosine, sine = _polynomial(_COSINE, x * x), _polynomial(_SINE, x * x) * x
+    odd = quarter & 1 == 1
+    cosine, sine = np.where(odd, sine, cosine), np.where(odd, cosine, sine)
+    return np.where((quarter + 1) & 2, -cosine, cosine), np.where(quarter & 2, -sine, sine)
+
+
+def _polynomial(coefficients: Sequence[float], x: np.ndarray) -> np.ndarray:
+    """By Horner's rule, the highest power's coefficient first."""
+    first, *others = coefficients
+    value = np.full_like(x, first)
+    for coefficient in others:
+        value *= x
+        value += coefficient
+    return value

@@ -3,6 +3,7 @@
 // inlined helper alike, in gcc, clang and others. Nothing of the C++ library is used here, for the linker
 // would share its inline functions between the sets, and could keep one that this processor cannot run.
 #include "isa.h"
+#include "philox.h"
 
 namespace piflow {
 namespace {
@@ -167,6 +168,6 @@ void weighted_sum(const float* const* sources, const float* weights, int64_t cou
 
 extern const Isa PIFLOW_JOIN(isa_, PIFLOW_ISA);
 const Isa PIFLOW_JOIN(isa_, PIFLOW_ISA) = {PIFLOW_TEXT(PIFLOW_ISA), Lanes::width, gm_bytes, gm_pixels,
-                                           weighted_sum};
+                                           weighted_sum, philox_normals};
 
 }  // namespace piflow

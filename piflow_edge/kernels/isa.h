@@ -31,6 +31,8 @@ struct Isa {
   // dst[i] = sum_n weights[n] sources[n][i] for i < size
   void (*weighted_sum)(const float* const* sources, const float* weights, int64_t count, int64_t size,
                        float* dst);
+  // `size` normals of one image and draw, from block `first` on
+  void (*normals)(uint64_t seed, uint64_t index, uint32_t draw, uint32_t first, int64_t size, float* dst);
 };
 
 }  // namespace piflow
