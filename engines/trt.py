@@ -117,6 +117,7 @@ class TensorRTEngine:
             )
         self._trt = trt
         self._tensors = _tensors(trt, self._engine)
+        self._axes = {t.name: t.shape.index(-1) for t in self._tensors if t.is_input and -1 in t.shape}
         self._stream = nvidia.Stream(self._ordinal)
         self._inputs: dict[str, nvidia.Memory] = {}
         for tensor in (t for t in self._tensors if t.is_input):
@@ -171,9 +172,8 @@ class TensorRTEngine:
                     f"this engine was built for batches of {low} to {high}; got {batch}: split it, or build with "
                     f"--batch {low}:{batch}:{batch}"
                 )
-            axes = {t.name: t.shape.index(-1) for t in self._tensors if t.is_input and -1 in t.shape}
             self._log.errors.clear()  # of calls that went well all the same
-            return padding.run_padded(self._called, arrays, axes, self.min_batch)
+            return padding.run_padded(self._called, arrays, self._axes, self.min_batch)
 
     def _called(self, arrays: dict[str, Any]) -> dict[str, Any]:
         batch = self._batch(arrays)
@@ -223,11 +223,7 @@ class TensorRTEngine:
         return array
 
     def _batch(self, arrays: dict[str, Any]) -> int:
-        batches = {
-            t.name: arrays[t.name].shape[t.shape.index(-1)]
-            for t in self._tensors
-            if t.is_input and -1 in t.shape
-        }
+        batches = {name: arrays[name].shape[axis] for name, axis in self._axes.items()}
         if len(set(batches.values())) != 1:
             raise ShapeError(f"inputs of one call have the same batch; got {batches}")
         return int(next(iter(batches.values())))

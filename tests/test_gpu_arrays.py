@@ -224,6 +224,17 @@ assert np.isfinite(generator(**arguments, output="latent").latents).all()
 plain = generator.engine.run(generator.inputs(theirs.latents, 0.5, np.array([1, 2, 3])))
 for name, value in plain.items():
     np.testing.assert_array_equal(xp.to_host(network[name]), value)
+
+class Built(ort_cuda.OrtTensorRT):  # for 4 to 8 samples, and asked for 3
+    provider, memory = "CPUExecutionProvider", "cpu"
+    _provider_options = lambda self, graph: {}
+
+graph = generator.bundle.graph("fp32")
+built = Built(graph, "cuda", pf.EngineOptions(), plan=graph.model, profile="4:4:8")
+filled = built.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
+for name, value in plain.items():
+    assert filled[name].shape == value.shape and filled[name].stream == place.stream
+    np.testing.assert_allclose(xp.to_host(filled[name]), value, rtol=0, atol=1e-5)
 generator.close()
 try:
     generator.engine.run({"x_t": xp.asarray(theirs.latents, device=place)})
