@@ -3,15 +3,12 @@
 import contextlib
 import io
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +18,16 @@ from piflow_edge.engines import ort, placement
 
 from .bundle import demo_bundle
 from .cache import cache_folder
-from .errors import EngineError, MissingExtraError, PiFlowError
+from .errors import BundleError, EngineError, MissingExtraError, PiFlowError
 from .findings import OK, PROBLEM, WARNING, Finding
 from .hardware import jetson_release, nvidia_gpus, power_state, read_text, versions
 from .integrator import integrate
 from .kernels import cpu
 from .nvidia_findings import PACKAGES as NVIDIA_PACKAGES
 from .nvidia_findings import driver_cuda_version, jetson_findings, missing_library, nvidia_findings
+from .package_findings import package_findings, python_finding
 from .policies import DXPolicy, GMPolicy
 
-# Versions that pyproject.toml promises and CI runs.
-_PYTHON = ((3, 10), (3, 13))
 _PACKAGES = (
     "piflow-edge", "numpy", "pillow", "click", "rich", "array-api-compat", *ort.PACKAGES, "openvino",
     *NVIDIA_PACKAGES[1:], "torch", "onnx", "diffusers",
@@ -72,61 +68,6 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
         bundle_finding(demo_bundle() if bundle is None else bundle, **engine),
     ]
     return findings
-
-
-def python_finding(running: Sequence[int]) -> Finding:
-    """Whether this Python, as (major, minor, ...), is one that piflow-edge is made for."""
-    low, high = _PYTHON
-    detail = f"{'.'.join(map(str, running[:3]))} on {platform.system()} {platform.machine()}"
-    if tuple(running[:2]) < low:
-        return Finding("python", PROBLEM, detail, f"use Python {low[0]}.{low[1]} to {high[0]}.{high[1]}")
-    if tuple(running[:2]) > high:
-        return Finding(
-            "python",
-            WARNING,
-            f"{detail}; tested up to {high[0]}.{high[1]}",
-            f"python{high[0]}.{high[1]} -m venv .venv",
-        )
-    return Finding("python", OK, detail)
-
-
-def package_findings(installed: dict[str, str]) -> list[Finding]:
-    """What is installed, and what of it is missing or of another version than piflow-edge asks for."""
-    try:
-        wanted = requires("piflow-edge") or []
-    except PackageNotFoundError:
-        fix = "pip install -e '.[cpu]'"
-        return [Finding("packages", PROBLEM, "piflow-edge runs from its source and is not installed", fix)]
-    findings = []
-    for line in wanted:
-        requirement, _, marker = (part.strip() for part in line.partition(";"))
-        name = re.match(r"[\w-]+", requirement)[0].lower()
-        optional = "extra ==" in marker
-        here = versions([name]).get(name)
-        command = f"pip install '{requirement}'"
-        if here is None and not optional:
-            findings.append(Finding("packages", PROBLEM, f"{name} is not installed", command))
-        for operator, bound in re.findall(r"(>=|<=)([\d.]+)", requirement) if here else ():
-            if operator == ">=" and _numbers(here) < _numbers(bound):
-                findings.append(
-                    Finding(
-                        "packages", PROBLEM, f"{name} {here} is here, and {bound} or newer is needed", command
-                    )
-                )
-            # 2.13.1 is still 2.13.
-            elif operator == "<=" and _numbers(here)[:2] > _numbers(bound)[:2]:
-                findings.append(
-                    Finding(
-                        "packages", WARNING, f"{name} {here} is newer than {bound}, the last tested", command
-                    )
-                )
-    listed = Finding("packages", OK, ", ".join(f"{name} {number}" for name, number in installed.items()))
-    return [listed, *dict.fromkeys(findings)]
-
-
-def _numbers(release: str) -> tuple[int, ...]:
-    """(2, 13, 0) of "2.13.0+cpu"."""
-    return tuple(int(part) for part in re.match(r"[\d.]*", release)[0].split(".") if part)
 
 
 def runtime_finding(installed: dict[str, str]) -> Finding:
@@ -350,7 +291,10 @@ def bundle_finding(bundle: os.PathLike | str, **engine: Any) -> Finding:
         # Where it is the engine that is missing, its error says what to do.
         told = re.search(r"(?:get it with|get the libraries with|once): (.+)", str(error))
         if isinstance(error, EngineError | MissingExtraError):
-            command = told[1] if told else "use another --engine or --device"
+            # What stands in brackets after the command is in the message too.
+            command = told[1].partition(" (")[0] if told else "use another --engine or --device"
+        elif isinstance(error, BundleError) and bundle != demo_bundle():
+            command = "copy the bundle again, or export it again"
         return Finding("self-test", PROBLEM, str(error), command)
     return Finding(
         "self-test", OK, f"{generator.bundle.name!r} reproduces its golden samples on {generator.engine.name}"

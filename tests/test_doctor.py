@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from piflow_edge import demo_bundle, doctor
+from piflow_edge import demo_bundle, doctor, package_findings
 from piflow_edge.engines import ort, placement
 from piflow_edge.findings import OK, PROBLEM, WARNING
 from piflow_edge.kernels import cpu
@@ -45,7 +45,7 @@ def test_both_runtimes_are_a_problem_and_so_is_none(monkeypatch):
     ("running", "status"), [((3, 9, 1), PROBLEM), ((3, 10, 0), OK), ((3, 14, 0), WARNING)]
 )
 def test_python_is_judged_by_its_version(running, status):
-    finding = doctor.python_finding(running)
+    finding = package_findings.python_finding(running)
     assert finding.status == status and (finding.fix is None) == (status == OK)
 
 
@@ -107,6 +107,20 @@ def test_a_provider_that_leaves_its_network_to_the_cpu_is_not_said_to_run_it(mon
     assert (finding.status, finding.detail.split(",")[0]) == (OK, "loads")
 
 
+@pytest.mark.parametrize(("module", "package"), [("numpy", "numpy"), ("rich", "rich"), ("PIL", "pillow")])
+def test_a_package_that_nothing_works_without_is_told_before_the_rest(tmp_path, monkeypatch, module, package):
+    (tmp_path / f"{module}.py").write_text("raise ImportError('it is for another processor')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    command = [sys.executable, "-m", "piflow_edge.cli", "doctor"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 1 and f": pip install --force-reinstall {package}\n" in answer.stdout
+    answer = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert answer.returncode == 1, answer.stderr
+    _, finding = json.loads(answer.stdout)["findings"]
+    assert finding["status"] == PROBLEM and "it is for another processor" in finding["detail"]
+    assert finding["fix"] == f"pip install --force-reinstall {package}"
+
+
 def test_without_compiled_kernels_it_warns_with_the_command(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
     finding = doctor.kernel_finding()
@@ -135,9 +149,9 @@ def test_packages_are_held_to_what_piflow_edge_asks_for(monkeypatch):
         "onnx>=1.17; extra == 'train'",
     ]
     here = {"numpy": "1.9.5", "click": "8.10.0", "torch": "2.14.0+cpu"}
-    monkeypatch.setattr(doctor, "requires", lambda name: asked)
-    monkeypatch.setattr(doctor, "versions", lambda names: {n: here[n] for n in names if n in here})
-    listed, *others = doctor.package_findings({"numpy": "1.9.5"})
+    monkeypatch.setattr(package_findings, "requires", lambda name: asked)
+    monkeypatch.setattr(package_findings, "versions", lambda names: {n: here[n] for n in names if n in here})
+    listed, *others = package_findings.package_findings({"numpy": "1.9.5"})
     assert listed.status == OK and listed.detail == "numpy 1.9.5"
     assert [(f.status, f.detail.split()[0], f.fix) for f in others] == [
         (PROBLEM, "numpy", "pip install 'numpy>=1.26'"),
@@ -148,10 +162,10 @@ def test_packages_are_held_to_what_piflow_edge_asks_for(monkeypatch):
 
 def test_a_source_tree_that_was_not_installed_is_a_problem(monkeypatch):
     def missing(name):
-        raise doctor.PackageNotFoundError(name)
+        raise package_findings.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor, "requires", missing)
-    (finding,) = doctor.package_findings({})
+    monkeypatch.setattr(package_findings, "requires", missing)
+    (finding,) = package_findings.package_findings({})
     assert finding.status == PROBLEM and finding.fix == "pip install -e '.[cpu]'"
 
 
@@ -210,4 +224,4 @@ def test_a_bundle_is_verified(shared_bundle, bundle):
     answer = json.loads(run("doctor", "--bundle", bundle, "--json", code=1).stdout)
     (finding,) = (f for f in answer["findings"] if f["subject"] == "self-test")
     assert not answer["healthy"] and "LICENSE is missing" in finding["detail"]
-    assert finding["fix"] == f"piflow-edge verify {bundle}"
+    assert finding["fix"] == "copy the bundle again, or export it again"

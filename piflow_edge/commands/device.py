@@ -161,22 +161,30 @@ def doctor(bundle, as_json, **engine):
       piflow-edge doctor
       piflow-edge doctor --bundle bundles/mine --engine tensorrt
     """
-    from piflow_edge.doctor import diagnose
     from piflow_edge.findings import PROBLEM
+    from piflow_edge.package_findings import obstacles
 
-    findings = diagnose(bundle, **engine_settings(**engine))
+    first = findings = obstacles()
+    if first:
+        say("these come first; doctor looks at the rest when they are mended")
+    else:
+        from piflow_edge.doctor import diagnose
+
+        findings = diagnose(bundle, **engine_settings(**engine))
     healthy = all(finding.status != PROBLEM for finding in findings)
+    rows = [(f.status, f.subject, f.detail, f.fix or "") for f in findings]
     if as_json:
         emit({"healthy": healthy, "findings": [vars(finding) for finding in findings]})
+    elif first:  # rich may be among them
+        click.echo("\n".join(": ".join(filter(None, row)) for row in rows))
     else:
         from rich.table import Table
         from rich.text import Text
 
         table = Table("", "", "found", "to mend it")
-        for finding in findings:
+        for row in rows:
             # As text: a path or a message may hold brackets, which rich would read as markup.
-            cells = (finding.status, finding.subject, finding.detail, finding.fix or "")
-            table.add_row(*map(Text, cells))
+            table.add_row(*map(Text, row))
         show(table)
     if not healthy:
         raise click.exceptions.Exit(1)
