@@ -5,8 +5,10 @@ Sizes are those of the files in site-packages, without pip and setuptools, in MB
 Run: python benchmarks/installed_size.py --torch torch==2.13.0+cpu
 """
 
+import io
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -34,24 +36,39 @@ def installed(folder, packages):
     return {"mb": round(sum(sizes.values()), 1), "largest": {k: round(v, 1) for k, v in largest.items()}}
 
 
+def committed(folder):
+    """The project as it is committed: what lies about in a checkout, such as compiled files, might come along."""
+    packed = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        tar.extractall(folder)
+    return folder
+
+
 def main(arguments=None):
     options = parser(__doc__)
     options.add_argument(
         "--torch", default="torch", help="what pip installs for torch; its CPU build is far smaller"
     )
-    options.add_argument("--project", default=str(ROOT), help="folder or wheel of piflow-edge")
+    options.add_argument("--project", help="folder or wheel of piflow-edge; else this checkout's commit")
     options.add_argument("--only", nargs="+", help="names of the environments to make, of those below")
     options = options.parse_args(arguments)
 
-    environments = {
-        "piflow-edge": [options.project],
-        "piflow-edge[cpu]": [f"{options.project}[cpu]"],
-        "torch": [options.torch, "numpy", "pillow"],
-        "torch + diffusers": [options.torch, "numpy", "pillow", "diffusers", "transformers", "accelerate"],
-    }
-    wanted = options.only or list(environments)
     with tempfile.TemporaryDirectory() as folder:
-        sizes = {}
+        project = options.project or committed(Path(folder) / "project")
+        environments = {
+            "piflow-edge": [str(project)],
+            "piflow-edge[cpu]": [f"{project}[cpu]"],
+            "torch": [options.torch, "numpy", "pillow"],
+            "torch + diffusers": [
+                options.torch,
+                "numpy",
+                "pillow",
+                "diffusers",
+                "transformers",
+                "accelerate",
+            ],
+        }
+        wanted, sizes = options.only or list(environments), {}
         for name in wanted:
             print(f"making the environment {name}", file=sys.stderr)
             sizes[name] = installed(Path(folder) / name.replace(" ", ""), environments[name])

@@ -1,272 +1,47 @@
-"""Write the tables of benchmarks/README.md anew from the results; no number on that page is typed by hand.
+"""Write all figures of the documentation anew that come from a result; none of them is typed by hand.
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`. A result that is not there leaves a line that says so.
+Tables stand between `<!-- NAME -->` and `<!-- end -->`: those of benchmarks/README.md are one for each result
+(tables.py), those of other pages put several together (figures.py). Figures within sentences are found by their words.
+A result that is not there leaves a line that says so, and sentences as they are.
 
 Run: python benchmarks/page.py
+     python benchmarks/page.py --check      (writes nothing; says which page holds other figures than the results)
 """
 
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from piflow_edge.files import write_atomic
-from piflow_edge.plots import number
+
+from figures import SENTENCES, SEVERAL
+from tables import TABLES, conditions, nested
 
 HERE = Path(__file__).parent
-Cell = str | float | int | None
+PAGES = ("benchmarks/README.md", "README.md", "docs/benchmark.md", "docs/export.md", "docs/faq.md")
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(cell, row)) + " |" for row in rows])
-
-
-def cell(value: Cell) -> str:
-    if value is None:
-        return "–"
-    return value if isinstance(value, str) else number(value)
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def times(value: float) -> str:
-    return f"{number(value)} ×"
-
-
-def verdict(holds: bool) -> str:
-    return "met" if holds else "missed"
-
-
-def conditions(found: Mapping) -> str:
-    """Where the figures come from, under a table."""
-    versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
-    told = [f"`{found['command']}`"] if "command" in found else []
-    told += [f"{found['cpu']}, {found['cores']} cores"] if "cpu" in found else []
-    told += [found["system"]] if "system" in found else []
-    told += [versions] if versions else []
-    return f"<sub>{'; '.join(told)}</sub>" if told else ""
-
-
-def latent(line: Mapping) -> str:
-    return "×".join(map(str, line["latent"]))
-
-
-def startup(found: Mapping) -> str:
-    rows = [(name, ms) for name, ms in found["ms"].items()]
-    text = table(["a fresh process", "ms"], rows)
-    ratio = found["import piflow_edge / import numpy"]
-    budgets = [("import of the package over NumPy's", times(ratio), "≤ 1.5 ×", verdict(ratio <= 1.5))]
-    if "first image" in found["ms"]:
-        first, held = found["ms"]["first image"], found.get("memory_mb", {})
-        budgets.append(("first image", f"{number(first)} ms", "≤ 1000 ms", verdict(first <= 1000)))
-        for name, memory in held.items():
-            if memory:
-                ours = name == "first image"
-                limit = ("≤ 150 MB", verdict(memory["resident"] <= 150)) if ours else (None, None)
-                budgets.append((f"held after: {name}", f"{number(memory['resident'])} MB", *limit))
-    return text + "\n\n" + table(["", "measured", "budget", ""], budgets)
-
-
-def installed_size(found: Mapping) -> str:
-    rows = [
-        (name, size["mb"], ", ".join(f"{part} {number(mb)}" for part, mb in size["largest"].items()))
-        for name, size in found["sizes"].items()
-    ]
-    text = table(["environment", "MB", "of these the largest"], rows)
-    ratio = found.get("torch / piflow-edge[cpu]")
-    return text + (f"\n\ntorch over piflow-edge[cpu]: {times(ratio)}" if ratio else "")
-
-
-def rollout_share(found: Mapping) -> str:
-    rows = [
-        (one["student"], latent(one), one["nfe"], one["substeps"], one["ms"], one["split"]["network"],
-         one["split"]["policy"], percent(one["share"]))
-        for one in found["lines"]
-    ]  # fmt: skip
-    heads = ["student", "state", "calls", "substeps", "ms in all", "network", "policy", "policy's share"]
-    return table(heads, rows)
-
-
-def end_to_end(found: Mapping) -> str:
-    parts = []
-    for line in found["lines"]:
-        rows = [(name, ms) for name, ms in line["ms"].items()]
-        calls, runs = line["speedup / ratio of calls"], line["speedup / ratio of sample runs"]
-        parts += [
-            f"**{line['network']}**, state {latent(line)}, {line['parameters']:,} weights:",
-            table(["", "ms"], rows),
-            table(
-                ["the student's gain over the teacher", ""],
-                [
-                    *((f"in {name}", times(value)) for name, value in line["speedup"].items()),
-                    ("if there were nothing but the networks", times(line["bare_speedup"])),
-                    (
-                        f"over the ratio of network calls, {found['steps']}; budget ≥ 0.9",
-                        f"{calls:.2f}, {verdict(calls >= 0.9)}",
-                    ),
-                    (f"over the ratio of samples the network runs on, {2 * found['steps']}", f"{runs:.2f}"),
-                ],
-            ),
-        ]
-    return "\n\n".join(parts)
-
-
-def scaling(found: Mapping) -> str:
-    rows = [
-        (one["what"], "pixels" if one["axis"] == "side" else one["axis"],
-         f"{one['sizes'][0]} to {one['sizes'][-1]}" + (" a side" if one["axis"] == "side" else ""),
-         f"{number(one['ms'][0])} to {number(one['ms'][-1])}", f"{one['exponent']:.2f}",
-         None if one["low"] is None else f"{one['low']:.2f} to {one['high']:.2f}", f"{one['last']:.2f}")
-        for one in found["lines"]
-    ]  # fmt: skip
-    return table(["", "grows", "from, to", "ms", "exponent", "95 %", "of the last two"], rows)
-
-
-def quality_latency(found: Mapping) -> str:
-    rows = [
-        ("student", one["precision"], one["nfe"], one["substeps"], f"{one['ms']:.2f}", f"{one['fid']:.2f}")
-        for one in sorted(found["lines"], key=lambda one: (one["precision"], one["nfe"], one["substeps"]))
-    ]
-    rows += [
-        ("teacher", "fp32", one["steps"], None, f"{one['ms']:.2f}", f"{one['fid']:.2f}")
-        for one in found["teacher"]
-    ]
-    return table(["", "precision", "calls", "substeps", "ms per image", "FID"], rows)
-
-
-def overhead(found: Mapping) -> str:
-    rows = []
-    for one in found["lines"]:
-        limit = 1.01 if "DX" in one["student"] else 1.05
-        long_enough = one["per_call_ms"] >= 10
-        judged = (
-            f"≤ {limit}, {verdict(one['ratio'] <= limit)}" if long_enough else "a call is shorter than 10 ms"
-        )
-        ms = one["ms"]
-        rows.append(
-            (one["student"], one["nfe"], ms["network"], ms["generator"], f"{one['ratio']:.3f}", judged)
-        )
-    return table(["student", "calls", "bare calls, ms", "generator, ms", "ratio", "budget"], rows)
-
-
-def soak(found: Mapping) -> str:
-    first, last = found["readings"][0], found["readings"][-1]
-    rows = [(name, first[name], last[name]) for name in ("images", "resident_mb", "open_files", "threads")]
-    text = table(
-        ["", "after the warm-up", "at the end"], [(name.replace("_", " "), *two) for name, *two in rows]
-    )
-    return f"{text}\n\nIt {'grew' if found['grew'] else 'did not grow'}."
-
-
-def precision(found: Mapping) -> str:
-    parts = []
-    for name, heading in (("digits", "The digits student"), ("wide", "A DiT of 30 million weights")):
-        one = found.get(name)
-        if not one:
-            continue
-        rows = []
-        for precision, share in one["graph_share"].items():
-            calls = [batch["wall"] for batch in one.get("calls", {}).values()]
-            fid = one.get("fid", {}).get(precision)
-            rows.append((precision, percent(share), f"{one['psnr_db_to_pytorch'][precision]} dB", fid,
-                         *(batch["ms"][precision] for batch in calls)))  # fmt: skip
-        heads = ["", "graph's size over fp32's", "images beside PyTorch's", "FID"]
-        parts += [f"{heading}:", table([*heads, *(f"ms, {b}" for b in one.get("calls", {}))], rows)]
-    return "\n\n".join(parts)
-
-
-def noise(found: Mapping) -> str:
-    differences = found["differences_of_medians"]
-    rows = [
-        ("runs of the same bundle, each compared with every other", found["runs"]),
-        ("settings compared", found["comparisons"]),
-        ("said to have moved, though nothing did", found["false_alarms"]),
-        ("that the interval alone would have called moved", found["intervals_without_1"]),
-        *((f"{share} of the medians differ by at most", percent(off)) for share, off in differences.items()),
-        ("what a change must exceed", percent(found["process_noise"])),
-    ]
-    return table(["", ""], rows)
-
-
-def training_step(found: Sequence[Mapping]) -> str:
-    rows = [(one["nfe"], *one["ms per step"].values(), times(one["times faster"])) for one in found]
-    return table(
-        ["calls trained for", *(f"{name}, ms per step" for name in found[0]["ms per step"]), "faster"], rows
-    )
-
-
-def rollout(found: Mapping) -> str:
-    rows = []
-    for line in found["lines"]:
-        if line["substeps"] != 128 or line["batch"] != 1:
-            continue
-        ms, size = line["ms"], "×".join(map(str, line["size"]))
-        plain = next(name for name in ms if name.startswith("numpy"))
-        torch = ms.get("torchscript, 1 thread")
-        ours = ms["kernel, 1 thread"]
-        rows.append((line["policy"], size, ms[plain], torch, ours, ms["kernel, 2 threads"], times(ms[plain] / ours),
-                     times(torch / ours) if torch else None))  # fmt: skip
-    heads = [
-        "policy",
-        "K or N, C, H, W",
-        "NumPy, ms",
-        "TorchScript",
-        "kernel",
-        "2 threads",
-        "over NumPy",
-        "over TorchScript",
-    ]
-    return table(heads, rows)
-
-
-def nested(found: Mapping) -> str:
-    """Any other result: its numbers by their dotted names."""
-    rows = []
-
-    def walk(value, name):
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                walk(inner, f"{name}.{key}" if name else str(key))
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            for i, inner in enumerate(value):
-                walk(inner, f"{name}[{i}]")
-        elif isinstance(value, int | float):
-            rows.append((name, value))
-
-    about = ("command", "cpu", "cores", "system", "versions", "power", "seed", "device")
-    walk({key: value for key, value in found.items() if key not in about}, "")
-    return table(["", ""], rows)
-
-
-TABLES: dict[str, Callable[[Mapping], str]] = {
-    "startup": startup,
-    "installed_size": installed_size,
-    "rollout_share": rollout_share,
-    "end_to_end": end_to_end,
-    "scaling": scaling,
-    "quality_latency": quality_latency,
-    "noise": noise,
-    "overhead": overhead,
-    "precision": precision,
-    "soak": soak,
-    "training_step": training_step,
-    "rollout": rollout,
-}
+def read(results: Path) -> dict[str, dict]:
+    """All results, by name."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
 
 
 def rendered(name: str, results: Path) -> str:
-    file = results / f"{name}.json"
-    if not file.exists():
+    """What stands between the marks of one table."""
+    found = read(results)
+    if name in SEVERAL:
+        needs, make = SEVERAL[name]
+        missing = [need for need in needs if need not in found]
+        if missing:
+            return f"Not measured yet: there is no {', '.join(f'`results/{need}.json`' for need in missing)}."
+        return make(found)
+    if name not in found:
         return f"Not measured yet: there is no `results/{name}.json`."
-    found = json.loads(file.read_text())
-    text = TABLES.get(name, nested)(found)
+    text = TABLES.get(name, nested)(found[name])
     if (results / f"{name}.png").exists():
         text = f"![{name.replace('_', ' ')}](results/{name}.png)\n\n{text}"
-    return f"{text}\n\n{conditions(found[0] if isinstance(found, list) else found)}".rstrip()
+    return f"{text}\n\n{conditions(found[name])}".rstrip()
 
 
 def rewrite(page: str, results: Path) -> str:
@@ -275,13 +50,36 @@ def rewrite(page: str, results: Path) -> str:
     return parts.sub(lambda part: f"{part[1]}{rendered(part[2], results)}\n{part[3]}", page)
 
 
+def reworded(name: str, page: str, results: Path) -> str:
+    """The page with the figures in its sentences as the results have them; sys.exit where a sentence is gone."""
+    found = read(results)
+    for sentence in SENTENCES:
+        if sentence.page != name or sentence.result not in found:
+            continue
+        said = list(re.finditer(sentence.words, page))
+        if len(said) != 1:
+            sys.exit(
+                f"{name} should have one sentence like {sentence.words!r}, and has {len(said)}; see figures.py"
+            )
+        figures = sentence.figures(found[sentence.result])
+        for group in range(len(figures), 0, -1):  # from the end, so that places stay
+            start, end = said[0].span(group)
+            page = page[:start] + figures[group - 1] + page[end:]
+    return page
+
+
 def main() -> None:
-    page = HERE / "README.md"
-    text = page.read_text(encoding="utf-8")
-    new = rewrite(text, HERE / "results")
-    if "--check" in sys.argv[1:]:
-        sys.exit("benchmarks/README.md is not what benchmarks/page.py writes" if new != text else 0)
-    write_atomic(page, new.encode())
+    stale = []
+    for name in PAGES:
+        page = HERE.parent / name
+        text = page.read_text(encoding="utf-8")
+        new = reworded(name, rewrite(text, HERE / "results"), HERE / "results")
+        if new != text:
+            stale.append(name)
+            if "--check" not in sys.argv[1:]:
+                write_atomic(page, new.encode())
+    if stale and "--check" in sys.argv[1:]:
+        sys.exit(f"{', '.join(stale)}: not what benchmarks/page.py writes from benchmarks/results; run it")
 
 
 if __name__ == "__main__":

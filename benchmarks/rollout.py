@@ -1,22 +1,17 @@
 """How fast is a rollout on the CPU: NumPy, TorchScript, the compiled kernel, and DX policies in closed form?
 
-Every contender starts from the student's output and ends with the state, in one process, in turn, so that
-noise hits all alike; medians are printed. All must compute the same.
+Every contender starts from the student's output and ends with the state, in one process, in turn, so that noise hits
+all alike; medians are printed. All must compute the same. One JSON line answers; a table goes to stderr. How time grows
+with substeps is scaling.py's question.
 
-Run: python benchmarks/rollout.py                                  (about 10 minutes)
-     python benchmarks/rollout.py --size 32,4,32,32 --substeps 128 --batch 1 --json
+Run: python benchmarks/rollout.py                                  (about 3 minutes)
+     python benchmarks/rollout.py --size 32,4,32,32 --substeps 16 64 128 --batch 1
 """
 
-import argparse
-import json
 import os
-import platform
-import random
 import sys
-import time
 import warnings
 from itertools import product
-from statistics import median
 
 # Idle OpenMP threads of torch shall sleep, not spin: they would take the core from the next contender.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -28,6 +23,8 @@ from formula import gm_in_torch
 from piflow_edge import DXPolicy, GMPolicy
 from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu
+
+from timing import answer, medians_of, parser, time_ms
 
 GM_SIZES = [(8, 1, 8, 8), (32, 4, 32, 32), (8, 16, 64, 64), (8, 16, 128, 128)]
 DX_SIZES = [(10, 4, 32, 32), (10, 16, 128, 128)]
@@ -106,12 +103,6 @@ def gm_operations(size, batch, substeps):
     return batch * np.prod(space) * (once + substeps * per_substep)
 
 
-def time_ms(call):
-    start = time.perf_counter()
-    call()
-    return (time.perf_counter() - start) * 1e3
-
-
 def errors(contenders, exact, sigmas):
     """Greatest difference of each from the first sample in float64, which must be small. Also warms up."""
     expected = integrate(exact, exact.x_src, sigmas, kernel="reference")
@@ -119,16 +110,6 @@ def errors(contenders, exact, sigmas):
     # Where two components weigh the same, the plain formula in float32 goes astray by up to some 1e-3.
     assert max(worst.values()) < 1e-2, worst
     return worst
-
-
-def measure(contenders, rounds, seconds):
-    """Median ms of each; `rounds` of all, each in a new order, fewer once `seconds` are spent, but 3."""
-    table, start = [], time.perf_counter()
-    while len(table) < 3 or (len(table) < rounds and time.perf_counter() - start < seconds):
-        # Shuffled, for what ran before leaves its mark on caches and clock.
-        order = random.sample(list(contenders), len(contenders))
-        table.append({name: time_ms(contenders[name]) for name in order})
-    return {name: median(row[name] for row in table) for name in contenders}
 
 
 def peak_gflops(num_threads):
@@ -142,33 +123,24 @@ def sizes(text):
     return [tuple(int(n) for n in size.split(",")) for size in text.split()]
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", type=sizes, default=GM_SIZES, help='GM policies, "K,C,H,W ..."')
-    parser.add_argument("--dx-size", type=sizes, default=DX_SIZES, help='DX policies, "N,C,H,W ..."')
-    parser.add_argument("--substeps", type=int, nargs="+", default=[16, 64, 128])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=15, help="of all contenders, at most")
-    parser.add_argument("--seconds", type=float, default=10, help="for one line of the table, about")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
-    options = parser.parse_args()
+def main(arguments=None):
+    options = parser(__doc__)
+    options.add_argument("--size", type=sizes, default=GM_SIZES, help='GM policies, "K,C,H,W ..."')
+    options.add_argument("--dx-size", type=sizes, default=DX_SIZES, help='DX policies, "N,C,H,W ..."')
+    options.add_argument("--substeps", type=int, nargs="+", default=[128])
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    options.add_argument("--rounds", type=int, default=15, help="of all contenders, at most")
+    options.add_argument("--seconds", type=float, default=10, help="for one line of the table, about")
+    options = options.parse_args(arguments)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # TorchScript is
 
     peaks = {n: round(peak_gflops(n), 1) for n in (1, 2)}
     conditions = {
-        "command": " ".join(["python", "benchmarks/rollout.py", *sys.argv[1:]]),
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "isa": cpu.isas()[0],
         "dtype": "float32",
+        "rounds": options.rounds,
+        "seconds": options.seconds,
         "matrix_product_gflops": peaks,
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-        },
     }
     cases = [("gm", gm_contenders, size) for size in options.size]
     cases += [("dx", dx_contenders, size) for size in options.dx_size]
@@ -177,7 +149,7 @@ def main():
         sigmas = np.linspace(1.0, 0.0, substeps + 1)
         exact, calls = contenders(size, batch, sigmas)
         error = errors(calls, exact, sigmas)
-        ms = measure(calls, options.rounds, options.seconds)
+        ms = medians_of(calls, options.rounds, options.seconds)
         line = {
             "policy": policy,
             "size": size,
@@ -190,22 +162,21 @@ def main():
             rate = gm_operations(size, batch, substeps) / 1e6 / ms["kernel, 1 thread"]
             line["share_of_matrix_product"] = rate / peaks[1]
         lines.append(line)
-        if not options.json:
-            print_line(line)
-    print(json.dumps({**conditions, "lines": lines} if options.json else conditions))
+        print_line(line)
+    answer(options, {**conditions, "lines": lines})
 
 
 def print_line(line):
     share = line.get("share_of_matrix_product")
     title = f"{line['policy']} {' x '.join(map(str, line['size']))}, batch {line['batch']}"
     peak = f"; 1 thread at {share:.0%} of a matrix product's rate" if share else ""
-    print(f"\n{title}, {line['substeps']} substeps{peak}")
-    print(f"  {'':24} {'ms':>10} {'x kernel, 1 thread':>20} {'2 threads':>10} {'error':>10}")
+    print(f"\n{title}, {line['substeps']} substeps{peak}", file=sys.stderr)
+    print(f"  {'':24} {'ms':>10} {'x kernel, 1 thread':>20} {'2 threads':>10} {'error':>10}", file=sys.stderr)
     one, two = (line["ms"][f"kernel, {threads}"] for threads in ("1 thread", "2 threads"))
     for name, ms in line["ms"].items():
         print(
             f"  {name:24} {ms:10.3f} {ms / one:20.1f} {ms / two:10.1f} {line['error'][name]:10.1e}",
-            flush=True,
+            file=sys.stderr,
         )
 
 

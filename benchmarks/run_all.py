@@ -3,7 +3,7 @@
 Results go to benchmarks/results/, tables into benchmarks/README.md. A script that fails stops nothing; the exit status
 is then 1, and its old result stays.
 
-Run: python benchmarks/run_all.py --demo demo                      (about 15 minutes on two cores)
+Run: python benchmarks/run_all.py --demo demo                      (about 20 minutes on two cores)
      python benchmarks/run_all.py --demo demo --only startup scaling
 """
 
@@ -21,6 +21,8 @@ def commands(demo: str) -> dict[str, list[str]]:
     """Name -> script and arguments, without --out."""
     return {
         "startup": ["startup.py", "--demo", demo],
+        "evaluate_digits": ["evaluate_digits.py", "--demo", demo],
+        "rollout": ["rollout.py"],
         "rollout_share": ["rollout_share.py", "--demo", demo],
         "end_to_end": ["end_to_end.py", "--demo", demo],
         "overhead": ["overhead.py", "--demo", demo],
@@ -29,6 +31,7 @@ def commands(demo: str) -> dict[str, list[str]]:
             "quality_latency.py", "--demo", demo, "--plot", "benchmarks/results/quality_latency.png",
         ],
         "precision": ["precision.py", "--student", f"{demo}/students/nfe1"],
+        "training_step": ["training_step.py"],
         "noise": ["noise.py", "--demo", demo],
         "soak": ["soak.py", f"{demo}/bundles/digits-nfe2"],
     }  # fmt: skip

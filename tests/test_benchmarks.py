@@ -52,6 +52,19 @@ class TestScripts:
         assert plot.stat().st_size > 1000
         page(tmp_path, "scaling", "exponent")
 
+    def test_rollout(self, tmp_path):
+        quick = ("--size", "4,1,4,4", "--dx-size", "4,1,4,4", "--batch", 1, "--rounds", 1)
+        found = answer_of("rollout", *quick, out=tmp_path / "rollout.json")
+        assert [line["policy"] for line in found["lines"]] == ["gm", "dx"] and found["isa"]
+        assert all(error < 1e-3 for line in found["lines"] for error in line["error"].values())
+        page(tmp_path, "rollout", "over TorchScript")
+
+    def test_training_step(self, tmp_path):
+        quick = ("--nfe", 1, "--batch-size", 4, "--repeats", 1)
+        found = answer_of("training_step", *quick, out=tmp_path / "training_step.json")
+        assert found["lines"][0]["largest relative difference of the losses"] < 1e-3
+        page(tmp_path, "training_step", "faster")
+
 
 def test_startup(tmp_path):
     out = tmp_path / "startup.json"
@@ -91,15 +104,31 @@ def page(results, name, words):
     assert "old" not in text and words in text and "| " in text
 
 
-def test_every_table_of_the_page_is_made_from_a_result():
+def test_every_figure_of_the_pages_is_made_from_a_result():
     import re
 
-    from page import rewrite
+    from figures import SENTENCES, SEVERAL
+    from page import PAGES, reworded, rewrite
 
-    text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    names = re.findall(r"<!-- (\w+) -->", text)
-    assert len(names) - names.count("end") == names.count("end") > 8
-    assert rewrite(text, BENCHMARKS / "results") == text  # else: python benchmarks/page.py
+    results, several = BENCHMARKS / "results", set()
+    for name in PAGES:
+        text = (BENCHMARKS.parent / name).read_text(encoding="utf-8")
+        names = re.findall(r"<!-- (\w+) -->", text)
+        assert len(names) - names.count("end") == names.count("end")
+        several |= set(names) & SEVERAL.keys()
+        assert reworded(name, rewrite(text, results), results) == text  # else: python benchmarks/page.py
+    assert several == SEVERAL.keys() and {sentence.page for sentence in SENTENCES} < set(PAGES)
+
+
+def test_a_sentence_gets_its_figures_and_must_be_there(tmp_path):
+    from page import reworded
+
+    (tmp_path / "startup.json").write_text(json.dumps({"ms": {"first image": 1234.5}}))
+    page = "from the start to the first image it was 0.5 s (see there)."
+    assert reworded("docs/faq.md", page, tmp_path) == page.replace("0.5", "1.23")
+    assert reworded("README.md", page, tmp_path) == page
+    with pytest.raises(SystemExit, match=r"docs/faq\.md should have one sentence"):
+        reworded("docs/faq.md", "it was fast", tmp_path)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
