@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,10 +15,12 @@ from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions
 
 from .arguments import Seeds, check_watchers
 from .bundle import Bundle
-from .errors import BundleError, EngineError, NotFiniteError, RecipeError, ShapeError
+from .decoding import Decoding, check_finite, on_host
+from .errors import BundleError, EngineError, ShapeError
 from .files import sha256
-from .images import as_pil, decode_float_there, decode_there
+from .images import as_pil
 from .kernels import gpu_arrays, nvidia
+from .pieces import joined, pieces
 from .policies import Policy
 from .recipe import Recipe
 from .request import Request, asked_again, checked, untrained
@@ -30,8 +31,6 @@ log = logging.getLogger(__name__)
 
 # Images that share a network call; a longer list is cut into such pieces.
 _BATCH_SIZE = 64
-# Pixels that are decoded at a time: a decoder's inner states are hundreds of times larger than its images.
-_DECODED_PIXELS = 1 << 20
 _OUTPUTS = ("pil", "numpy", "float", "latent")
 
 
@@ -77,6 +76,7 @@ class Generator:
     ):
         self.precision = bundle.precision(precision)
         self.bundle, self.engine, self.decoder, self.options = bundle, engine, decoder, options
+        self.decoding = Decoding(bundle.manifest, decoder, self.precision)
         self.class_names = tuple(bundle.manifest.conditioning.class_names)
         # On a GPU nothing crosses the bus between noise and image.
         self._place = gpu_arrays.place_of(engine.device)
@@ -191,24 +191,20 @@ class Generator:
         }
         # The policies' threads are started from this one, and keep to its cores.
         with self._open(), self.options.on_cores():
-            pieces = [
+            made = [
                 self._drawn(request, piece, **settings)
-                for piece in _pieces(len(request), _BATCH_SIZE, self.engine)
+                for piece in pieces(len(request), _BATCH_SIZE, self.engine)
             ]
-            images, latents = None, _joined([self._on_host(piece, clock) for piece in pieces])
-            self._check_finite(latents, "the student", self.engine)
+            images, latents = None, joined([on_host(piece, clock) for piece in made])
+            check_finite(latents, "the student", manifest, self.precision, self.engine)
             if output != "latent":
-                images = _joined([self._decoded(piece, output == "float", clock) for piece in pieces])
+                images = joined(
+                    [self.decoding.images(piece, as_float=output == "float", clock=clock) for piece in made]
+                )
             if output == "pil":
                 with clock.stage("decode"):
                     images = as_pil(images)
-        recipe = request.recipe(
-            bundle=self.bundle.name,
-            bundle_sha256=self._bundle_sha256,
-            precision=self.precision,
-            engine=self.engine.name,
-            device=self.engine.device,
-        )
+        recipe = request.recipe(**self._run)
         clock("total", time.perf_counter() - began)
         seeds = None if noise is not None else request.seeds
         return Result(images, latents, seeds, self.engine.name, self.engine.device, clock.ms, recipe)
@@ -226,7 +222,8 @@ class Generator:
     ) -> Result:
         """The images of a `Recipe`, such as `Result.recipe` or what `read_recipe` finds in a PNG file.
 
-        On the recipe's engine and device they are the same; on another, the same but for rounding, which is logged.
+        On the recipe's engine and device they are the same; on another, the same but for rounding, which is logged, as
+        another release of piflow-edge is.
 
         Args:
             recipe: of this bundle, in this precision.
@@ -237,22 +234,7 @@ class Generator:
             RecipeError: another bundle, precision, noise, image or mask.
             Others as a call does.
         """
-        if recipe.bundle_sha256 != self._bundle_sha256:
-            raise RecipeError(
-                f"the recipe is of bundle {recipe.bundle!r} with SHA-256 {recipe.bundle_sha256[:12]}, this is "
-                f"{self.bundle.name!r} with {self._bundle_sha256[:12]}; load the one that made the image"
-            )
-        if recipe.precision != self.precision:
-            raise RecipeError(
-                f"the recipe is in {recipe.precision!r}, the bundle was loaded in {self.precision!r}; load it with "
-                f"precision={recipe.precision!r}"
-            )
-        if (recipe.engine, recipe.device) != (self.engine.name, self.engine.device):
-            log.warning(
-                "the recipe ran on %s (%s), this is %s (%s): rounding may differ",
-                recipe.engine, recipe.device, self.engine.name, self.engine.device,
-            )  # fmt: skip
-        again = asked_again(self.bundle, recipe, noise=noise, image=image, mask=mask)
+        again = asked_again(self.bundle, recipe, self._run, noise=noise, image=image, mask=mask)
         return self(**again, output=output, callback=callback, cancel=cancel)
 
     def close(self) -> None:
@@ -332,41 +314,9 @@ class Generator:
         with clock.stage("transfer"):
             return gpu_arrays.asarray(array, device=self._place)
 
-    def _on_host(self, array: Any, clock: Stopwatch) -> np.ndarray:
-        if isinstance(array, np.ndarray):
-            return array
-        with clock.stage("transfer"):
-            return gpu_arrays.to_host(array)
-
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them."""
-        return self._decoded(latents, False, Stopwatch())
-
-    def _decoded(self, latents: Any, as_float: bool, clock: Stopwatch) -> np.ndarray:
-        made = decode_float_there if as_float else decode_there
-        if self.decoder is None:
-            with clock.stage("decode"):
-                images = made(latents, self.bundle.manifest.latent)
-            return self._on_host(images, clock)
-        *_, height, width = self.bundle.manifest.decoder.outputs[0].shape
-        size = max(1, _DECODED_PIXELS // (height * width))
-        images = []
-        for piece in _pieces(len(latents), size, self.decoder):
-            with clock.stage("decode"):
-                (decoded,) = self.decoder.run(self.decoder_inputs(latents[piece])).values()
-                self._check_finite(decoded, "the decoder", self.decoder)
-                shown = made(decoded)
-            images.append(self._on_host(shown, clock))
-        return _joined(images)
-
-    def _check_finite(self, made: Any, network: str, engine: Engine) -> None:
-        """NotFiniteError for NaN and infinity: they would be black, or whatever the processor makes of them."""
-        if not gpu_arrays.all_finite(made):
-            raise NotFiniteError(
-                f"{network} of bundle {self.bundle.name!r} in {self.precision} on {engine.name} made NaN or infinity; "
-                "load it in another precision. `piflow-edge verify BUNDLE --precision "
-                f"{self.precision}` tells where"
-            )
+        return self.decoding.images(latents, as_float=False, clock=Stopwatch())
 
     def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """One student call: the raw network outputs at `x_t` (B, C, H, W) for class ids (B,)."""
@@ -375,11 +325,6 @@ class Generator:
     def inputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """What the network is fed in `outputs`."""
         return self.bundle.manifest.network_inputs(x_t, sigma_t, ids)
-
-    def decoder_inputs(self, latents: Any) -> dict[str, Any]:
-        """What the decoder is fed for latents (B, C, H, W): scaled back; see `decode`."""
-        spec, (given,) = self.bundle.manifest.latent, self.bundle.manifest.decoder.inputs
-        return {given.name: latents / spec.scale + spec.shift}
 
     def policy(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> Policy:
         """One student call as a policy; see `outputs`."""
@@ -390,8 +335,15 @@ class Generator:
         return self.bundle.manifest.policy.policy(outputs, x_src, sigma_src)
 
     @cached_property
-    def _bundle_sha256(self) -> str:
-        return sha256(self.bundle.manifest_bytes)
+    def _run(self) -> dict[str, str]:
+        """What makes the images, as a `Recipe` names it."""
+        return {
+            "bundle": self.bundle.name,
+            "bundle_sha256": sha256(self.bundle.manifest_bytes),
+            "precision": self.precision,
+            "engine": self.engine.name,
+            "device": self.engine.device,
+        }
 
     def _warn_once(self, told: str) -> None:
         with self._lock:
@@ -399,16 +351,3 @@ class Generator:
             self._told.add(told)
         if new:
             log.warning("bundle %r %s", self.bundle.name, told)
-
-
-def _pieces(count: int, size: int, engine: Engine) -> Iterator[slice]:
-    """Cuts for as few calls of up to `size` samples as the engine allows, all of about one size: of 10 for an engine of
-    4 to 8 it takes 5 and 5, where 8 would leave 2."""
-    most = max(engine.min_batch, min(size, engine.max_batch or size))
-    calls = max(1, -(-count // most))
-    starts = (-(-count * call // calls) for call in range(calls + 1))
-    return (slice(start, stop) for start, stop in pairwise(starts))
-
-
-def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -1,5 +1,6 @@
 """What one call of a generator asks for: checked, and with all that was left open filled in."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from .errors import RecipeError
 from .manifest import ScheduleSpec
 from .recipe import Recipe, hashes
 from .schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 # Of inpainting. On Gaussian data with 4 calls the seam is 2.5 times as rough as the data without, 1.5 times with 4.
 _RESAMPLES = 4
@@ -145,13 +148,32 @@ def untrained(request: Request, spec: ScheduleSpec, trained_nfes: Sequence[int])
     return f"was trained to be called at noise levels {told} and starts at {strength:.3g}"
 
 
-def asked_again(bundle: Bundle, recipe: Recipe, *, noise, image, mask) -> dict[str, Any]:
+def asked_again(bundle: Bundle, recipe: Recipe, run: dict[str, str], *, noise, image, mask) -> dict[str, Any]:
     """A recipe, and the arrays that it holds the hashes of, as the arguments of a call of a generator of `bundle`.
 
+    `run` is what carries it out, as for `Request.recipe`; where it may round otherwise than before, that is logged.
+
     Raises:
-        RecipeError: another noise, image or mask than the recipe's.
-        ShapeError: one that does not fit the bundle.
+        RecipeError: another bundle, precision, noise, image or mask than the recipe's.
+        ShapeError: an array that does not fit the bundle.
     """
+    if recipe.bundle_sha256 != run["bundle_sha256"]:
+        raise RecipeError(
+            f"the recipe is of bundle {recipe.bundle!r} with SHA-256 {recipe.bundle_sha256[:12]}, this is "
+            f"{bundle.name!r} with {run['bundle_sha256'][:12]}; load the one that made the image"
+        )
+    if recipe.precision != run["precision"]:
+        raise RecipeError(
+            f"the recipe is in {recipe.precision!r}, the bundle was loaded in {run['precision']!r}; load it with "
+            f"precision={recipe.precision!r}"
+        )
+    ran, runs = f"{recipe.engine} ({recipe.device})", f"{run['engine']} ({run['device']})"
+    if ran != runs:
+        log.warning("the recipe ran on %s, this is %s: rounding may differ", ran, runs)
+    if recipe.release != __version__:
+        log.warning(
+            "the recipe is of piflow-edge %s, this is %s: the image may differ", recipe.release, __version__
+        )
     size, latent = len(recipe.seeds), bundle.manifest.latent
     start, drawn = start_and_mask(image, mask, size, latent, bundle.name)
     if noise is not None:

@@ -127,7 +127,7 @@ def _decoded(generator: Generator, latents: np.ndarray) -> np.ndarray:
         return generator.decode(latents)
     except NotFiniteError as error:
         bundle, precision = generator.bundle, generator.precision
-        layer = _first_non_finite(bundle.decoder(precision), generator.decoder_inputs(latents))
+        layer = _first_non_finite(bundle.decoder(precision), generator.decoding.inputs(latents))
         raise CheckFailedError(
             f"bundle {bundle.name!r} in {precision} gives NaN or infinity in its decoder; the first layer to do so: "
             f"{layer}"

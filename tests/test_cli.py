@@ -134,6 +134,32 @@ class TestOnABundle:
         done = run("sample", shared_bundle, "--like", first, "--nfe", 1, "--out", tmp_path / "x.png", code=2)
         assert "--like says what --nfe is" in done.stderr
 
+    def test_like_takes_engine_and_device_and_says_how_to_choose_others(self, shared_bundle, tmp_path):
+        from dataclasses import replace
+
+        from PIL import Image
+
+        from piflow_edge import read_recipe
+        from piflow_edge.pictures import png_bytes
+
+        first, elsewhere, out = (tmp_path / name for name in ("first.png", "elsewhere.png", "out.png"))
+        run("sample", shared_bundle, "--labels", 3, "--out", first)
+        picture, recipe = Image.open(first), read_recipe(first)
+
+        def like(code=0, *given, **changes):
+            elsewhere.write_bytes(png_bytes(picture, replace(recipe, **changes)))
+            return run("sample", shared_bundle, "--like", elsewhere, "--out", out, *given, code=code).stderr
+
+        told = like(2, device="tpu")
+        assert "engine 'ort-cpu' runs on cpu; got device 'tpu'" in told
+        assert "--engine chooses another, such as auto" in told
+        assert "engine is one of" in like(2, engine="warp-drive")
+        assert "--engine chooses" not in like(2, "--engine", "ort-cpu", "--device", "tpu")
+        assert like(0, "--device", "cpu", device="tpu").count("rounding may differ") == 1
+        assert like(0, "--engine", "auto", engine="warp-drive").count("rounding may differ") == 1
+        assert "of piflow-edge 0.0.1, this is" in like(0, release="0.0.1")
+        assert out.read_bytes() == first.read_bytes()
+
     def test_sample_from_an_image_to_arrays(self, shared_bundle, tmp_path):
         import numpy as np
         from PIL import Image

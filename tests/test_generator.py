@@ -10,9 +10,10 @@ from gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian
 
 import piflow_edge as pf
 from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
-from piflow_edge import generator as generator_module
 from piflow_edge.errors import EngineError, NotFiniteError
+from piflow_edge.generator import Generator
 from piflow_edge.manifest import DecoderSpec, TensorSpec
+from piflow_edge.pieces import pieces
 from piflow_edge.sampling import sample
 
 
@@ -202,8 +203,8 @@ def test_calls_of_an_engine_for_several_images_are_large_enough_where_that_can_b
 
 def test_a_decoder_for_several_images_is_given_as_many_at_a_time():
     engine = GaussianEngine(min_batch=4, max_batch=8)
-    pieces = list(generator_module._pieces(9, 1, engine))  # of large pictures, which are decoded one by one
-    assert pieces == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    found = list(pieces(9, 1, engine))  # of large pictures, which are decoded one by one
+    assert found == [slice(0, 3), slice(3, 6), slice(6, 9)]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="affinity is Linux's")
@@ -255,18 +256,17 @@ def test_nan_is_an_error_and_no_black_image():
 @pytest.mark.parametrize("odd", [np.nan, np.inf])
 @pytest.mark.parametrize("output", ["pil", "numpy", "float"])
 def test_nan_of_the_decoder_is_an_error_too(output, odd):
-    generator = gaussian_generator()
+    bundle, last = gaussian_generator().bundle, 0.5
     tensors = [[TensorSpec(name, "float32", ["batch", 1, SIDE, SIDE])] for name in ("latents", "images")]
-    decoder = DecoderSpec("mirror", *tensors, 20)
-    generator.bundle.manifest = replace(generator.bundle.manifest, decoder=decoder)
+    bundle.manifest = replace(bundle.manifest, decoder=DecoderSpec("mirror", *tensors, 20))
 
     def run(inputs):
         images = inputs["latents"].copy()
         images[-1, 0, -1, -1] = last
         return {"images": images}
 
-    generator.decoder = SimpleNamespace(name="mirror", max_batch=None, min_batch=1, run=run)
-    last = 0.5
+    mirror = SimpleNamespace(name="mirror", min_batch=1, max_batch=None, run=run)
+    generator = Generator(bundle, GaussianEngine(), mirror)
     assert len(generator([1, 0], output=output).images) == 2
     last = odd
     with pytest.raises(NotFiniteError, match="the decoder of bundle 'gaussian' in fp32 on mirror made NaN"):

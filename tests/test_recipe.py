@@ -7,6 +7,7 @@ from gaussian import SIDE, gaussian_generator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import piflow_edge as pf
 from piflow_edge import PiFlowError, read_recipe
 from piflow_edge.pictures import png_bytes
 from piflow_edge.recipe import CHUNK, parse_recipe
@@ -70,11 +71,20 @@ def test_another_bundle_precision_or_array_is_refused():
         gaussian_generator(nfe=2).make_again(recipe, **given)
 
 
-def test_another_engine_is_said(caplog):
+def test_another_engine_device_or_release_is_said(caplog):
     generator = gaussian_generator()
-    recipe = replace(generator([1]).recipe, engine="ort-cuda")
+    recipe = generator([1]).recipe
     generator.make_again(recipe)
-    assert "ran on ort-cuda" in caplog.text
+    assert not caplog.records
+    for change, words in [
+        (dict(engine="ort-cuda"), "ran on ort-cuda (cpu), this is exact (cpu): rounding may differ"),
+        (dict(device="cuda:1"), "ran on exact (cuda:1), this is exact (cpu): rounding may differ"),
+        (dict(release="0.0.9"), f"is of piflow-edge 0.0.9, this is {pf.__version__}: the image may differ"),
+    ]:
+        caplog.clear()
+        generator.make_again(replace(recipe, **change))
+        (record,) = caplog.records
+        assert words in record.getMessage()
 
 
 def test_files_without_a_usable_recipe_are_refused(tmp_path):

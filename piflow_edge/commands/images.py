@@ -169,6 +169,7 @@ def sample(
     """
     from dataclasses import asdict
 
+    from piflow_edge.errors import EngineError, MissingExtraError
     from piflow_edge.images import open_array, open_image
     from piflow_edge.loading import load
     from piflow_edge.recipe import read_recipe
@@ -183,14 +184,23 @@ def sample(
         _refuse_beside_like(context)
         recipe = read_recipe(like)
         precision = recipe.precision
-        if context.get_parameter_source("engine") is not click.core.ParameterSource.COMMANDLINE:
+        if not _given(context, "engine"):
             engine = recipe.engine
+            device = device if _given(context, "device") else recipe.device
     readers = {"noise": open_array, "image": open_image, "mask": open_image}
     given = {name: settings.pop(name) for name in readers}
     given = {name: None if path is None else readers[name](path) for name, path in given.items()}
     given["output"] = {"png": "pil", "uint8": "numpy"}.get(output, output)
     opened = engine_settings(engine, device, threads, cores)
-    loaded = load(bundle, precision=precision, trusted_keys=trusted_keys, **opened)
+    try:
+        loaded = load(bundle, precision=precision, trusted_keys=trusted_keys, **opened)
+    except (EngineError, MissingExtraError) as error:
+        if recipe is None or _given(context, "engine"):
+            raise
+        raise EngineError(
+            f"{error}; --like takes the engine of {like}, {engine!r} on {recipe.device}: --engine chooses another, "
+            "such as auto, whose image is the same but for rounding"
+        ) from error
     with loaded as generator, _bar() as advance:
         if recipe is not None:
             result = generator.make_again(recipe, **given, callback=advance)
@@ -214,12 +224,15 @@ def sample(
             click.echo(path)
 
 
+def _given(context: click.Context, option: str) -> bool:
+    return context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+
+
 def _refuse_beside_like(context: click.Context) -> None:
     free = {"bundle", "like", "out", "output", "noise", "image", "mask", "trusted_keys", "as_json"}
     free |= {"engine", "device", "threads", "cores"}
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name)
-        if parameter.name not in free and source is click.core.ParameterSource.COMMANDLINE:
+        if parameter.name not in free and _given(context, parameter.name):
             raise click.UsageError(f"--like says what {parameter.opts[0]} is; leave one of both out")
 
 
