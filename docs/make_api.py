@@ -17,7 +17,7 @@ SECTIONS = (
     ("Make images", "piflow_edge", "piflow_edge/generator.py", {
         "Generator": ("__call__", "decode", "trained_nfes"), "Result": (),
     }),
-    ("While images are made", "piflow_edge", "piflow_edge/sampling.py", {"Progress": ()}),
+    ("While images are made", "piflow_edge", "piflow_edge/sampling.py", {"Progress": ("x_t", "x_0")}),
     ("What a PNG file holds", "piflow_edge", "piflow_edge/recipe.py", {"Recipe": (), "read_recipe": ()}),
     ("Noise levels", "piflow_edge", "piflow_edge/schedule.py", {
         "warp": (), "unwarp": (), "Schedule": ("sigmas", "segments"),
@@ -40,7 +40,7 @@ SECTIONS = (
     ("This machine", "piflow_edge.doctor", "piflow_edge/doctor.py", {"diagnose": ()}),
     ("What doctor reports", "piflow_edge.findings", "piflow_edge/findings.py", {"Finding": ()}),
     ("Engines", "piflow_edge.engines", "engines/__init__.py", {
-        "open_engine": (), "Graph": (), "EngineOptions": (), "Engine": (),
+        "open_engine": (), "Graph": (), "EngineOptions": (), "Engine": ("run",),
     }),
     ("Building engines", "piflow_edge.engines.building", "engines/building.py", {
         "BuildSettings": (), "plan": (), "build": (),
@@ -49,20 +49,25 @@ SECTIONS = (
         "targets": (), "Batch": ("parse",),
     }),
     ("Teachers and students", "piflow_edge.distill.networks", "piflow_edge/distill/networks.py", {
-        "Convention": (), "ModuleNetwork": (), "attach_policy_head": (),
+        "Convention": (), "FlowNetwork": (), "ModuleNetwork": (), "attach_policy_head": (),
     }),
     ("Policy heads", "piflow_edge.distill.heads", "piflow_edge/distill/heads.py", {"GMHead": (), "DXHead": ()}),
-    ("Loading a teacher", "piflow_edge.distill.sources", "piflow_edge/distill/sources.py", {"load_teacher": ()}),
+    ("Loading teachers and students", "piflow_edge.distill.sources", "piflow_edge/distill/sources.py", {
+        "load_teacher": (), "TeacherModel": (), "load_student": (), "StudentModel": (),
+    }),
     ("Data", "piflow_edge.distill.data", "piflow_edge/distill/data.py", {"load_images": ()}),
+    ("What data are", "piflow_edge.distill.data", "piflow_edge/distill/image_data.py", {
+        "ImageData": ("batch",), "Latent": (),
+    }),
     ("Distilling", "piflow_edge.distill.student", "piflow_edge/distill/student.py", {"distill": ()}),
     ("Settings of the loss", "piflow_edge.distill.imitation", "piflow_edge/distill/imitation.py", {
         "ImitationConfig": (),
     }),
     ("Settings of the run", "piflow_edge.distill.training", "piflow_edge/distill/training.py", {
-        "TrainingConfig": (), "RunConfig": (),
+        "TrainingConfig": (), "RunConfig": (), "train": (),
     }),
     ("Guidance, and training a teacher", "piflow_edge.distill.teacher", "piflow_edge/distill/teacher.py", {
-        "GuidanceConfig": (), "train_teacher": (),
+        "GuidanceConfig": (), "GuidedTeacher": (), "train_teacher": (),
     }),
     ("Export", "piflow_edge.export.to_bundle", "export/to_bundle.py", {"export_bundle": ()}),
     ("Evaluation", "piflow_edge.evaluation", "piflow_edge/evaluation.py", {"evaluate": ()}),

@@ -165,7 +165,13 @@ class Engine(Protocol):
         """For "auto": what opens the graph at once, or why that cannot be, as far as can be told before it is tried."""
         ...
 
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]: ...
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Outputs of the network by name, of inputs by name: arrays (B, ...) as the graph declares them.
+
+        Raises:
+            EngineError: it failed, or the engine was closed.
+        """
+        ...
 
     def close(self) -> None: ...
 

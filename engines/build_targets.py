@@ -44,7 +44,11 @@ class Batch:
 
     @classmethod
     def parse(cls, text: str) -> "Batch":
-        """From "MIN:OPT:MAX", or one number for all three."""
+        """From "MIN:OPT:MAX", or one number for all three.
+
+        Raises:
+            EngineError: the text is neither, or the numbers do not rise.
+        """
         if not re.fullmatch(r"\d{1,6}(:\d{1,6}:\d{1,6})?", text):
             raise EngineError(f"batch sizes are MIN:OPT:MAX, such as 1:1:8, or one number; got {text!r}")
         numbers = [int(number) for number in text.split(":")]

@@ -71,7 +71,11 @@ class Bundle:
         return self.manifest.name
 
     def read(self, name: str) -> bytes:
-        """The content of one file, after its size and hash matched the manifest."""
+        """The content of one file, after its size and hash matched the manifest.
+
+        Raises:
+            BundleError: it is gone or was altered.
+        """
         data = self._bytes(name, limit=self.manifest.files[name].size)
         self._compare(name, len(data), sha256(data))
         return data
@@ -93,7 +97,11 @@ class Bundle:
             )
 
     def graph(self, precision: str | None = None) -> Graph:
-        """The student network as ONNX; the first precision in the bundle unless one is named."""
+        """The student network as ONNX; the first precision in the bundle unless one is named.
+
+        Raises:
+            BundleError: the bundle has no such precision, or its file was altered since the bundle was opened.
+        """
         precision = self.precision(precision)
         name = f"student.{precision}.onnx"
         beside = [file for file in (f"{name}.data",) if file in self.manifest.files]
@@ -101,14 +109,22 @@ class Bundle:
         return Graph(self.read(name), weights, source=self._source(precision))
 
     def decoder(self, precision: str | None = None) -> Graph:
-        """The decoder as ONNX, for the precisions of `graph`."""
+        """The decoder as ONNX, for the precisions of `graph`.
+
+        Raises:
+            BundleError: the bundle makes pixels, or was exported without a decoder; and as `graph`.
+        """
         if self.manifest.decoder is None:
             raise BundleError(f"bundle {self.name!r} has no decoder; export it with --autoencoder")
         precision = self.precision(precision)
         return Graph(self.read(decoder_file(precision)), source=self._source(precision))
 
     def sampler(self, nfe: int, precision: str | None = None) -> Graph:
-        """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`."""
+        """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`.
+
+        Raises:
+            BundleError: the bundle was exported without one of so many calls; and as `graph`.
+        """
         if nfe not in self.manifest.samplers:
             has = ", ".join(map(str, self.manifest.samplers)) or "none"
             raise BundleError(

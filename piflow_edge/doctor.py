@@ -45,11 +45,14 @@ _SCALE_THEMSELVES = ("intel_pstate", "amd-pstate-epp")
 def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Finding]:
     """Look at Python, packages, providers, kernels, NVIDIA's software, Jetson, the cache, and run a self-test.
 
-    Nothing is installed or set, and torch is not imported.
+    Nothing is installed or set, and torch is not imported. What is wrong is a finding, not an error.
 
     Args:
         bundle: verified here; None is the one that comes with the package.
         engine: `engine`, `device` and `options` for `load`.
+
+    Returns:
+        A finding or several for each, in this order.
     """
     installed = versions(_PACKAGES)
     if crash_of_runtime() is not None:

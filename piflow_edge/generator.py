@@ -315,7 +315,11 @@ class Generator:
             return gpu_arrays.asarray(array, device=self._place)
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them."""
+        """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them.
+
+        Raises:
+            EngineError: the decoder failed, or the generator was closed; NotFiniteError: it made NaN or infinity.
+        """
         return self.decoding.images(latents, as_float=False, clock=Stopwatch())
 
     def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:

@@ -101,7 +101,19 @@ class GMPolicy:
         return self.logweights - xp.max(self.logweights, axis=1, keepdims=True)
 
     def velocity(self, x_t: Array, sigma_t) -> Array:
-        """u_t = (x_t - E[x_0 | x_t]) / sigma_t, shape of `x_t`; `sigma_t` a float or (B,), may be 0."""
+        """u_t = (x_t - E[x_0 | x_t]) / sigma_t.
+
+        Args:
+            x_t: state (B, C, H, W), as `x_src`; its dtype and device are those of the result.
+            sigma_t: its noise level, from `sigma_src` down to 0, a float or one per sample (B,).
+
+        Returns:
+            dx/dsigma, of the shape of `x_t`.
+
+        Raises:
+            ShapeError: a state or noise levels of another shape.
+            ScheduleError: noise levels outside [0, 1].
+        """
         xp = array_namespace(x_t, self.x_src)
         x_t = _state(x_t, self.x_src, xp)
         floor_src = np.maximum(self.sigma_src, self.eps)
@@ -263,7 +275,7 @@ class DXPolicy:
         return self._nodes.basis(sigma_t)
 
     def velocity(self, x_t: Array, sigma_t) -> Array:
-        """u_t = (x_t - x_0(sigma_t)) / sigma_t, shape of `x_t`; `sigma_t` a float or (B,), may be 0."""
+        """u_t = (x_t - x_0(sigma_t)) / sigma_t; arguments, result and errors as of `GMPolicy.velocity`."""
         xp = array_namespace(x_t, self.x_src)
         x_t = _state(x_t, self.x_src, xp)
         sigma = _noise_levels(sigma_t, x_t.shape[0])

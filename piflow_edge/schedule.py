@@ -38,7 +38,18 @@ def warp(raw_t, shift: float):
 
 
 def unwarp(sigma_t, shift: float):
-    """Raw time at a noise level, the inverse of `warp`: `tau = sigma / (s + (1 - s) sigma)`."""
+    """Raw time at a noise level, the inverse of `warp`: `tau = sigma / (s + (1 - s) sigma)`.
+
+    Args:
+        sigma_t: noise level in [0, 1], a float or an array of any shape.
+        shift: s of `warp`, above 0.
+
+    Returns:
+        Raw time in [0, 1], of the type and shape of `sigma_t`.
+
+    Raises:
+        ScheduleError: `shift` is not above 0.
+    """
     _check_shift(shift)
     return sigma_t / (shift + (1 - shift) * sigma_t)
 
@@ -137,7 +148,7 @@ class Segment:
         return kept, self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0))
 
     def renoise(self, x_dst: Array, noise: Array) -> Array:
-        """Carry `x_dst` at `sigma_dst` up to `sigma_next` with fresh Gaussian noise of the same shape.
+        """Carry `x_dst` (B, C, H, W) at `sigma_dst` up to `sigma_next` with fresh Gaussian noise of the same shape.
 
         Source: FlowMapSDEScheduler in Lakonik/piFlow.
         """

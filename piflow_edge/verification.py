@@ -182,7 +182,15 @@ def _sampler_engine(generator: Generator, nfe: int):
 
 
 def check(rows: list[Row], name: str) -> None:
-    """Raise CheckFailedError, naming the worst case, unless every row passed."""
+    """Nothing, if every row passed.
+
+    Args:
+        rows: of `verify`.
+        name: the bundle's, for the message.
+
+    Raises:
+        CheckFailedError: a row did not pass; the first is told, with its precision and where its worst error is.
+    """
     failed = [row for row in rows if not row.passed]
     if failed:
         row = failed[0]

@@ -32,6 +32,9 @@ class GMHead:
 
     Args:
         num_components: K, 1 or more.
+
+    Raises:
+        ShapeError: fewer.
     """
 
     num_components: int = 8
@@ -105,6 +108,9 @@ class DXHead:
         segment_size: raw time the nodes span; fixed once trained.
         shift: shift of the raw time they are even in; fixed once trained.
         mode: "grid" or "polynomial".
+
+    Raises:
+        ShapeError: no nodes, or another mode.
     """
 
     num_nodes: int = 10

@@ -43,6 +43,9 @@ class Convention:
         predicts: "velocity", "x_0" or "noise".
         reversed_time: its time runs from 0 at noise to 1 at data, and its velocity points towards data.
         num_timesteps: its time at the end of that range; it is given `sigma_t * num_timesteps`, reversed or not.
+
+    Raises:
+        ScheduleError: another kind of prediction; `num_timesteps` is not above 0.
     """
 
     predicts: str = "velocity"

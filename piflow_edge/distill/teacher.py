@@ -67,6 +67,9 @@ class GuidanceConfig:
             `interval`.
         interval: noise levels, both ends included, outside which the scale is 1; None is everywhere.
         orthogonal: share of the push along the predicted x_0 that is taken out.
+
+    Raises:
+        ScheduleError: a setting out of range.
     """
 
     scale: float = 1.0
