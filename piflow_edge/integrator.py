@@ -6,10 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace
 
 from .errors import EngineError, ScheduleError, ShapeError
 from .kernels import cpu
+from .namespaces import array_namespace
 from .policies import DXPolicy, Policy
 from .schedule import segment_sigmas
 

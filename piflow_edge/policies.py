@@ -9,9 +9,10 @@ from functools import cached_property, lru_cache, wraps
 from typing import Any, Protocol
 
 import numpy as np
-from array_api_compat import array_namespace, device, is_numpy_namespace, is_torch_namespace, to_device
+from array_api_compat import device, is_numpy_namespace, is_torch_namespace, to_device
 
 from .errors import ScheduleError, ShapeError
+from .namespaces import array_namespace
 from .schedule import unwarp
 
 Array = Any  # an array of any library that follows the array API standard
