@@ -6,6 +6,7 @@ hash matched.
 """
 
 import hashlib
+import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ class Bundle:
     """
 
     def __init__(self, folder: str | Path, *, trusted_keys: Sequence[TrustedKey] | None = None):
+        if not isinstance(folder, (str, os.PathLike)):
+            raise BundleError(f"a bundle is a folder, given by its path; got {folder!r}")
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise BundleError(f"a bundle is a folder; there is none at {self.folder}")

@@ -157,6 +157,8 @@ def asked_again(bundle: Bundle, recipe: Recipe, run: dict[str, str], *, noise, i
         RecipeError: another bundle, precision, noise, image or mask than the recipe's.
         ShapeError: an array that does not fit the bundle.
     """
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"a recipe is what read_recipe(file) or a Result has; got {recipe!r}")
     if recipe.bundle_sha256 != run["bundle_sha256"]:
         raise RecipeError(
             f"the recipe is of bundle {recipe.bundle!r} with SHA-256 {recipe.bundle_sha256[:12]}, this is "

@@ -21,6 +21,11 @@ def refused(folder, words):
         pf.load(folder)
 
 
+@pytest.mark.parametrize("folder", [3, None, b"bundle", ["bundle"]])
+def test_a_bundle_is_given_by_its_path(folder):
+    refused(folder, "a bundle is a folder, given by its path; got ")
+
+
 def test_every_file_is_there_and_nothing_else(shared_bundle):
     expected = {"bundle.json", "student.fp32.onnx", "golden.npz", "preview.png", "LICENSE"}
     assert {file.name for file in shared_bundle.iterdir()} == expected

@@ -58,6 +58,7 @@ def test_another_bundle_precision_or_array_is_refused():
     given = dict(image=PICTURE, mask=MASK)
     generator.make_again(recipe, **given)
     for other, arrays, words in [
+        ("picture.png", given, r"what read_recipe\(file\) or a Result has; got 'picture.png'"),
         (replace(recipe, bundle_sha256="0" * 64), given, "load the one that made the image"),
         (replace(recipe, precision="int8"), given, "load it with precision='int8'"),
         (recipe, given | dict(image=PICTURE + 1), "the image is another .* begins with"),
