@@ -56,7 +56,7 @@ def reworded(name: str, page: str, results: Path) -> str:
     for sentence in SENTENCES:
         if sentence.page != name or sentence.result not in found:
             continue
-        said = list(re.finditer(sentence.words, page))
+        said = list(re.finditer(sentence.words.replace(" ", r"\s+"), page))  # however it is wrapped
         if len(said) != 1:
             sys.exit(
                 f"{name} should have one sentence like {sentence.words!r}, and has {len(said)}; see figures.py"

@@ -40,8 +40,8 @@ def load(
             which is checked where the `sign` extra is installed.
 
     Returns:
-        A generator: call it with labels to make images. Its `engine.choice` says why that engine runs. `close`, or a
-        `with` block, frees its memory.
+        A generator: call it with labels to make images. Its `engine.choice` says why that engine runs. `close`, or
+        a `with` block, frees its memory.
 
     Raises:
         BundleError: not a bundle, or altered, or not signed by one of the `trusted_keys`.
