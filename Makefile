@@ -21,6 +21,10 @@ else
 TORCH ?= torch==$(TORCH_VERSION)+cpu
 endif
 
+# Of pytest. Two processes, each of which takes the tests of a file together, since they share what is slow to make.
+# One process, to see more of a failure: make test ARGS="-n 0 -k words"
+ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+
 SOURCES := $(wildcard piflow_edge/kernels/*.h piflow_edge/kernels/*.cpp piflow_edge/kernels/*.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -33,7 +37,7 @@ test: $(VENV)/.tools $(RUNTIME)/.installed
 	@rm -rf build .wheel
 	@$(PIP) wheel -q --no-index --no-deps --no-build-isolation -w .wheel .
 	@$(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q --no-index --no-deps --force-reinstall .wheel/*.whl
-	PIFLOW_EDGE_RUNTIME_PYTHON=$(abspath $(RUNTIME))/bin/python $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 PIFLOW_EDGE_RUNTIME_PYTHON=$(abspath $(RUNTIME))/bin/python $(BIN)/python -m pytest $(ARGS)
 
 benchmarks: $(VENV)/.tools
 	$(BIN)/python benchmarks/run_all.py --demo $(DEMO)

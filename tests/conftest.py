@@ -1,6 +1,7 @@
 """What every test file shares: the array libraries a formula is tried in, and a small student."""
 
 import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -31,6 +32,30 @@ def cache_of_the_tests(tmp_path_factory):
     """No test reads or fills the cache of whoever runs it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIFLOW_EDGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def folder_of_all_workers(tmp_path_factory):
+    """One folder for the whole test run, of however many processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports_made_once(request, folder_of_all_workers):
+    """See `kept_exports`. Tests that need no torch do not load it for this."""
+    if not any(
+        item.get_closest_marker("torch") or item.path.parent.name == "export"
+        for item in request.session.items
+    ):
+        yield
+        return
+    from kept_exports import kept_exports
+
+    with kept_exports(folder_of_all_workers):
         yield
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from piflow_edge import evaluation
@@ -19,6 +18,7 @@ from piflow_edge.evaluation import evaluate, evaluation_labels, picture_columns
 from piflow_edge.pictures import at_most, image_grid, side_by_side
 
 from conftest import HAS_TORCH
+from test_cli import invoke
 
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="students are made with the 'train' extra")
 
@@ -122,13 +122,6 @@ class TestPictures:
         small = Image.new("RGB", (200, 100))
         assert at_most(small) is small
         assert at_most(Image.new("RGB", (1024, 512))).size == (256, 128)
-
-
-def invoke(*arguments, code=0):
-    """The command line in this process, where torch is loaded once."""
-    done = CliRunner().invoke(main, list(map(str, arguments)))
-    assert done.exit_code == code, (done.output, done.exception)
-    return done
 
 
 @pytest.fixture(scope="module")
