@@ -121,7 +121,8 @@ def child(index, count, port, jobs):
 def start(count, *jobs):
     """Start `count` processes that do the same jobs: (folder, settings of `job`, what happens before)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["piflow_edge.distill.student"])
+    # The last two are what each process would load by itself, torch._dynamo with the first optimiser.
+    context.set_forkserver_preload(["piflow_edge.distill.student", "torch._dynamo", "pytest"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
