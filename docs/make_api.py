@@ -55,6 +55,7 @@ SECTIONS = (
     ("Loading teachers and students", "piflow_edge.distill.sources", "piflow_edge/distill/sources.py", {
         "load_teacher": (), "TeacherModel": (), "load_student": (), "StudentModel": (),
     }),
+    ("The DiT that train-teacher trains", "piflow_edge.distill.dit", "piflow_edge/distill/dit.py", {"DiTConfig": ()}),
     ("Data", "piflow_edge.distill.data", "piflow_edge/distill/data.py", {"load_images": ()}),
     ("What data are", "piflow_edge.distill.data", "piflow_edge/distill/image_data.py", {
         "ImageData": ("batch",), "Latent": (),

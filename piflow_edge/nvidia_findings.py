@@ -81,11 +81,12 @@ def _release_for(driver_cuda: tuple[int, int], built_for: str | None) -> str | N
     """How to come by an onnxruntime-gpu for this driver; None where the one that is here is for it."""
     if built_for is None or major(built_for) <= driver_cuda[0]:
         return None
+    # What is no command stands behind a #, so that the line can be pasted as it is.
     if platform.machine() == "aarch64":
-        return f"pip uninstall -y {ORT_GPU} && pip install 'piflow-edge[cpu]': for aarch64 there is none for CUDA 12"
+        return f"pip uninstall -y {ORT_GPU} && pip install 'piflow-edge[cpu]'  # for aarch64 there is none for CUDA 12"
     needed = _DRIVERS.get(major(built_for))
     return (
-        f"pip install 'onnxruntime-gpu[cuda,cudnn]<{_FIRST_FOR_CUDA_13}', or install an NVIDIA driver for CUDA "
+        f"pip install 'onnxruntime-gpu[cuda,cudnn]<{_FIRST_FOR_CUDA_13}'  # or an NVIDIA driver for CUDA "
         f"{major(built_for)}{f' ({needed} or newer)' if needed else ''}"
     )
 
@@ -199,7 +200,7 @@ def _power_mode() -> Finding:
     # "< POWER_MODEL ID=0 NAME=MAXN >"; of MAXN and MAXN_SUPER the latter is the larger.
     modes = re.findall(r"^\s*<\s*POWER_MODEL ID=(\d+) NAME=(MAXN\w*)", read_text(_POWER_MODES) or "", re.M)
     largest = max(modes, key=lambda found: len(found[1]), default=("ID", ""))[0]
-    where = "" if modes else f", with the ID of the largest mode in {_POWER_MODES}"
+    where = "" if modes else f"  # ID: that of the largest mode in {_POWER_MODES}"
     return Finding("power mode", WARNING, f"{mode[1]} limits the clocks",
                    f"sudo nvpmodel -m {largest} && sudo jetson_clocks{where}")  # fmt: skip
 

@@ -30,6 +30,9 @@ class DiTConfig:
         depth: number of blocks.
         num_heads: attention heads.
         num_classes: real classes; label `num_classes` is the null class.
+
+    Raises:
+        ShapeError: sizes that do not divide.
     """
 
     in_channels: int = 1

@@ -248,7 +248,10 @@ def build(description: Mapping[str, Any]) -> FlowNetwork:
 
             return build_diffusers(description)
     except (TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"the checkpoint's architecture cannot be read: {error}") from error
+        raise CheckpointError(
+            f"the architecture cannot be read: {error}; of a DiT the configuration holds fields of DiTConfig: "
+            f"{', '.join(DiTConfig.__dataclass_fields__)}"
+        ) from error
     if description.get("entry") is None:
         raise CheckpointError(
             "the checkpoint's network was made in Python; load its teacher by 'package.module:function' "
