@@ -22,7 +22,7 @@ TORCH ?= torch==$(TORCH_VERSION)+cpu
 endif
 
 # Of pytest. Two processes, each of which takes the tests of a file together, since they share what is slow to make.
-# One process, to see more of a failure: make test ARGS="-n 0 -k words"
+# With ARGS of your own it is one process: make test ARGS="-k rollout"
 ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 SOURCES := $(wildcard piflow_edge/kernels/*.h piflow_edge/kernels/*.cpp piflow_edge/kernels/*.py)
