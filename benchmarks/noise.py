@@ -1,7 +1,8 @@
 """How often does `piflow-edge bench --compare` say that something moved when nothing did? One JSON line answers.
 
 The same bundle is measured again and again in fresh processes, and every run compared with every other. Nothing
-changed between them, so each verdict but "within noise" is a false alarm.
+changed between them, so each verdict but "within noise" is a false alarm. What a change must exceed is taken from the
+fresh processes of each pair; beside it stands what would come of the assumption that holds without them.
 
 Run: python benchmarks/noise.py --demo demo
 """
@@ -21,7 +22,7 @@ from timing import answer, parser
 
 def run(bundle, options):
     command = [sys.executable, "-m", "piflow_edge.cli", "bench", bundle, "--rounds", str(options.rounds)]
-    command += ["--batch", options.batch, "--cold-starts", "0", "--json"]
+    command += ["--batch", options.batch, "--cold-starts", str(options.cold_starts), "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return json.loads(done.stdout)
 
@@ -31,11 +32,13 @@ def main(arguments=None):
     options.add_argument("--demo", type=Path, required=True, help="folder of piflow-edge demo")
     options.add_argument("--runs", type=int, default=8)
     options.add_argument("--rounds", type=int, default=100)
+    options.add_argument("--cold-starts", type=int, default=3)
     options.add_argument("--batch", default="1,8")
     options = options.parse_args(arguments)
     bundle = str(options.demo / "bundles" / "digits-nfe1")
     runs = [run(bundle, options) for _ in range(options.runs)]
-    changes = [change for pair in combinations(runs, 2) for change in compare(*pair).changes]
+    compared = [compare(*pair) for pair in combinations(runs, 2)]
+    changes = [change for one in compared for change in one.changes]
     off = np.array([abs(np.log(change.ratio)) for change in changes])
     outside = [change.low > 1 or change.high < 1 for change in changes]
     found = {
@@ -44,7 +47,14 @@ def main(arguments=None):
         "comparisons": len(changes),
         "false_alarms": sum(change.verdict != "within noise" for change in changes),
         "intervals_without_1": sum(outside),
-        "process_noise": PROCESS_NOISE,
+        "must_exceed": float(np.median([one.process_noise for one in compared])),
+        "must_exceed_at_most": max(one.process_noise for one in compared),
+        "measured": all(one.measured for one in compared),
+        "assumed": PROCESS_NOISE,
+        "false_alarms_by_assumption": sum(
+            outside_1 and bool(abs(np.log(change.ratio)) > np.log1p(PROCESS_NOISE))
+            for change, outside_1 in zip(changes, outside, strict=True)
+        ),
         "differences_of_medians": {
             f"{share} %": float(np.expm1(np.percentile(off, share))) for share in (50, 95, 100)
         },

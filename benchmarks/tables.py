@@ -175,9 +175,14 @@ def noise(found: Mapping) -> str:
         ("runs of the same bundle, each compared with every other", found["runs"]),
         ("settings compared", found["comparisons"]),
         ("said to have moved, though nothing did", found["false_alarms"]),
+        (f"so, had {percent(found['assumed'])} been assumed", found["false_alarms_by_assumption"]),
         ("that the interval alone would have called moved", found["intervals_without_1"]),
         *((f"{share} of the medians differ by at most", percent(off)) for share, off in differences.items()),
-        ("what a change must exceed", percent(found["process_noise"])),
+        (
+            "what a change must exceed by the fresh processes: median of all pairs",
+            percent(found["must_exceed"]),
+        ),
+        ("and at most", percent(found["must_exceed_at_most"])),
     ]
     return table(["", ""], rows)
 

@@ -96,7 +96,8 @@ class Row:
     `median`, `p90`, `p99`: of `rounds`, a call of the generator each: labels in, uint8 images out.
     `images_per_second`: over all rounds. `split`: median of every stage; "other" is the rest of the call; on an NVIDIA
     GPU of rounds that wait for it at the end of every stage, which sum up to more than the median. `warmup`: the rounds
-    before. `trained`: False for a student that runs with calls it was not trained for. `cold`: see `cold_start`.
+    before. `trained`: False for a student that runs with calls it was not trained for. `cold`: see `cold_start`;
+    medians of the processes, of whose warm calls `processes` has each one's median.
     """
 
     setting: Setting
@@ -109,6 +110,7 @@ class Row:
     warmup: Sequence[float]
     trained: bool
     cold: Mapping[str, float | None] | None
+    processes: Sequence[float]
 
     def as_json(self) -> dict:
         """All of it, with the setting's fields among the others."""
@@ -219,11 +221,7 @@ def bench(
     before = {"load": _load(), "power": power_state()}
     timed, pulse = _rounds(contenders, config)
     waited = _waiting_rounds(contenders, len(pulse) - config.warmup)
-    cold = (
-        [_cold(contender, config) for contender in contenders]
-        if config.cold_starts
-        else [None] * len(contenders)
-    )
+    cold = [_cold(contender, config) for contender in contenders]
     conditions = {
         **machine(),
         "bundles": {bundle.name: _identity(bundle) for bundle in opened},
@@ -382,7 +380,7 @@ def _row(
     contender: _Contender,
     timed: Sequence[Mapping],
     waited: Sequence[Mapping],
-    cold: Mapping | None,
+    cold: Sequence[Mapping],
     warmup: int,
 ) -> Row:
     rounds = [stages["total"] for stages in timed[warmup:]]
@@ -401,19 +399,24 @@ def _row(
         rounds,
         [stages["total"] for stages in timed[:warmup]],
         contender.trained,
-        cold,
+        _medians(cold),
+        [one["warm"] for one in cold],
     )
 
 
-def _cold(contender: _Contender, config: BenchConfig) -> dict[str, float | None]:
-    """Medians over fresh processes; see `cold_start`."""
-    found = [cold_start(contender.child, device=contender.setting.device) for _ in range(config.cold_starts)]
+def _cold(contender: _Contender, config: BenchConfig) -> list[dict[str, float | None]]:
+    """What fresh processes tell; see `cold_start`."""
+    return [cold_start(contender.child, device=contender.setting.device) for _ in range(config.cold_starts)]
+
+
+def _medians(found: Sequence[Mapping[str, float | None]]) -> dict[str, float | None] | None:
+    """Of every figure over the processes; None where one did not tell, or there was no process."""
     return {
         name: None
         if any(one[name] is None for one in found)
         else float(np.median([one[name] for one in found]))
-        for name in found[0]
-    }
+        for name in (found[0] if found else ())
+    } or None
 
 
 def _identity(bundle: Bundle) -> dict:

@@ -121,6 +121,14 @@ def comparison_text(comparison: Comparison) -> str:
             f"the machine itself is {comparison.machine.verdict}: a fixed piece of NumPy takes "
             f"{comparison.machine.ratio:.2f} times as long as it did"
         )
+    told = (
+        "as their fresh processes show"
+        if comparison.measured
+        else "an assumption; --cold-starts 3 measures it"
+    )
+    lines.append(
+        f"two processes with the same work differ by up to {100 * comparison.process_noise:.1f} %, {told}"
+    )
     lines += [f"only in the old run: {key}" for key in comparison.only_old]
     lines += [f"only in the new run: {key}" for key in comparison.only_new]
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from piflow_edge.bench_compare import PROCESS_NOISE, compare, read_benchmark
+from piflow_edge.bench_compare import PROCESS_NOISE, compare, process_noise, read_benchmark
 from piflow_edge.cli import main
 from piflow_edge.errors import DataError, ScheduleError
 from piflow_edge.hardware import machine, memory
@@ -161,6 +161,26 @@ class TestCompare:
         ).changes[0]
         assert change.low > 1 and change.verdict == "within noise"
 
+    def test_fresh_processes_say_how_far_processes_differ(self):
+        def with_processes(run, seed, spread=0.05):
+            row = run["rows"][0]
+            return run | {"rows": [row | {"processes": with_spread(seed, spread, 3)}]}
+
+        def with_spread(seed, spread, count):
+            return np.exp(spread * np.random.default_rng(seed).standard_normal(count)).tolist()
+
+        old, new = run(10.0, noise=1e-4), run(11.0, noise=1e-4, seed=1)
+        assert compare(old, new).process_noise == PROCESS_NOISE and not compare(old, new).measured
+        found = compare(with_processes(old, 0), with_processes(new, 1))
+        assert found.measured and found.process_noise > 0.1 and found.changes[0].verdict == "within noise"
+        quiet = compare(with_processes(old, 0, 1e-3), with_processes(new, 1, 1e-3))
+        assert quiet.process_noise < 0.02 and quiet.changes[0].verdict == "slower"
+        # Of many pairs of processes with one spread, 1 in 100 is further apart.
+        rows = [{"processes": with_spread(seed, 0.05, 3)} for seed in range(200)]
+        apart = [np.log(a / b) for a, b, _ in (row["processes"] for row in rows)]
+        assert 0.97 < np.mean(np.abs(apart) < np.log1p(process_noise(rows))) <= 1
+        assert process_noise(rows[:1]) is None
+
     def test_a_wide_interval_is_no_change(self):
         assert compare(run(10.0, noise=0.8, count=9), run(11.0, noise=0.8, count=9, seed=1)).changes[
             0
@@ -257,6 +277,7 @@ class TestCommand:
     def test_a_fresh_process_tells_time_and_memory(self, shared_bundle):
         answer = json.loads(bench(shared_bundle, "--rounds", 1, "--cold-starts", 1, "--json").stdout)
         cold = answer["rows"][0]["cold"]
+        assert answer["rows"][0]["processes"] == [cold["warm"]] and cold["warm"] > 0
         assert cold["first_images"] > cold["open"] > 0 and cold["device_memory"] is None
         assert cold["resident"] is None or 20 < cold["resident"] <= cold["peak"]
 
