@@ -2,13 +2,14 @@
 
 The rollout of a Gaussian mixture in the compiled kernel, and the network of a DiT in ONNX Runtime, each along one axis
 at a time, the others held at a middle size. Exponents are of the number of pixels for resolution (side squared), and
-so 1 where the cost is one of pixels. `last` is that of the two largest sizes alone: a fixed cost hides there least.
+so 1 where the cost is one of pixels. They are fitted beside a fixed cost, which weighs on the small sizes.
 
 Run: python benchmarks/scaling.py
 """
 
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from piflow_edge.pictures import png_bytes
 from piflow_edge.plots import Series, chart
 
 from networks import LARGE, student_of, teacher_of
-from timing import answer, exponent, medians_of, parser
+from timing import answer, growth, parser, rounds_of
 
 # Held while another one grows.
 MIDDLE = {"side": 64, "batch": 1, "components": 8, "substeps": 128}
@@ -29,9 +30,9 @@ AXES = {
     "side": [16, 32, 64, 128, 256],
     "batch": [1, 2, 4, 8, 16],
     "components": [4, 8, 16, 32, 64],
-    "substeps": [8, 32, 128, 512],
+    "substeps": [8, 16, 32, 64, 128, 256, 512],
 }
-NETWORK_SIDES, NETWORK_BATCHES = [8, 16, 32, 64], [1, 2, 4, 8]
+NETWORK_SIDES, NETWORK_BATCHES = [8, 16, 24, 32, 48, 64], [1, 2, 4, 8, 16]
 
 
 def rollout_call(side, batch, components, substeps):
@@ -64,14 +65,34 @@ def counted(axis, sizes):
     return [side**2 for side in sizes] if axis == "side" else sizes
 
 
-def line(what, axis, sizes, ms):
-    return {"what": what, "axis": axis, "sizes": sizes, "ms": ms, **exponent(counted(axis, sizes), ms)}
+def line(what, axis, sizes, rounds):
+    found = growth(counted(axis, sizes), rounds)
+    ms, count = [median(times) for times in rounds], len(rounds[0])
+    return {"what": what, "axis": axis, "sizes": sizes, "ms": ms, "rounds": count, **found}
 
 
-def growth(line):
+def relative(line):
     """(times its smallest size, times as long)."""
     sizes, ms = counted(line["axis"], line["sizes"]), line["ms"]
     return [(size / sizes[0], time / ms[0]) for size, time in zip(sizes, ms, strict=True)]
+
+
+def picture(lines):
+    series = [
+        Series(f"{one['what']}, {one['axis']}", relative(one), [f"{one['exponent']:.2f}"], line=True)
+        for one in lines
+    ]
+    largest = max(size for one in lines for size, _ in relative(one))
+    series.append(Series("in proportion", [(1, 1), (largest, largest)], line=True))
+    return chart(
+        series,
+        title="fitted exponents",
+        x_label="times its smallest size, of a side in pixels",
+        y_label="times as long",
+        log_x=True,
+        log_y=True,
+        size=(1200, 640),
+    )
 
 
 def main(arguments=None):
@@ -89,7 +110,7 @@ def main(arguments=None):
     limits = (options.rounds, options.seconds)
 
     def times(calls):
-        return [*medians_of(calls, *limits, warmup=1).values()]
+        return [*rounds_of(calls, *limits, warmup=1).values()]
 
     lines = []
     for axis, sizes in axes.items():
@@ -98,24 +119,11 @@ def main(arguments=None):
     engines = {side: network_at(side, config) for side in sides}
     calls = {str(side): network_call(engine, side, 1) for side, engine in engines.items()}
     lines.append(line("network", "side", sides, times(calls)))
-    one = engines[sides[len(sides) // 2]]
-    calls = {str(batch): network_call(one, sides[len(sides) // 2], batch) for batch in batches}
+    side = 32 if 32 in sides else sides[-1]
+    calls = {str(batch): network_call(engines[side], side, batch) for batch in batches}
     lines.append(line("network", "batch", batches, times(calls)))
     if options.plot:
-        series = [
-            Series(f"{one['what']}, {one['axis']}: {one['exponent']:.2f}", growth(one), line=True)
-            for one in lines
-        ]
-        picture = chart(
-            series,
-            title="",
-            x_label="times its smallest size, of a side in pixels",
-            y_label="times as long",
-            log_x=True,
-            log_y=True,
-            size=(1200, 640),
-        )
-        write_atomic(options.plot, png_bytes(picture))
+        write_atomic(options.plot, png_bytes(picture(lines)))
     conditions = {"middle": middle, "channels": CHANNELS, "network": vars(config), "rounds": options.rounds}
     answer(options, {**conditions, "lines": lines})
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from piflow_edge.plots import number
 
+from timing import growth
+
 Cell = str | float | int | None
 
 
@@ -105,15 +107,35 @@ def end_to_end(found: Mapping) -> str:
     return "\n\n".join(parts)
 
 
+def fitted(one: Mapping) -> Mapping:
+    """Its growth; a result without the fit beside a fixed cost has medians alone, and so no interval."""
+    if "fixed" in one:
+        return one
+    sizes = [side**2 for side in one["sizes"]] if one["axis"] == "side" else one["sizes"]
+    return {**one, **growth(sizes, [[ms] for ms in one["ms"]]), "low": None}
+
+
 def scaling(found: Mapping) -> str:
     rows = [
         (one["what"], "pixels" if one["axis"] == "side" else one["axis"],
          f"{one['sizes'][0]} to {one['sizes'][-1]}" + (" a side" if one["axis"] == "side" else ""),
-         f"{number(one['ms'][0])} to {number(one['ms'][-1])}", f"{one['exponent']:.2f}",
-         None if one["low"] is None else f"{one['low']:.2f} to {one['high']:.2f}", f"{one['last']:.2f}")
-        for one in found["lines"]
+         f"{number(one['ms'][0])} to {number(one['ms'][-1])}", one["fixed"], f"{one['exponent']:.2f}",
+         None if one["low"] is None else f"{one['low']:.2f} to {one['high']:.2f}", percent(one["off"]),
+         ", ".join(f"{exponent:.2f}" for exponent in one["local"]))
+        for one in map(fitted, found["lines"])
     ]  # fmt: skip
-    return table(["", "grows", "from, to", "ms", "exponent", "95 %", "of the last two"], rows)
+    heads = [
+        "",
+        "grows",
+        "from, to",
+        "ms",
+        "fixed, ms",
+        "exponent",
+        "95 %",
+        "off by at most",
+        "between neighbours",
+    ]
+    return table(heads, rows)
 
 
 def quality_latency(found: Mapping) -> str:

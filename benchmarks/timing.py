@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders that take turns, fitted exponents, and how an answer is given."""
+"""What the benchmarks share: contenders that take turns, fitted growth, and how an answer is given."""
 
 import argparse
 import json
@@ -44,24 +44,53 @@ def medians_of(
     return {name: median(times) for name, times in rounds_of(calls, rounds, *limits, **settings).items()}
 
 
-def exponent(sizes: Sequence[float], times: Sequence[float]) -> dict[str, float | None]:
-    """p of times = a size^p, by least squares of the logarithms, with its 95 % interval; and of the last two alone.
+def growth(sizes: Sequence[float], rounds: Sequence[Sequence[float]], *, draws: int = 200) -> dict:
+    """How times grow with sizes: time = fixed + a size^p, fitted to medians of rounds, each size weighing alike.
 
-    Two sizes have no interval. Where a fixed cost hides in the small sizes, p is below that of the large ones, which
-    `last` shows.
+    Without the fixed cost, which hides the growth of small sizes, p would be that of no size. Fewer than four sizes
+    cannot tell both apart, and it is 0.
+
+    Returns:
+        `exponent`, p, with its 95 % interval from `low` to `high`, of as many fits to rounds drawn anew; `fixed`, in
+        the unit of the times; `off`, the greatest share by which a median differs from the fit; `local`, the exponents
+        between neighbours, which tell whether there is one p at all.
     """
-    x, y = np.log(np.asarray(sizes, float)), np.log(np.asarray(times, float))
-    x = x - x.mean()
-    slope = float((x * y).sum() / (x * x).sum())
-    off = y - y.mean() - slope * x
-    # Student's t for 95 %: 1 to 6 degrees of freedom.
-    degrees = len(x) - 2
-    t = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}.get(degrees, 2.45)
-    last = float((y[-1] - y[-2]) / (x[-1] - x[-2]))
-    if not degrees:
-        return {"exponent": slope, "low": None, "high": None, "last": last}
-    wide = float(t * np.sqrt((off**2).sum() / degrees / (x * x).sum()))
-    return {"exponent": slope, "low": slope - wide, "high": slope + wide, "last": last}
+    sizes = np.asarray(sizes, float)
+    drawn, random = [], np.random.default_rng(0)
+    for times in rounds:
+        picks = random.integers(len(times), size=(draws, len(times)))
+        drawn.append(np.median(np.asarray(times, float)[picks], axis=1))
+    medians = np.array([np.median(times) for times in rounds])
+    (p, fixed, a), *_ = _fits(sizes, medians[None])
+    ps = [p for p, _, _ in _fits(sizes, np.transpose(drawn))]
+    low, high = np.percentile(ps, [2.5, 97.5]).tolist()
+    fit = fixed + a * (sizes / sizes[0]) ** p
+    return {
+        "exponent": p,
+        "low": low,
+        "high": high,
+        "fixed": fixed,
+        "off": float(np.abs(fit / medians - 1).max()),
+        "local": (np.diff(np.log(medians)) / np.diff(np.log(sizes))).tolist(),
+    }
+
+
+def _fits(sizes: np.ndarray, times: np.ndarray) -> list[tuple[float, float, float]]:
+    """(p, fixed, a) of every row of `times`: the best of a grid of p, for each of which least squares give the rest."""
+    grid = np.arange(0.02, 3, 0.005)
+    found = []
+    for row in times:
+        # Relative errors: 1 is to be fixed / time + a size^p / time.
+        u, v = 1 / row, (sizes / sizes[0]) ** grid[:, None] / row
+        uu, uv, vv = (u * u).sum(), v @ u, (v * v).sum(1)
+        determinant = uu * vv - uv**2
+        fixed = (vv * u.sum() - uv * v.sum(1)) / np.where(determinant > 0, determinant, np.inf)
+        fixed = np.maximum(fixed, 0) if len(sizes) > 3 else np.zeros_like(grid)
+        a = (v.sum(1) - fixed * uv) / vv
+        error = ((fixed[:, None] * u + a[:, None] * v - 1) ** 2).sum(1)
+        best = int(np.argmin(error))
+        found.append((float(grid[best]), float(fixed[best]), float(a[best])))
+    return found
 
 
 def parser(description: str) -> argparse.ArgumentParser:

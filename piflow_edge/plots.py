@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,7 +17,7 @@ _TEXT = 13
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) of one colour; `labels` beside them; `line`: joined in order."""
+    """Points (x, y) of one colour; `labels` beside the last of them, as many as there are; `line`: joined in order."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -134,11 +135,12 @@ def chart(
         placed = [(x_axis(x), y_axis(y)) for x, y in one.points]
         if one.line:
             sheet.line(placed, colour, 2)
+            taken += _along(placed)
         for x, y in placed:
             sheet.dot(x, y, colour)
             taken.append((x - 5, y - 5, x + 5, y + 5))
     for one, colour in zip(series, colours, strict=True):
-        for (x, y), label in zip(one.points, one.labels, strict=bool(one.labels)):
+        for (x, y), label in zip(one.points[len(one.points) - len(one.labels) :], one.labels, strict=True):
             _beside(sheet, x_axis(x), y_axis(y), label, colour, taken, plot)
     if len(series) > 1:
         _legend(sheet, dict(zip((one.name for one in series), colours, strict=True)), plot[2], plot[1])
@@ -227,6 +229,17 @@ def _beside(sheet, x, y, label, colour, taken, plot) -> None:
         box = (left, middle - half, left + width, middle + half)
     taken.append(box)
     sheet.text(left, middle, label, colour=colour)
+
+
+def _along(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:
+    """Small boxes along a line, for labels to keep clear of."""
+    boxes = []
+    for (x0, y0), (x1, y1) in pairwise(points):
+        steps = max(1, round(math.hypot(x1 - x0, y1 - y0) / 6))
+        for i in range(steps + 1):
+            x, y = x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps
+            boxes.append((x - 2, y - 2, x + 2, y + 2))
+    return boxes
 
 
 def _meet(a, b) -> bool:

@@ -132,19 +132,28 @@ def test_a_sentence_gets_its_figures_and_must_be_there(tmp_path):
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_a_known_exponent_is_found(power):
-    from timing import exponent
+@pytest.mark.parametrize("fixed", [0.0, 20.0])
+def test_a_known_exponent_is_found(power, fixed):
+    from timing import growth
 
-    sizes = [1, 2, 4, 8, 16]
-    found = exponent(sizes, [3 * size**power for size in sizes])
-    assert found["exponent"] == pytest.approx(power) and found["last"] == pytest.approx(power)
-    random = np.random.default_rng(0)
-    inside = 0
-    for _ in range(200):
-        noisy = [3 * size**power * np.exp(0.1 * random.standard_normal()) for size in sizes]
-        found = exponent(sizes, noisy)
-        inside += found["low"] < power < found["high"]
-    assert 180 < inside < 200
+    sizes = np.array([1, 2, 4, 8, 16])
+    times = fixed + 3.0 * sizes**power
+    found = growth(sizes, times[:, None])
+    assert found["exponent"] == pytest.approx(power, abs=0.01) and found["off"] < 0.01
+    assert found["fixed"] == pytest.approx(fixed, abs=0.2)
+    assert len(found["local"]) == 4 and (fixed or found["local"] == pytest.approx([power] * 4))
+    random, inside = np.random.default_rng(0), 0
+    for _ in range(20):
+        found = growth(sizes, times[:, None] * np.exp(0.02 * random.standard_normal((5, 15))), draws=60)
+        inside += found["low"] - 0.01 < power < found["high"] + 0.01
+    assert inside >= 15  # of 20, where 19 are to be expected
+
+
+def test_three_sizes_tell_no_fixed_cost():
+    from timing import growth
+
+    found = growth([1, 2, 4], [[3.0], [6.0], [12.0]])
+    assert found["fixed"] == 0 and found["exponent"] == pytest.approx(1, abs=0.01)
 
 
 def test_contenders_take_turns():
