@@ -2,7 +2,8 @@
 
 Tables stand between `<!-- NAME -->` and `<!-- end -->`: those of benchmarks/README.md are one for each result
 (tables.py), those of other pages put several together (figures.py). Figures within sentences are found by their words.
-A result that is not there leaves a line that says so, and sentences as they are.
+A result that is not there leaves a line that says so, and sentences as they are. Pictures are those of the scripts, or
+are drawn here (drawings.py).
 
 Run: python benchmarks/page.py
      python benchmarks/page.py --check      (writes nothing; says which page holds other figures than the results)
@@ -14,7 +15,9 @@ import sys
 from pathlib import Path
 
 from piflow_edge.files import write_atomic
+from piflow_edge.pictures import png_bytes
 
+from drawings import DRAWINGS
 from figures import SENTENCES, SEVERAL
 from tables import TABLES, conditions, nested
 
@@ -39,7 +42,7 @@ def rendered(name: str, results: Path) -> str:
     if name not in found:
         return f"Not measured yet: there is no `results/{name}.json`."
     text = TABLES.get(name, nested)(found[name])
-    if (results / f"{name}.png").exists():
+    if name in DRAWINGS or (results / f"{name}.png").exists():
         text = f"![{name.replace('_', ' ')}](results/{name}.png)\n\n{text}"
     return f"{text}\n\n{conditions(found[name])}".rstrip()
 
@@ -68,8 +71,17 @@ def reworded(name: str, page: str, results: Path) -> str:
     return page
 
 
+def draw(results: Path) -> None:
+    """The pictures of results whose scripts draw none."""
+    for name, found in read(results).items():
+        if name in DRAWINGS:
+            write_atomic(results / f"{name}.png", png_bytes(DRAWINGS[name](found)))
+
+
 def main() -> None:
     stale = []
+    if "--check" not in sys.argv[1:]:
+        draw(HERE / "results")
     for name in PAGES:
         page = HERE.parent / name
         text = page.read_text(encoding="utf-8")

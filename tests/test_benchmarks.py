@@ -97,11 +97,15 @@ def test_precision_tables_read_what_is_timed(shared_bundle, tmp_path):
 
 def page(results, name, words):
     """The table of one result, which stands where its marks are and nowhere else."""
-    from page import rewrite
+    from drawings import DRAWINGS
+    from page import draw, rewrite
 
     text = rewrite(f"before\n<!-- {name} -->\nold\n<!-- end -->\nafter\n", results)
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text and words in text and "| " in text
+    if name in DRAWINGS:
+        draw(results)
+        assert f"](results/{name}.png)" in text and (results / f"{name}.png").stat().st_size > 1000
 
 
 def test_every_figure_of_the_pages_is_made_from_a_result():
