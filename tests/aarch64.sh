@@ -25,8 +25,11 @@ if [ "$(uname -m)" != aarch64 ]; then
     rm -rf "$place/src"
     mkdir "$place/src"
     git ls-files -z | tar --null -T - -cf - | tar -C "$place/src" -xf -
-    exec chroot "$place" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TESTS="${TESTS:-.}" \
+    mountpoint -q "$place/proc" || mount -t proc proc "$place/proc"
+    trap 'umount "$place/proc"' EXIT
+    chroot "$place" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TESTS="${TESTS:-.}" \
         OMP_NUM_THREADS=1 PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels VENV=/venv sh /src/tests/aarch64.sh
+    exit
 fi
 
 venv=${VENV:-$PWD/.venv-aarch64}
