@@ -3,7 +3,7 @@
 Results go to benchmarks/results/, tables into benchmarks/README.md. A script that fails stops nothing; the exit status
 is then 1, and its old result stays.
 
-Run: python benchmarks/run_all.py --demo demo                      (about 20 minutes on two cores)
+Run: python benchmarks/run_all.py --demo demo                      (about 25 minutes on two cores)
      python benchmarks/run_all.py --demo demo --only startup scaling
 """
 
@@ -42,7 +42,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", default="demo", help="folder of piflow-edge demo; made if it is not there")
-    parser.add_argument("--only", nargs="+", help="names of results")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(commands("")), metavar="NAME", help="names of results"
+    )
     options = parser.parse_args()
     if not Path(options.demo, "report", "evaluation.json").exists():
         subprocess.run([sys.executable, "-m", "piflow_edge.cli", "demo", "--out", options.demo], check=True)
