@@ -113,6 +113,23 @@ assert counts()["bytes"] == 0, counts()
     )
 
 
+def test_an_array_may_be_collected_where_memory_is_handed_out(run):
+    run(
+        """
+x, y = (xp.empty((1 << 10,), device=place) for _ in range(2))
+pointers = {x.pointer, y.pointer}
+with xp._lock:  # Python collects cycles wherever a thread happens to be
+    del x, y
+assert {xp.empty((1 << 10,), device=place).pointer} < pointers
+xp._MOST_KEPT = 4 << 10
+before = counts()["bytes"]
+big = xp.empty((1 << 12,), device=place)
+del big
+assert counts()["bytes"] < before, counts()
+"""
+    )
+
+
 def test_policies_run_there_as_they_stand(run):
     run(
         """

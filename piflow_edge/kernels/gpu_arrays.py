@@ -2,7 +2,7 @@
 
 This module is the namespace that `DeviceArray.__array_namespace__` names, so that the formulas of policies.py run on it
 as they stand. Float32 alone is computed with. Every result lies in new memory and is queued on the stream of the
-operands; nothing waits for the GPU but `to_host`.
+operands; what waits for the GPU is copies from and to the host, and `all_finite`.
 """
 
 import builtins
@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 from functools import cache
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,9 @@ class Place(NamedTuple):
 _MOST_KEPT = 256 << 20
 _kept: dict[Place, list[nvidia.Memory]] = {}
 _lock = threading.Lock()
+# Of arrays that are gone. Python may collect one at any point of a thread, also where that holds the lock: such memory
+# waits here for the next who asks.
+_returned: SimpleQueue[tuple[Place, nvidia.Memory]] = SimpleQueue()
 
 
 class _Lent:
@@ -79,10 +83,12 @@ class _Lent:
     def __init__(self, device: Place, size: int):
         self._device, self._memory = device, None
         with _lock:
-            kept = _kept.setdefault(device, [])
+            dropped = _take_back()
+            kept = _kept.get(device, [])
             found = next((i for i, memory in enumerate(kept) if memory.size == size), None)
             if found is not None:
                 self._memory = kept.pop(found)
+        del dropped  # freed outside the lock
         if self._memory is None:
             self._memory = nvidia.Memory(device.ordinal, size)
         self.pointer = self._memory.pointer
@@ -90,19 +96,32 @@ class _Lent:
     def __del__(self):
         if getattr(self, "_memory", None) is None:
             return
-        dropped = []
-        with _lock:
-            kept = _kept.setdefault(self._device, [])
-            kept.append(self._memory)
-            while builtins.sum(memory.size for memory in kept) > _MOST_KEPT:
-                dropped.append(kept.pop(0))
-        del dropped  # freed outside the lock
+        _returned.put((self._device, self._memory))
+        if _lock.acquire(blocking=False):
+            try:
+                dropped = _take_back()
+            finally:
+                _lock.release()
+            del dropped  # freed outside the lock
+
+
+def _take_back() -> list[nvidia.Memory]:
+    """Keep what was returned, with the lock held. What comes back is too much to keep."""
+    dropped = []
+    while not _returned.empty():
+        device, memory = _returned.get()
+        kept = _kept.setdefault(device, [])
+        kept.append(memory)
+        while builtins.sum(memory.size for memory in kept) > _MOST_KEPT:
+            dropped.append(kept.pop(0))
+    return dropped
 
 
 def release(ordinal: int) -> None:
     """Give memory that is kept for later arrays back to the GPU."""
     with _lock:
-        dropped = [_kept.pop(device) for device in list(_kept) if device.ordinal == ordinal]
+        dropped = _take_back()
+        dropped += [_kept.pop(device) for device in list(_kept) if device.ordinal == ordinal]
     del dropped
 
 
