@@ -157,6 +157,11 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
             noise, ids = golden["noise"][:size], golden["labels"][:size] if "labels" in golden else None
             labels = {} if ids is None else {"class_labels": ids}
             found = graph.run({"noise": noise, **labels})
+        if not np.isfinite(found["latents"]).all():
+            raise CheckFailedError(
+                f"the sampler graph nfe{nfe} of bundle {bundle.name!r} in {generator.precision} gives NaN or "
+                "infinity; export it again, or use another precision"
+            )
         expected = sample(
             lambda x_t, sigma, ids=ids: generator.policy(x_t, sigma, ids),
             noise,

@@ -150,6 +150,21 @@ def test_verify_closes_the_engines_it_opens(folder, monkeypatch):
         generator([1])  # what was given is not closed
 
 
+def test_verify_says_which_sampler_graph_gives_nan(folder, monkeypatch):
+    class Broken:
+        max_batch = None
+
+        def run(self, inputs):
+            return {name: np.full((4, 1, 8, 8), np.nan, np.float32) for name in ("latents", "images")}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(verification, "_sampler_engine", lambda generator, nfe: Broken())
+    with pf.load(folder) as generator, pytest.raises(CheckFailedError, match="sampler graph nfe1 of bundle"):
+        verify(generator)
+
+
 def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):
     opened = Bundle(folder)
     assert opened.manifest.samplers == [1, 2, 3]
