@@ -131,6 +131,7 @@ def sample(
     repeats = 0 if known is None else resamples
     nfe = len(segments) + repeats * sum(segment.sigma_src < 1 for segment in segments)
     calls = 0
+    watched = _WATCHED_SUBSTEPS if cancelled is not None and solver == "euler" else None
 
     def watch(sigma_t: float) -> None:
         if cancelled is not None and cancelled():
@@ -150,7 +151,10 @@ def sample(
     def resampled(x_t: Array, sigma_src: float, draw: int) -> Array:
         policy, fresh = call(x_t, sigma_src, sharpen=True), renoise(draw)
         began = time.perf_counter()
-        x_0 = integrate(policy, x_t, _levels_to_0(sigma_src, schedule), **rollouts)
+        x_0, levels = x_t, _levels_to_0(sigma_src, schedule)
+        for start, stop in _pieces(len(levels) - 1, watched):
+            x_0 = integrate(policy, x_0, levels[start : stop + 1], **rollouts)
+            watch(float(levels[stop]))
         x_t = (1 - sigma_src) * known.put_into(x_0, 0.0) + sigma_src * fresh
         clock("policy", time.perf_counter() - began)
         return x_t
@@ -161,7 +165,6 @@ def sample(
             x_t = resampled(x_t, segment.sigma_src, len(segments) + i * repeats + j + 1)
         policy = call(x_t, segment.sigma_src, sharpen=i < len(segments) - 1)
         levels = _levels(segment, schedule.shift)
-        watched = _WATCHED_SUBSTEPS if cancelled is not None and solver == "euler" else None
         for start, stop in _pieces(segment.substeps, callback_every, watched):
             began = time.perf_counter()
             sigma_t = float(levels[stop])

@@ -191,6 +191,13 @@ def test_asked_to_stop_it_stops_between_substeps():
     assert calls == [1.0] and len(asked) == 4  # before the call, and after 16, 32 and 48 of 64 substeps
 
 
+def test_it_hears_while_it_fits_what_is_drawn_to_what_is_kept():
+    known, asked = Known(noise(seed=1), np.array([0.0, 0, 1, 1]), noise(seed=2)), []
+    sample(dx_network, noise(), Schedule(nfe=2, total_substeps=128), known=known, resamples=1,
+           renoise=lambda draw: noise(seed=10 + draw), cancelled=lambda: asked.append(None))  # fmt: skip
+    assert len(asked) == 3 + 3 * 4  # before each call, and every 16 of three times 64 substeps
+
+
 def test_a_rare_callback_does_not_make_it_deaf():
     asked, seen = [], []
     sample(dx_network, noise(), Schedule(nfe=1, total_substeps=128), callback=seen.append, callback_every=60,
