@@ -77,26 +77,32 @@ def image_seeds(seed, count: int) -> Seeds:
     return seeds
 
 
-def drawn_noise(seeds: Seeds, shape: Sequence[int], draw: int) -> np.ndarray:
+def drawn_noise(seeds: Seeds, shape: Sequence[int], draw: int, num_threads: int | None) -> np.ndarray:
     """The noise of images, float32 (len(seeds), *shape); see `philox_normal`."""
+    how = {"draw": draw, "num_threads": num_threads}
     if len({s for s, _ in seeds}) == 1:
-        return philox_normal(seeds[0][0], [i for _, i in seeds], shape, draw=draw)
-    return np.concatenate([philox_normal(s, [i], shape, draw=draw) for s, i in seeds])
+        return philox_normal(seeds[0][0], [i for _, i in seeds], shape, **how)
+    return np.concatenate([philox_normal(s, [i], shape, **how) for s, i in seeds])
 
 
-def checked_noise(noise, expected: tuple[int, ...]) -> np.ndarray:
-    """Given noise as float32 of the `expected` shape, all of it finite."""
+def checked_floats(what: str, given, shape: Sequence[int], count: int | None = None) -> np.ndarray:
+    """Noise or latents that a caller gives, as float32 (`count`, *shape), all of it finite.
+
+    `count`: None is any number, 1 or more. `what`: it is, for errors.
+    """
+    expected = f"({', '.join(map(str, ('B' if count is None else count, *shape)))})"
     try:
-        noise = np.asarray(noise)
+        array = np.asarray(given)
     except ValueError as error:
-        raise ShapeError(f"noise must be one array {expected}: {error}") from error
-    if noise.shape != expected or not np.issubdtype(noise.dtype, np.floating):
-        raise ShapeError(f"noise must be floating point {expected}; got {noise.dtype} {noise.shape}")
+        raise ShapeError(f"{what} must be one array {expected}: {error}") from error
+    fits = array.ndim and array.shape == (count or max(1, len(array)), *shape)
+    if not fits or not np.issubdtype(array.dtype, np.floating):
+        raise ShapeError(f"{what} must be floating point {expected}; got {array.dtype} {array.shape}")
     with np.errstate(over="ignore"):  # what float32 cannot hold is refused in the next line
-        noise = noise.astype(np.float32, copy=False)
-    if not np.isfinite(noise).all():
-        raise ShapeError("noise must be finite in float32; it holds NaN or infinity")
-    return noise
+        array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise ShapeError(f"{what} must be finite in float32; got NaN or infinity")
+    return array
 
 
 def start_and_mask(
@@ -135,6 +141,8 @@ def check_watchers(callback, callback_every, cancel) -> None:
     if callback is not None and not callable(callback):
         raise ScheduleError(f"callback is a function that takes a Progress; got {callback!r}")
     check_whole("callback_every", callback_every, 1)
+    if callback_every is not None and callback is None:
+        raise ScheduleError("callback_every says when to tell a callback; give the callback too")
     if cancel is not None and (isinstance(cancel, type) or not callable(getattr(cancel, "is_set", None))):
         raise ScheduleError(f"cancel is a threading.Event, or what has its is_set(); got {cancel!r}")
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions
 
-from .arguments import Seeds, check_watchers
+from .arguments import Seeds, check_watchers, checked_floats
 from .bundle import Bundle
 from .decoding import Decoding, check_finite, on_host
 from .errors import BundleError, EngineError, ShapeError
@@ -139,8 +139,10 @@ class Generator:
                 the image or its latents; or one per image. All else stays, exactly.
             resamples: with a `mask`, calls more for every call but the one at noise level 1, by which what is drawn
                 comes to fit what is kept; see `sampling.sample`. None is 4, which few calls per image need.
-            callback_every: substeps after which `callback` is told, besides; costs no network call.
-            cancel: such as `threading.Event`; once it is set, from any thread, the call ends within some substeps.
+            callback_every: substeps after which `callback` is told, besides; costs no network call. Rollouts are cut
+                there, which rounds otherwise: latents differ by some 1e-7.
+            cancel: such as `threading.Event`; once it is set, from any thread, the call ends within some substeps. It
+                cuts rollouts as `callback_every` does.
             synchronize: on an NVIDIA GPU, wait for it at the end of every stage, so that `Result.timings` are of the
                 stages themselves, and the call takes longer. Else they are those of queueing, and "transfer" has the
                 waiting.
@@ -222,8 +224,9 @@ class Generator:
     ) -> Result:
         """The images of a `Recipe`, such as `Result.recipe` or what `read_recipe` finds in a PNG file.
 
-        On the recipe's engine and device they are the same; on another, the same but for rounding, which is logged, as
-        another release of piflow-edge is.
+        On the recipe's engine and device they are the same, but for rounding if `cancel` or `callback_every` was given
+        in one of the two calls; on another, the same but for rounding, which is logged, as another release of
+        piflow-edge is.
 
         Args:
             recipe: of this bundle, in this precision.
@@ -252,10 +255,10 @@ class Generator:
         self.close()
 
     @contextmanager
-    def _open(self) -> Iterator[None]:
-        """While images are made: not closed, and not freed before the end."""
+    def _open(self, *, within: bool = False) -> Iterator[None]:
+        """While images are made: not closed, or `within` a call that began before, and not freed before the end."""
         with self._lock:
-            if self._closed:
+            if self._closed and not (within and self._running):
                 raise EngineError(f"the generator of {self.bundle.name!r} is closed; load the bundle again")
             self._running += 1
         try:
@@ -277,7 +280,7 @@ class Generator:
     def _drawn(self, request: Request, piece: slice, *, clock: Stopwatch, callback, **settings) -> Any:
         """Latents (B, C, H, W) of some of the images, where the engine works."""
         with clock.stage("noise"):
-            fresh, parts = request.fresh_noise(piece), ()
+            fresh, parts = request.fresh_noise(piece, self.options.threads), ()
             x_src = fresh
             if request.start is not None and request.strength < 1:
                 x_src = (1 - request.strength) * request.start[piece] + request.strength * fresh
@@ -287,7 +290,7 @@ class Generator:
 
         def renoise(draw: int) -> Any:
             with clock.stage("noise"):
-                added = request.added_noise(piece, draw)
+                added = request.added_noise(piece, draw, self.options.threads)
             return self._placed(added, clock)
 
         ids = request.ids[piece]
@@ -317,10 +320,15 @@ class Generator:
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them.
 
+        May be called from a callback; to the end of its call, if the generator is closed meanwhile.
+
         Raises:
+            ShapeError: latents of another shape than the bundle's, or not finite.
             EngineError: the decoder failed, or the generator was closed; NotFiniteError: it made NaN or infinity.
         """
-        return self.decoding.images(latents, as_float=False, clock=Stopwatch())
+        latents = checked_floats("latents", latents, self.bundle.manifest.latent.shape)
+        with self._open(within=True):
+            return self.decoding.images(latents, as_float=False, clock=Stopwatch())
 
     def outputs(self, x_t: np.ndarray, sigma_t: float, ids: np.ndarray) -> dict[str, np.ndarray]:
         """One student call: the raw network outputs at `x_t` (B, C, H, W) for class ids (B,)."""

@@ -66,7 +66,13 @@ def _round_keys(k0: int, k1: int, ndim: int) -> tuple[np.ndarray, ...]:
 
 
 def philox_normal(
-    seed: int, indices: Sequence[int], shape: Sequence[int], *, draw: int = 0, kernel: str = "auto"
+    seed: int,
+    indices: Sequence[int],
+    shape: Sequence[int],
+    *,
+    draw: int = 0,
+    kernel: str = "auto",
+    num_threads: int | None = None,
 ) -> np.ndarray:
     """Standard normal noise for the images `indices` of a seed, the same on every machine and in any batch.
 
@@ -76,6 +82,7 @@ def philox_normal(
         shape: shape of one image's noise, for example (C, H, W).
         draw: 0 for the starting noise, i for the re-noising after the i-th student call; below 2^32.
         kernel: "reference" is NumPy, "cpu" is compiled, "auto" the second where it is there.
+        num_threads: threads of the compiled kernel, at most; else one for each core this process may use.
 
     Returns:
         float32, (len(indices), *shape).
@@ -92,8 +99,10 @@ def philox_normal(
         raise EngineError(f"kernel is auto, reference or cpu; got {kernel!r}")
     if kernel == "cpu" and (reason := cpu.missing()) is not None:
         raise EngineError(f"kernel 'cpu' cannot run: {reason}")
-    compiled = kernel != "reference" and cpu.missing() is None
-    flat = (cpu.normal if compiled else _normal)(int(seed), index, size, int(draw))
+    if kernel != "reference" and cpu.missing() is None:
+        flat = cpu.normal(int(seed), index, size, int(draw), num_threads=num_threads)
+    else:
+        flat = _normal(int(seed), index, size, int(draw))
     return flat.reshape(len(index), *shape)
 
 

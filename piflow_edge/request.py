@@ -14,7 +14,7 @@ from .arguments import (
     asked_schedule,
     asked_temperature,
     check_whole,
-    checked_noise,
+    checked_floats,
     drawn_noise,
     image_seeds,
     label_ids,
@@ -58,13 +58,13 @@ class Request:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def fresh_noise(self, piece: slice) -> np.ndarray:
+    def fresh_noise(self, piece: slice, num_threads: int) -> np.ndarray:
         """The noise that some of the images start from, float32 (B, C, H, W): the caller's, or the seeds'."""
-        return self.added_noise(piece, 0) if self.noise is None else self.noise[piece]
+        return self.added_noise(piece, 0, num_threads) if self.noise is None else self.noise[piece]
 
-    def added_noise(self, piece: slice, draw: int) -> np.ndarray:
+    def added_noise(self, piece: slice, draw: int, num_threads: int) -> np.ndarray:
         """What is added to some of the images between calls, float32 (B, C, H, W); `draw` counts from 1."""
-        return drawn_noise(self.seeds[piece], self.shape, draw)
+        return drawn_noise(self.seeds[piece], self.shape, draw, num_threads)
 
     def recipe(self, **run) -> Recipe:
         """How to make it again; `run` is what carries it out, as a `Recipe` names it."""
@@ -117,7 +117,7 @@ def checked(
     strength = start_level(image, strength, mask, resamples, schedule)
     start, drawn = start_and_mask(image, mask, len(ids), manifest.latent, bundle.name)
     if noise is not None:
-        noise = checked_noise(noise, (len(ids), *manifest.latent.shape))
+        noise = checked_floats("noise", noise, manifest.latent.shape, len(ids))
     return Request(
         ids=ids,
         has_classes=bool(class_names),
@@ -138,7 +138,8 @@ def untrained(request: Request, spec: ScheduleSpec, trained_nfes: Sequence[int])
     """What a student of `spec`, trained for these calls per image, was not trained for in a request; None: nothing."""
     nfe, strength = request.schedule.nfe, request.strength
     if nfe not in trained_nfes:
-        return f"was trained for {' or '.join(map(str, trained_nfes))} calls per image and runs with {nfe}"
+        plural = "s" * (list(trained_nfes) != [1])
+        return f"was trained for {' or '.join(map(str, trained_nfes))} call{plural} per image and runs with {nfe}"
     if strength == 1:
         return None
     levels = [asked_schedule(spec, each, None, None).sigmas for each in trained_nfes]
@@ -179,7 +180,7 @@ def asked_again(bundle: Bundle, recipe: Recipe, run: dict[str, str], *, noise, i
     size, latent = len(recipe.seeds), bundle.manifest.latent
     start, drawn = start_and_mask(image, mask, size, latent, bundle.name)
     if noise is not None:
-        noise = checked_noise(noise, (size, *latent.shape))
+        noise = checked_floats("noise", noise, latent.shape, size)
     for name, given in {"noise": noise, "image": start, "mask": drawn}.items():
         made = getattr(recipe, name)
         if hashes(given) != made:

@@ -9,10 +9,11 @@ import pytest
 from gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian_generator
 
 import piflow_edge as pf
-from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
-from piflow_edge.errors import EngineError, NotFiniteError
+from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule, arguments
+from piflow_edge.errors import EngineError, NotFiniteError, ShapeError
 from piflow_edge.generator import Generator
 from piflow_edge.manifest import DecoderSpec, TensorSpec
+from piflow_edge.noise import philox_normal
 from piflow_edge.pieces import pieces
 from piflow_edge.sampling import sample
 
@@ -124,6 +125,7 @@ class TestGenerator:
             (dict(labels=[1], resamples=2), "give a mask"),
             (dict(labels=[1], resamples=-1), "resamples is a whole number"),
             (dict(labels=[1], callback_every=0), "callback_every is a whole number"),
+            (dict(labels=[1], callback_every=4), "give the callback too"),
             (dict(labels=[1], callback=3), "callback is a function that takes a Progress; got 3"),
             (dict(labels=[1], cancel=3), "cancel is a threading.Event"),
             (dict(labels=[1], cancel=0), "cancel is a threading.Event"),
@@ -497,6 +499,51 @@ class TestStopping:
 
         generator([0], callback=callback)
         assert seen == [False] * 4 and engine.closed
+
+    def test_a_preview_can_be_had_to_the_end_of_the_call(self):
+        generator, seen = gaussian_generator(), []
+
+        def callback(done):
+            generator.close()
+            seen.append(generator.decode(done.x_0))
+
+        result = generator([0], callback=callback, output="numpy")
+        assert len(seen) == 4
+        np.testing.assert_array_equal(seen[-1], result.images)
+        with pytest.raises(PiFlowError, match="is closed"):
+            generator.decode(result.latents)
+
+
+@pytest.mark.parametrize(
+    ("latents", "words"),
+    [
+        (np.zeros((SIDE, SIDE), np.float32), r"floating point \(B, 1, 4, 4\); got float32 \(4, 4\)"),
+        (np.zeros((1, 3, SIDE, SIDE), np.float32), r"got float32 \(1, 3, 4, 4\)"),
+        (np.zeros((0, 1, SIDE, SIDE), np.float32), r"got float32 \(0, 1, 4, 4\)"),
+        (np.zeros((1, 1, SIDE, SIDE), np.uint8), "got uint8"),
+        (np.full((1, 1, SIDE, SIDE), np.nan), "got NaN or infinity"),
+        (3.0, "got float64"),
+        ([[1.0], [1.0, 2.0]], "one array"),
+    ],
+)
+def test_what_is_no_latents_is_not_decoded(latents, words):
+    with pytest.raises(ShapeError, match=words):
+        gaussian_generator().decode(latents)
+
+
+def test_noise_is_drawn_by_the_threads_asked_for(monkeypatch):
+    drawn, threads = philox_normal, []
+
+    def watched(*arguments, num_threads, **how):
+        threads.append(num_threads)
+        return drawn(*arguments, num_threads=num_threads, **how)
+
+    monkeypatch.setattr(arguments, "philox_normal", watched)
+    generator = gaussian_generator(nfe=2, h=0.5)
+    generator.options = pf.EngineOptions(num_threads=3)
+    generator([0, 1], seed=0)
+    generator([0, 1], seed=[0, 1])
+    assert threads == [3] * (2 + 4)  # to start and between the calls, of both images at once or one by one
 
 
 def test_outputs_are_one_image_in_different_forms():

@@ -146,13 +146,24 @@ def rollout(
     return torch.from_numpy(x_dst)
 
 
-def normal(seed: int, indices: np.ndarray, size: int, draw: int, *, isa: str | None = None) -> np.ndarray:
-    """Starting noise, float32 (len(indices), size), of images with the given `indices`, uint64; see `noise`."""
+def normal(
+    seed: int,
+    indices: np.ndarray,
+    size: int,
+    draw: int,
+    *,
+    num_threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray:
+    """Starting noise, float32 (len(indices), size), of images with the given `indices`, uint64; see `noise`.
+
+    `num_threads`, `isa`: as in `rollout`.
+    """
     indices = np.ascontiguousarray(indices, np.uint64)
     normals = np.empty((len(indices), size), np.float32)
     if normals.size:
         problem = _Noise(len(indices), size, seed, indices.ctypes.data, draw, normals.ctypes.data)
-        options = _Options(available_cores(), isa and isa.encode())
+        options = _Options(num_threads or available_cores(), isa and isa.encode())
         _check(library().piflow_normal(ctypes.byref(problem), ctypes.byref(options)))
     return normals
 
