@@ -28,7 +28,7 @@ if [ "$(uname -m)" != aarch64 ]; then
     mountpoint -q "$place/proc" || mount -t proc proc "$place/proc"
     trap 'umount "$place/proc"' EXIT
     chroot "$place" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TESTS="${TESTS:-.}" \
-        OMP_NUM_THREADS=1 PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels VENV=/venv sh /src/tests/aarch64.sh
+        OMP_NUM_THREADS=1 PIFLOW_EDGE_EMULATED=1 PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels VENV=/venv sh /src/tests/aarch64.sh
     exit
 fi
 

@@ -504,6 +504,8 @@ def test_a_rollout_takes_the_memory_of_its_result():
 
 
 def test_a_rollout_grows_the_process_by_the_memory_of_its_result(library):
+    if os.environ.get("PIFLOW_EDGE_EMULATED"):  # see aarch64.sh
+        pytest.skip("a process's peak counts the emulator's own memory here")
     # What tracemalloc does not see counts too: torch's tensors, threads and their tiles.
     script = [sys.executable, TESTS / "rollout_memory.py", library.name]
     # For glibc: take from the system, and give back, what is larger; memory used again would not count.
