@@ -16,9 +16,10 @@ import numpy as np
 
 from piflow_edge.engines import DEFAULT_OPTIONS, ENGINE_NAMES, ENGINES, EngineOptions, Graph, open_engine
 
+from .arguments import check_whole
 from .bundle import Bundle
 from .cold_start import cold_start
-from .errors import BundleError, EngineError, EngineNotBuiltError, MissingExtraError
+from .errors import BundleError, EngineError, EngineNotBuiltError, MissingExtraError, ScheduleError
 from .files import sha256
 from .hardware import machine, power_state
 from .noise import philox_normal
@@ -41,6 +42,10 @@ class BenchConfig:
     of each bundle, the calls it was trained for, its own substeps. `batches`: images in one call of the generator.
     `rounds`: timed calls of each contender, fewer once `seconds` are spent, but five. `warmup`: rounds before that.
     `cold_starts`: processes of each contender; 0 leaves out cold starts and memory. `device`, `options`: as in `load`.
+
+    Raises:
+        EngineError: no engine of that name.
+        ScheduleError: a number out of range, or an empty list.
     """
 
     engines: Sequence[str] = ("auto",)
@@ -56,6 +61,21 @@ class BenchConfig:
     options: EngineOptions = DEFAULT_OPTIONS
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("engines", "precisions", "nfes", "substeps", "batches"):
+            values = getattr(self, name)
+            listed = isinstance(values, Sequence) and not isinstance(values, str)
+            if values is not None and not (listed and values):
+                raise ScheduleError(f"{name} is a list of one or more; got {values!r}")
+        for name in self.engines:  # beside "all" too, where no engine of that name would be looked for
+            if name not in (ALL_ENGINES, *ENGINE_NAMES):
+                raise EngineError(f"engine is one of {', '.join((ALL_ENGINES, *ENGINE_NAMES))}; got {name!r}")
+        for name, least in {"rounds": 1, "warmup": 0, "cold_starts": 0}.items():
+            check_whole(name, getattr(self, name), least)
+        for name in ("nfes", "substeps", "batches"):
+            for value in getattr(self, name) or ():
+                check_whole(f"each of {name}", value, 1)
+
 
 @dataclass(frozen=True)
 class TeacherConfig:
@@ -67,6 +87,11 @@ class TeacherConfig:
     file: Path
     steps: int = 50
     guidance_scale: float | None = None
+
+    def __post_init__(self):
+        if not self.file.is_file():
+            raise EngineError(f"a teacher is a graph in a file; there is none at {self.file}")
+        check_whole("steps", self.steps, 1)
 
 
 @dataclass(frozen=True)
@@ -167,9 +192,8 @@ def bench(
     """
     from piflow_edge import load
 
-    for name in config.engines:  # beside "all" too, where no engine of that name would be looked for
-        if name not in (ALL_ENGINES, *ENGINE_NAMES):
-            raise EngineError(f"engine is one of {', '.join((ALL_ENGINES, *ENGINE_NAMES))}; got {name!r}")
+    if not bundles:
+        raise BundleError("give one bundle or more to measure")
     contenders: list[_Contender] = []
     left_out: list[dict[str, str]] = []
     opened = [Bundle(folder) for folder in bundles]
@@ -203,7 +227,8 @@ def bench(
         )
     scale = None
     if teacher is not None:
-        scale = teacher.guidance_scale or distilled_guidance(opened[0])
+        scale = teacher.guidance_scale
+        scale = distilled_guidance(opened[0]) if scale is None else scale
         engines = dict.fromkeys((c.setting.engine, c.setting.device) for c in contenders)
         students = len(contenders)
         for engine, device in engines:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from piflow_edge.bench_compare import PROCESS_NOISE, compare, process_noise, read_benchmark
 from piflow_edge.cli import main
-from piflow_edge.errors import DataError, ScheduleError
+from piflow_edge.errors import DataError, PiFlowError, ScheduleError
 from piflow_edge.hardware import machine, memory
 from piflow_edge.schedule import warp
 from piflow_edge.teacher_engine import EngineTeacher
@@ -43,10 +43,43 @@ def test_a_teacher_that_no_engine_has_built_is_an_error(monkeypatch, tmp_path):
 
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(bench, "_teachers", not_built)
+    (tmp_path / "t.onnx").touch()
     with pytest.raises(EngineError, match="no engine that runs the students runs the teacher"):
         bench.bench(
             [demo_bundle()], bench.BenchConfig(cold_starts=0), bench.TeacherConfig(tmp_path / "t.onnx")
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(engines=[]), "engines is a list of one or more; got"),
+        (dict(engines="ort-cpu"), "engines is a list of one or more; got 'ort-cpu'"),
+        (dict(engines=["all", "warp-drive"]), "engine is one of all, auto, .* got 'warp-drive'"),
+        (dict(batches=1), "batches is a list of one or more; got 1"),
+        (dict(batches=[1, 0]), "each of batches is a whole number, 1 or more; got 0"),
+        (dict(rounds=0), "rounds is a whole number, 1 or more; got 0"),
+        (dict(cold_starts=-1), "cold_starts is a whole number, 0 or more; got -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, words):
+    from piflow_edge.bench import BenchConfig
+
+    with pytest.raises(PiFlowError, match=words):
+        BenchConfig(**settings)
+
+
+def test_a_teacher_without_a_graph_or_steps_is_refused_and_so_is_no_bundle(tmp_path):
+    from piflow_edge import bench
+    from piflow_edge.errors import EngineError
+
+    with pytest.raises(EngineError, match=r"there is none at .*nowhere\.onnx"):
+        bench.TeacherConfig(tmp_path / "nowhere.onnx")
+    (tmp_path / "t.onnx").touch()
+    with pytest.raises(ScheduleError, match="steps is a whole number"):
+        bench.TeacherConfig(tmp_path / "t.onnx", steps=0)
+    with pytest.raises(PiFlowError, match="give one bundle or more"):
+        bench.bench([])
 
 
 def test_what_is_named_twice_is_measured_once():
