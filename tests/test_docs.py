@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Options of other programs that stand alone in the text.
-FOREIGN = {"--cpu"}  # of accelerate launch
+FOREIGN = {"--cpu", "--check"}  # of accelerate launch, of benchmarks/page.py
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 # What stands before a block of Python that no test can run, with the reason.
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\n\n?$")
