@@ -153,7 +153,7 @@ def test_a_file_of_something_else_than_weights_is_refused(files, content):
     ("entry", "problem"),
     [
         ("test_students:not_a_student", "must return a StudentModel; it returned a ModuleNetwork"),
-        ("test_students:nobody", "a network in Python is 'package.module:function'"),
+        ("test_students:nobody", "must be a function; 'nobody' is not there in "),
         ("no_such_module:f", "no_such_module"),
     ],
 )
