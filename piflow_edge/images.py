@@ -1,5 +1,6 @@
 """Latents <-> the pixels of images."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,14 @@ def encode(images: Any, spec: LatentSpec, name: str) -> np.ndarray:
     array = _array(images, "L" if shape[0] == 1 else "RGB")
     if np.issubdtype(array.dtype, np.floating):
         latents = array if array.ndim > len(shape) else array[None]
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused in the next line
+            latents = latents.astype(np.float32, copy=False)
         if latents.shape[1:] != shape or not np.isfinite(latents).all():
             raise ShapeError(
-                f"latents of bundle {name!r} are finite, (B, {', '.join(map(str, shape))}); got {array.shape}"
+                f"latents of bundle {name!r} are finite in float32, (B, {', '.join(map(str, shape))}); got "
+                f"{array.dtype} {array.shape}"
             )
-        return latents.astype(np.float32, copy=False)
+        return latents
     if spec.kind != "pixels":
         raise ShapeError(
             f"bundle {name!r} holds no encoder, so it cannot start from an image; give latents, floating point "
@@ -165,6 +169,10 @@ def open_array(path: Path) -> np.ndarray:
 
 def _array(images: Any, mode: str) -> np.ndarray:
     """PIL images, or what is an array already, as an array."""
+    if isinstance(images, (str, os.PathLike)):
+        raise ShapeError(
+            f"give what is in the file, as PIL.Image.open reads it, not its path; got {images!r}"
+        )
     listed = images if isinstance(images, (list, tuple)) else [images]
     if listed and all(hasattr(image, "convert") for image in listed):
         arrays = [np.asarray(image.convert(mode)) for image in listed]

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -41,7 +43,8 @@ def test_pictures_are_brought_to_the_bundle_s_colours():
         (np.zeros((4, 6), np.uint8), COLOUR, r"\(4, 6, 3\)"),
         (np.zeros((1, 4, 7)), GREY, "are finite"),
         (np.full((1, 4, 6), np.nan), GREY, "are finite"),
-        ("cat.png", GREY, "6x4 pixels"),
+        (np.full((1, 4, 6), 1e300), GREY, "are finite in float32"),
+        ("cat.png", GREY, "as PIL.Image.open reads it, not its path; got 'cat.png'"),
         ([[1], [1, 2]], GREY, "one array"),
         ([Image.new("L", (6, 4)), Image.new("L", (4, 6))], GREY, "one size"),
         (Image.new("RGB", (48, 32)), LATENTS, r"no encoder.*\(latents - 0.1\) \* 0.36"),
@@ -70,11 +73,16 @@ def test_a_mask_of_0_and_1_does_not_pass_for_one_that_draws_nothing():
 
 
 @pytest.mark.parametrize(
-    "mask", [np.zeros((4, 5), bool), np.zeros((2, 6), bool), np.zeros(6, bool), "x", np.zeros((1, 1), bool)]
+    "mask", [np.zeros((4, 5), bool), np.zeros((2, 6), bool), np.zeros(6, bool), None, np.zeros((1, 1), bool)]
 )
 def test_a_mask_of_another_size_is_refused(mask):
     with pytest.raises(PiFlowError, match="3x2"):
         drawn_mask(mask, (2, 3))
+
+
+def test_a_mask_is_not_a_path():
+    with pytest.raises(PiFlowError, match=r"not its path; got .*m\.png"):
+        drawn_mask(Path("m.png"), (2, 3))
 
 
 def test_files_that_hold_no_image_are_refused(tmp_path):
