@@ -22,6 +22,7 @@ from .cold_start import cold_start
 from .errors import BundleError, EngineError, EngineNotBuiltError, MissingExtraError, ScheduleError
 from .files import sha256
 from .hardware import machine, power_state
+from .manifest import guidance_trained_with
 from .noise import philox_normal
 from .progress import progress
 from .stopwatch import STAGES
@@ -267,7 +268,8 @@ def bench(
 
 def distilled_guidance(bundle: Bundle) -> float:
     """Guidance scale of the teacher that a student was distilled from; 1 where the bundle does not say."""
-    return bundle.manifest.provenance.get("settings", {}).get("guidance", {}).get("scale", 1.0)
+    scale = guidance_trained_with(bundle.manifest)
+    return 1.0 if scale is None else scale
 
 
 def asked(bundle: Bundle, batch: int) -> dict:

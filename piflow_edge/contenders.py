@@ -15,6 +15,7 @@ from piflow_edge.engines import Graph, open_engine
 
 from .errors import DataError
 from .generator import Generator
+from .manifest import guidance_trained_with
 from .teacher_engine import EngineTeacher
 
 # Rounds of one image each that the time per image is the median of, all contenders in turn: so many, or as many as fit
@@ -48,8 +49,8 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 def common_guidance(generators: dict[str, Generator]) -> float:
     """Guidance scale of the teacher that all students were distilled from; 1 without any that records it."""
-    recorded = {n: g.bundle.manifest.provenance.get("settings", {}) for n, g in generators.items()}
-    scales = {n: settings["guidance"]["scale"] for n, settings in recorded.items() if "guidance" in settings}
+    recorded = {name: guidance_trained_with(g.bundle.manifest) for name, g in generators.items()}
+    scales = {name: scale for name, scale in recorded.items() if scale is not None}
     if len(set(scales.values())) > 1:
         raise DataError(
             f"the students' teachers were guided differently ({scales}); give --guidance for the comparison"

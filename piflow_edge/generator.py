@@ -20,6 +20,7 @@ from .errors import BundleError, EngineError, ShapeError
 from .files import sha256
 from .images import as_pil
 from .kernels import gpu_arrays, nvidia
+from .manifest import trained_with
 from .pieces import joined, pieces
 from .policies import Policy
 from .recipe import Recipe
@@ -86,10 +87,10 @@ class Generator:
     @cached_property
     def trained_nfes(self) -> tuple[int, ...]:
         """Student calls per image that it was trained for, rising; the last is what it makes an image with."""
-        settings = self.bundle.manifest.provenance.get("settings", {})
-        recorded = settings.get("imitation", {}).get("nfe")
+        recorded = trained_with(self.bundle.manifest, "imitation", "nfe")
         several = recorded if isinstance(recorded, list) else []
-        return tuple(sorted({*several, self.bundle.manifest.schedule.nfe}))
+        known = {nfe for nfe in several if type(nfe) is int and nfe > 0}
+        return tuple(sorted({*known, self.bundle.manifest.schedule.nfe}))
 
     def __call__(
         self,
@@ -271,9 +272,11 @@ class Generator:
                 self._free()
 
     def _free(self) -> None:
-        self.engine.close()
-        if self.decoder is not None:
-            self.decoder.close()
+        try:
+            self.engine.close()
+        finally:  # a GPU that failed says so at every close
+            if self.decoder is not None:
+                self.decoder.close()
         if self._place is not None:
             gpu_arrays.release(self._place.ordinal)
 

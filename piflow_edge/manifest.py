@@ -205,6 +205,23 @@ class Manifest:
         return self.latent.kind == "pixels" or self.decoder is not None
 
 
+def trained_with(manifest: Manifest, *names: str) -> Any:
+    """A setting of the student's training, such as "guidance", "scale"; None where the bundle does not say.
+
+    Provenance is free text to the runtime, and a bundle may be anybody's: of what is found, check the kind.
+    """
+    found: Any = manifest.provenance
+    for name in ("settings", *names):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def guidance_trained_with(manifest: Manifest) -> float | None:
+    """Guidance scale of the teacher that a student was distilled from; None where the bundle does not say."""
+    scale = trained_with(manifest, "guidance", "scale")
+    return scale if type(scale) in (int, float) else None
+
+
 def decoder_file(precision: str) -> str:
     """Name of the file that holds the decoder."""
     return f"decoder.{precision}.onnx"

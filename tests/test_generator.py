@@ -10,6 +10,7 @@ from gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian
 
 import piflow_edge as pf
 from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule, arguments
+from piflow_edge.bench import distilled_guidance
 from piflow_edge.errors import EngineError, NotFiniteError, ShapeError
 from piflow_edge.generator import Generator
 from piflow_edge.manifest import DecoderSpec, TensorSpec
@@ -500,6 +501,17 @@ class TestStopping:
         generator([0], callback=callback)
         assert seen == [False] * 4 and engine.closed
 
+    def test_an_engine_that_fails_to_close_keeps_no_decoder_open(self):
+        class Stuck(GaussianEngine):
+            def close(self):
+                raise EngineError("the GPU is gone")
+
+        generator = gaussian_generator(Stuck())
+        generator.decoder = GaussianEngine()
+        with pytest.raises(EngineError, match="the GPU is gone"):
+            generator.close()
+        assert generator.decoder.closed
+
     def test_a_preview_can_be_had_to_the_end_of_the_call(self):
         generator, seen = gaussian_generator(), []
 
@@ -529,6 +541,20 @@ class TestStopping:
 def test_what_is_no_latents_is_not_decoded(latents, words):
     with pytest.raises(ShapeError, match=words):
         gaussian_generator().decode(latents)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        {"imitation": 3, "guidance": [1.5]},
+        {"imitation": {"nfe": 2}, "guidance": {"scale": "1.5"}},
+        {"imitation": {"nfe": ["2", -1, True, [1]]}, "guidance": {"scale": None}},
+    ],
+)
+def test_a_bundle_may_hold_any_provenance(settings):
+    generator = gaussian_generator(settings=settings)
+    assert generator.trained_nfes == (4,) and distilled_guidance(generator.bundle) == 1
 
 
 def test_noise_is_drawn_by_the_threads_asked_for(monkeypatch):
