@@ -91,7 +91,7 @@ def _is_whole(found: Mapping) -> bool:
         and isinstance(rows, list)
         and all(isinstance(row, dict) and isinstance(row.get("key"), str) for row in rows)
         and all(map(_are_times, [found.get("machine_rounds"), *(row.get("rounds") for row in rows)]))
-        and all(_are_times(row["processes"]) for row in rows if row.get("processes"))
+        and all(_are_times(row["processes"]) for row in rows if row.get("processes", []) != [])
     )
 
 

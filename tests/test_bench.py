@@ -229,6 +229,7 @@ class TestCompare:
         [
             {"format": 99}, {"conditions": []}, {"rows": {}}, {"rows": [{}]}, {"rows": [{"key": "a", "rounds": []}]},
             {"rows": [{"key": "a", "rounds": ["1"]}]}, {"machine_rounds": [float("nan")]}, {"machine_rounds": None},
+            {"rows": [{"key": "a", "rounds": [1.0], "processes": None}]},
         ],
     )  # fmt: skip
     def test_another_file_is_refused(self, change, tmp_path):
