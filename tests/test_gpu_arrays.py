@@ -130,6 +130,23 @@ assert counts()["bytes"] < before, counts()
     )
 
 
+def test_memory_that_nobody_uses_is_given_back_before_there_is_too_little(run):
+    run(
+        """
+unused = xp.empty((200 << 18,), device=place)
+del unused
+assert counts()["bytes"] >= 200 << 20
+x = xp.empty((900 << 18,), device=place)  # of 1 GiB
+try:
+    xp.empty((200 << 18,), device=place)
+except PiFlowError as error:
+    assert "use smaller batches" in str(error), error
+else:
+    raise AssertionError("there was not as much")
+"""
+    )
+
+
 def test_policies_run_there_as_they_stand(run):
     run(
         """

@@ -81,16 +81,13 @@ class _Lent:
     """
 
     def __init__(self, device: Place, size: int):
-        self._device, self._memory = device, None
-        with _lock:
-            dropped = _take_back()
-            kept = _kept.get(device, [])
-            found = next((i for i, memory in enumerate(kept) if memory.size == size), None)
-            if found is not None:
-                self._memory = kept.pop(found)
-        del dropped  # freed outside the lock
+        self._device, self._memory = device, _kept_one(device, size)
         if self._memory is None:
-            self._memory = nvidia.Memory(device.ordinal, size)
+            try:
+                self._memory = nvidia.Memory(device.ordinal, size)
+            except EngineError:
+                release(device.ordinal)  # arrays of other sizes, which nobody uses, may be what is missing
+                self._memory = nvidia.Memory(device.ordinal, size)
         self.pointer = self._memory.pointer
 
     def __del__(self):
@@ -103,6 +100,17 @@ class _Lent:
             finally:
                 _lock.release()
             del dropped  # freed outside the lock
+
+
+def _kept_one(device: Place, size: int) -> nvidia.Memory | None:
+    """Memory of that size that is kept, which is then the caller's."""
+    with _lock:
+        dropped = _take_back()
+        kept = _kept.get(device, [])
+        found = next((i for i, memory in enumerate(kept) if memory.size == size), None)
+        memory = None if found is None else kept.pop(found)
+    del dropped  # freed outside the lock
+    return memory
 
 
 def _take_back() -> list[nvidia.Memory]:
