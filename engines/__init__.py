@@ -247,19 +247,25 @@ def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine
 
 
 def _suited(device: str | None) -> list[str]:
-    kind = device and device.partition(":")[0]
-    names = [name for name, (_, devices) in ENGINES.items() if kind is None or kind in devices]
+    kind, colon, number = (device or "").partition(":")
+    if colon and not _numbered(kind, number):
+        raise EngineError(f"a device with a number is such as 'cuda:1'; got {device!r}")
+    names = [name for name, (_, devices) in ENGINES.items() if not kind or kind in devices]
     if not names:
         kinds = sorted({kind for _, devices in ENGINES.values() for kind in devices})
         raise EngineError(f"an engine runs on {', '.join(kinds)}; got device {device!r}")
     return names
 
 
+def _numbered(kind: str, number: str) -> bool:
+    """Whether there may be several of a kind of device, of which this is one."""
+    return kind in ("cuda", "gpu") and number.isascii() and number.isdecimal()
+
+
 def _device(engine: str, device: str | None) -> str:
     devices = ENGINES[engine][1]
-    kind, _, number = (device or devices[0]).partition(":")
-    numbered = number.isascii() and number.isdecimal() and kind in ("cuda", "gpu")
-    if kind not in devices or (":" in (device or "") and not numbered):
+    kind, colon, number = (device or devices[0]).partition(":")
+    if kind not in devices or (colon and not _numbered(kind, number)):
         raise EngineError(f"engine {engine!r} runs on {' or '.join(devices)}; got device {device!r}")
     return device or devices[0]
 

@@ -34,6 +34,8 @@ class OrtCUDA(OrtEngine):
     package = "'onnxruntime-gpu[cuda,cudnn]'"
     needs = "an NVIDIA driver, CUDA and cuDNN 9, of the versions that `piflow-edge doctor` tells"
     memory = "cuda"  # as ONNX Runtime calls it
+    # All calls queue on one stream, and no document says that two may do so in one session at a time.
+    concurrent = False
 
     @classmethod
     def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
@@ -99,7 +101,8 @@ class OrtCUDA(OrtEngine):
                 binding.bind_input(name, self.memory, self.ordinal, dtype, array.shape, array.pointer)
             for name in self._outputs:
                 binding.bind_output(name, self.memory, self.ordinal)
-            session.run_with_iobinding(binding, self._run_options)
+            with self._lock:
+                session.run_with_iobinding(binding, self._run_options)
             values = binding.get_outputs()
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"the network call failed in onnxruntime: {error}") from error

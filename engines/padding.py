@@ -23,8 +23,10 @@ def run_padded(
         axes: of those inputs that have a batch, where it is.
         least: samples that `run` takes.
     """
-    count = min((inputs[name].shape[axis] for name, axis in axes.items()), default=least)
-    if not 0 < count < least:  # a call of none is the engine's to refuse
+    given = {name: axis for name, axis in axes.items() if name in inputs}
+    count = min((inputs[name].shape[axis] for name, axis in given.items()), default=least)
+    # A call of none, or without one of its inputs, is the engine's to refuse.
+    if given != axes or not 0 < count < least:
         return run(inputs)
     grown = {name: _grown(name, array, axes[name], least - count) if name in axes else array
              for name, array in inputs.items()}  # fmt: skip

@@ -1,6 +1,8 @@
 """Student checkpoint -> bundle: graph, manifest, golden samples and preview, checked before they are moved in place."""
 
 import logging
+import math
+import numbers
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,11 +122,14 @@ def export_bundle(
 
     Raises:
         BundleError: `folder` exists and `overwrite` is False, or it is not a bundle.
+        ScheduleError: `temperature`, `eps` or a number of `samplers` out of range.
         DataError: another autoencoder than the student's latents are of.
         CheckFailedError: the exported graph does not reproduce PyTorch, or gives NaN; nothing is left behind.
     """
     folder = Path(folder)
     runtime()  # missing, it would be missed only after the work is done
+    if not (isinstance(eps, numbers.Real) and 0 < eps < math.inf):
+        raise ScheduleError(f"eps is above 0, and finite; got {eps!r}")
     if not is_temperature(temperature):
         raise ScheduleError(f"temperature is 0 or more, and finite, or 'auto'; got {temperature!r}")
     if folder.exists() and not overwrite:

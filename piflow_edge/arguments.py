@@ -63,6 +63,8 @@ def image_seeds(seed, count: int) -> Seeds:
     """(seed, index) of each of `count` images: of one seed, of a seed each, or as given."""
     given = [(seed, i) for i in range(count)] if isinstance(seed, numbers.Integral) else seed
     try:
+        if isinstance(seed, bool):
+            raise TypeError
         seeds = [(s, 0) if isinstance(s, numbers.Integral) else tuple(s) for s in given]
         # Python's own numbers, which JSON can hold: NumPy's are no `int`.
         seeds = [(operator.index(s), operator.index(i)) for s, i in seeds]

@@ -258,6 +258,8 @@ def test_a_provider_that_fails_prints_nothing_and_is_an_error(capfd):
         ("ort-cuda", "cuda:x"),
         ("ort-cuda", "cuda:"),
         ("auto", "tpu"),
+        ("auto", "cuda:x"),
+        ("auto", "cpu:1"),
     ],
 )
 def test_a_device_the_engine_does_not_know_is_refused(engine, device):

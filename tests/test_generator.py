@@ -104,6 +104,7 @@ class TestGenerator:
             (dict(labels=[1], temperature="warm"), "temperature is 0 or more"),
             (dict(labels=[1], seed=1.5), "seed is a whole number"),
             (dict(labels=[1], seed=None), "seed is a whole number"),
+            (dict(labels=[1], seed=True), "seed is a whole number"),
             (dict(labels=[1], seed=[(0, 0, 0)]), "seed is a whole number"),
             (dict(labels=[1], seed=[(0.5, 0)]), "seed is a whole number"),
             (dict(labels=[1], seed=-1), "seed is a whole number"),

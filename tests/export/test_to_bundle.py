@@ -64,6 +64,8 @@ def test_the_published_temperature_is_recorded_unless_another_is_given(shared_bu
     assert Bundle(shared_bundle).manifest.schedule.temperature == "auto"
     with pytest.raises(ScheduleError, match="temperature is 0 or more, and finite, or 'auto'; got 'warm'"):
         export_bundle(make_student(), tmp_path / "odd", temperature="warm")
+    with pytest.raises(ScheduleError, match="eps is above 0, and finite; got 0"):
+        export_bundle(make_student(), tmp_path / "odd", eps=0)
     assert not (tmp_path / "odd").exists()
 
 
