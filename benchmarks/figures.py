@@ -120,6 +120,7 @@ SPEED = {
     "end_to_end": (gain, "end_to_end.py --demo demo"),
     "overhead": (overhead, "overhead.py --demo demo"),
     "rollout": (rollouts, "rollout.py"),
+    "rollout_avx512": (rollouts, "rollout.py"),  # of an earlier machine
     "training_step": (training, "training_step.py"),
 }
 

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from piflow_edge.plots import number
 
-from timing import growth
-
 Cell = str | float | int | None
 
 
@@ -107,14 +105,6 @@ def end_to_end(found: Mapping) -> str:
     return "\n\n".join(parts)
 
 
-def fitted(one: Mapping) -> Mapping:
-    """Its growth; a result without the fit beside a fixed cost has medians alone, and so no interval."""
-    if "fixed" in one:
-        return one
-    sizes = [side**2 for side in one["sizes"]] if one["axis"] == "side" else one["sizes"]
-    return {**one, **growth(sizes, [[ms] for ms in one["ms"]]), "low": None}
-
-
 def scaling(found: Mapping) -> str:
     rows = [
         (one["what"], "pixels" if one["axis"] == "side" else one["axis"],
@@ -122,7 +112,7 @@ def scaling(found: Mapping) -> str:
          f"{number(one['ms'][0])} to {number(one['ms'][-1])}", one["fixed"], f"{one['exponent']:.2f}",
          None if one["low"] is None else f"{one['low']:.2f} to {one['high']:.2f}", percent(one["off"]),
          ", ".join(f"{exponent:.2f}" for exponent in one["local"]))
-        for one in map(fitted, found["lines"])
+        for one in found["lines"]
     ]  # fmt: skip
     heads = [
         "",

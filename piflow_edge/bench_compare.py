@@ -20,8 +20,9 @@ from .errors import DataError
 # Level of the interval: with 95 % every twentieth setting would have moved by chance.
 _LEVEL = 0.99
 _DRAWS = 2000
-# How far two processes differ where too few were measured to tell: an assumption.
-PROCESS_NOISE = 0.05
+# How far two processes differ where too few were measured to tell: 95 % of pairs did by less, of calls of about 1 ms on
+# two cores of a virtual machine (benchmarks/results/noise.json).
+PROCESS_NOISE = 0.2
 # Fewer deviations say too little of how far processes differ.
 _MIN_DEGREES = 4
 # Of the standard normal distribution, for `_LEVEL`.

@@ -182,7 +182,7 @@ class TestCompare:
             assert found.changes[0].verdict == "within noise" and found.machine.verdict == "within noise"
             assert found.differs == []
 
-    @pytest.mark.parametrize(("now", "verdict"), [(12.0, "slower"), (8.5, "faster")])
+    @pytest.mark.parametrize(("now", "verdict"), [(14.0, "slower"), (7.0, "faster")])
     def test_what_moved_is_found(self, now, verdict):
         change = compare(run(10.0), run(now, seed=1)).changes[0]
         assert change.verdict == verdict and change.low < change.ratio < change.high

@@ -124,6 +124,14 @@ def test_every_figure_of_the_pages_is_made_from_a_result():
     assert several == SEVERAL.keys() and {sentence.page for sentence in SENTENCES} < set(PAGES)
 
 
+@pytest.mark.parametrize("file", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_every_result_says_how_it_was_made(file):
+    found = json.loads(file.read_text(encoding="utf-8"))
+    command = found.get("command") or found["conditions"]["command"]
+    assert command.startswith("python benchmarks/")
+    assert "/tmp" not in command and "/home" not in command  # but what a reader has too
+
+
 def test_a_sentence_gets_its_figures_and_must_be_there(tmp_path):
     from page import reworded
 
