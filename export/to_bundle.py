@@ -53,7 +53,7 @@ from piflow_edge.manifest import (
     sampler_file,
 )
 from piflow_edge.pictures import image_grid, png_bytes
-from piflow_edge.schedule import is_temperature
+from piflow_edge.schedule import check_temperature
 from piflow_edge.signature import SigningKey
 from piflow_edge.verification import GOLDEN, Row, check, verify
 
@@ -130,8 +130,7 @@ def export_bundle(
     runtime()  # missing, it would be missed only after the work is done
     if not (isinstance(eps, numbers.Real) and 0 < eps < math.inf):
         raise ScheduleError(f"eps is above 0, and finite; got {eps!r}")
-    if not is_temperature(temperature):
-        raise ScheduleError(f"temperature is 0 or more, and finite, or 'auto'; got {temperature!r}")
+    check_temperature(temperature)
     if folder.exists() and not overwrite:
         raise BundleError(f"{folder} exists; give another place, or --overwrite to replace the bundle")
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):

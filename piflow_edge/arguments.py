@@ -12,7 +12,7 @@ from .errors import LabelError, ScheduleError, ShapeError
 from .images import drawn_mask, encode
 from .manifest import LatentSpec, ScheduleSpec
 from .noise import philox_normal
-from .schedule import Schedule, is_temperature
+from .schedule import Schedule, check_temperature
 
 Seeds = list[tuple[int, int]]
 
@@ -125,8 +125,7 @@ def start_and_mask(
 def asked_temperature(spec: ScheduleSpec, temperature, nfe: int) -> float:
     """The bundle's temperature for None; see `Generator`."""
     if temperature is not None:
-        if not is_temperature(temperature):
-            raise ScheduleError(f"temperature is 0 or more, and finite, or 'auto'; got {temperature!r}")
+        check_temperature(temperature)
         spec = replace(spec, temperature=temperature)
     return float(spec.temperature_of(nfe))
 

@@ -66,6 +66,12 @@ def is_temperature(value) -> bool:
     return isinstance(value, str) and value == "auto"
 
 
+def check_temperature(value) -> None:
+    """ScheduleError unless `is_temperature`."""
+    if not is_temperature(value):
+        raise ScheduleError(f"temperature is 0 or more, and finite, or 'auto'; got {value!r}")
+
+
 def resolution_shift(
     seq_len: int,
     *,

@@ -51,6 +51,13 @@ inline double double_of(uint64_t bits) {
   return value;
 }
 
+// By Horner's rule, the highest power's coefficient first; written out, so that loops over it become vectors.
+template <class... Coefficients>
+inline double polynomial(double x, double value, Coefficients... lower) {
+  ((value = value * x + lower), ...);
+  return value;
+}
+
 // sqrt(-2 ln u), u = (k + 0.5) / 2^24
 inline double radius_of(uint32_t word) {
   constexpr double kLn2 = 0.6931471805599453, kRootHalf = 0.7071067811865476;
@@ -61,17 +68,8 @@ inline double radius_of(uint32_t word) {
   const double m = double_of(bits - ((exponent - 64) << 52));
   const double power = double_of(exponent | bits_of(0x1p52)) - (0x1p52 + 64);
   const double s = (m - 1) / (m + 1), z = s * s;
-  double sum = 1.0 / 21;
-  sum = sum * z + 1.0 / 19;
-  sum = sum * z + 1.0 / 17;
-  sum = sum * z + 1.0 / 15;
-  sum = sum * z + 1.0 / 13;
-  sum = sum * z + 1.0 / 11;
-  sum = sum * z + 1.0 / 9;
-  sum = sum * z + 1.0 / 7;
-  sum = sum * z + 1.0 / 5;
-  sum = sum * z + 1.0 / 3;
-  sum = sum * z + 1;
+  const double sum = polynomial(z, 1.0 / 21, 1.0 / 19, 1.0 / 17, 1.0 / 15, 1.0 / 13, 1.0 / 11, 1.0 / 9, 1.0 / 7,
+                                1.0 / 5, 1.0 / 3, 1.0);
   return sqrt(-2 * (power * kLn2 + 2 * s * sum));
 }
 
@@ -80,25 +78,10 @@ inline void turned(uint32_t word, double& cosine, double& sine) {
   constexpr double kQuarter = 1.5707963267948966;
   const int32_t k = int32_t(word >> 8), quarter = (k + (1 << 21)) >> 22;
   const double x = (double(k - (quarter << 22)) + 0.5) * 0x1p-22 * kQuarter, z = x * x;
-  double c = -1.0 / 6402373705728000;  // 18!
-  c = c * z + 1.0 / 20922789888000;
-  c = c * z - 1.0 / 87178291200;
-  c = c * z + 1.0 / 479001600;
-  c = c * z - 1.0 / 3628800;
-  c = c * z + 1.0 / 40320;
-  c = c * z - 1.0 / 720;
-  c = c * z + 1.0 / 24;
-  c = c * z - 1.0 / 2;
-  c = c * z + 1;
-  double s = 1.0 / 355687428096000;  // 17!
-  s = s * z - 1.0 / 1307674368000;
-  s = s * z + 1.0 / 6227020800;
-  s = s * z - 1.0 / 39916800;
-  s = s * z + 1.0 / 362880;
-  s = s * z - 1.0 / 5040;
-  s = s * z + 1.0 / 120;
-  s = s * z - 1.0 / 6;
-  s = (s * z + 1) * x;
+  const double c = polynomial(z, -1.0 / 6402373705728000 /* 18! */, 1.0 / 20922789888000, -1.0 / 87178291200,
+                              1.0 / 479001600, -1.0 / 3628800, 1.0 / 40320, -1.0 / 720, 1.0 / 24, -1.0 / 2, 1.0);
+  const double s = x * polynomial(z, 1.0 / 355687428096000 /* 17! */, -1.0 / 1307674368000, 1.0 / 6227020800,
+                                  -1.0 / 39916800, 1.0 / 362880, -1.0 / 5040, 1.0 / 120, -1.0 / 6, 1.0);
   const uint64_t odd = uint64_t(0) - uint64_t(quarter & 1);
   const uint64_t swap = (bits_of(c) ^ bits_of(s)) & odd;
   cosine = double_of(bits_of(c) ^ swap ^ (uint64_t((quarter + 1) & 2) << 62));
