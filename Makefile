@@ -40,7 +40,7 @@ test: $(VENV)/.tools $(RUNTIME)/.installed
 	OMP_NUM_THREADS=1 PIFLOW_EDGE_RUNTIME_PYTHON=$(abspath $(RUNTIME))/bin/python $(BIN)/python -m pytest $(ARGS)
 
 benchmarks: $(VENV)/.tools
-	$(BIN)/python benchmarks/run_all.py --demo $(DEMO)
+	$(BIN)/python -m benchmarks.run_all --demo $(DEMO)
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
@@ -77,14 +77,14 @@ $(RUNTIME)/.installed: $(VENV)/.installed
 # of a student for one call, made last by what is committed then.
 .PHONY: assets
 assets: $(VENV)/.installed
-	$(BIN)/python -m piflow_edge.distill.features
+	$(BIN)/python -m piflow_edge.distill.networks.classifier
 	$(BIN)/piflow-edge train-teacher --data digits --out runs/teacher --weights-only
 	rm -rf piflow_edge/distill/assets/digits_teacher
 	mkdir piflow_edge/distill/assets/digits_teacher
 	cp runs/teacher/checkpoint.json runs/teacher/*.safetensors piflow_edge/distill/assets/digits_teacher
 	$(BIN)/piflow-edge distill --nfe 1 --out runs/digits
-	$(BIN)/python -c "from pathlib import Path; from piflow_edge.demo import export_digits; \
-	  from piflow_edge.distill.checkpoint import load_checkpoint; \
+	$(BIN)/python -c "from pathlib import Path; from piflow_edge.commands.demo import export_digits; \
+	  from piflow_edge.distill.loop.checkpoint import load_checkpoint; \
 	  export_digits(load_checkpoint(Path('runs/digits'), kind='student'), Path('piflow_edge/assets/digits'))"
 
 # The runtime on aarch64: on such a machine, else by emulation; see the script.

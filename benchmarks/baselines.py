@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from piflow_edge.distill.dit import DiT, time_features, unpatchify
-from piflow_edge.distill.networks import DiTNetwork
+from piflow_edge.distill.networks.dit import DiT, time_features, unpatchify
+from piflow_edge.distill.networks.flow_network import DiTNetwork
 
 # (x_t (B, C, H, W), sigma: a float or (B,)) -> u_t
 Velocity = Callable[[Tensor, np.ndarray | float], Tensor]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from PIL import Image
 
-from piflow_edge.plots import bars
+from piflow_edge.system.plots import bars
 
 WIDTH = 1000
 

@@ -8,7 +8,7 @@ both ratios are given. Students are measured as an app calls them, labels in and
 Networks: the demo's digits, whose call is so short that all else counts, and a DiT of 8 million weights that was never
 trained, whose call takes over 10 ms.
 
-Run: python benchmarks/end_to_end.py --demo demo
+Run: python -m benchmarks.end_to_end --demo demo
 """
 
 import importlib.util
@@ -24,17 +24,16 @@ import numpy as np
 import torch
 
 import piflow_edge as pf
-from piflow_edge.demo import shipped_teacher
-from piflow_edge.distill.checkpoint import load_checkpoint
-from piflow_edge.distill.dit import DiTConfig
+from benchmarks.networks import GUIDANCE_SCALE, LARGE, student_of, teacher_of, write_bundle
+from benchmarks.timing import answer, medians_of, parser
+from piflow_edge.commands.demo import shipped_teacher
+from piflow_edge.distill.loop.checkpoint import load_checkpoint
+from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.sources import load_teacher, network_of
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
 from piflow_edge.engines import Graph, open_engine
+from piflow_edge.evaluation.teacher_engine import EngineTeacher
 from piflow_edge.export.teacher_graph import export_teacher
-from piflow_edge.teacher_engine import EngineTeacher
-
-from networks import GUIDANCE_SCALE, LARGE, student_of, teacher_of, write_bundle
-from timing import answer, medians_of, parser
 
 # Of the largest value: 50 steps of a network in another library, float32.
 TOLERANCE = 2e-3

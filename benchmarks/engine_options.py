@@ -4,7 +4,7 @@ Each contender is a process of its own, all in turn: seconds from its start to t
 CPU milliseconds for an image alone and in a batch of 16, and resident memory after the first image and after a batch
 of 64.
 
-Run: python benchmarks/engine_options.py demo/bundles/digits-nfe1 --rounds 5
+Run: python -m benchmarks.engine_options demo/bundles/digits-nfe1 --rounds 5
 """
 
 import json
@@ -17,7 +17,7 @@ from statistics import median
 
 import click
 
-from piflow_edge.hardware import available_cores
+from piflow_edge.system.hardware import available_cores
 
 CHILD = """
 import json, sys, time
@@ -80,7 +80,7 @@ def main(bundle, engine, rounds):
             file=sys.stderr,
         )
     conditions = {
-        "command": f"python benchmarks/engine_options.py {bundle} --engine {engine} --rounds {rounds}",
+        "command": f"python -m benchmarks.engine_options {bundle} --engine {engine} --rounds {rounds}",
         "machine": platform.machine(), "cores": available_cores(), "python": platform.python_version(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }  # fmt: skip

@@ -2,15 +2,14 @@
 
 Scores and times are those of `piflow-edge evaluate`, as `piflow-edge demo` shows them in its report.
 
-Run: python benchmarks/evaluate_digits.py --demo demo
+Run: python -m benchmarks.evaluate_digits --demo demo
 """
 
 from pathlib import Path
 
-from piflow_edge.demo import shipped_teacher
-from piflow_edge.evaluation import evaluate
-
-from timing import answer, parser
+from benchmarks.timing import answer, parser
+from piflow_edge.commands.demo import shipped_teacher
+from piflow_edge.evaluation.comparison import evaluate
 
 
 def main(arguments=None):

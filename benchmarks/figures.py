@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from piflow_edge.plots import number
-
-from tables import table
+from benchmarks.tables import table
+from piflow_edge.system.plots import number
 
 Results = Mapping[str, Mapping]
 
@@ -56,7 +55,7 @@ def speed(found: Results) -> str:
     for name, (make, script) in SPEED.items():
         if name in found:
             first, *more = make(found[name])
-            rows += [(*first, f"`python benchmarks/{script}`"), *((*row, "the same") for row in more)]
+            rows += [(*first, f"`python -m benchmarks.{script}`"), *((*row, "the same") for row in more)]
     return table(["what", "figure", "command"], rows)
 
 
@@ -116,12 +115,12 @@ def training(found: Mapping) -> Iterator[tuple[str, str]]:
 
 
 SPEED = {
-    "startup": (start, "startup.py --demo demo"),
-    "end_to_end": (gain, "end_to_end.py --demo demo"),
-    "overhead": (overhead, "overhead.py --demo demo"),
-    "rollout": (rollouts, "rollout.py"),
-    "rollout_avx512": (rollouts, "rollout.py"),  # of an earlier machine
-    "training_step": (training, "training_step.py"),
+    "startup": (start, "startup --demo demo"),
+    "end_to_end": (gain, "end_to_end --demo demo"),
+    "overhead": (overhead, "overhead --demo demo"),
+    "rollout": (rollouts, "rollout"),
+    "rollout_avx512": (rollouts, "rollout"),  # of an earlier machine
+    "training_step": (training, "training_step"),
 }
 
 

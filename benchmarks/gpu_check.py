@@ -5,7 +5,7 @@ to be installed. First random shapes, formats and noise levels are held to the f
 contender is timed with CUDA events, in turn, and medians are printed. Exit status: 0 right, 1 wrong
 somewhere, 2 no GPU.
 
-Run: python benchmarks/gpu_check.py --out gpu_check.json            (about 3 minutes)
+Run: python -m benchmarks.gpu_check --out gpu_check.json            (about 3 minutes)
 """
 
 import argparse
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the source tree, installed
 
 import numpy as np
 import torch
-from formula import gm_in_torch
 
+from benchmarks.formula import gm_in_torch
 from piflow_edge.kernels import cuda, nvidia
 
 GM_SIZES = [(8, 1, 8, 8), (32, 4, 32, 32), (8, 16, 64, 64), (8, 16, 128, 128)]
@@ -236,7 +236,7 @@ def check(count, device):
 def conditions(device):
     facts, (nvrtc, driver) = torch.cuda.get_device_properties(device), nvidia.versions()
     return {
-        "command": " ".join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.gpu_check", *sys.argv[1:]]),
         "gpu": facts.name,
         "multiprocessors": facts.multi_processor_count,
         "arch": nvidia.device(device.index).arch,

@@ -6,7 +6,7 @@ turn: one network call with arrays on the host, with arrays on the GPU where an 
 Nothing is fetched; engines go to a cache that is thrown away, or to --cache. Exit status: 0 all agree, 1 some do not or
 fail to build or to open, 2 there is no GPU.
 
-Run: python benchmarks/gpu_engines.py --bundle bundles/digits bundles/emoji --out benchmarks/results/gpu_engines.json
+Run: python -m benchmarks.gpu_engines --bundle bundles/digits bundles/emoji --out benchmarks/results/gpu_engines.json
 """
 
 import argparse
@@ -30,13 +30,13 @@ import piflow_edge as pf
 if find_spec("piflow_edge.engines") is None:  # not installed: the folder lies beside the package
     pf.__path__.append(str(ROOT))
 
-from piflow_edge.bundle import Bundle
+from piflow_edge.bundle.folder import Bundle
 from piflow_edge.engines import ENGINES, building
 from piflow_edge.engines.build_targets import targets
 from piflow_edge.errors import PiFlowError
-from piflow_edge.hardware import power_state, versions
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.device_arrays import DeviceArray
+from piflow_edge.system.hardware import power_state, versions
 
 PACKAGES = ("piflow-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu12-libs",
             "tensorrt-cu13-libs", "cuda-bindings")  # fmt: skip
@@ -188,7 +188,7 @@ def examine(folder, engines, batches, repeats, own_kernels=False):
 
 def conditions(options):
     facts = {
-        "command": " ".join(["python", "benchmarks/gpu_engines.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.gpu_engines", *sys.argv[1:]]),
         "python": sys.version.split()[0],
         "versions": versions(PACKAGES),
         "clocks_and_power": power_state(),

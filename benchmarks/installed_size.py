@@ -2,7 +2,7 @@
 
 Sizes are those of the files in site-packages, without pip and setuptools, in MB (1e6 bytes). Nothing is timed.
 
-Run: python benchmarks/installed_size.py --torch torch==2.13.0+cpu
+Run: python -m benchmarks.installed_size --torch torch==2.13.0+cpu
 """
 
 import io
@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from timing import answer, parser
+from benchmarks.timing import answer, parser
 
 ROOT = Path(__file__).parent.parent
 # What pip and venv bring themselves.

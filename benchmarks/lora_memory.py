@@ -4,7 +4,7 @@
 distillation: the same pass, the teacher on the same weights, rollouts, optimiser, averaged weights; "full" trains all
 weights. What a process needs that only imports is taken off.
 
-Run: python benchmarks/lora_memory.py
+Run: python -m benchmarks.lora_memory
 """
 
 import argparse
@@ -25,16 +25,16 @@ def run(kind, options):
     import torch._dynamo  # which the first optimiser would import
     from safetensors.torch import save
 
-    from piflow_edge.distill.data import ImageData
-    from piflow_edge.distill.dit import DiTConfig
-    from piflow_edge.distill.heads import GMHead
+    from piflow_edge.distill.data.datasets import ImageData
     from piflow_edge.distill.imitation import ImitationConfig
-    from piflow_edge.distill.lora import LoRAConfig
-    from piflow_edge.distill.networks import DiTNetwork, attach_policy_head
+    from piflow_edge.distill.loop.training import TrainingConfig
+    from piflow_edge.distill.networks.dit import DiTConfig
+    from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head
+    from piflow_edge.distill.networks.heads import GMHead
+    from piflow_edge.distill.networks.lora import LoRAConfig
     from piflow_edge.distill.sources import TeacherModel
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
-    from piflow_edge.distill.training import TrainingConfig
 
     if kind == "imports":
         save({"x": torch.zeros(1)})
@@ -78,14 +78,14 @@ def main():
         return
     peak = {}
     for kind in KINDS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
+        command = [sys.executable, "-m", "benchmarks.lora_memory", *sys.argv[1:], "--kind", kind]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         peak[kind] = float(printed.split()[-1])
     need = {kind: peak[kind] - peak["imports"] for kind in KINDS[1:]}
     print(
         json.dumps(
             {
-                "command": " ".join(["python", "benchmarks/lora_memory.py", *sys.argv[1:]]),
+                "command": " ".join(["python", "-m", "benchmarks.lora_memory", *sys.argv[1:]]),
                 "peak_mb": {kind: round(value) for kind, value in peak.items()},
                 "beyond_imports_mb": {kind: round(value) for kind, value in need.items()},
                 "lora_over_frozen": round(need["lora"] / need["frozen"], 3),

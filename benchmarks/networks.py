@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from piflow_edge.distill.checkpoint import Checkpoint
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.heads import DXHead, GMHead
-from piflow_edge.distill.networks import DiTNetwork, FlowNetwork, attach_policy_head, describe
+from piflow_edge.distill.loop.checkpoint import Checkpoint
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import DiTNetwork, FlowNetwork, attach_policy_head, describe
+from piflow_edge.distill.networks.heads import DXHead, GMHead
 from piflow_edge.export.to_bundle import export_bundle
 
 GUIDANCE_SCALE = 1.5

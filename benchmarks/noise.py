@@ -4,7 +4,7 @@ The same bundle is measured again and again in fresh processes, and every run co
 changed between them, so each verdict but "within noise" is a false alarm. What a change must exceed is taken from the
 fresh processes of each pair; beside it stands what would come of the assumption that holds without them.
 
-Run: python benchmarks/noise.py --demo demo
+Run: python -m benchmarks.noise --demo demo
 """
 
 import json
@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from piflow_edge.bench_compare import PROCESS_NOISE, compare
-
-from timing import answer, parser
+from benchmarks.timing import answer, parser
+from piflow_edge.bench.comparison_of_runs import PROCESS_NOISE, compare
 
 
 def run(bundle, options):

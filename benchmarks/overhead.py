@@ -7,7 +7,7 @@ by more than that, the generator's own clock says too how long a call took besid
 never trained: a DiT of 8 million weights with a mixture of 8 and one with a DX policy of 10 nodes, and with --demo the
 digits, whose calls are too short for the budget to hold.
 
-Run: python benchmarks/overhead.py --demo demo
+Run: python -m benchmarks.overhead --demo demo
 """
 
 import logging
@@ -18,9 +18,8 @@ from statistics import median
 import numpy as np
 
 import piflow_edge as pf
-
-from networks import students_in
-from timing import answer, parser, rounds_of
+from benchmarks.networks import students_in
+from benchmarks.timing import answer, parser, rounds_of
 
 WARMUP = 3  # rounds
 

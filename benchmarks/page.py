@@ -5,8 +5,8 @@ Tables stand between `<!-- NAME -->` and `<!-- end -->`: those of benchmarks/REA
 A result that is not there leaves a line that says so, and sentences as they are. Pictures are those of the scripts, or
 are drawn here (drawings.py).
 
-Run: python benchmarks/page.py
-     python benchmarks/page.py --check      (writes nothing; says which page holds other figures than the results)
+Run: python -m benchmarks.page
+     python -m benchmarks.page --check      (writes nothing; says which page holds other figures than the results)
 """
 
 import json
@@ -14,12 +14,11 @@ import re
 import sys
 from pathlib import Path
 
-from piflow_edge.files import write_atomic
-from piflow_edge.pictures import png_bytes
-
-from drawings import DRAWINGS
-from figures import SENTENCES, SEVERAL
-from tables import TABLES, conditions, nested
+from benchmarks.drawings import DRAWINGS
+from benchmarks.figures import SENTENCES, SEVERAL
+from benchmarks.tables import TABLES, conditions, nested
+from piflow_edge.runtime.pictures import png_bytes
+from piflow_edge.system.files import write_atomic
 
 HERE = Path(__file__).parent
 PAGES = ("benchmarks/README.md", "README.md", "docs/benchmark.md", "docs/export.md", "docs/faq.md")

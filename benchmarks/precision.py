@@ -4,7 +4,7 @@ Two students: one of the digits, whose images are scored; and a DiT of width 384
 blocks are not left at the identity), for sizes and times. ONNX Runtime's own profile says where a call's time goes.
 
 Run: piflow-edge distill --nfe 1 --out runs/student-1
-     python benchmarks/precision.py --student runs/student-1 --out benchmarks/results/precision.json
+     python -m benchmarks.precision --student runs/student-1 --out benchmarks/results/precision.json
 """
 
 import argparse
@@ -21,23 +21,23 @@ from statistics import median
 import numpy as np
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.bundle.manifest import PRECISIONS
 from piflow_edge.distill.sources import StudentModel, load_student
-from piflow_edge.evaluation import default_features, evaluation_labels, machine
+from piflow_edge.evaluation.comparison import default_features, evaluation_labels, machine
+from piflow_edge.evaluation.metrics import FeatureSet, frechet_distance
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.images import as_pil
-from piflow_edge.manifest import PRECISIONS
-from piflow_edge.metrics import FeatureSet, frechet_distance
-from piflow_edge.pictures import png_bytes, side_by_side
+from piflow_edge.runtime.images import as_pil
+from piflow_edge.runtime.pictures import png_bytes, side_by_side
 
 
 def wide_student(width: int, depth: int) -> StudentModel:
     """A DiT with a Gaussian-mixture head and weights that make something of every input."""
     import torch
 
-    from piflow_edge.distill.dit import DiTConfig
-    from piflow_edge.distill.heads import GMHead
-    from piflow_edge.distill.networks import DiTNetwork, attach_policy_head
+    from piflow_edge.distill.networks.dit import DiTConfig
+    from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head
+    from piflow_edge.distill.networks.heads import GMHead
 
     torch.manual_seed(0)
     teacher = DiTNetwork(DiTConfig(3, 32, 2, width, depth, num_heads=width // 64))
@@ -82,7 +82,7 @@ def exported(student, folder: Path, precisions, report: dict) -> dict:
 
 def scored(folder: Path, count: int, picture: Path | None) -> dict:
     """FID of each precision beside the real digits, from the same noise; and PSNR beside fp32."""
-    from piflow_edge.distill.data import load_images
+    from piflow_edge.distill.data.datasets import load_images
 
     data = load_images("digits")
     features, labels = default_features(data), evaluation_labels(data.labels, len(data.class_names), count)
@@ -187,7 +187,7 @@ def main():
     options = parser.parse_args()
 
     result = {
-        "command": " ".join(["python", "benchmarks/precision.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.precision", *sys.argv[1:]]),
         **machine(),
         "cpu_features": cpu_features(),
     }

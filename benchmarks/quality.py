@@ -9,7 +9,7 @@ A minute is one on the clock; on a CPU it is one of processor time per thread, w
 fair on a busy one. For a budget in minutes, steps are timed first, all methods in turn; then their number is fixed.
 What is trained is kept under --out and a run that was cut short goes on from there.
 
-Run: python benchmarks/quality.py --data digits --teacher shipped --minutes-per-method 2.5 --out runs/quality-digits
+Run: python -m benchmarks.quality --data digits --teacher shipped --minutes-per-method 2.5 --out runs/quality-digits
 """
 
 import argparse
@@ -30,31 +30,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from piflow_edge.demo import GUIDANCE_SCALE, shipped_teacher
-from piflow_edge.distill.data import ImageData, load_images
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.imitation import ImitationConfig
-from piflow_edge.distill.sources import TeacherModel, load_teacher
-from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
-from piflow_edge.distill.training import TrainingConfig
-from piflow_edge.errors import PiFlowError
-from piflow_edge.export.feature_extractor import train_features
-from piflow_edge.features import Features, open_features
-from piflow_edge.files import write_atomic
-from piflow_edge.hardware import machine
-from piflow_edge.metrics import (
-    FeatureSet,
-    agreement,
-    class_diversity,
-    frechet_distance,
-    kernel_distance,
-    territory,
-)
-from piflow_edge.noise import philox_normal
-from piflow_edge.pictures import png_bytes, side_by_side
-
-import baselines
-from contenders import (
+from benchmarks import baselines
+from benchmarks.methods import (
     CUT_SHORT,
     DISTILLED,
     SAMPLING_BATCH,
@@ -66,6 +43,28 @@ from contenders import (
     seconds,
     without,
 )
+from piflow_edge.commands.demo import GUIDANCE_SCALE, shipped_teacher
+from piflow_edge.distill.data.datasets import ImageData, load_images
+from piflow_edge.distill.imitation import ImitationConfig
+from piflow_edge.distill.loop.training import TrainingConfig
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.sources import TeacherModel, load_teacher
+from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
+from piflow_edge.errors import PiFlowError
+from piflow_edge.evaluation.features import Features, open_features
+from piflow_edge.evaluation.metrics import (
+    FeatureSet,
+    agreement,
+    class_diversity,
+    frechet_distance,
+    kernel_distance,
+    territory,
+)
+from piflow_edge.export.feature_extractor import train_features
+from piflow_edge.noise import philox_normal
+from piflow_edge.runtime.pictures import png_bytes, side_by_side
+from piflow_edge.system.files import write_atomic
+from piflow_edge.system.hardware import machine
 
 # Steps that are timed in each of a few rounds, and those before them that warm up.
 ROUNDS, TIMED, WARMING = 3, 8, 3
@@ -289,7 +288,7 @@ class Benchmark:
         self._write_picture(images, labels)
         return {
             "conditions": {
-                "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+                "command": " ".join(["python", "-m", "benchmarks.quality", *sys.argv[1:]]),
                 "data": self.data.name,
                 "images of the data": len(self.data),
                 "shape": list(self.data.shape),

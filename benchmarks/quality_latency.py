@@ -4,7 +4,7 @@ The students of `piflow-edge demo` are exported once more in every precision. Ea
 the same noise, which are scored as `piflow-edge evaluate` does; times are those of `piflow-edge bench`, one image at a
 time, all settings in turn. The teacher at 50 guided steps and cut short to a few stands beside them.
 
-Run: python benchmarks/quality_latency.py --demo demo --plot quality_latency.png
+Run: python -m benchmarks.quality_latency --demo demo --plot quality_latency.png
 """
 
 import tempfile
@@ -14,23 +14,22 @@ from pathlib import Path
 import numpy as np
 
 import piflow_edge as pf
-from piflow_edge.bench import BenchConfig, TeacherConfig, bench
-from piflow_edge.contenders import images_of, teacher_sampler
-from piflow_edge.demo import DIGITS_TEMPERATURE, shipped_teacher
-from piflow_edge.distill.checkpoint import load_checkpoint
-from piflow_edge.distill.data import load_images
+from benchmarks.timing import answer, parser
+from piflow_edge.bench.benchmark import BenchConfig, TeacherConfig, bench
+from piflow_edge.commands.demo import DIGITS_TEMPERATURE, shipped_teacher
+from piflow_edge.distill.data.datasets import load_images
+from piflow_edge.distill.loop.checkpoint import load_checkpoint
 from piflow_edge.distill.sources import load_teacher
-from piflow_edge.evaluation import evaluation_labels
+from piflow_edge.evaluation.comparison import evaluation_labels
+from piflow_edge.evaluation.contenders import images_of, teacher_sampler
+from piflow_edge.evaluation.features import open_features
+from piflow_edge.evaluation.metrics import FeatureSet, frechet_distance
 from piflow_edge.export.teacher_graph import export_teacher
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.features import open_features
-from piflow_edge.files import write_atomic
-from piflow_edge.metrics import FeatureSet, frechet_distance
 from piflow_edge.noise import philox_normal
-from piflow_edge.pictures import png_bytes
-from piflow_edge.plots import Series, chart
-
-from timing import answer, parser
+from piflow_edge.runtime.pictures import png_bytes
+from piflow_edge.system.files import write_atomic
+from piflow_edge.system.plots import Series, chart
 
 
 class Judge:

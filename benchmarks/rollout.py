@@ -4,8 +4,8 @@ Every contender starts from the student's output and ends with the state, in one
 all alike; medians are printed. All must compute the same. One JSON line answers; a table goes to stderr. How time grows
 with substeps is scaling.py's question.
 
-Run: python benchmarks/rollout.py                                  (about 3 minutes)
-     python benchmarks/rollout.py --size 32,4,32,32 --substeps 16 64 128 --batch 1
+Run: python -m benchmarks.rollout                                  (about 3 minutes)
+     python -m benchmarks.rollout --size 32,4,32,32 --substeps 16 64 128 --batch 1
 """
 
 import os
@@ -18,13 +18,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
-from formula import gm_in_torch
 
+from benchmarks.formula import gm_in_torch
+from benchmarks.timing import answer, medians_of, parser, time_ms
 from piflow_edge import DXPolicy, GMPolicy
 from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu
-
-from timing import answer, medians_of, parser, time_ms
 
 GM_SIZES = [(8, 1, 8, 8), (32, 4, 32, 32), (8, 16, 64, 64), (8, 16, 128, 128)]
 DX_SIZES = [(10, 4, 32, 32), (10, 16, 128, 128)]

@@ -4,17 +4,16 @@ Students of three sizes, by network calls and substeps: the demo's digits, and t
 million weights with a Gaussian mixture of 8 and one with a DX policy of 10 nodes. Times are those the generator tells
 of its own stages, medians over rounds in which all take turns.
 
-Run: python benchmarks/rollout_share.py --demo demo
+Run: python -m benchmarks.rollout_share --demo demo
 """
 
 import tempfile
 from itertools import product
 from pathlib import Path
 
-from piflow_edge.bench import BenchConfig, bench
-
-from networks import students_in
-from timing import answer, parser
+from benchmarks.networks import students_in
+from benchmarks.timing import answer, parser
+from piflow_edge.bench.benchmark import BenchConfig, bench
 
 
 def main(arguments=None):

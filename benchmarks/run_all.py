@@ -3,8 +3,8 @@
 Results go to benchmarks/results/, tables into benchmarks/README.md. A script that fails stops nothing; the exit status
 is then 1, and its old result stays.
 
-Run: python benchmarks/run_all.py --demo demo                      (about 25 minutes on two cores)
-     python benchmarks/run_all.py --demo demo --only startup scaling
+Run: python -m benchmarks.run_all --demo demo                      (about 25 minutes on two cores)
+     python -m benchmarks.run_all --demo demo --only startup scaling
 """
 
 import argparse
@@ -57,7 +57,8 @@ def main():
         # By the command that stands in the result, from the repository's root.
         command = [
             sys.executable,
-            f"benchmarks/{script}",
+            "-m",
+            f"benchmarks.{Path(script).stem}",
             *arguments,
             "--out",
             f"benchmarks/results/{name}.json",
@@ -68,7 +69,7 @@ def main():
             flush=True,
         )
         failed += [name] if done.returncode else []
-    subprocess.run([sys.executable, "benchmarks/page.py"], cwd=HERE.parent, check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.page"], cwd=HERE.parent, check=True)
     sys.exit(1 if failed else 0)
 
 

@@ -3,7 +3,7 @@
 Both start from the same noise and end with uint8 images, on the same engine, in turn; they must agree. The bundle
 is one that was exported with --sampler-graph.
 
-Run: python benchmarks/sampler_graph.py --bundle bundles/digits --batch 1 8 64
+Run: python -m benchmarks.sampler_graph --bundle bundles/digits --batch 1 8 64
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main():
             )
     manifest = generator.bundle.manifest
     conditions = {
-        "command": " ".join(["python", "benchmarks/sampler_graph.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.sampler_graph", *sys.argv[1:]]),
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "engine": f"{generator.engine.name} on {generator.engine.device}",

@@ -4,7 +4,7 @@ The rollout of a Gaussian mixture in the compiled kernel, and the network of a D
 at a time, the others held at a middle size. Exponents are of the number of pixels for resolution (side squared), and
 so 1 where the cost is one of pixels. They are fitted beside a fixed cost, which weighs on the small sizes.
 
-Run: python benchmarks/scaling.py
+Run: python -m benchmarks.scaling
 """
 
 from dataclasses import replace
@@ -13,15 +13,14 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks.networks import LARGE, student_of, teacher_of
+from benchmarks.timing import answer, growth, parser, rounds_of
 from piflow_edge import GMPolicy, rollout
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.export.to_onnx import export_network
-from piflow_edge.files import write_atomic
-from piflow_edge.pictures import png_bytes
-from piflow_edge.plots import Series, chart
-
-from networks import LARGE, student_of, teacher_of
-from timing import answer, growth, parser, rounds_of
+from piflow_edge.runtime.pictures import png_bytes
+from piflow_edge.system.files import write_atomic
+from piflow_edge.system.plots import Series, chart
 
 # Held while another one grows.
 MIDDLE = {"side": 64, "batch": 1, "components": 8, "substeps": 128}

@@ -5,7 +5,7 @@ with noise between calls, with a callback, from two threads, cancelled, and open
 threads and open files are read along the way; the exit status is 1 if memory grew by more than --allowed MB, or
 anything else at all.
 
-Run: python benchmarks/soak.py demo/bundles/digits-nfe2
+Run: python -m benchmarks.soak demo/bundles/digits-nfe2
 """
 
 import gc
@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import piflow_edge as pf
-
-from timing import answer, parser
+from benchmarks.timing import answer, parser
 
 
 def resident_mb() -> float:

@@ -8,7 +8,7 @@ to 5e-3 away from it. So no ordinary solver can come within 1e-3 of Euler, and w
 even its own limit: x_0 moves fastest where sigma nears 0, and there even substeps are too long. "multistep" follows
 Euler's recursion instead, and asks more often at low noise.
 
-Run: python benchmarks/solvers.py demo/bundles/digits-nfe1 demo/bundles/digits-nfe2 demo/bundles/digits-nfe4
+Run: python -m benchmarks.solvers demo/bundles/digits-nfe1 demo/bundles/digits-nfe2 demo/bundles/digits-nfe4
 """
 
 import argparse
@@ -165,7 +165,7 @@ def main():
         print_rows(generator.bundle.name, rows)
         lines.append({"bundle": generator.bundle.name, "rows": rows})
     conditions = {
-        "command": " ".join(["python", "benchmarks/solvers.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.solvers", *sys.argv[1:]]),
         "dtype": "float64",
         "images": options.images,
         "seed": options.seed,

@@ -6,7 +6,7 @@ and the same student from its checkpoint in PyTorch, as an app without this runt
 after its first image is asked in further ones, for the question takes time too. All have their bytecode, as pip
 writes it: where none may be written, a checkout would be compiled at every start.
 
-Run: python benchmarks/startup.py --demo demo
+Run: python -m benchmarks.startup --demo demo
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from timing import answer, medians_of, parser
+from benchmarks.timing import answer, medians_of, parser
 
 IMPORTS = {
     "python": "pass",
@@ -31,9 +31,9 @@ FIRST_IMAGE = "import piflow_edge as pf; images = pf.load({bundle!r})([0]).image
 IN_TORCH = """
 import torch
 import piflow_edge as pf
-from piflow_edge.distill.checkpoint import load_checkpoint
+from piflow_edge.distill.loop.checkpoint import load_checkpoint
 from piflow_edge.distill.sources import network_of
-from piflow_edge.images import as_pil, decode
+from piflow_edge.runtime.images import as_pil, decode
 from pathlib import Path
 
 network = network_of(load_checkpoint(Path({student!r}), kind="student"))
@@ -44,7 +44,7 @@ latents = pf.rollout(pf.GMPolicy(*outputs, noise, 1.0), noise, 1.0, 0.0, 128)
 images = as_pil(decode(latents.numpy()))
 """
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-HOLDS = "\nfrom piflow_edge.hardware import memory; print(*(memory() or ()))"
+HOLDS = "\nfrom piflow_edge.system.hardware import memory; print(*(memory() or ()))"
 
 
 def runs(command):

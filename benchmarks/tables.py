@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from piflow_edge.plots import number
+from piflow_edge.system.plots import number
 
 Cell = str | float | int | None
 

@@ -11,8 +11,8 @@ from statistics import median
 
 import numpy as np
 
-from piflow_edge.files import write_atomic
-from piflow_edge.hardware import machine, power_state
+from piflow_edge.system.files import write_atomic
+from piflow_edge.system.hardware import machine, power_state
 
 
 def time_ms(call: Callable[[], object]) -> float:
@@ -104,7 +104,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def answer(options: argparse.Namespace, found: Mapping) -> None:
     """Print the conditions and what was found as one JSON line, and write it where `--out` says."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     whole = {"command": command, **machine(), "power": power_state(), **found}
     print(json.dumps(whole))
     if options.out is not None:

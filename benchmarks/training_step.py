@@ -5,7 +5,7 @@ that are done masked out, guidance as two calls of the teacher, textbook DiT blo
 weights. The step is the demo's: guided digits teacher, Gaussian mixture of 8, two intermediate states. Both sides start
 from the same weights and draw the same numbers; their losses are compared at every step. They take turns.
 
-Run: python benchmarks/training_step.py                            (half a minute)
+Run: python -m benchmarks.training_step                            (half a minute)
 """
 
 import copy
@@ -18,21 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from piflow_edge.demo import GUIDANCE_SCALE, NUM_COMPONENTS, shipped_teacher
-from piflow_edge.distill.data import load_images
-from piflow_edge.distill.dit import Block
-from piflow_edge.distill.heads import GMHead
+from benchmarks.timing import answer, parser
+from piflow_edge.commands.demo import GUIDANCE_SCALE, NUM_COMPONENTS, shipped_teacher
+from piflow_edge.distill.data.datasets import load_images
 from piflow_edge.distill.imitation import ImitationConfig
-from piflow_edge.distill.networks import attach_policy_head
-from piflow_edge.distill.processes import Processes
-from piflow_edge.distill.randomness import IterationRandom
+from piflow_edge.distill.loop.processes import Processes
+from piflow_edge.distill.loop.randomness import IterationRandom
+from piflow_edge.distill.loop.state import State
+from piflow_edge.distill.loop.training import TrainingConfig, gradients, learning_rate
+from piflow_edge.distill.networks.dit import Block
+from piflow_edge.distill.networks.flow_network import attach_policy_head
+from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import load_teacher
-from piflow_edge.distill.state import State
 from piflow_edge.distill.student import student_loss
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
-from piflow_edge.distill.training import TrainingConfig, gradients, learning_rate
-
-from timing import answer, parser
 
 EMA_DECAY = 0.999
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Writes docs/api.md from signatures and docstrings, which are read and not imported: python docs/make_api.py
 
 A name stands here as soon as it is listed below; a test holds the page to the code.
@@ -13,12 +14,12 @@ PAGE = ROOT / "docs" / "api.md"
 
 # Heading, module, whether the names are reached as pf.NAME, the file, and the names: a class with those of its methods.
 SECTIONS = (
-    ("Open a bundle", "piflow_edge", "piflow_edge/loading.py", {"load": ()}),
-    ("Make images", "piflow_edge", "piflow_edge/generator.py", {
+    ("Open a bundle", "piflow_edge", "piflow_edge/runtime/loading.py", {"load": ()}),
+    ("Make images", "piflow_edge", "piflow_edge/runtime/generator.py", {
         "Generator": ("__call__", "decode", "trained_nfes"), "Result": (),
     }),
     ("While images are made", "piflow_edge", "piflow_edge/sampling.py", {"Progress": ("x_t", "x_0")}),
-    ("What a PNG file holds", "piflow_edge", "piflow_edge/recipe.py", {"Recipe": (), "read_recipe": ()}),
+    ("What a PNG file holds", "piflow_edge", "piflow_edge/runtime/recipe.py", {"Recipe": (), "read_recipe": ()}),
     ("Noise levels", "piflow_edge", "piflow_edge/schedule.py", {
         "warp": (), "unwarp": (), "Schedule": ("sigmas", "segments"),
         "Segment": ("renoises", "renoise_scales", "renoise"),
@@ -29,16 +30,16 @@ SECTIONS = (
     ("Rollout", "piflow_edge", "piflow_edge/integrator.py", {"rollout": ()}),
     ("Starting noise", "piflow_edge", "piflow_edge/noise.py", {"philox_normal": ()}),
     ("Errors", "piflow_edge.errors", "piflow_edge/errors.py", None),
-    ("The bundle that comes with the package", "piflow_edge", "piflow_edge/bundle.py", {"demo_bundle": ()}),
-    ("Bundles", "piflow_edge.bundle", "piflow_edge/bundle.py", {
+    ("The bundle that comes with the package", "piflow_edge", "piflow_edge/bundle/folder.py", {"demo_bundle": ()}),
+    ("Bundles", "piflow_edge.bundle.folder", "piflow_edge/bundle/folder.py", {
         "Bundle": ("graph", "decoder", "sampler", "read"),
     }),
-    ("What a bundle's latents are", "piflow_edge.manifest", "piflow_edge/manifest.py", {"LatentSpec": ()}),
-    ("Checks", "piflow_edge.verification", "piflow_edge/verification.py", {
+    ("What a bundle's latents are", "piflow_edge.bundle.manifest", "piflow_edge/bundle/manifest.py", {"LatentSpec": ()}),
+    ("Checks", "piflow_edge.runtime.verification", "piflow_edge/runtime/verification.py", {
         "verify": (), "check": (), "Row": ("passed",),
     }),
-    ("This machine", "piflow_edge.doctor", "piflow_edge/doctor.py", {"diagnose": ()}),
-    ("What doctor reports", "piflow_edge.findings", "piflow_edge/findings.py", {"Finding": ()}),
+    ("This machine", "piflow_edge.doctor.examination", "piflow_edge/doctor/examination.py", {"diagnose": ()}),
+    ("What doctor reports", "piflow_edge.doctor.findings", "piflow_edge/doctor/findings.py", {"Finding": ()}),
     ("Engines", "piflow_edge.engines", "engines/__init__.py", {
         "open_engine": (), "Graph": (), "EngineOptions": (), "Engine": ("run",),
     }),
@@ -48,31 +49,31 @@ SECTIONS = (
     ("What is built", "piflow_edge.engines.build_targets", "engines/build_targets.py", {
         "targets": (), "Batch": ("parse",),
     }),
-    ("Teachers and students", "piflow_edge.distill.networks", "piflow_edge/distill/networks.py", {
+    ("Teachers and students", "piflow_edge.distill.networks.flow_network", "piflow_edge/distill/networks/flow_network.py", {
         "Convention": (), "FlowNetwork": (), "ModuleNetwork": (), "attach_policy_head": (),
     }),
-    ("Policy heads", "piflow_edge.distill.heads", "piflow_edge/distill/heads.py", {"GMHead": (), "DXHead": ()}),
+    ("Policy heads", "piflow_edge.distill.networks.heads", "piflow_edge/distill/networks/heads.py", {"GMHead": (), "DXHead": ()}),
     ("Loading teachers and students", "piflow_edge.distill.sources", "piflow_edge/distill/sources.py", {
         "load_teacher": (), "TeacherModel": (), "load_student": (), "StudentModel": (),
     }),
-    ("The DiT that train-teacher trains", "piflow_edge.distill.dit", "piflow_edge/distill/dit.py", {"DiTConfig": ()}),
-    ("Data", "piflow_edge.distill.data", "piflow_edge/distill/data.py", {"load_images": ()}),
-    ("What data are", "piflow_edge.distill.data", "piflow_edge/distill/image_data.py", {
+    ("The DiT that train-teacher trains", "piflow_edge.distill.networks.dit", "piflow_edge/distill/networks/dit.py", {"DiTConfig": ()}),
+    ("Data", "piflow_edge.distill.data.datasets", "piflow_edge/distill/data/datasets.py", {"load_images": ()}),
+    ("What data are", "piflow_edge.distill.data.datasets", "piflow_edge/distill/data/image_data.py", {
         "ImageData": ("batch",), "Latent": (),
     }),
     ("Distilling", "piflow_edge.distill.student", "piflow_edge/distill/student.py", {"distill": ()}),
     ("Settings of the loss", "piflow_edge.distill.imitation", "piflow_edge/distill/imitation.py", {
         "ImitationConfig": (),
     }),
-    ("Settings of the run", "piflow_edge.distill.training", "piflow_edge/distill/training.py", {
+    ("Settings of the run", "piflow_edge.distill.loop.training", "piflow_edge/distill/loop/training.py", {
         "TrainingConfig": (), "RunConfig": (), "train": (),
     }),
     ("Guidance, and training a teacher", "piflow_edge.distill.teacher", "piflow_edge/distill/teacher.py", {
         "GuidanceConfig": (), "GuidedTeacher": (), "train_teacher": (),
     }),
     ("Export", "piflow_edge.export.to_bundle", "export/to_bundle.py", {"export_bundle": ()}),
-    ("Evaluation", "piflow_edge.evaluation", "piflow_edge/evaluation.py", {"evaluate": ()}),
-    ("What an evaluation finds", "piflow_edge.evaluation", "piflow_edge/scores.py", {"Score": ()}),
+    ("Evaluation", "piflow_edge.evaluation.comparison", "piflow_edge/evaluation/comparison.py", {"evaluate": ()}),
+    ("What an evaluation finds", "piflow_edge.evaluation.comparison", "piflow_edge/evaluation/scores.py", {"Score": ()}),
 )  # fmt: skip
 
 HEAD = """# API reference

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from piflow_edge.demo import shipped_teacher
-from piflow_edge.distill.data import load_images
-from piflow_edge.evaluation import evaluate
-from piflow_edge.features import open_features
-from piflow_edge.files import write_atomic
-from piflow_edge.images import as_pil, decode
-from piflow_edge.pictures import png_bytes, side_by_side
+from piflow_edge.commands.demo import shipped_teacher
+from piflow_edge.distill.data.datasets import load_images
+from piflow_edge.evaluation.comparison import evaluate
+from piflow_edge.evaluation.features import open_features
+from piflow_edge.runtime.images import as_pil, decode
+from piflow_edge.runtime.pictures import png_bytes, side_by_side
+from piflow_edge.system.files import write_atomic
 
 
 @click.command()

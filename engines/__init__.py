@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from piflow_edge.errors import EngineError, PiFlowError
-from piflow_edge.hardware import available_cores
+from piflow_edge.system.hardware import available_cores
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Graph:
     @cached_property
     def sha256(self) -> str:
         """Of the model with all its weights."""
-        from piflow_edge.files import sha256  # late: most engines never ask
+        from piflow_edge.system.files import sha256  # late: most engines never ask
 
         if not self.weights:
             return sha256(self.model)

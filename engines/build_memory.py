@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from piflow_edge.errors import EngineError
-from piflow_edge.hardware import host_memory
 from piflow_edge.kernels import nvidia
+from piflow_edge.system.hardware import host_memory
 
 
 @dataclass(frozen=True)

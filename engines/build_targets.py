@@ -4,10 +4,10 @@ import math
 import re
 from dataclasses import dataclass
 
-from piflow_edge.bundle import Bundle
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.bundle.manifest import TensorSpec, decoder_file, sampler_file
 from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError, EngineError
-from piflow_edge.manifest import TensorSpec, decoder_file, sampler_file
 
 GRAPHS = ("student", "decoder", "sampler")
 

@@ -11,8 +11,8 @@ from piflow_edge.engines.build_memory import Memory, Watch
 from piflow_edge.engines.build_targets import Batch, Target
 from piflow_edge.engines.engine_cache import EngineKey
 from piflow_edge.errors import EngineError, PiFlowError
-from piflow_edge.hardware import host_memory
 from piflow_edge.kernels import nvidia
+from piflow_edge.system.hardware import host_memory
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from piflow_edge.cache import cache_folder
 from piflow_edge.engines import Graph
 from piflow_edge.errors import EngineError, MissingExtraError
-from piflow_edge.files import sha256, write_atomic
 from piflow_edge.kernels import nvidia
+from piflow_edge.system.cache_folder import cache_folder
+from piflow_edge.system.files import sha256, write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -57,7 +57,7 @@ def give_weights(settings, graph: Graph) -> None:
 
 def installed() -> list[str]:
     """Which of ONNX Runtime's `PACKAGES` are installed."""
-    from piflow_edge.hardware import versions  # late: slow to import what it asks
+    from piflow_edge.system.hardware import versions  # late: slow to import what it asks
 
     return list(versions(PACKAGES))
 

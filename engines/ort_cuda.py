@@ -12,9 +12,9 @@ import numpy as np
 from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padding, placement
 from piflow_edge.engines.ort import OrtEngine
 from piflow_edge.errors import EngineError
-from piflow_edge.hardware import jetson_release
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, view
+from piflow_edge.system.hardware import jetson_release
 
 log = logging.getLogger(__name__)
 

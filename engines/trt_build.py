@@ -6,8 +6,8 @@ from pathlib import Path
 
 from piflow_edge.engines import Graph, engine_cache, trt_versions
 from piflow_edge.errors import EngineError
-from piflow_edge.files import sha256, write_atomic
 from piflow_edge.kernels import nvidia
+from piflow_edge.system.files import sha256, write_atomic
 
 log = logging.getLogger(__name__)
 

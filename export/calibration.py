@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from piflow_edge.bundle.manifest import Manifest, ToleranceSpec
 from piflow_edge.engines import Engine, Graph, open_engine
-from piflow_edge.images import decode
-from piflow_edge.manifest import Manifest, ToleranceSpec
 from piflow_edge.noise import philox_normal
+from piflow_edge.runtime.images import decode
+from piflow_edge.runtime.verification import peak_error, relative_error, rms_levels, rms_of_psnr
 from piflow_edge.sampling import sample
-from piflow_edge.verification import peak_error, relative_error, rms_levels, rms_of_psnr
 
 Inputs = dict[str, np.ndarray]
 

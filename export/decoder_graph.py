@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from piflow_edge.distill.autoencoder import Autoencoder
+from piflow_edge.bundle.manifest import DecoderSpec, TensorSpec
+from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.export.to_onnx import OPSET, program_graph, quiet
-from piflow_edge.manifest import DecoderSpec, TensorSpec
 
 DECODER_INPUTS = ("latents",)
 DECODER_OUTPUTS = ("images",)

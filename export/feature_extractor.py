@@ -8,12 +8,12 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from piflow_edge.distill.data import ImageData
-from piflow_edge.distill.features import SmallClassifier, TrainedClassifier, train_classifier
+from piflow_edge.distill.data.datasets import ImageData
+from piflow_edge.distill.networks.classifier import SmallClassifier, TrainedClassifier, train_classifier
 from piflow_edge.errors import CheckFailedError
+from piflow_edge.evaluation.features import DESCRIPTION_KEY, RANGE_KEY, OnnxFeatures, eight_bit
 from piflow_edge.export.to_onnx import OPSET
-from piflow_edge.features import DESCRIPTION_KEY, RANGE_KEY, OnnxFeatures, eight_bit
-from piflow_edge.files import write_atomic
+from piflow_edge.system.files import write_atomic
 
 # Relative to the largest feature; PyTorch and ONNX Runtime add up a few thousand float32 products in another order.
 _TOLERANCE = 1e-4

@@ -5,14 +5,14 @@ import io
 import numpy as np
 import torch
 
-from piflow_edge.distill.autoencoder import Autoencoder
-from piflow_edge.distill.networks import FlowNetwork
-from piflow_edge.images import decode
+from piflow_edge.bundle.manifest import Manifest
+from piflow_edge.distill.data.autoencoder import Autoencoder
+from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.integrator import rollout
-from piflow_edge.manifest import Manifest
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import GMPolicy
-from piflow_edge.verification import GOLDEN_SEED
+from piflow_edge.runtime.images import decode
+from piflow_edge.runtime.verification import GOLDEN_SEED
 
 # Golden images per bundle: enough to see, few enough to keep a bundle small.
 GOLDEN_IMAGES = 10

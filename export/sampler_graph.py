@@ -10,17 +10,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.export.decoder_graph import DECODER_INPUTS, DECODER_OUTPUTS
-from piflow_edge.export.rollout_graph import (
-    DOMAIN,
-    dx_rollout,
-    dx_weights,
-    gm_rollout,
-    gm_substeps,
-    inline,
-)
+from piflow_edge.export.rollout_graph import DOMAIN, dx_rollout, dx_weights, gm_rollout, gm_substeps, inline
 from piflow_edge.export.to_onnx import OPSET
-from piflow_edge.manifest import Manifest
 from piflow_edge.schedule import Schedule, Segment, segment_sigmas
 
 # Without re-noising the lines in `renoise` are left out, and so is the input. Its last row is read again after the

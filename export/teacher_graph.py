@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from piflow_edge.distill.networks import FlowNetwork
+from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import CheckFailedError, CheckpointError
 from piflow_edge.export.to_onnx import export_network
-from piflow_edge.files import write_atomic
 from piflow_edge.noise import philox_normal
+from piflow_edge.system.files import write_atomic
 
 # Relative to the largest velocity; as of a bundle's fp32 outputs.
 _TOLERANCE = 1e-4

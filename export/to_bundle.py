@@ -12,27 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import piflow_edge
-from piflow_edge.distill.autoencoder import Autoencoder
-from piflow_edge.distill.checkpoint import Checkpoint
-from piflow_edge.distill.heads import head_to_json
-from piflow_edge.distill.sources import StudentModel, student_from_checkpoint
-from piflow_edge.engines import Graph
-from piflow_edge.engines.layers import first_non_finite
-from piflow_edge.engines.ort import runtime
-from piflow_edge.errors import BundleError, CheckFailedError, DataError, ScheduleError
-from piflow_edge.export.calibration import ENGINE, Calibration
-from piflow_edge.export.decoder_graph import decoder_spec, export_decoder
-from piflow_edge.export.fp16 import to_fp16
-from piflow_edge.export.int8 import to_int8
-from piflow_edge.export.large import named
-from piflow_edge.export.opset import OPSETS, lowered
-from piflow_edge.export.parity import golden_file, golden_images, golden_samples
-from piflow_edge.export.sampler_graph import export_sampler
-from piflow_edge.export.to_onnx import OPSET, network_graph
-from piflow_edge.files import new_folder, sha256, write_atomic
-from piflow_edge.images import as_pil
-from piflow_edge.loading import load
-from piflow_edge.manifest import (
+from piflow_edge.bundle.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     PRECISIONS,
@@ -52,10 +32,30 @@ from piflow_edge.manifest import (
     manifest_bytes,
     sampler_file,
 )
-from piflow_edge.pictures import image_grid, png_bytes
+from piflow_edge.bundle.signature import SigningKey
+from piflow_edge.distill.data.autoencoder import Autoencoder
+from piflow_edge.distill.loop.checkpoint import Checkpoint
+from piflow_edge.distill.networks.heads import head_to_json
+from piflow_edge.distill.sources import StudentModel, student_from_checkpoint
+from piflow_edge.engines import Graph
+from piflow_edge.engines.layers import first_non_finite
+from piflow_edge.engines.ort import runtime
+from piflow_edge.errors import BundleError, CheckFailedError, DataError, ScheduleError
+from piflow_edge.export.calibration import ENGINE, Calibration
+from piflow_edge.export.decoder_graph import decoder_spec, export_decoder
+from piflow_edge.export.fp16 import to_fp16
+from piflow_edge.export.int8 import to_int8
+from piflow_edge.export.large import named
+from piflow_edge.export.opset import OPSETS, lowered
+from piflow_edge.export.parity import golden_file, golden_images, golden_samples
+from piflow_edge.export.sampler_graph import export_sampler
+from piflow_edge.export.to_onnx import OPSET, network_graph
+from piflow_edge.runtime.images import as_pil
+from piflow_edge.runtime.loading import load
+from piflow_edge.runtime.pictures import image_grid, png_bytes
+from piflow_edge.runtime.verification import GOLDEN, Row, check, verify
 from piflow_edge.schedule import check_temperature
-from piflow_edge.signature import SigningKey
-from piflow_edge.verification import GOLDEN, Row, check, verify
+from piflow_edge.system.files import new_folder, sha256, write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import onnx
 import torch
 from torch import nn
 
-from piflow_edge.distill.networks import FlowNetwork
+from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError, CheckpointError
 from piflow_edge.export.compact import compact

@@ -19,13 +19,13 @@ _HOMES = {
     "DXPolicy": "policies",
     "rollout": "integrator",
     "philox_normal": "noise",
-    "load": "loading",
-    "demo_bundle": "bundle",
-    "Generator": "generator",
-    "Result": "generator",
+    "load": "runtime.loading",
+    "demo_bundle": "bundle.folder",
+    "Generator": "runtime.generator",
+    "Result": "runtime.generator",
     "Progress": "sampling",
-    "Recipe": "recipe",
-    "read_recipe": "recipe",
+    "Recipe": "runtime.recipe",
+    "read_recipe": "runtime.recipe",
     "Cancelled": "errors",
     "EngineOptions": "engines",
     "PiFlowError": "errors",
@@ -34,24 +34,24 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .bundle import demo_bundle as demo_bundle
-    from .engines import EngineOptions as EngineOptions
-    from .errors import Cancelled as Cancelled
-    from .errors import PiFlowError as PiFlowError
-    from .generator import Generator as Generator
-    from .generator import Result as Result
-    from .integrator import rollout as rollout
-    from .loading import load as load
-    from .noise import philox_normal as philox_normal
-    from .policies import DXPolicy as DXPolicy
-    from .policies import GMPolicy as GMPolicy
-    from .recipe import Recipe as Recipe
-    from .recipe import read_recipe as read_recipe
-    from .sampling import Progress as Progress
-    from .schedule import Schedule as Schedule
-    from .schedule import Segment as Segment
-    from .schedule import unwarp as unwarp
-    from .schedule import warp as warp
+    from piflow_edge.bundle.folder import demo_bundle as demo_bundle
+    from piflow_edge.engines import EngineOptions as EngineOptions
+    from piflow_edge.errors import Cancelled as Cancelled
+    from piflow_edge.errors import PiFlowError as PiFlowError
+    from piflow_edge.integrator import rollout as rollout
+    from piflow_edge.noise import philox_normal as philox_normal
+    from piflow_edge.policies import DXPolicy as DXPolicy
+    from piflow_edge.policies import GMPolicy as GMPolicy
+    from piflow_edge.runtime.generator import Generator as Generator
+    from piflow_edge.runtime.generator import Result as Result
+    from piflow_edge.runtime.loading import load as load
+    from piflow_edge.runtime.recipe import Recipe as Recipe
+    from piflow_edge.runtime.recipe import read_recipe as read_recipe
+    from piflow_edge.sampling import Progress as Progress
+    from piflow_edge.schedule import Schedule as Schedule
+    from piflow_edge.schedule import Segment as Segment
+    from piflow_edge.schedule import unwarp as unwarp
+    from piflow_edge.schedule import warp as warp
 
 
 def __getattr__(name: str):

@@ -6,7 +6,8 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 
 import click
 
-from .commands import building, bundles, device, images, sending, training
+from .commands import build_engines as building
+from .commands import bundles, device, images, sending, training
 from .errors import MissingExtraError, PiFlowError
 
 # Packages of the `train` extra, by the name they are imported under.

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import array_namespace
 from .errors import EngineError, ScheduleError, ShapeError
 from .kernels import cpu
-from .namespaces import array_namespace
 from .policies import DXPolicy, Policy
 from .schedule import segment_sigmas
 

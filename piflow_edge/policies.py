@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from array_api_compat import device, is_numpy_namespace, is_torch_namespace, to_device
 
+from .arrays import array_namespace
 from .errors import ScheduleError, ShapeError
-from .namespaces import array_namespace
 from .schedule import unwarp
 
 Array = Any  # an array of any library that follows the array API standard

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from piflow_edge.kernels.device_arrays import DeviceArray
+
 from .errors import Cancelled, ScheduleError
 from .integrator import integrate
 from .kernels import gpu_arrays
-from .kernels.device_arrays import DeviceArray
 from .policies import GMPolicy, Policy
 from .schedule import Schedule, Segment, count_substeps, segment_sigmas, unwarp
 

@@ -2,7 +2,7 @@
 # Builds the wheel for aarch64 and runs there, without torch, the tests that need none: make test-aarch64
 # On an aarch64 machine as it is. On another Linux by emulation, in a Debian of its own (1 GB in .aarch64), as root and
 # with: apt-get install debootstrap qemu-user-static binfmt-support. Emulation takes 10 to 20 times as long.
-# TESTS="test_kernels.py test_demo_bundle.py" runs those files alone.
+# TESTS="tests/kernels/test_kernels.py tests/bundle/test_demo_bundle.py" runs those files alone.
 set -eu
 cd "$(dirname "$0")/.."
 place=$PWD/.aarch64
@@ -27,7 +27,7 @@ if [ "$(uname -m)" != aarch64 ]; then
     git ls-files -z | tar --null -T - -cf - | tar -C "$place/src" -xf -
     mountpoint -q "$place/proc" || mount -t proc proc "$place/proc"
     trap 'umount "$place/proc"' EXIT
-    chroot "$place" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TESTS="${TESTS:-.}" \
+    chroot "$place" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TESTS="${TESTS:-tests}" \
         OMP_NUM_THREADS=1 PIFLOW_EDGE_EMULATED=1 PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels VENV=/venv sh /src/tests/aarch64.sh
     exit
 fi
@@ -40,7 +40,10 @@ rm -rf build .wheel
 "$venv/bin/pip" wheel -q --no-deps --no-build-isolation -w .wheel .
 ls -l .wheel
 "$venv/bin/pip" install -q --force-reinstall --no-deps .wheel/*.whl
-cd tests # away from the source: the wheel is what is tried
+# Away from the source, so that the wheel is what is tried.
+away=$(mktemp -d)
+cp -r tests benchmarks docs README.md pyproject.toml "$away"
+cd "$away"
 "$venv/bin/python" -c "from piflow_edge.kernels import cpu; assert not cpu.missing(), cpu.missing(); print(cpu.isas())"
 # shellcheck disable=SC2086
-exec "$venv/bin/pytest" -q -p no:cacheprovider -m "not torch and not gpu" ${TESTS:-.}
+exec "$venv/bin/pytest" -q -p no:cacheprovider -m "not torch and not gpu" ${TESTS:-tests}

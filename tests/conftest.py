@@ -53,7 +53,7 @@ def exports_made_once(request, folder_of_all_workers):
     ):
         yield
         return
-    from kept_exports import kept_exports
+    from tests.helpers.kept_exports import kept_exports
 
     with kept_exports(folder_of_all_workers):
         yield
@@ -97,10 +97,10 @@ def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), l
     """A student of a few thousand weights that was never trained, as a checkpoint."""
     import torch
 
-    from piflow_edge.distill.checkpoint import Checkpoint
-    from piflow_edge.distill.dit import DiTConfig
-    from piflow_edge.distill.heads import GMHead
-    from piflow_edge.distill.networks import DiTNetwork, attach_policy_head, describe
+    from piflow_edge.distill.loop.checkpoint import Checkpoint
+    from piflow_edge.distill.networks.dit import DiTConfig
+    from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head, describe
+    from piflow_edge.distill.networks.heads import GMHead
 
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, depth=1, num_heads=2, num_classes=len(class_names)) | architecture
@@ -140,7 +140,7 @@ def autoencoder_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def latent_bundle(autoencoder_folder, tmp_path_factory):
     """A small student of latents with its decoder, and a sampler graph of 2 calls. Not to be altered."""
-    from piflow_edge.distill.autoencoder import load_autoencoder
+    from piflow_edge.distill.data.autoencoder import load_autoencoder
     from piflow_edge.export.to_bundle import export_bundle
 
     autoencoder = load_autoencoder(autoencoder_folder)

@@ -81,10 +81,10 @@ def export(
         _refuse_options_of_a_student()
         _export_teacher(source, out, overwrite, as_json)
         return
-    from piflow_edge.distill.autoencoder import load_autoencoder
+    from piflow_edge.bundle.signature import SigningKey
+    from piflow_edge.distill.data.autoencoder import load_autoencoder
     from piflow_edge.distill.sources import load_student
     from piflow_edge.export.to_bundle import NO_LICENSE, export_bundle
-    from piflow_edge.signature import SigningKey
 
     try:
         license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
@@ -121,9 +121,9 @@ def _export_to_triton(student, repository: Path, settings: dict) -> tuple[list, 
     """The bundle's rows, and the model of each of its sampler graphs; the bundle itself is not kept."""
     from tempfile import TemporaryDirectory
 
-    from piflow_edge.bundle import Bundle
+    from piflow_edge.bundle.folder import Bundle
     from piflow_edge.export.to_bundle import export_bundle
-    from piflow_edge.triton import model_folder, write_model
+    from piflow_edge.runtime.triton import model_folder, write_model
 
     calls_per_image = settings["samplers"] or student.nfes[-1:]  # of several it was trained for, the best
     for nfe in calls_per_image:
@@ -175,8 +175,8 @@ def verify(bundle, precision, trusted_keys, as_json, **engine):
     Example:
       piflow-edge verify demo/bundles/digits-nfe1
     """
-    from piflow_edge.loading import load
-    from piflow_edge.verification import check, verify
+    from piflow_edge.runtime.loading import load
+    from piflow_edge.runtime.verification import check, verify
 
     settings = engine_settings(**engine) | {"trusted_keys": trusted_keys}
     with load(bundle, precision=precision, **settings) as generator:
@@ -195,7 +195,7 @@ def verify(bundle, precision, trusted_keys, as_json, **engine):
 
 def print_schema(context, parameter, wanted):
     if wanted and not context.resilient_parsing:
-        from piflow_edge.manifest_schema import schema_text
+        from piflow_edge.bundle.schema import schema_text
 
         click.echo(schema_text(), nl=False)
         context.exit()
@@ -230,8 +230,8 @@ def inspect(bundle, as_json):
     """
     from dataclasses import asdict
 
-    from piflow_edge.bundle import Bundle
-    from piflow_edge.compatibility import compatibility, gpu_names
+    from piflow_edge.bundle.compatibility import compatibility, gpu_names
+    from piflow_edge.bundle.folder import Bundle
 
     opened = Bundle(bundle)
     manifest, signature = opened.manifest, opened.signature

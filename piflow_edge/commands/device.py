@@ -90,12 +90,12 @@ def bench(
       piflow-edge bench demo/bundles/digits-nfe1 --batch 1,8 --compare before.json
       piflow-edge bench demo/bundles/* --teacher demo/teacher.onnx --evaluation demo/report/evaluation.json --plot b.png
     """
-    from piflow_edge import bench_report as report
-    from piflow_edge.bench import BenchConfig, TeacherConfig
-    from piflow_edge.bench import bench as measure
-    from piflow_edge.bench_compare import compare, read_benchmark
-    from piflow_edge.files import write_atomic
-    from piflow_edge.pictures import png_bytes
+    from piflow_edge.bench import tables as report
+    from piflow_edge.bench.benchmark import BenchConfig, TeacherConfig
+    from piflow_edge.bench.benchmark import bench as measure
+    from piflow_edge.bench.comparison_of_runs import compare, read_benchmark
+    from piflow_edge.runtime.pictures import png_bytes
+    from piflow_edge.system.files import write_atomic
 
     if plot is not None and plot.suffix.lower() != ".png":
         raise click.UsageError(f"a plot is written as PNG; give --plot a name that ends in .png; got {plot}")
@@ -161,14 +161,14 @@ def doctor(bundle, as_json, **engine):
       piflow-edge doctor
       piflow-edge doctor --bundle bundles/mine --engine tensorrt
     """
-    from piflow_edge.findings import PROBLEM
-    from piflow_edge.package_findings import obstacles
+    from piflow_edge.doctor.findings import PROBLEM
+    from piflow_edge.doctor.package_findings import obstacles
 
     first = findings = obstacles()
     if first:
         say("these come first; doctor looks at the rest when they are mended")
     else:
-        from piflow_edge.doctor import diagnose
+        from piflow_edge.doctor.examination import diagnose
 
         findings = diagnose(bundle, **engine_settings(**engine))
     healthy = all(finding.status != PROBLEM for finding in findings)

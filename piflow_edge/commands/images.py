@@ -47,8 +47,9 @@ def demo(out, iterations, images, seed, as_json):
     """
     from dataclasses import replace
 
-    from piflow_edge.demo import DemoConfig, run_demo
-    from piflow_edge.report import text_table
+    from piflow_edge.evaluation.report import text_table
+
+    from .demo import DemoConfig, run_demo
 
     config = DemoConfig(images=images, seed=seed)
     if iterations is not None:
@@ -92,11 +93,12 @@ def evaluate(
       piflow-edge evaluate demo/bundles/digits-nfe1 --json
       piflow-edge evaluate bundles/* --data images.npz --teacher runs/teacher --features features.onnx --out report
     """
-    from piflow_edge.demo import shipped_teacher
-    from piflow_edge.distill.data import load_images
-    from piflow_edge.evaluation import evaluate
-    from piflow_edge.features import open_features
-    from piflow_edge.report import text_table, write_report
+    from piflow_edge.distill.data.datasets import load_images
+    from piflow_edge.evaluation.comparison import evaluate
+    from piflow_edge.evaluation.features import open_features
+    from piflow_edge.evaluation.report import text_table, write_report
+
+    from .demo import shipped_teacher
 
     if no_teacher and teacher is not None:
         raise click.UsageError("--teacher and --no-teacher exclude each other")
@@ -170,9 +172,9 @@ def sample(
     from dataclasses import asdict
 
     from piflow_edge.errors import EngineError, MissingExtraError
-    from piflow_edge.images import open_array, open_image
-    from piflow_edge.loading import load
-    from piflow_edge.recipe import read_recipe
+    from piflow_edge.runtime.images import open_array, open_image
+    from piflow_edge.runtime.loading import load
+    from piflow_edge.runtime.recipe import read_recipe
 
     suffix = ".png" if output == "png" else ".npy"
     if out.suffix.lower() not in ("", suffix):
@@ -257,8 +259,8 @@ def _bar():
 
 
 def _pictures(out: Path, result) -> list[Path]:
-    from piflow_edge.files import write_atomic
-    from piflow_edge.pictures import VISIBLE, image_grid, png_bytes
+    from piflow_edge.runtime.pictures import VISIBLE, image_grid, png_bytes
+    from piflow_edge.system.files import write_atomic
 
     if out.suffix:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +289,7 @@ def _names(out: Path, result, suffix: str) -> list[Path]:
 def _arrays(out: Path, result) -> list[Path]:
     import numpy as np
 
-    from piflow_edge.files import atomic_file
+    from piflow_edge.system.files import atomic_file
 
     arrays = result.latents if result.images is None else result.images
     if out.suffix:

@@ -29,7 +29,7 @@ def bundle_path(given: str | tuple[str, ...] | None) -> Path | tuple[Path, ...] 
     if Path(given).exists():
         raise click.UsageError("'digits' is the bundle that comes with piflow-edge, and there is one here too, which "
                                "is ./digits; for the other, change the folder")  # fmt: skip
-    from piflow_edge.bundle import demo_bundle  # late: it brings NumPy
+    from piflow_edge.bundle.folder import demo_bundle  # late: it brings NumPy
 
     return demo_bundle()
 
@@ -154,7 +154,7 @@ def calls(context, parameter, text: str | None) -> list[int]:
 
 
 def precisions(context, parameter, text: str) -> list[str]:
-    from piflow_edge.manifest import PRECISIONS  # late: it brings in NumPy
+    from piflow_edge.bundle.manifest import PRECISIONS  # late: it brings in NumPy
 
     names = text.split(",")
     if not set(names) <= set(PRECISIONS):

@@ -24,7 +24,7 @@ def sign(bundle, key, as_json):
     Example:
       piflow-edge sign demo/bundles/digits-nfe1 --key key.pem
     """
-    from piflow_edge.signature import sign
+    from piflow_edge.bundle.signature import sign
 
     signature = sign(bundle, key)
     if as_json:
@@ -47,7 +47,7 @@ def pack(bundle, out, overwrite, as_json):
     Example:
       piflow-edge pack demo/bundles/digits-nfe1 --out digits-nfe1.zip
     """
-    from piflow_edge.archive import pack
+    from piflow_edge.bundle.archive import pack
 
     packed = pack(bundle, out, overwrite=overwrite)
     if as_json:
@@ -68,7 +68,7 @@ def unpack(file, out, trusted_keys, as_json):
     Example:
       piflow-edge unpack digits-nfe1.zip --out digits-nfe1 --trusted-key key.pub.pem
     """
-    from piflow_edge.archive import unpack
+    from piflow_edge.bundle.archive import unpack
 
     bundle = unpack(file, out, trusted_keys=trusted_keys)
     if as_json:
@@ -97,8 +97,8 @@ def triton(bundle, out, nfe, precision, max_batch, trusted_keys, as_json):
     Example:
       piflow-edge triton bundles/digits --out models --nfe 1
     """
-    from piflow_edge.bundle import Bundle
-    from piflow_edge.triton import write_model
+    from piflow_edge.bundle.folder import Bundle
+    from piflow_edge.runtime.triton import write_model
 
     opened = Bundle(bundle, trusted_keys=trusted_keys)
     model = write_model(opened, out, nfe=nfe, precision=precision, max_batch=max_batch)

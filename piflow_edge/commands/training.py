@@ -23,12 +23,12 @@ from .options import (
 
 
 def _data(source: str, size, autoencoder: Path | None):
-    from piflow_edge.distill.data import load_images
+    from piflow_edge.distill.data.datasets import load_images
 
     images = load_images(source, size=size)
     if autoencoder is None:
         return images
-    from piflow_edge.distill.autoencoder import encode, load_autoencoder
+    from piflow_edge.distill.data.autoencoder import encode, load_autoencoder
 
     return encode(images, load_autoencoder(autoencoder))
 
@@ -64,10 +64,10 @@ def train_teacher(
     Example:
       piflow-edge train-teacher --data digits --out runs/teacher
     """
-    from piflow_edge.distill.checkpoint import inference_only, save_checkpoint
-    from piflow_edge.distill.dit import DiTConfig
+    from piflow_edge.distill.loop.checkpoint import inference_only, save_checkpoint
+    from piflow_edge.distill.loop.training import RunConfig, TrainingConfig
+    from piflow_edge.distill.networks.dit import DiTConfig
     from piflow_edge.distill.teacher import FlowMatchingConfig, train_teacher
-    from piflow_edge.distill.training import RunConfig, TrainingConfig
 
     images = _data(data, size, autoencoder)
     architecture = DiTConfig(
@@ -170,15 +170,16 @@ def distill(
     Example:
       piflow-edge distill --nfe 1 --out runs/student-1
     """
-    from piflow_edge.demo import shipped_teacher
-    from piflow_edge.distill.heads import DXHead, GMHead
     from piflow_edge.distill.imitation import ImitationConfig
-    from piflow_edge.distill.lora import LoRAConfig
+    from piflow_edge.distill.loop.training import RunConfig, TrainingConfig
+    from piflow_edge.distill.networks.heads import DXHead, GMHead
+    from piflow_edge.distill.networks.lora import LoRAConfig
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
-    from piflow_edge.distill.training import RunConfig, TrainingConfig
     from piflow_edge.schedule import resolution_shift
+
+    from .demo import shipped_teacher
 
     images = _data(data, size, autoencoder)
     if dynamic_shift is not None:
@@ -243,7 +244,7 @@ def train_features(data, size, out, epochs, seed, as_json):
     Example:
       piflow-edge train-features --data images.npz --out features.onnx
     """
-    from piflow_edge.distill.data import load_images
+    from piflow_edge.distill.data.datasets import load_images
     from piflow_edge.export.feature_extractor import train_features
 
     if out.suffix.lower() != ".onnx":

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, load_weights, state_dict
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import Convention, DiTNetwork, FlowNetwork, attach_policy_head
+from piflow_edge.distill.networks.heads import head_from_json
+from piflow_edge.distill.networks.lora import LoRAConfig, fold_lora
 from piflow_edge.errors import CheckpointError, PiFlowError
 from piflow_edge.schedule import Schedule
-
-from .checkpoint import Checkpoint, load_checkpoint, load_weights, state_dict
-from .dit import DiTConfig
-from .heads import head_from_json
-from .lora import LoRAConfig, fold_lora
-from .networks import Convention, DiTNetwork, FlowNetwork, attach_policy_head
 
 _WEIGHT_FILES = {".pt", ".pth", ".safetensors"}
 
@@ -190,7 +189,7 @@ def load_teacher(
     if (path / "checkpoint.json").is_file():
         return teacher_from_checkpoint(load_checkpoint(path, kind="teacher"), origin=str(path.resolve()))
     if path.suffix in _WEIGHT_FILES:
-        from .sit import load_sit
+        from piflow_edge.distill.networks.sit import load_sit
 
         if sample_shape is None:
             raise CheckpointError(f"{text} does not say the size of its states; give sample_shape")
@@ -201,7 +200,7 @@ def load_teacher(
         network, origin = _from_entry(text), {"source": text}
         provenance = {"source": text}
     else:
-        from .diffusers_networks import load_diffusers
+        from piflow_edge.distill.networks.diffusers_networks import load_diffusers
 
         network = load_diffusers(text, sample_shape=sample_shape)
         origin = {"source": str(path.resolve()) if path.exists() else text}
@@ -244,7 +243,7 @@ def build(description: Mapping[str, Any]) -> FlowNetwork:
         if description["family"] == "dit":
             return DiTNetwork(DiTConfig(**description["config"]), Convention(**description["convention"]))
         if description["family"] == "diffusers":
-            from .diffusers_networks import build_diffusers
+            from piflow_edge.distill.networks.diffusers_networks import build_diffusers
 
             return build_diffusers(description)
     except (TypeError, KeyError, AttributeError) as error:

@@ -8,22 +8,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from piflow_edge.distill.data.datasets import ImageData, check_same_latents
+from piflow_edge.distill.loop.checkpoint import Checkpoint
+from piflow_edge.distill.loop.training import DEFAULT_RUN, Loss, RunConfig, TrainingConfig, check_fit, train
+from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher, attach_policy_head
+from piflow_edge.distill.networks.heads import DXHead, Head, head_to_json
+from piflow_edge.distill.networks.lora import LoRAConfig
 from piflow_edge.errors import CheckFailedError, DataError
-from piflow_edge.images import decode
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import Policy
+from piflow_edge.runtime.images import decode
 from piflow_edge.sampling import sample
 from piflow_edge.schedule import Schedule
 
-from .checkpoint import Checkpoint
-from .data import ImageData, check_same_latents
-from .heads import DXHead, Head, head_to_json
 from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
-from .lora import LoRAConfig
-from .networks import FlowNetwork, Teacher, attach_policy_head
 from .sources import TeacherModel
 from .teacher import GuidanceConfig, GuidedTeacher, preview_inputs
-from .training import DEFAULT_RUN, Loss, RunConfig, TrainingConfig, check_fit, train
 
 # Floor inside the policy in training, where the settings do not say; the authors' class defaults.
 _POLICY_EPS = {"gm": 1e-6, "dx": 1e-4}

@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from piflow_edge.distill.data.datasets import ImageData
+from piflow_edge.distill.loop.checkpoint import Checkpoint
+from piflow_edge.distill.loop.training import DEFAULT_RUN, RunConfig, TrainingConfig, train
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import DiTNetwork, FlowNetwork, Teacher
 from piflow_edge.errors import ScheduleError, ShapeError
-from piflow_edge.images import decode
 from piflow_edge.noise import philox_normal
+from piflow_edge.runtime.images import decode
 from piflow_edge.schedule import warp
-
-from .checkpoint import Checkpoint
-from .data import ImageData
-from .dit import DiTConfig
-from .networks import DiTNetwork, FlowNetwork, Teacher
-from .training import DEFAULT_RUN, RunConfig, TrainingConfig, train
 
 
 def guide(

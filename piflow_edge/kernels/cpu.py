@@ -16,8 +16,8 @@ import numpy as np
 from array_api_compat import is_torch_array
 
 from piflow_edge.errors import EngineError, ShapeError
-from piflow_edge.hardware import available_cores
 from piflow_edge.policies import DXPolicy, GMPolicy
+from piflow_edge.system.hardware import available_cores
 
 Array = Any  # a NumPy array or a torch CPU tensor
 

@@ -7,8 +7,8 @@ torch = pytest.importorskip("torch", reason="training needs torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-from piflow_edge.distill.activations import quicken  # noqa: E402
-from piflow_edge.distill.dit import DiT, DiTConfig  # noqa: E402
+from piflow_edge.distill.networks.activations import quicken  # noqa: E402
+from piflow_edge.distill.networks.dit import DiT, DiTConfig  # noqa: E402
 
 
 def quick_gelu():

@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from piflow_edge.distill import autoencoder as module
-from piflow_edge.distill.autoencoder import encode, load_autoencoder
-from piflow_edge.distill.data import ImageData, load_images
+from piflow_edge.distill.data import autoencoder as module
+from piflow_edge.distill.data.autoencoder import encode, load_autoencoder
+from piflow_edge.distill.data.datasets import ImageData, load_images
 from piflow_edge.errors import DataError, MissingExtraError
-
-from conftest import make_autoencoder
+from tests.conftest import make_autoencoder
 
 pytest.importorskip("diffusers", reason="autoencoders need the 'diffusers' extra")
 

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.networks import DiTNetwork
-from piflow_edge.distill.training import IterationRandom
-
-import baselines
-from baselines import ConsistencyConfig, MeanFlowConfig, level
+from benchmarks import baselines
+from benchmarks.baselines import ConsistencyConfig, MeanFlowConfig, level
+from piflow_edge.distill.loop.training import IterationRandom
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import DiTNetwork
 
 MEAN, STD = 0.3, 0.6
 SHAPE = (1, 4, 4)

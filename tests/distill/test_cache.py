@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from piflow_edge import cache as places
-from piflow_edge.cache import cache_folder
-from piflow_edge.distill.cache import cached
+from piflow_edge.distill.data.array_cache import cached
 from piflow_edge.errors import DataError
-from piflow_edge.files import sha256
+from piflow_edge.system import cache_folder as places
+from piflow_edge.system.cache_folder import cache_folder
+from piflow_edge.system.files import sha256
 
 ARRAY = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)
 
@@ -120,8 +120,8 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from piflow_edge.distill.cache import cached
-from piflow_edge.files import sha256
+from piflow_edge.distill.data.array_cache import cached
+from piflow_edge.system.files import sha256
 
 place, log = Path(sys.argv[1]), Path(sys.argv[2])
 

@@ -4,20 +4,19 @@ import json
 import pytest
 import torch
 
-from piflow_edge import files
-from piflow_edge.distill.checkpoint import (
+from piflow_edge.distill.loop.checkpoint import (
     Checkpoint,
     inference_only,
     load_checkpoint,
     load_weights,
     save_checkpoint,
 )
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.networks import DiTNetwork
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import DiTNetwork
 from piflow_edge.distill.sources import network_of
 from piflow_edge.errors import CheckpointError
-
-from conftest import make_student
+from piflow_edge.system import files
+from tests.conftest import make_student
 
 
 def same(a: Checkpoint, b: Checkpoint):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from piflow_edge.distill import image_folder, npz
-from piflow_edge.distill.data import ImageData, Latent, check_same_latents, load_images
-from piflow_edge.distill.features import digit_features
+from piflow_edge.distill.data import image_folder, npz
+from piflow_edge.distill.data.datasets import ImageData, Latent, check_same_latents, load_images
+from piflow_edge.distill.networks.classifier import digit_features
 from piflow_edge.errors import DataError, ShapeError
 
 

@@ -12,9 +12,8 @@ from piflow_edge.distill.imitation import (
     imitation_loss,
 )
 from piflow_edge.distill.teacher import guide
-
-from golden_cases import case_id, cases
-from golden_policies import sampler_shift
+from tests.helpers.golden_cases import case_id, cases
+from tests.helpers.golden_policies import sampler_shift
 
 OUTPUTS = ("means", "logweights", "logstds", "denoising_output")
 
@@ -147,8 +146,8 @@ def test_datafree_loss_and_gradients_are_the_authors(case, dtype):
 
 @pytest.mark.parametrize("case", cases("average_u"), ids=case_id)
 def test_mean_velocity_over_a_window_is_the_authors(case, dtype):
-    from conftest import Library
-    from golden_policies import make_policy
+    from tests.conftest import Library
+    from tests.helpers.golden_policies import make_policy
 
     policy = make_policy(case, Library("torch"), dtype)
     raw_t, raw_t_end = (case[f"raw_t_{name}"].astype(np.float64) for name in ("start", "end"))

@@ -9,10 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from piflow_edge import rollout
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.heads import DXHead, GMHead, head_from_json, head_to_json
-from piflow_edge.distill.lora import LoRAConfig, fold_lora
-from piflow_edge.distill.networks import Convention, DiTNetwork, ModuleNetwork, attach_policy_head
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import (
+    Convention,
+    DiTNetwork,
+    ModuleNetwork,
+    attach_policy_head,
+)
+from piflow_edge.distill.networks.heads import DXHead, GMHead, head_from_json, head_to_json
+from piflow_edge.distill.networks.lora import LoRAConfig, fold_lora
 from piflow_edge.distill.student import check_start, policy_of
 from piflow_edge.errors import CheckFailedError, ScheduleError, ShapeError
 
@@ -130,7 +135,7 @@ def example(network, batch=3):
 def test_a_student_starts_as_its_teacher(make, head, monkeypatch):
     teacher = make()
     # Without the components' offsets it is the teacher; with them, near it.
-    monkeypatch.setattr("piflow_edge.distill.heads._MEAN_SPREAD", 0.0)
+    monkeypatch.setattr("piflow_edge.distill.networks.heads._MEAN_SPREAD", 0.0)
     student = attach_policy_head(teacher, head)
     x_t, conditioning = example(teacher)
     sigma = SIGMA.double().numpy()
@@ -143,8 +148,8 @@ def test_a_student_starts_as_its_teacher(make, head, monkeypatch):
 @pytest.mark.parametrize("head", HEADS, ids=head_id)
 def test_the_rollout_of_a_new_student_is_one_step_of_its_teacher(head, monkeypatch):
     # A policy that starts with one x_0 for the whole segment walks straight towards it.
-    monkeypatch.setattr("piflow_edge.distill.heads._MEAN_SPREAD", 0.0)
-    monkeypatch.setattr("piflow_edge.distill.heads._INITIAL_STD", 1e-6)
+    monkeypatch.setattr("piflow_edge.distill.networks.heads._MEAN_SPREAD", 0.0)
+    monkeypatch.setattr("piflow_edge.distill.networks.heads._INITIAL_STD", 1e-6)
     teacher = dit()
     student = attach_policy_head(teacher, head)
     x_t, conditioning = example(teacher)

@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 import torch
 
-from piflow_edge.distill.checkpoint import Checkpoint, load_checkpoint
-from piflow_edge.distill.data import ImageData
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.heads import GMHead
+from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.imitation import ImitationConfig
-from piflow_edge.distill.networks import DiTNetwork, describe
-from piflow_edge.distill.randomness import IterationRandom
+from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint
+from piflow_edge.distill.loop.randomness import IterationRandom
+from piflow_edge.distill.loop.training import RunConfig, TrainingConfig
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import DiTNetwork, describe
+from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import teacher_from_checkpoint
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
-from piflow_edge.distill.training import RunConfig, TrainingConfig
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills and forks processes")
 
@@ -199,7 +199,7 @@ def scale_losses(index):
     """fp16 as on GPUs, with a scale that is too large at first. accelerate has none for CPUs, torch does."""
     from accelerate import Accelerator
 
-    from piflow_edge.distill import processes
+    from piflow_edge.distill.loop import processes
 
     class Scaled(Accelerator):
         def __init__(self, **settings):

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from piflow_edge.distill.checkpoint import load_checkpoint
-
-import quality
+from benchmarks import quality
+from piflow_edge.distill.loop.checkpoint import load_checkpoint
 
 # PyTorch's own, at the first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")

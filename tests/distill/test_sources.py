@@ -9,21 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from piflow_edge.distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from piflow_edge.distill.data import ImageData
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.heads import DXHead, GMHead
+from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.imitation import ImitationConfig
-from piflow_edge.distill.lora import LoRAConfig
-from piflow_edge.distill.networks import Convention, DiTNetwork, attach_policy_head, describe
-from piflow_edge.distill.sit import load_sit
+from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from piflow_edge.distill.loop.training import TrainingConfig
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import Convention, DiTNetwork, attach_policy_head, describe
+from piflow_edge.distill.networks.heads import DXHead, GMHead
+from piflow_edge.distill.networks.lora import LoRAConfig
+from piflow_edge.distill.networks.sit import load_sit
 from piflow_edge.distill.sources import load_student, load_teacher, network_of
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
-from piflow_edge.distill.training import TrainingConfig
 from piflow_edge.errors import CheckpointError, ScheduleError, ShapeError
-
-from golden_cases import GOLDEN, cases
+from tests.helpers.golden_cases import GOLDEN, cases
 
 CHECKPOINTS = GOLDEN / "checkpoints"
 SIGMA = torch.tensor([0.9, 0.4])
@@ -159,7 +158,7 @@ def _module(name):
 
 
 def _network(name):
-    from piflow_edge.distill.diffusers_networks import wrap_diffusers
+    from piflow_edge.distill.networks.diffusers_networks import wrap_diffusers
 
     shape = None if name in ("dit", "sd3") else (4, 6, 8)
     return wrap_diffusers(_module(name), sample_shape=shape).requires_grad_(False)
@@ -180,7 +179,7 @@ FAMILIES = ["dit", "sd3", "flux", "qwen"]
 @pytest.mark.parametrize("head", [GMHead(3), DXHead(2)], ids=["gm", "dx"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_of_a_diffusers_transformer_starts_as_it(name, head, monkeypatch):
-    monkeypatch.setattr("piflow_edge.distill.heads._MEAN_SPREAD", 0.0)
+    monkeypatch.setattr("piflow_edge.distill.networks.heads._MEAN_SPREAD", 0.0)
     teacher = _network(name)
     nn.init.normal_(teacher.module.get_submodule(teacher.output_layer).weight)
     x_t, conditioning = torch.randn(2, *teacher.sample_shape), _conditioning(name)
@@ -197,7 +196,7 @@ def _as_the_authors_saved(name, head):
     pytest.importorskip("diffusers", reason="needs the 'diffusers' extra")
     from safetensors.torch import load_file
 
-    from piflow_edge.distill.diffusers_networks import load_diffusers
+    from piflow_edge.distill.networks.diffusers_networks import load_diffusers
 
     folder = CHECKPOINTS / name
     network = attach_policy_head(load_diffusers(str(folder / "base"), sample_shape=(4, 6, 8)), head)
@@ -237,7 +236,7 @@ def test_the_authors_students_give_the_recorded_outputs(name, head):
 
 def test_a_transformer_that_is_not_known_is_refused(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs the 'diffusers' extra")
-    from piflow_edge.distill.diffusers_networks import load_diffusers, wrap_diffusers
+    from piflow_edge.distill.networks.diffusers_networks import load_diffusers, wrap_diffusers
 
     with pytest.raises(ShapeError, match="UNet2DModel is not known here, only DiTTransformer2DModel"):
         wrap_diffusers(diffusers.UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",),

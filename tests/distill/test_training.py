@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 
 from piflow_edge import rollout
-from piflow_edge.distill import training
-from piflow_edge.distill.checkpoint import load_checkpoint
-from piflow_edge.distill.data import ImageData
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.heads import DXHead, GMHead
+from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.imitation import ImitationConfig
-from piflow_edge.distill.networks import DiTNetwork, attach_policy_head
-from piflow_edge.distill.randomness import IterationRandom
+from piflow_edge.distill.loop import training
+from piflow_edge.distill.loop.checkpoint import load_checkpoint
+from piflow_edge.distill.loop.randomness import IterationRandom
+from piflow_edge.distill.loop.training import RunConfig, TrainingConfig, train
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head
+from piflow_edge.distill.networks.heads import DXHead, GMHead
 from piflow_edge.distill.sources import network_of, teacher_from_checkpoint
 from piflow_edge.distill.student import distill, policy_of
 from piflow_edge.distill.teacher import (
@@ -30,7 +31,6 @@ from piflow_edge.distill.teacher import (
     flow_matching_loss,
     train_teacher,
 )
-from piflow_edge.distill.training import RunConfig, TrainingConfig, train
 from piflow_edge.errors import (
     CheckFailedError,
     CheckpointError,

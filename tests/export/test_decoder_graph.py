@@ -14,28 +14,27 @@ import torch
 from onnx import numpy_helper
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle
-from piflow_edge.distill.autoencoder import encode, load_autoencoder
-from piflow_edge.distill.data import ImageData, Latent
-from piflow_edge.distill.dit import DiTConfig
-from piflow_edge.distill.heads import GMHead
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.bundle.manifest import FileSpec
+from piflow_edge.distill.data.autoencoder import encode, load_autoencoder
+from piflow_edge.distill.data.datasets import ImageData, Latent
 from piflow_edge.distill.imitation import ImitationConfig
+from piflow_edge.distill.loop.training import TrainingConfig
+from piflow_edge.distill.networks.dit import DiTConfig
+from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import teacher_from_checkpoint
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
-from piflow_edge.distill.training import TrainingConfig
 from piflow_edge.engines import open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, DataError, NotFiniteError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.decoder_graph import export_decoder
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET
-from piflow_edge.files import sha256
-from piflow_edge.manifest import FileSpec
-from piflow_edge.verification import verify
-
-from conftest import make_autoencoder, make_student
-from test_bundle import edit
+from piflow_edge.runtime.verification import verify
+from piflow_edge.system.files import sha256
+from tests.bundle.test_bundle import edit
+from tests.conftest import make_autoencoder, make_student
 
 SHORT = TrainingConfig(iterations=4, batch_size=4, warmup=1)
 
@@ -119,7 +118,7 @@ def test_a_generator_decodes(latent_bundle, kl, monkeypatch):
     assert_alike(result.images, images_in_torch(kl, result.latents))
     assert [image.size for image in generator([1, 2]).images] == [(16, 16)] * 2
     assert generator([1], output="latent").images is None
-    monkeypatch.setattr("piflow_edge.decoding._DECODED_PIXELS", 2 * 16 * 16)  # two at a time
+    monkeypatch.setattr("piflow_edge.runtime.decoding._DECODED_PIXELS", 2 * 16 * 16)  # two at a time
     np.testing.assert_array_equal(generator.decode(result.latents), result.images)
 
 

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle
-from piflow_edge.distill.heads import DXHead
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.bundle.manifest import DXPolicySpec
+from piflow_edge.distill.networks.heads import DXHead
 from piflow_edge.engines import open_engine
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.manifest import DXPolicySpec
-from piflow_edge.verification import verify
-
-from conftest import make_student
+from piflow_edge.runtime.verification import verify
+from tests.conftest import make_student
 
 HEADS = {
     "grid": DXHead(4, segment_size=0.5, shift=2.0),

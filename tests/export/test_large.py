@@ -8,20 +8,19 @@ import pytest
 from onnx import numpy_helper
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.bundle.manifest import FileSpec
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError, CheckpointError
 from piflow_edge.export import large
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import export_network
-from piflow_edge.files import sha256
-from piflow_edge.manifest import FileSpec
-from piflow_edge.verification import verify
-
-from conftest import make_student
-from test_bundle import edit
-from test_cli import run
+from piflow_edge.runtime.verification import verify
+from piflow_edge.system.files import sha256
+from tests.bundle.test_bundle import edit
+from tests.commands.test_cli import run
+from tests.conftest import make_student
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
 

@@ -5,14 +5,13 @@ import pytest
 from onnx import helper
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle
-from piflow_edge.distill.autoencoder import load_autoencoder
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.distill.data.autoencoder import load_autoencoder
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export.opset import lowered
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.verification import verify
-
-from conftest import make_student
+from piflow_edge.runtime.verification import verify
+from tests.conftest import make_student
 
 
 def model_of(*nodes, opset=18):

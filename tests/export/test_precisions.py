@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.bundle.manifest import FileSpec
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
 from piflow_edge.engines.layers import first_non_finite, layer_values
@@ -24,13 +25,11 @@ from piflow_edge.export.fp16 import delicate_nodes
 from piflow_edge.export.int8 import quantisable, quantise, to_int8
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import export_network, network_graph
-from piflow_edge.files import sha256
-from piflow_edge.manifest import FileSpec
-from piflow_edge.verification import verify
-
-from conftest import make_student
-from test_bundle import edit
-from test_cli import run
+from piflow_edge.runtime.verification import verify
+from piflow_edge.system.files import sha256
+from tests.bundle.test_bundle import edit
+from tests.commands.test_cli import run
+from tests.conftest import make_student
 
 ALL = ("fp32", "fp16", "int8", "int8-qdq")
 

@@ -10,8 +10,7 @@ import onnx
 import pytest
 
 import piflow_edge as pf
-from piflow_edge import verification
-from piflow_edge.bundle import Bundle
+from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError
@@ -19,12 +18,12 @@ from piflow_edge.export import to_bundle
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET, export_network
-from piflow_edge.generator import Generator
-from piflow_edge.images import decode
+from piflow_edge.runtime import verification
+from piflow_edge.runtime.generator import Generator
+from piflow_edge.runtime.images import decode
+from piflow_edge.runtime.verification import verify
 from piflow_edge.sampling import sample
-from piflow_edge.verification import verify
-
-from conftest import make_student
+from tests.conftest import make_student
 
 # Two float32 computations of up to 128 substeps, and a network of which each feeds the next.
 TOLERANCE = dict(rtol=0, atol=2e-5)

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_unconditional import teacher
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle
-from piflow_edge.distill.heads import GMHead
-from piflow_edge.distill.networks import attach_policy_head
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.distill.networks.flow_network import attach_policy_head
+from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import StudentModel, load_student, network_of, student_from_checkpoint
 from piflow_edge.errors import CheckpointError
-
-from conftest import make_student
+from tests.conftest import make_student
+from tests.export.test_unconditional import teacher
 
 CONFIG = {
     "network": {"family": "dit", "config": dict(hidden_size=16, depth=1, num_heads=2)},
@@ -28,7 +27,7 @@ CONFIG = {
     "class_names": list("0123456789"),
 }
 PLAIN = {
-    "network": {"entry": "test_unconditional:teacher"},
+    "network": {"entry": "tests.export.test_unconditional:teacher"},
     "head": CONFIG["head"],
     "nfe": 1,
     "total_substeps": 16,
@@ -87,13 +86,14 @@ def test_the_command_line_exports_what_a_function_returns(tmp_path):
         "-m",
         "piflow_edge.cli",
         "export",
-        "test_students:plain",
+        "tests.export.test_students:plain",
         "--out",
         tmp_path / "plain",
     ]
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent)])
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
     assert done.returncode == 0, done.stderr
     generator = pf.load(tmp_path / "plain")
     assert (generator.trained_nfes[-1], Bundle(tmp_path / "plain").manifest.schedule.total_substeps) == (
@@ -152,8 +152,11 @@ def test_a_file_of_something_else_than_weights_is_refused(files, content):
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
-        ("test_students:not_a_student", "must return a StudentModel; it returned a ModuleNetwork"),
-        ("test_students:nobody", "must be a function; 'nobody' is not there in "),
+        (
+            "tests.export.test_students:not_a_student",
+            "must return a StudentModel; it returned a ModuleNetwork",
+        ),
+        ("tests.export.test_students:nobody", "must be a function; 'nobody' is not there in "),
         ("no_such_module:f", "no_such_module"),
     ],
 )

@@ -5,16 +5,15 @@ import onnx
 import pytest
 import torch
 
-from piflow_edge import files
-from piflow_edge.bundle import Bundle
+from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, ScheduleError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET, export_network, network_graph
-
-from conftest import make_student
+from piflow_edge.system import files
+from tests.conftest import make_student
 
 
 def snapshot(folder):

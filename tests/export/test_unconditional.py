@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import piflow_edge as pf
-from piflow_edge.bundle import Bundle
-from piflow_edge.distill.checkpoint import Checkpoint
-from piflow_edge.distill.heads import GMHead
-from piflow_edge.distill.networks import ModuleNetwork, attach_policy_head, describe
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.distill.loop.checkpoint import Checkpoint
+from piflow_edge.distill.networks.flow_network import ModuleNetwork, attach_policy_head, describe
+from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.engines import open_engine
 from piflow_edge.errors import BundleError, LabelError
 from piflow_edge.export.to_bundle import export_bundle

@@ -1,0 +1,169 @@
+"""The exported folder: what it holds, checked before anything in it is used.
+
+The manifest (`manifest.py`) carries the SHA-256 and size of every other file and of itself; missing, extra or altered
+files are refused. A bundle is data: no code from it runs, no link is followed, and a file is handed out only after its
+hash matched.
+"""
+
+import hashlib
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from piflow_edge.engines import Graph
+from piflow_edge.errors import BundleError
+from piflow_edge.system.files import sha256
+
+from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, decoder_file, parse_manifest, sampler_file
+from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
+
+# Bytes that are read at a time to be hashed.
+_PIECE = 1 << 20
+
+
+def demo_bundle() -> Path:
+    """The bundle that comes with the package: digits in one network call, fp32, 8x8 grey images, classes "0" to "9".
+
+    On the command line it is called `digits`. Made by `make assets`.
+    """
+    return Path(__file__).parents[1] / "assets" / "digits"
+
+
+class Bundle:
+    """An exported folder whose every file has been checked.
+
+    Args:
+        folder: the bundle.
+        trusted_keys: as in `load`.
+
+    Raises:
+        BundleError: it is not a bundle of this version, or is incomplete or altered, or not signed as it must be.
+        SigningKeyError, MissingExtraError: as in `load`.
+    """
+
+    def __init__(self, folder: str | Path, *, trusted_keys: Sequence[TrustedKey] | None = None):
+        if not isinstance(folder, (str, os.PathLike)):
+            raise BundleError(f"a bundle is a folder, given by its path; got {folder!r}")
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise BundleError(f"a bundle is a folder; there is none at {self.folder}")
+        self.manifest_bytes = self._bytes(MANIFEST, limit=MANIFEST_LIMIT)
+        self.manifest = parse_manifest(self.manifest_bytes, self.folder)
+        listed = set(self.manifest.files) | {MANIFEST}
+        try:
+            found = {file.name for file in self.folder.iterdir()}
+        except OSError as error:
+            raise BundleError(f"{self.folder} cannot be read: {error.strerror}") from error
+        self.signature_bytes = self._bytes(SIGNATURE, limit=SIGNATURE_LIMIT) if SIGNATURE in found else None
+        self.signature = check_signature(self.manifest_bytes, self.signature_bytes, self.folder, trusted_keys)
+        found.discard(SIGNATURE)  # it cannot be listed in what it signs
+        if listed != found:
+            missing, extra = sorted(listed - found), sorted(found - listed)
+            what = f"{missing[0]} is missing" if missing else f"{extra[0]} does not belong to it"
+            raise BundleError(
+                f"bundle {self.folder} is not as it was exported: {what}; copy it again or re-export"
+            )
+        for name in self.manifest.files:
+            self._check(name)
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    def read(self, name: str) -> bytes:
+        """The content of one file, after its size and hash matched the manifest.
+
+        Raises:
+            BundleError: it is gone or was altered.
+        """
+        data = self._bytes(name, limit=self.manifest.files[name].size)
+        self._compare(name, len(data), sha256(data))
+        return data
+
+    def _check(self, name: str) -> None:
+        """`read` without keeping what was read: a file may be larger than half of the memory."""
+        expected, digest, size = self.manifest.files[name], hashlib.sha256(), 0
+        with self._opened(name) as file:
+            while size <= expected.size and (piece := file.read(_PIECE)):
+                digest.update(piece)
+                size += len(piece)
+        self._compare(name, size, digest.hexdigest())
+
+    def _compare(self, name: str, size: int, digest: str) -> None:
+        expected = self.manifest.files[name]
+        if (size, digest) != (expected.size, expected.sha256):
+            raise BundleError(
+                f"{name} in {self.folder} does not match its checksum in {MANIFEST}; copy it again or re-export"
+            )
+
+    def graph(self, precision: str | None = None) -> Graph:
+        """The student network as ONNX; the first precision in the bundle unless one is named.
+
+        Raises:
+            BundleError: the bundle has no such precision, or its file was altered since the bundle was opened.
+        """
+        precision = self.precision(precision)
+        name = f"student.{precision}.onnx"
+        beside = [file for file in (f"{name}.data",) if file in self.manifest.files]
+        weights = {file: self.read(file) for file in beside}
+        return Graph(self.read(name), weights, source=self._source(precision))
+
+    def decoder(self, precision: str | None = None) -> Graph:
+        """The decoder as ONNX, for the precisions of `graph`.
+
+        Raises:
+            BundleError: the bundle makes pixels, or was exported without a decoder; and as `graph`.
+        """
+        if self.manifest.decoder is None:
+            raise BundleError(f"bundle {self.name!r} has no decoder; export it with --autoencoder")
+        precision = self.precision(precision)
+        return Graph(self.read(decoder_file(precision)), source=self._source(precision))
+
+    def sampler(self, nfe: int, precision: str | None = None) -> Graph:
+        """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`.
+
+        Raises:
+            BundleError: the bundle was exported without one of so many calls; and as `graph`.
+        """
+        if nfe not in self.manifest.samplers:
+            has = ", ".join(map(str, self.manifest.samplers)) or "none"
+            raise BundleError(
+                f"bundle {self.name!r} has no sampler graph of {nfe} calls, its graphs are: {has}; export it with "
+                f"--sampler-graph {nfe}"
+            )
+        precision = self.precision(precision)
+        source = f"{self._source(precision)} --graph sampler --nfe {nfe}"
+        return Graph(self.read(sampler_file(nfe, precision)), source=source)
+
+    def _source(self, precision: str) -> str:
+        return f"{shlex.quote(str(self.folder))} --precision {precision}"
+
+    def precision(self, precision: str | None) -> str:
+        """The named precision, or the bundle's first for None; BundleError if the bundle has no such one."""
+        available = self.manifest.precisions
+        if precision is not None and precision not in available:
+            raise BundleError(
+                f"bundle {self.name!r} holds {', '.join(available)}; got precision {precision!r}"
+            )
+        return precision or available[0]
+
+    def _bytes(self, name: str, *, limit: int) -> bytes:
+        with self._opened(name) as file:
+            return file.read(limit + 1)  # one more than allowed shows that it is too long
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[BinaryIO]:
+        path = self.folder / name
+        try:
+            if path.is_symlink() or not path.is_file():
+                state = "is a link" if path.is_symlink() else "is missing"
+                raise BundleError(
+                    f"{self.folder} is not a whole bundle: {name} {state}; copy it again or re-export"
+                )
+            with path.open("rb") as file:
+                yield file
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,110 @@
+"""The command that makes engines: `build`."""
+
+import click
+
+from .options import BUNDLE, JSON, TRUSTED_KEYS, emit, say, show
+
+
+@click.command()
+@BUNDLE
+@click.option("--engine", type=click.Choice(["tensorrt", "ort-tensorrt", "tensorrt-rtx"]), default="tensorrt",
+              help="What to build for: TensorRT itself, or one of ONNX Runtime's providers.")  # fmt: skip
+@click.option("--batch", default="1:1:8", metavar="MIN:OPT:MAX",
+              help="Batch sizes it computes, best at OPT; one number is all. Fewer take as long as MIN.")  # fmt: skip
+@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB",
+              help="Memory of the GPU that one layer may use for scratch, in MiB; else all of it.")  # fmt: skip
+@click.option("--precision", help="One of the bundle's; else its first.")
+@click.option("--graph", type=click.Choice(["student", "decoder", "sampler"]),
+              help="Build this one; else the student, and the decoder where there is one.")  # fmt: skip
+@click.option("--nfe", type=click.IntRange(min=1), help="Calls of the sampler graph, with --graph sampler.")
+@click.option("--device", default="cuda", help="The GPU: cuda or cuda:N.")
+@click.option("--no-timing-cache", is_flag=True, help="Time every kernel anew, and keep no times.")
+@click.option("--own-kernels", is_flag=True,
+              help="Leave cuBLAS and cuDNN out, which TensorRT 8 uses too: less memory.")  # fmt: skip
+@click.option("--rebuild", is_flag=True, help="Build even what the cache has.")
+@click.option("--dry-run", is_flag=True, help="Tell what would be built; needs no GPU and no TensorRT.")
+@TRUSTED_KEYS
+@JSON
+def build(
+    bundle, engine, batch, workspace, precision, graph, nfe, device, no_timing_cache, own_kernels, rebuild, dry_run,
+    trusted_keys, as_json,
+):  # fmt: skip
+    """Build engines of a bundle's networks for this GPU, and keep them in the cache, where `--engine` finds them.
+
+    An engine fits the GPU, the TensorRT and the CUDA it was built with, and no others.
+
+    \b
+    Example:
+      piflow-edge build bundles/digits --engine tensorrt --precision fp16 --batch 1:1:4
+      piflow-edge build bundles/digits --dry-run --json
+    """
+    from piflow_edge.bundle.folder import Bundle
+    from piflow_edge.engines import building
+    from piflow_edge.engines.build_targets import targets
+
+    settings = building.BuildSettings(
+        engine=engine,
+        device=device,
+        batch=building.Batch.parse(batch),
+        workspace=workspace and workspace << 20,
+        timing_cache=not no_timing_cache,
+        own_kernels=own_kernels,
+    )
+    opened = Bundle(bundle, trusted_keys=trusted_keys)
+    plans = [
+        building.plan(target, settings)
+        for target in targets(opened, graph=graph, nfe=nfe, precision=precision)
+    ]
+    if dry_run:
+        _tell_plans(plans, as_json, {"bundle": str(bundle), "engine": engine})
+        return
+    reports = [building.build(plan, settings, rebuild=rebuild, say=say) for plan in plans]
+    if as_json:
+        engines = [report.as_json() for report in reports]
+        emit({"bundle": str(bundle), "engine": engine, "engines": engines})
+        return
+    from rich.table import Table
+
+    table = Table("graph", "precision", "batch", "", "seconds", "peak memory: GPU, host", "engine, MiB")
+    for report in reports:
+        facts, key = report.facts, report.plan.key
+        peaks = ", ".join(_mib(facts[f"peak_{where}_bytes"]) for where in ("device", "host"))
+        done = "built" if report.built else "from the cache"
+        cells = (report.plan.target.name, key.precision, key.profile, done, f"{facts['seconds']:.1f}", peaks)
+        table.add_row(*cells, _mib(report.bytes))
+    show(table)
+    for report in reports:
+        click.echo(report.path)
+
+
+def _tell_plans(plans, as_json: bool, context: dict) -> None:
+    if as_json:
+        emit({**context, "plans": [plan.as_json() for plan in plans]})
+        return
+    from rich.table import Table
+
+    for plan in plans:
+        memory, table = (
+            plan.memory,
+            Table(title=f"{plan.target.name} ({plan.target.file})", show_header=False),
+        )
+        for name, shapes in plan.profile.items():
+            sizes = (" x ".join(map(str, shape)) for shape in shapes)
+            table.add_row(
+                f"input {name}", "; ".join(map(" ".join, zip(("least", "best", "most"), sizes, strict=True)))
+            )
+        table.add_row("options", plan.options)
+        free = ", ".join(_mib(count) for count in (memory.device_free, memory.host_free))
+        needed = ", ".join(_mib(count) for count in (memory.device_needed, memory.host_needed))
+        table.add_row("memory needed at least, MiB: GPU, host", needed)
+        table.add_row("memory free, MiB: GPU, host", free)
+        if plan.key is None:
+            table.add_row("not here", str(plan.obstacle))
+        else:
+            for name, value in vars(plan.key).items():
+                table.add_row(name.replace("_", " "), value)
+        show(table)
+
+
+def _mib(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:,.1f}"

@@ -1,0 +1,122 @@
+"""Images or latents and what they are conditioned on, as all that trains and compares sees them.
+
+Images stay bytes, in place on the disk where they can, and become floats batch by batch.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from piflow_edge.system.progress import progress
+
+# Bytes that are looked at at a time.
+PIECE = 16 << 20
+# Bytes that take more than about two seconds to go through.
+_TAKES_LONG = 2 << 30
+
+
+@dataclass(frozen=True)
+class Latent:
+    """How latents are seen by the network: as `(latent - shift) * scale`, shift and scale as in diffusers.
+
+    `autoencoder`: SHA-256 of the one that made them, None where it is not known.
+    """
+
+    scale: float
+    shift: float
+    autoencoder: str | None = None
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images or latents, and what they are conditioned on.
+
+    `images`: as they are kept, (M, C, H, W): uint8 pixels, floats from -1 to 1, or latents as their autoencoder makes
+    them, which may have a frame axis before H. `labels`: int64 (M,), or None; `class_names`: one name per label.
+    `conditions`: further arrays (M, ...) by the name the network knows them under. `latent`: None for pixels.
+    """
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray | None
+    class_names: tuple[str, ...]
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    latent: Latent | None = None
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one item; (C, T, H, W) for video."""
+        return self.images.shape[1:]
+
+    @property
+    def latent_scale(self) -> float:
+        return self.latent.scale if self.latent else 1.0
+
+    @property
+    def latent_shift(self) -> float:
+        return self.latent.shift if self.latent else 0.0
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The items at `indices` (B,), as the network sees them, and what they are conditioned on.
+
+        Returns:
+            `x_0` float32 (B, C, H, W), pixels from -1 to 1 or scaled latents; and by name arrays (B, ...): "labels"
+            int64 where there are classes, and `conditions`, floats as float32.
+        """
+        picked = self.images[indices]
+        x_0 = np.array(picked, np.float32, order="C")
+        if picked.dtype == np.uint8:  # in place: a batch may be large
+            x_0 /= 127.5
+            x_0 -= 1.0
+        elif self.latent:
+            x_0 -= self.latent.shift
+            x_0 *= self.latent.scale
+        conditioning = {} if self.labels is None else {"labels": self.labels[indices]}
+        for name, array in self.conditions.items():
+            values = np.asarray(array[indices])
+            floating = np.issubdtype(values.dtype, np.floating)
+            conditioning[name] = values.astype(np.float32) if floating else values
+        return x_0, conditioning
+
+    def settings(self) -> dict:
+        """What a checkpoint records of the data, beside its name."""
+        latent = {"latent": vars(self.latent).copy()} if self.latent else {}
+        return {"data_sha256": self.fingerprint(), **latent}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that a network would see."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for piece in pieces(self.images, f"checking {self.name}"):
+            digest.update(np.ascontiguousarray(piece).data)
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        for name, array in sorted(self.conditions.items()):
+            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
+            for piece in pieces(array, f"checking {name} of {self.name}"):
+                digest.update(np.ascontiguousarray(piece).data)
+        if self.latent:
+            digest.update(f"latent {self.latent.scale!r} {self.latent.shift!r}".encode())
+        return digest.hexdigest()
+
+
+def pieces(array: np.ndarray, title: str) -> Iterator[np.ndarray]:
+    """The array in pieces of some megabytes along its first axis, with a bar where that takes long."""
+    rows = max(1, PIECE * len(array) // max(array.nbytes, 1))
+    starts = range(0, len(array), rows)
+    if array.nbytes < _TAKES_LONG:
+        yield from (array[start : start + rows] for start in starts)
+        return
+    with progress(title, len(starts)) as bar:
+        for start in starts:
+            yield array[start : start + rows]
+            bar("")

@@ -1,0 +1,99 @@
+"""What a run tells: a progress bar, `log.jsonl`, TensorBoard when asked for, and pictures of samples."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from piflow_edge.errors import MissingExtraError
+from piflow_edge.runtime.images import as_pil
+from piflow_edge.runtime.pictures import image_grid, png_bytes
+from piflow_edge.system.files import write_atomic
+from piflow_edge.system.progress import progress
+
+# Pictures in a row of a sample sheet.
+_COLUMNS = 10
+
+
+class Journal:
+    """Tells of each step what there is to tell. Made by `open_journal`."""
+
+    def __init__(self, folder: Path, config, run, start: int, bar, log, board):
+        self.folder, self.config, self.run, self.start = folder, config, run, start
+        self.bar, self.log, self.board = bar, log, board
+        self.began = time.perf_counter()
+
+    def step(self, done: int, loss: float, norm: float, learning_rate: float, skipped: int) -> None:
+        """Tell of one step; `done` counts it."""
+        speed = (done - self.start) * self.config.batch_size / (time.perf_counter() - self.began)
+        self.bar(f"loss {loss:.4f}, {speed:.0f} images/s" + (f", {skipped} steps skipped" if skipped else ""))
+        if done % self.run.log_every and done < self.config.iterations:
+            return
+        line = {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, "skipped": skipped}
+        line |= {"images_per_s": speed}
+        # JSON knows no NaN and no infinity.
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self.log.write(json.dumps({"iteration": done, **line}) + "\n")
+        if self.board is not None:
+            for name, value in line.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, done)
+
+    def pictures(self, done: int, images: np.ndarray) -> None:
+        """Keep images, uint8 (B, H, W, C), as `samples/<iterations>.png`."""
+        sheet = image_grid([as_pil(images[i : i + _COLUMNS]) for i in range(0, len(images), _COLUMNS)])
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"{done:07d}.png", png_bytes(sheet))
+        if self.board is not None:
+            self.board.add_image("samples", np.asarray(sheet), done, dataformats="HWC")
+
+
+@contextmanager
+def open_journal(folder: Path, title: str, config, run, start: int) -> Iterator[Journal]:
+    """A journal in `folder` of a run that begins, or goes on, after `start` iterations; configs as for `train`."""
+    with ExitStack() as stack:
+        board = None
+        if run.tensorboard:
+            # What a killed run told after its last checkpoint is told again.
+            board = summary_writer()(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            stack.callback(board.close)
+        bar = stack.enter_context(progress(title, config.iterations, start=start))
+        log = stack.enter_context(_open_log(folder / "log.jsonl", start))
+        yield Journal(folder, config, run, start, bar, log, board)
+
+
+def _open_log(path: Path, start: int):
+    """The log with its lines up to iteration `start`, to be added to a line at a time, so that it can be watched."""
+    kept = []
+    if start and path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["iteration"] <= start:
+                    kept.append(line + "\n")
+            except ValueError:  # cut off when the run was killed
+                continue
+    write_atomic(path, "".join(kept).encode())
+    return path.open("a", buffering=1)
+
+
+def summary_writer():
+    """TensorBoard's writer.
+
+    Raises:
+        MissingExtraError: neither of the packages that have one is installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise MissingExtraError(
+                "--tensorboard needs 'tensorboard'; get it with: pip install 'piflow-edge[tensorboard]'"
+            ) from None
+    return SummaryWriter

@@ -1,0 +1,327 @@
+"""The training loop that teacher and student share, on one process or on many.
+
+A batch and everything random about it is the same for any number of processes and pieces it is cut into, and after a
+run was stopped and resumed; see `randomness`.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from piflow_edge.distill.data.datasets import ImageData
+from piflow_edge.distill.networks.flow_network import FlowNetwork, describe
+from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, EngineError
+from piflow_edge.system.files import sha256
+
+from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from .journal import open_journal, summary_writer
+from .processes import Processes
+from .randomness import IterationRandom, Share, SharedRandom
+from .state import State
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained. A run is resumed with the same settings or not at all.
+
+    Args:
+        iterations: optimiser steps.
+        batch_size: samples per step, over all processes.
+        learning_rate: of Adam, reached after `warmup` steps, then falling to 0 along half a cosine.
+        warmup: steps of linear rise.
+        ema_decay: of the averaged weights; lower at the start.
+        max_grad_norm: gradients longer than this are shortened to it.
+        seed: of everything random.
+        mixed_precision: "no", "bf16" or "fp16", of the networks; None is what `accelerate launch` says, else "no".
+    """
+
+    iterations: int = 1400
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    ema_decay: float = 0.999
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    mixed_precision: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is carried out. None of it is part of what is learnt: it may change when a run is resumed.
+
+    Args:
+        gradient_accumulation: pieces in which each process takes its share of a batch, to save memory.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        max_skipped_in_a_row: steps without a finite loss and gradient after which the run stops.
+        save_every: steps between checkpoints.
+        log_every: steps between lines of `log.jsonl`.
+        sample_every: steps between sheets of samples; 0 is none.
+        tensorboard: also log for TensorBoard, in `tensorboard/`.
+    """
+
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    max_skipped_in_a_row: int = 10
+    save_every: int = 500
+    log_every: int = 50
+    sample_every: int = 0
+    tensorboard: bool = False
+
+
+DEFAULT_RUN = RunConfig()
+
+# What a run killed while it wrote a file leaves behind; see `files.write_atomic`.
+_LEFT_BEHIND = re.compile(r"\.(checkpoint\.json|log\.jsonl|weights-.*\.safetensors)\.[0-9a-f]{8}")
+
+# (network, x_0, conditioning, random) -> scalar. The network to call is the one given: it is prepared for training.
+Loss = Callable[[nn.Module, Tensor, dict[str, Tensor], Share], Tensor]
+# (network) -> images, uint8 (B, H, W, C) with C 1 or 3, from the same noise each time.
+Preview = Callable[[nn.Module], np.ndarray]
+
+
+def train(
+    network: FlowNetwork,
+    loss: Loss,
+    data: ImageData,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    kind: str,
+    settings: dict,
+    run: RunConfig = DEFAULT_RUN,
+    frozen: Sequence[nn.Module] = (),
+    preview: Preview | None = None,
+    resume: bool = False,
+) -> Checkpoint:
+    """Train `network` in place and leave a checkpoint in `folder`.
+
+    Under `accelerate launch` all processes call this alike; the main one reads and writes. Ctrl-C ends the step that is
+    being taken, saves a checkpoint and goes on as KeyboardInterrupt; a second one does not wait. A step whose loss or
+    gradient is not finite is skipped: weights, moments and average stay as they are.
+
+    Args:
+        network: starts from the weights it has, unless a checkpoint is resumed; what has `requires_grad` is trained.
+        loss: mean over the samples it is given, with gradient; see `Loss`.
+        data: where `x_0` and its conditioning are drawn from.
+        config: how to train.
+        folder: where checkpoint, `log.jsonl` and samples go.
+        kind, settings: recorded in the checkpoint; on `resume` they must be the same.
+        run: how to carry the run out.
+        frozen: other networks the loss calls; they are put on the device and run in mixed precision too.
+        preview: makes the sheets of samples, from the averaged weights.
+        resume: go on from the checkpoint in `folder` instead of refusing to overwrite it.
+
+    Raises:
+        DataError: the images or classes are not those the network is made for, or differ between processes.
+        CheckpointError: there is a checkpoint and `resume` is False, or it is of another run.
+        CheckFailedError: too many steps in a row were skipped.
+        ShapeError, EngineError, MissingExtraError: a batch that cannot be cut; a setting that cannot run here.
+    """
+    folder = Path(folder)
+    check_fit(network, data)
+    processes = Processes(config.mixed_precision, run.gradient_accumulation)
+    pieces = processes.share(config.batch_size)
+    training = asdict(config) | {"mixed_precision": processes.mixed_precision}
+    settings = {**settings, **data.settings(), "training": training}
+    if processes.differ(sha256(json.dumps(settings, sort_keys=True).encode())):
+        raise DataError("the processes were not started alike: their data, teacher or settings differ")
+    tensors: dict[str, Tensor] = {}  # of the checkpoint, on the main process
+
+    def begin() -> tuple[int, list[str]]:
+        checkpoint = _earlier(folder, resume, kind, describe(network), data, settings)
+        if run.tensorboard:
+            summary_writer()
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in filter(_LEFT_BEHIND.fullmatch, os.listdir(folder)):
+            (folder / left).unlink()
+        if checkpoint is None:
+            return 0, []
+        tensors.update(checkpoint.tensors)
+        return checkpoint.iteration, list(tensors)
+
+    start, names = processes.from_main(begin)
+    if run.gradient_checkpointing:
+        _checkpoint_gradients(network.module)
+    for module in frozen:
+        processes.place(module)
+    state = State(network, processes)
+    if names:
+        state.restore(tensors, names)
+    tensors.clear()
+
+    def save(iteration: int) -> Checkpoint:
+        found = Checkpoint(kind, iteration, describe(network), settings, data.class_names, state.tensors())
+        processes.from_main(lambda: save_checkpoint(folder, found))
+        return found
+
+    network.train()
+    with ExitStack() as stack:
+        stopped = stack.enter_context(_ctrl_c_between_steps())
+        journal = None
+        if processes.is_main:
+            opened = open_journal(folder, f"training {kind}", config, run, start)
+            journal = stack.enter_context(opened)
+        for iteration in range(start, config.iterations):
+            value = gradients(state, loss, data, config, pieces, iteration)
+            norm = state.clip(config.max_grad_norm)
+            # Every process must decide alike, so none goes by its own numbers.
+            value, norm, stop = processes.mean(value, norm, stopped())
+            rate = learning_rate(config, iteration)
+            if math.isfinite(value) and math.isfinite(norm):
+                # Averaged over fewer steps at first, so that the start is soon forgotten.
+                state.step(rate, decay=min(config.ema_decay, (1 + iteration) / (10 + iteration)))
+            else:
+                state.skip()
+            done = iteration + 1
+            if journal:
+                journal.step(done, value, norm, rate, state.skipped)
+            _check_progress(state, run, config, done)
+            if stop or (done % run.save_every == 0 and done < config.iterations):
+                save(done)
+            if stop:
+                raise KeyboardInterrupt
+            if preview and run.sample_every and done % run.sample_every == 0:
+                _show(preview, state, journal, done)
+    final = save(config.iterations)
+    processes.end()
+    return final
+
+
+def gradients(
+    state: State, loss: Loss, data: ImageData, config: TrainingConfig, pieces: list[slice], iteration: int
+) -> Tensor:
+    """Take the gradient of an iteration's batch, over all processes; the mean loss of the rows in `pieces`."""
+    processes = state.processes
+    random = SharedRandom(IterationRandom(config.seed, iteration), config.batch_size)
+    picked = random.random.choice(len(data), config.batch_size)
+    # For networks that draw from torch's own state, as dropout does.
+    key = np.random.SeedSequence([config.seed, iteration, processes.index])
+    torch.manual_seed(int(key.generate_state(1)[0]))
+    state.optimizer.zero_grad()
+    total = 0.0
+    for piece in pieces:
+        x_0, conditioning = data.batch(picked[piece])
+        x_0 = torch.from_numpy(x_0).to(processes.device)
+        conditioning = {name: torch.from_numpy(v).to(processes.device) for name, v in conditioning.items()}
+        with processes.syncing(state.prepared, last=piece == pieces[-1]):
+            value = loss(state.prepared, x_0, conditioning, random.rows(piece))
+            processes.accelerator.backward(value)
+        total = total + value.detach() / len(pieces)
+    return total
+
+
+def _show(preview: Preview, state: State, journal, done: int) -> None:
+    """A sheet of samples, made by the main process; by all, where none has all the weights."""
+    if journal or state.processes.sharded:
+        with state.averaged() as network:
+            images = preview(network)
+        if journal:
+            journal.pictures(done, images)
+
+
+def _check_progress(state: State, run: RunConfig, config: TrainingConfig, done: int) -> None:
+    if state.skipped_in_a_row >= min(run.max_skipped_in_a_row, config.iterations):
+        raise CheckFailedError(
+            f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, up to iteration {done}; the "
+            f"last checkpoint is whole. Look at the learning rate ({config.learning_rate:g}; try a third), at the data "
+            "(finite, about -1 to 1?), at what the teacher returns for it, and at mixed precision "
+            f"({state.processes.mixed_precision}; 'no' or 'bf16' hold larger numbers than 'fp16')"
+        )
+
+
+def _checkpoint_gradients(network: nn.Module) -> None:
+    for name in ("enable_gradient_checkpointing", "gradient_checkpointing_enable"):
+        if hasattr(network, name):
+            getattr(network, name)()
+            return
+    raise EngineError(
+        f"{type(network).__name__} has no gradient checkpointing (a method enable_gradient_checkpointing); train it "
+        "without, with more gradient accumulation instead"
+    )
+
+
+def learning_rate(config: TrainingConfig, iteration: int) -> float:
+    """Linear rise over `warmup` steps, then half a cosine down to 0."""
+    rise = min((iteration + 1) / max(config.warmup, 1), 1.0)
+    return config.learning_rate * rise * 0.5 * (1 + np.cos(np.pi * iteration / config.iterations))
+
+
+@contextmanager
+def _ctrl_c_between_steps() -> Iterator[Callable[[], bool]]:
+    """Hold the first Ctrl-C back until it is asked for: half a step must not end up in a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals go to the main thread, whose business they then are
+        return
+    asked = False
+
+    def note(number, frame):
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)  # a second one does not wait
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_fit(network: FlowNetwork, data: ImageData) -> None:
+    """Raise DataError unless the data's states and classes are those the network is made for."""
+    if network.num_classes is not None and data.labels is None:
+        raise DataError(f"the network is class-conditional; {data.name!r} has no labels")
+    if data.shape != network.sample_shape:
+        raise DataError(
+            f"the network is made for states (C, H, W) = {network.sample_shape}; those of {data.name!r} are "
+            f"{data.shape}"
+        )
+    if network.num_classes not in (None, len(data.class_names)):
+        raise DataError(
+            f"the network knows {network.num_classes} classes; {data.name!r} has {len(data.class_names)}"
+        )
+
+
+def _earlier(
+    folder: Path, resume: bool, kind: str, network: dict, data: ImageData, settings: dict
+) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one."""
+    if not (folder / "checkpoint.json").exists():
+        return None
+    if not resume:
+        raise CheckpointError(
+            f"{folder} holds a checkpoint already; give --resume to go on, or another folder"
+        )
+    checkpoint = load_checkpoint(folder, kind=kind)
+    _check_same_run(checkpoint, network, data, settings, folder)
+    return checkpoint
+
+
+def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, settings: dict, folder: Path):
+    was = {"network": checkpoint.network, "class_names": list(checkpoint.class_names)}
+    now = {"network": network, "class_names": list(data.class_names)}
+    was, now = _flat({**was, **checkpoint.settings}), _flat(json.loads(json.dumps({**now, **settings})))
+    odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    if odd:
+        raise CheckpointError(
+            f"{folder} holds a checkpoint with other settings ({'; '.join(odd)}); "
+            "go on with the same, or use another folder"
+        )
+
+
+def _flat(settings: dict, prefix: str = "") -> dict:
+    """Nested settings as one level, keys joined by dots."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,211 @@
+"""Feature spaces for images that no large network was made for: a small classifier trained on the real ones.
+
+Distances in it say how alike two sets of these images are, and cannot be set beside FIDs of other papers. The one of
+8x8 digits ships with the package, made by `python -m piflow_edge.distill.networks.classifier --out DIR`; `piflow-edge
+train-features` makes others.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from piflow_edge.distill.data.datasets import ImageData, load_images
+from piflow_edge.distill.loop.randomness import IterationRandom
+from piflow_edge.errors import CheckFailedError, DataError, ShapeError
+from piflow_edge.evaluation.features import resized
+from piflow_edge.system.files import sha256, write_atomic
+from piflow_edge.system.progress import progress
+
+ASSETS = Path(__file__).parents[1] / "assets"
+_FILE = "digits_classifier.safetensors"
+_BATCH_SIZE = 50
+# Larger images are looked at in this size: the classifier tells classes apart, and details below its grid are lost.
+_LARGEST = 64
+
+
+class SmallClassifier(nn.Module):
+    """Convolutions, each but the first at half the size, down to about 4x4; a hidden layer gives the features.
+
+    Args:
+        channels, size: of the square images; `size` 8 or more.
+        classes: to tell apart.
+        width: number of features.
+    """
+
+    def __init__(self, channels: int, size: int, classes: int, width: int = 64):
+        super().__init__()
+        self.channels, self.size, self.classes = channels, size, classes
+        filters, side, self.depth = 16, size, 1
+        self.conv_1 = nn.Conv2d(channels, filters, 3, padding=1)
+        while side > 4:
+            self.depth, side = self.depth + 1, (side + 1) // 2
+            setattr(self, f"conv_{self.depth}", nn.Conv2d(filters, 2 * filters, 3, padding=1, stride=2))
+            filters *= 2
+        self.hidden = nn.Linear(filters * side * side, width)
+        self.out = nn.Linear(width, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(M, C, H, W) in [-1, 1] -> (M, width)."""
+        for number in range(1, self.depth + 1):
+            images = F.silu(getattr(self, f"conv_{number}")(images))
+        return self.hidden(images.flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.out(F.silu(self.features(images)))
+
+
+class DigitFeatures:
+    """The 64 features of the shipped digits classifier, for images (M, 1, 8, 8)."""
+
+    description = "64 features of the shipped digits classifier, not Inception's"
+
+    def __init__(self):
+        file = ASSETS / _FILE
+        self.source = {"file": _FILE, "sha256": sha256(file.read_bytes())}
+        self._classifier = SmallClassifier(1, 8, 10)
+        self._classifier.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+        self._classifier.eval().requires_grad_(False)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Features float32 (M, 64) of digits (M, 1, 8, 8) in [-1, 1].
+
+        Raises:
+            ShapeError: images of another shape: the classifier was trained on 8x8 digits alone.
+        """
+        if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
+            raise ShapeError(
+                f"the shipped features are for 8x8 grey digits, (M, 1, 8, 8); got {images.shape}; for others train "
+                "your own: piflow-edge train-features"
+            )
+        return self._classifier.features(torch.from_numpy(images).float()).numpy()
+
+
+def digit_features(images: np.ndarray) -> np.ndarray:
+    """Features of digits (M, 1, 8, 8) in [-1, 1], float32 (M, 64), from the shipped classifier."""
+    return DigitFeatures()(images)
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """A classifier and how well it tells the classes apart.
+
+    `accuracy`: on the images it was "train"ed on and on those "held_out"; `images`: the number of each.
+    """
+
+    classifier: SmallClassifier
+    accuracy: dict[str, float]
+    images: dict[str, int]
+
+
+def train_classifier(
+    data: ImageData, *, epochs: int = 40, seed: int = 0, width: int = 64, held_out: int | None = None
+) -> TrainedClassifier:
+    """Train a classifier on a set of images, shifted by up to an eighth of their side.
+
+    Images of more than 64 pixels a side are looked at in 64. The features see what tells the classes apart; a set
+    whose classes look alike gives features that see little.
+
+    Args:
+        data: images of two classes or more.
+        epochs: passes over the images.
+        seed: of everything random.
+        width: number of features.
+        held_out: images kept back, only for the accuracy that is reported; None is a sixth.
+
+    Raises:
+        DataError: fewer than two classes, or images of fewer than 8 pixels a side.
+        CheckFailedError: the training diverged.
+    """
+    if data.latent is not None or data.labels is None:
+        raise DataError(f"a classifier learns from images with labels; {data.name!r} holds {_what(data)}")
+    channels, size = data.shape[0], min(data.shape[1], _LARGEST)
+    classes = len(data.class_names)
+    if len(np.unique(data.labels)) < 2:
+        raise DataError(
+            f"a classifier needs images of two classes or more; {data.name!r} has {len(np.unique(data.labels))}"
+        )
+    if size < 8:
+        raise DataError(
+            f"a classifier needs images of 8x8 pixels or more; those of {data.name!r} are {size}x{size}"
+        )
+    torch.manual_seed(seed)
+    order = IterationRandom(seed, 0).permutation(len(data))
+    split = len(order) // 6 if held_out is None else held_out
+    held, kept = order[:split], order[split:]
+    labels = torch.from_numpy(data.labels)
+    background = _background(data)
+    reach = max(1, size // 8)
+
+    classifier = SmallClassifier(channels, size, classes, width)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3, weight_decay=1e-4)
+    steps = epochs * max(1, len(kept) // _BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with progress("training the classifier", steps) as bar:
+        for step in range(steps):
+            random = IterationRandom(seed, step + 1)
+            picked = kept[random.choice(len(kept), _BATCH_SIZE)]
+            down, right = random.choice(2 * reach + 1, 2) - reach
+            wide = F.pad(_images(data, picked, size) - background, (reach,) * 4) + background
+            shifted = wide[..., reach + down :, reach + right :][..., :size, :size]
+            loss = F.cross_entropy(classifier(shifted), labels[picked])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar(f"loss {loss.item():.3f}")
+    if not torch.isfinite(loss):
+        raise CheckFailedError(f"the classifier's training diverged: its loss is {loss.item()}")
+    classifier.eval().requires_grad_(False)
+
+    def accuracy(indices: np.ndarray) -> float:
+        pieces = np.array_split(indices, max(1, len(indices) // 500))
+        right = sum(
+            int((classifier(_images(data, piece, size)).argmax(1) == labels[piece]).sum()) for piece in pieces
+        )
+        return right / max(1, len(indices))
+
+    return TrainedClassifier(
+        classifier,
+        {"train": accuracy(kept), "held_out": accuracy(held)},
+        {"train": len(kept), "held_out": len(held)},
+    )
+
+
+def _what(data: ImageData) -> str:
+    return "latents" if data.latent is not None else "none"
+
+
+def _images(data: ImageData, indices: np.ndarray, size: int) -> Tensor:
+    return torch.from_numpy(resized(data.batch(indices)[0], size, size))
+
+
+def _background(data: ImageData) -> Tensor:
+    """What lies beyond the images' edges: each channel's median there, (1, C, 1, 1)."""
+    some = data.batch(IterationRandom(0, 0).permutation(len(data))[:1000])[0]
+    edges = np.concatenate([some[:, :, 0], some[:, :, -1], some[..., 0], some[..., -1]], axis=-1)
+    return torch.from_numpy(np.median(edges, axis=(0, 2)).astype(np.float32))[None, :, None, None]
+
+
+def write_digits_classifier(folder: Path) -> dict:
+    """Train the classifier that ships with the package and write it to `folder`; its accuracy."""
+    trained = train_classifier(load_images("digits"), held_out=297)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() for k, v in trained.classifier.state_dict().items()}
+    write_atomic(folder / _FILE, save_tensors(weights))
+    return {"accuracy": trained.accuracy, "images": trained.images}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Train the digits classifier whose features FID is measured in."
+    )
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder for the weights")
+    print(json.dumps(write_digits_classifier(parser.parse_args().out)))

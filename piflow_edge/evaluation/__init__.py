@@ -1,0 +1,1 @@
+"""Comparing students with their teacher: contenders, metrics, features, report."""

@@ -1,0 +1,200 @@
+"""What images are compared in: a network's features, opened by what is given on the command line.
+
+| `--features` | what |
+|---|---|
+| `digits` | the small classifier of 8x8 digits that ships with the package |
+| `FILE.onnx` | any feature extractor as ONNX, run in ONNX Runtime; `train-features` makes one from your own data |
+| `FILE.pth`, `.pt`, `.safetensors` | an Inception-v3: torchvision's weights, or FID's as pytorch-fid lays them out |
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from piflow_edge.engines.ort import runtime
+from piflow_edge.errors import FeatureError
+from piflow_edge.system.files import sha256
+
+DIGITS = "digits"
+
+# Images that share a network call.
+_BATCH_SIZE = 64
+
+# Mean and standard deviation of ImageNet's pixels, by which most classifiers' inputs are normalised.
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
+_STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
+
+# Name of a range of values that a network takes its pixels in -> from [-1, 1] to there.
+VALUE_RANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "-1,1": lambda images: images,
+    "0,1": lambda images: (images + 1) / 2,
+    "0,255": lambda images: (images + 1) * 127.5,
+    "imagenet": lambda images: ((images + 1) / 2 - _MEAN) / _STD,
+}
+
+# Entries that `train-features` leaves in its ONNX file's metadata, and that are read again here.
+RANGE_KEY, DESCRIPTION_KEY = "piflow_edge.value_range", "piflow_edge.description"
+
+
+class Features(Protocol):
+    """Images to vectors.
+
+    `description`: one line for tables and reports. `source`: JSON of where it came from, such as a file's checksum.
+    Called with float32 images (M, C, H, W) in [-1, 1], it returns floating-point features (M, D).
+    """
+
+    description: str
+    source: dict
+
+    def __call__(self, images: np.ndarray) -> np.ndarray: ...
+
+
+def open_features(spec: str, *, value_range: str | None = None) -> Features:
+    """The feature extractor that `spec` names; see the table above.
+
+    Args:
+        spec: "digits", or the path of a file.
+        value_range: of an ONNX file's input, a key of `VALUE_RANGES`; None is what the file says, else "-1,1".
+
+    Raises:
+        FeatureError: no such extractor; a file that cannot be used; a `value_range` for another kind.
+        MissingExtraError: the package that runs it is not installed.
+    """
+    suffix = Path(spec).suffix.lower()
+    if value_range is not None and suffix != ".onnx":
+        raise FeatureError(f"only an ONNX file's range of values can be chosen; {spec!r} has its own")
+    if suffix == ".onnx":
+        return OnnxFeatures(Path(spec), value_range=value_range)
+    if spec == DIGITS:
+        from piflow_edge.distill.networks.classifier import DigitFeatures
+
+        return DigitFeatures()
+    if suffix in (".pth", ".pt", ".safetensors"):
+        from piflow_edge.distill.networks.inception import InceptionFeatures
+
+        return InceptionFeatures(Path(spec))
+    raise FeatureError(
+        f"features are 'digits', an .onnx file, or Inception-v3 weights as .pth, .pt or .safetensors; got {spec!r}"
+    )
+
+
+class OnnxFeatures:
+    """A feature extractor in an ONNX file, run in ONNX Runtime on the CPU.
+
+    Its one input takes images, float (B, C, H, W) with C 3 or 1; its output gives features (B, D) or (B, D, 1, 1), and
+    is the only one or named "features". What it is fed: the images' 8-bit pixels, as a PNG would hold them; grey
+    repeated to three channels where it takes three; resized to its H and W where these are fixed, bilinear with
+    antialiasing; then scaled to `value_range`.
+
+    Args:
+        path: the file.
+        value_range: a key of `VALUE_RANGES`; None is what `train-features` wrote into the file, else "-1,1".
+
+    Raises:
+        FeatureError: it cannot be opened, or its input or output is something else.
+        MissingExtraError: onnxruntime is not installed.
+    """
+
+    def __init__(self, path: Path, *, value_range: str | None = None):
+        ort = runtime()
+        try:
+            digest = sha256(path.read_bytes())
+        except OSError as error:
+            raise FeatureError(f"{path} cannot be read: {error.strerror}") from error
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
+        try:  # from its path: a large one keeps its weights in a second file
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise FeatureError(f"onnxruntime {ort.__version__} cannot open {path}: {error}") from error
+        self._name = path.name
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self._range = value_range or metadata.get(RANGE_KEY, "-1,1")
+        if self._range not in VALUE_RANGES:
+            raise FeatureError(f"a range of values is one of {', '.join(VALUE_RANGES)}; got {self._range!r}")
+        self._read_input()
+        self._read_output()
+        if self._range == "imagenet" and self._channels != 3:
+            raise FeatureError(f"'imagenet' normalises three channels; {self._name} takes {self._channels}")
+        self.description = metadata.get(DESCRIPTION_KEY, f"features of {self._name}")
+        self.source = {"file": self._name, "sha256": digest, "value_range": self._range}
+
+    def _read_input(self) -> None:
+        inputs = self._session.get_inputs()
+        shape = inputs[0].shape if len(inputs) == 1 else []
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        if len(shape) != 4 or shape[1] not in (1, 3) or inputs[0].type not in dtypes:
+            found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+            raise FeatureError(
+                f"a feature extractor has one input, float (B, C, H, W) with C 3 or 1; {self._name} has {found}"
+            )
+        batch, self._channels, *size = shape
+        self._input, self._dtype = inputs[0].name, dtypes[inputs[0].type]
+        self._batch = batch if isinstance(batch, int) else None  # None: any
+        self._size = tuple(n if isinstance(n, int) else None for n in size)
+
+    def _read_output(self) -> None:
+        names = [output.name for output in self._session.get_outputs()]
+        if len(names) > 1 and "features" not in names:
+            raise FeatureError(
+                f"which output of {self._name} are the features? It has {', '.join(names)}; name one 'features'"
+            )
+        self._output = names[0] if len(names) == 1 else "features"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Features (M, D) of images float32 (M, C, H, W) in [-1, 1].
+
+        Raises:
+            FeatureError: images of other channels, or features that are not one vector per image.
+        """
+        channels = images.shape[1]
+        if channels != self._channels and (channels, self._channels) != (1, 3):
+            raise FeatureError(f"{self._name} takes images of {self._channels} channels; got {channels}")
+        return np.concatenate([self._run(piece) for piece in batches(images, self._batch or _BATCH_SIZE)])
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        pixels = resized(eight_bit(images), *self._size)
+        if pixels.shape[1] != self._channels:
+            pixels = pixels.repeat(self._channels, axis=1)
+        pixels = VALUE_RANGES[self._range](pixels).astype(self._dtype)
+        missing = (self._batch or len(pixels)) - len(pixels)
+        if missing:  # a fixed batch's last piece: filled up, and the surplus dropped
+            pixels = np.concatenate([pixels, pixels[:1].repeat(missing, axis=0)])
+        try:
+            found = self._session.run([self._output], {self._input: pixels})[0]
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise FeatureError(f"{self._name} failed on images {pixels.shape}: {error}") from error
+        if found.ndim == 4 and found.shape[2:] == (1, 1):
+            found = found[..., 0, 0]
+        if found.ndim != 2 or len(found) != len(pixels):
+            raise FeatureError(
+                f"features are one vector per image, (B, D) or (B, D, 1, 1); {self._name} gives {found.shape} for "
+                f"{len(pixels)} images"
+            )
+        return found[: len(images)].astype(np.float32)
+
+
+def batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Images (M, ...) in pieces of `size`, the last of them shorter."""
+    return (images[start : start + size] for start in range(0, len(images), size))
+
+
+def eight_bit(images: np.ndarray) -> np.ndarray:
+    """Images in [-1, 1], rounded and clipped to the 256 levels that a PNG holds; float32, still in [-1, 1]."""
+    return (np.rint(np.clip((images + 1) * 127.5, 0, 255)) / 127.5 - 1).astype(np.float32)
+
+
+def resized(images: np.ndarray, height: int | None, width: int | None) -> np.ndarray:
+    """Images float32 (M, C, H, W) at another size, bilinear with antialiasing; None keeps a side."""
+    height, width = height or images.shape[2], width or images.shape[3]
+    if images.shape[2:] == (height, width):
+        return images
+
+    def resize(plane: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
+
+    planes = [resize(np.ascontiguousarray(plane)) for image in images for plane in image]
+    return np.stack(planes).reshape(*images.shape[:2], height, width)

@@ -1,0 +1,1 @@
+"""A bundle, opened: requests in, images out, no PyTorch."""

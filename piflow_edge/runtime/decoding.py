@@ -1,0 +1,68 @@
+"""From latents to images, where the latents lie: through the bundle's decoder, if it has one."""
+
+from typing import Any
+
+import numpy as np
+
+from piflow_edge.bundle.manifest import Manifest
+from piflow_edge.engines import Engine
+from piflow_edge.errors import NotFiniteError
+from piflow_edge.kernels import gpu_arrays
+
+from .batching import joined, pieces
+from .images import decode_float_there, decode_there
+from .stopwatch import Stopwatch
+
+# Pixels that are decoded at a time: a decoder's inner states are hundreds of times larger than its images.
+_DECODED_PIXELS = 1 << 20
+
+
+class Decoding:
+    """What makes images of a bundle's latents: its decoder, opened in one precision, or None for latents of pixels."""
+
+    def __init__(self, manifest: Manifest, decoder: Engine | None, precision: str):
+        self._manifest, self._decoder, self._precision = manifest, decoder, precision
+
+    def inputs(self, latents: Any) -> dict[str, Any]:
+        """What the decoder is fed for latents (B, C, H, W) as the student gives them: scaled back."""
+        spec, (given,) = self._manifest.latent, self._manifest.decoder.inputs
+        return {given.name: latents / spec.scale + spec.shift}
+
+    def images(self, latents: Any, *, as_float: bool, clock: Stopwatch) -> np.ndarray:
+        """uint8 (B, H, W, C), or float32 from 0 to 1, in the host's memory, of latents (B, C, H, W).
+
+        Raises:
+            NotFiniteError: the decoder made NaN or infinity.
+        """
+        made = decode_float_there if as_float else decode_there
+        if self._decoder is None:
+            with clock.stage("decode"):
+                shown = made(latents, self._manifest.latent)
+            return on_host(shown, clock)
+        *_, height, width = self._manifest.decoder.outputs[0].shape
+        size = max(1, _DECODED_PIXELS // (height * width))
+        images = []
+        for piece in pieces(len(latents), size, self._decoder):
+            with clock.stage("decode"):
+                (decoded,) = self._decoder.run(self.inputs(latents[piece])).values()
+                check_finite(decoded, "the decoder", self._manifest, self._precision, self._decoder)
+                shown = made(decoded)
+            images.append(on_host(shown, clock))
+        return joined(images)
+
+
+def check_finite(made: Any, network: str, manifest: Manifest, precision: str, engine: Engine) -> None:
+    """NotFiniteError for NaN and infinity: they would be black, or whatever the processor makes of them."""
+    if not gpu_arrays.all_finite(made):
+        raise NotFiniteError(
+            f"{network} of bundle {manifest.name!r} in {precision} on {engine.name} made NaN or infinity; load it in "
+            f"another precision. `piflow-edge verify BUNDLE --precision {precision}` tells where"
+        )
+
+
+def on_host(array: Any, clock: Stopwatch) -> np.ndarray:
+    """The array in the host's memory."""
+    if isinstance(array, np.ndarray):
+        return array
+    with clock.stage("transfer"):
+        return gpu_arrays.to_host(array)

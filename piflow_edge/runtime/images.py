@@ -1,0 +1,185 @@
+"""Latents <-> the pixels of images."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from piflow_edge.bundle.manifest import LatentSpec
+from piflow_edge.errors import ShapeError
+
+Array = Any  # NumPy's, or in a GPU's memory
+
+
+def decode(latents: Array, spec: LatentSpec | None = None) -> np.ndarray:
+    """Latents (B, C, H, W) -> images, uint8 (B, H, W, C). Without a `spec`, latents are pixels from -1 to 1."""
+    return _on_host(decode_there(latents, spec))
+
+
+def decode_there(latents: Array, spec: LatentSpec | None = None) -> Array:
+    """As `decode`, where the latents lie: of an image in a GPU's memory, bytes are what crosses the bus."""
+    pixels = _pixels(latents, spec)
+    if not isinstance(pixels, np.ndarray):
+        from piflow_edge.kernels import gpu_arrays  # the array came from there
+
+        pixels = gpu_arrays.round(gpu_arrays.clip((pixels + 1) * 127.5, 0, 255))
+        return gpu_arrays.astype(gpu_arrays.permute_dims(pixels, (0, 2, 3, 1)), "uint8")
+    pixels = np.clip((pixels + 1) * 127.5, 0, 255)
+    return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def decode_float_there(latents: Array, spec: LatentSpec | None = None) -> Array:
+    """Latents (B, C, H, W) -> images, float32 (B, H, W, C) from 0 to 1, where the latents lie."""
+    pixels = _pixels(latents, spec)
+    if not isinstance(pixels, np.ndarray):
+        from piflow_edge.kernels import gpu_arrays  # the array came from there
+
+        return gpu_arrays.permute_dims(gpu_arrays.clip((pixels + 1) * 0.5, 0, 1), (0, 2, 3, 1))
+    return np.ascontiguousarray(np.clip((pixels + 1) * 0.5, 0, 1).transpose(0, 2, 3, 1))
+
+
+def _on_host(array: Array) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array
+    from piflow_edge.kernels import gpu_arrays  # the array came from there
+
+    return gpu_arrays.to_host(array)
+
+
+def _pixels(latents: Array, spec: LatentSpec | None) -> Array:
+    plain = spec is None or (spec.scale == 1 and spec.shift == 0)
+    return latents if plain else latents / spec.scale + spec.shift
+
+
+def as_pil(images: np.ndarray) -> list:
+    """uint8 (B, H, W, C) -> PIL images, grey for C = 1."""
+    from PIL import Image  # only needed where pictures are made
+
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
+
+
+def encode(images: Any, spec: LatentSpec, name: str) -> np.ndarray:
+    """What a caller gives as an image -> latents float32 (B or 1, C, H, W) as the network sees them.
+
+    Args:
+        images: latents, floating point (C, H, W) or (B, C, H, W), as `Result.latents`; or, for a bundle of pixels, a
+            PIL image or a list of them, or uint8 (H, W, C) or (B, H, W, C), for grey also without C.
+        spec: of the bundle's latents.
+        name: of the bundle, for errors.
+
+    Raises:
+        ShapeError: another size, kind or value than the bundle has use for.
+    """
+    shape = tuple(spec.shape)
+    array = _array(images, "L" if shape[0] == 1 else "RGB")
+    if np.issubdtype(array.dtype, np.floating):
+        latents = array if array.ndim > len(shape) else array[None]
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused in the next line
+            latents = latents.astype(np.float32, copy=False)
+        if latents.shape[1:] != shape or not np.isfinite(latents).all():
+            raise ShapeError(
+                f"latents of bundle {name!r} are finite in float32, (B, {', '.join(map(str, shape))}); got "
+                f"{array.dtype} {array.shape}"
+            )
+        return latents
+    if spec.kind != "pixels":
+        raise ShapeError(
+            f"bundle {name!r} holds no encoder, so it cannot start from an image; give latents, floating point "
+            f"(B, {', '.join(map(str, shape))}), such as Result.latents, or the encoder's scaled by "
+            f"(latents - {spec.shift:g}) * {spec.scale:g}"
+        )
+    channels, height, width = shape
+    if channels == 1 and array.ndim in (2, 3) and array.shape[-2:] == (height, width):
+        array = array[..., None]
+    pixels = array if array.ndim == 4 else array[None]
+    if array.dtype != np.uint8 or pixels.shape[1:] != (height, width, channels):
+        raise ShapeError(
+            f"an image for bundle {name!r} is a PIL image of {width}x{height} pixels, or uint8 ({height}, {width}, "
+            f"{channels}); got {array.dtype} {array.shape}"
+        )
+    pixels = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+    return np.ascontiguousarray((pixels - np.float32(spec.shift)) * np.float32(spec.scale))
+
+
+def drawn_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """What a caller gives as a mask -> bool (B or 1, 1, H, W), True where the student draws.
+
+    Args:
+        mask: a PIL image or a list of them, or an array (H, W) or (B, H, W): bool, or numbers of which those above half
+            of white (of 255 for whole numbers, of 1 for others) are to be drawn. H and W those of the latents, or
+            whole multiples, as an image has them: then a latent is kept only where all its pixels are.
+        size: (H, W) of the latents.
+    """
+    array = _array(mask, "L")
+    if array.dtype.kind == "f":
+        array = array > 0.5
+    elif array.dtype.kind in "iu":
+        if array.size and array.max() == 1:  # else nothing would be drawn
+            raise ShapeError(
+                "a mask of whole numbers has 255 for white; this one has 0 and 1: give it as bool"
+            )
+        array = array > 127
+    array = array if array.ndim == 3 else array[None]
+    (height, width), (rows, columns) = size, array.shape[-2:] if array.ndim == 3 else (0, 0)
+    factor = rows // height
+    if array.dtype != bool or not factor or (rows, columns) != (height * factor, width * factor):
+        raise ShapeError(
+            f"a mask is an image of {width}x{height}, or a whole multiple of that, white where something is to be "
+            f"drawn; got {np.shape(mask) or getattr(mask, 'size', mask)!s}"
+        )
+    return array.reshape(len(array), 1, height, factor, width, factor).any((3, 5))
+
+
+def open_image(path: Path) -> Any:
+    """What a file holds for `encode` or `drawn_mask`: an array from an .npy file, else a PIL image.
+
+    Raises:
+        ShapeError: it cannot be read.
+    """
+    if path.suffix.lower() == ".npy":
+        return open_array(path)
+    from PIL import Image  # only needed where pictures are read
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ShapeError(f"{path} cannot be read as an image: {error}") from error
+
+
+def open_array(path: Path) -> np.ndarray:
+    """The array in an .npy file; ShapeError if it cannot be read."""
+    from zipfile import BadZipFile  # slow to import; NumPy does so here too
+
+    try:
+        with path.open("rb") as file:  # NumPy leaves what it cannot read open
+            array = np.load(file, allow_pickle=False)
+    except OSError as error:
+        raise ShapeError(f"{path} cannot be read as an .npy file: {error.strerror or error}") from error
+    except (ValueError, EOFError, BadZipFile) as error:  # whose text tells how to run what is in the file
+        raise ShapeError(
+            f"{path} cannot be read as an .npy file of numbers, as numpy.save writes it"
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise ShapeError(f"{path} is an .npz file of several arrays; give one array, as numpy.save writes it")
+    return array
+
+
+def _array(images: Any, mode: str) -> np.ndarray:
+    """PIL images, or what is an array already, as an array."""
+    if isinstance(images, (str, os.PathLike)):
+        raise ShapeError(
+            f"give what is in the file, as PIL.Image.open reads it, not its path; got {images!r}"
+        )
+    listed = images if isinstance(images, (list, tuple)) else [images]
+    if listed and all(hasattr(image, "convert") for image in listed):
+        arrays = [np.asarray(image.convert(mode)) for image in listed]
+        if len({array.shape for array in arrays}) > 1:
+            raise ShapeError("images of one call must have one size; give them one by one")
+        return np.stack(arrays) if images is listed else arrays[0]
+    try:
+        return np.asarray(images)
+    except ValueError as error:
+        raise ShapeError(f"images must be one array: {error}") from error

@@ -1,0 +1,265 @@
+"""Does a bundle still compute what it did when it was exported? Compared layer by layer with its golden samples.
+
+`golden.npz` holds, for a few images: `noise` and, with classes, `labels`; for each student call i `x_t.i` (its input),
+`means.i`, `logweights.i`, `logstds.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels);
+and at the end `latents` and, where the bundle makes some, `images`. A layer is fed the golden input of that layer, so
+the first row that fails is the culprit.
+"""
+
+import io
+import logging
+import zipfile
+import zlib
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.engines import Graph, open_engine
+from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
+from piflow_edge.sampling import sample
+
+from .generator import Generator
+
+log = logging.getLogger(__name__)
+
+GOLDEN = "golden.npz"
+# The golden images are numbers 0, 1, 2, ... of this seed.
+GOLDEN_SEED = 0
+# Images at a time that a network is checked with, beside all the golden ones.
+BATCHES = (1, 3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer's comparison. `error`: worst difference, relative to the largest golden value (images: in levels).
+
+    `where`: the array it was found in, and the batch. `tolerance`: what the bundle accepts. `precision`: of the graphs.
+    """
+
+    layer: str
+    error: float
+    tolerance: float
+    where: str
+    precision: str = "fp32"
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance  # NaN does not pass
+
+
+def verify(generator: Generator) -> list[Row]:
+    """Compare a bundle's engine and kernels with its golden samples: outputs, velocities, latents, images.
+
+    Networks are run with all golden images, and with batches of `BATCHES`. Whole images, drawn from the golden noise,
+    come last: their root mean square error, in levels; of latents where there are no images, relative to the largest.
+
+    Sampler graphs, if there are any, are compared too; with the runtime in the same precision.
+
+    Files need no check here: opening the bundle has hashed them all.
+
+    Raises:
+        BundleError: the golden samples do not fit the bundle.
+        CheckFailedError: a network gives NaN or infinity; the layer that gives it first is named.
+    """
+    bundle = generator.bundle
+    golden, tolerances = read_golden(bundle), bundle.manifest.tolerances[generator.precision]
+    ids, count = golden.get("labels"), len(golden["noise"])
+    outputs, velocities, latents = [], [], []
+    largest = min(count, generator.engine.max_batch or count)
+    sizes = sorted({min(size, largest) for size in (*BATCHES, count)})
+    ids_of = {size: None if ids is None else ids[:size] for size in sizes}
+    schedule = bundle.manifest.schedule.schedule()
+    for i, segment in enumerate(schedule.segments):
+        x_t = golden[f"x_t.{i}"]
+        theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in bundle.manifest.network.outputs}
+        for size in sizes:
+            ours = generator.outputs(x_t[:size], segment.sigma_src, ids_of[size])
+            _check_finite(generator, ours, x_t[:size], segment.sigma_src, ids_of[size])
+            outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
+        # From the golden outputs, so that this row speaks of the policy alone.
+        policy = generator.as_policy(theirs, x_t, segment.sigma_src)
+        found = np.stack([policy.velocity(x_t, level) for level in golden[f"levels.{i}"].tolist()])
+        velocities.append((f"velocities.{i}", found, golden[f"velocities.{i}"]))
+    for size in sizes:  # from the seed, so that the noise is compared too
+        wanted = {"count": size} if ids is None else {"labels": ids[:size].tolist()}
+        result = generator(**wanted, seed=GOLDEN_SEED, output="latent")
+        latents.append((f"latents, batch {size}", result.latents, golden["latents"][:size]))
+    rows = [
+        _worst("network outputs", outputs, tolerances.outputs),
+        _worst("policy velocities", velocities, tolerances.velocities),
+        _worst("latents", latents, tolerances.latents),
+    ]
+    if bundle.manifest.makes_images:
+        # From the golden latents, so that this row speaks of the decoder alone.
+        images = [("images", _decoded(generator, golden["latents"]), golden["images"])]
+        rows.append(_worst("images", images, tolerances.images, measure=_levels))
+        drawn = [
+            (name, _decoded(generator, ours), golden["images"][: len(ours)]) for name, ours, _ in latents
+        ]
+        rows.append(_worst("drawn images", drawn, rms_of_psnr(tolerances.psnr), measure=rms_levels))
+    else:
+        whole = rms_of_psnr(tolerances.psnr, peak=1)
+        rows.append(_worst("drawn latents", latents, whole, measure=peak_error))
+    if bundle.manifest.samplers:
+        latents, images = _sampler_pairs(generator, golden)
+        rows.append(_worst("sampler latents", latents, tolerances.samplers))
+        if images:
+            rows.append(_worst("sampler images", images, tolerances.images, measure=_levels))
+    return [replace(row, precision=generator.precision) for row in rows]
+
+
+def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sigma, ids) -> None:
+    odd = [name for name, value in outputs.items() if not np.isfinite(value).all()]
+    if not odd:
+        return
+    bundle, precision = generator.bundle, generator.precision
+    layer = _first_non_finite(bundle.graph(precision), generator.inputs(x_t, sigma, ids))
+    raise CheckFailedError(
+        f"bundle {bundle.name!r} in {precision} gives NaN or infinity in {odd[0]} at noise level {sigma:.3g}; the "
+        f"first layer to do so: {layer}"
+    )
+
+
+def _decoded(generator: Generator, latents: np.ndarray) -> np.ndarray:
+    try:
+        return generator.decode(latents)
+    except NotFiniteError as error:
+        bundle, precision = generator.bundle, generator.precision
+        layer = _first_non_finite(bundle.decoder(precision), generator.decoding.inputs(latents))
+        raise CheckFailedError(
+            f"bundle {bundle.name!r} in {precision} gives NaN or infinity in its decoder; the first layer to do so: "
+            f"{layer}"
+        ) from error
+
+
+def _first_non_finite(graph: Graph, inputs: dict[str, np.ndarray]) -> str:
+    from piflow_edge.engines.layers import first_non_finite  # needs onnx, of which the runtime is free
+
+    try:
+        layer = first_non_finite(graph, inputs)
+    except MissingExtraError as error:
+        return f"unknown, because {error}"
+    return layer or "none on its own, only the layers as the engine joins them"
+
+
+def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
+    """What each sampler graph makes of the golden noise, and what it should: latents, then images."""
+    bundle, spec = generator.bundle, generator.bundle.manifest.schedule
+    latents, images = [], []
+    for nfe in bundle.manifest.samplers:
+        with closing(_sampler_engine(generator, nfe)) as graph:
+            limits = [
+                engine.max_batch for engine in (generator.engine, graph) if engine.max_batch is not None
+            ]
+            size = min([len(golden["noise"]), *limits])
+            noise, ids = golden["noise"][:size], golden["labels"][:size] if "labels" in golden else None
+            labels = {} if ids is None else {"class_labels": ids}
+            found = graph.run({"noise": noise, **labels})
+        if not np.isfinite(found["latents"]).all():
+            raise CheckFailedError(
+                f"the sampler graph nfe{nfe} of bundle {bundle.name!r} in {generator.precision} gives NaN or "
+                "infinity; export it again, or use another precision"
+            )
+        expected = sample(
+            lambda x_t, sigma, ids=ids: generator.policy(x_t, sigma, ids),
+            noise,
+            spec.schedule(nfe=nfe),
+            temperature=spec.temperature_of(nfe),
+        )
+        latents.append((f"latents of nfe{nfe}", found["latents"], expected))
+        if bundle.manifest.makes_images:  # of the graph's own latents, as above
+            images.append((f"images of nfe{nfe}", found["images"], _decoded(generator, found["latents"])))
+    return latents, images
+
+
+def _sampler_engine(generator: Generator, nfe: int):
+    """The sampler graph in the generator's engine, or where that knows no loops (OpenVINO) in ONNX Runtime's own."""
+    engine, graph = generator.engine, generator.bundle.sampler(nfe, generator.precision)
+    try:
+        return open_engine(graph, engine=engine.name, device=engine.device, options=generator.options)
+    except EngineError as error:
+        if engine.name == "ort-cpu":
+            raise
+        log.warning("sampler graphs are checked in 'ort-cpu', for engine %r: %s", engine.name, error)
+        return open_engine(graph, engine="ort-cpu", options=generator.options)
+
+
+def check(rows: list[Row], name: str) -> None:
+    """Nothing, if every row passed.
+
+    Args:
+        rows: of `verify`.
+        name: the bundle's, for the message.
+
+    Raises:
+        CheckFailedError: a row did not pass; the first is told, with its precision and where its worst error is.
+    """
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        row = failed[0]
+        raise CheckFailedError(
+            f"bundle {name!r} does not reproduce its golden samples in {row.precision}: {row.layer} differ "
+            f"by {row.error:.3g} in {row.where}, {row.tolerance:.3g} is allowed"
+        )
+
+
+def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
+    """The bundle's golden samples, with every array that `verify` needs."""
+    calls = range(bundle.manifest.schedule.nfe)
+    outputs = [spec.name for spec in bundle.manifest.network.outputs]
+    wanted = {"noise", "latents"} | ({"images"} if bundle.manifest.makes_images else set())
+    wanted |= {"labels"} if bundle.manifest.conditioning.kind == "class" else set()
+    wanted |= {f"{name}.{i}" for i in calls for name in ("x_t", "levels", "velocities", *outputs)}
+    try:
+        with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as archive:
+            golden = {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise BundleError(f"{GOLDEN} in {bundle.folder} cannot be read: {error}; export again") from error
+    if golden.keys() != wanted:
+        raise BundleError(
+            f"{GOLDEN} in {bundle.folder} does not fit: {sorted(golden.keys() ^ wanted)[0]}; export again"
+        )
+    return golden
+
+
+def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Largest difference over the largest golden magnitude; NaN if either holds NaN, infinite for another shape."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    scale = max(float(np.abs(golden).max()), 1e-12)
+    return float(np.abs(ours.astype(np.float64) - golden).max()) / scale
+
+
+def _worst(layer: str, pairs, tolerance: float, measure=relative_error) -> Row:
+    errors = {name: measure(ours, golden) for name, ours, golden in pairs}
+    where = max(errors, key=lambda name: np.inf if np.isnan(errors[name]) else errors[name])
+    return Row(layer, errors[where], float(tolerance), where)
+
+
+def rms_levels(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Root mean square difference between uint8 images in grey levels; infinite for another shape."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    return float(np.sqrt(np.mean((ours.astype(float) - golden) ** 2)))
+
+
+def peak_error(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Root mean square difference over the largest golden magnitude; infinite for another shape."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    difference = ours.astype(np.float64) - golden
+    return float(np.sqrt(np.mean(difference**2)) / max(np.abs(golden).max(), 1e-12))
+
+
+def rms_of_psnr(psnr: float, peak: float = 255) -> float:
+    """The root mean square difference that a PSNR in dB stands for, in units of which `peak` is the largest value."""
+    return peak / 10 ** (psnr / 20)
+
+
+def _levels(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Largest difference between images in grey levels; infinite for another shape."""
+    if ours.shape != golden.shape:
+        return float("inf")
+    return float(np.abs(ours.astype(int) - golden.astype(int)).max())

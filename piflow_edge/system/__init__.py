@@ -1,0 +1,1 @@
+"""Files, caches, hardware, progress: what is not about images."""

@@ -1,0 +1,79 @@
+"""The bundle that comes with the package: a new user's first images, without torch and without training."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import piflow_edge as pf
+
+pytest.importorskip("onnxruntime")
+
+
+def run(folder, *arguments):
+    command = [sys.executable, "-m", "piflow_edge.cli", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def test_it_reproduces_its_golden_samples_and_is_small():
+    from piflow_edge.runtime.verification import check, verify
+
+    generator = pf.load(pf.demo_bundle())
+    check(verify(generator), "digits")
+    assert generator.class_names == tuple("0123456789") and generator.bundle.manifest.schedule.nfe == 1
+    assert sum(file.stat().st_size for file in pf.demo_bundle().iterdir()) < 1.5e6
+
+
+def test_the_command_line_calls_it_digits(tmp_path):
+    from PIL import Image
+
+    done = run(tmp_path, "sample", "digits", "--labels", "3,7", "--out", "two.png")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "two.png") as image:
+        assert image.width > image.height
+
+
+def test_a_folder_of_that_name_is_never_mistaken_for_it(tmp_path):
+    (tmp_path / "digits").mkdir()
+    done = run(tmp_path, "inspect", "digits")
+    assert done.returncode == 2 and f".{os.sep}digits" in done.stderr.replace("/", os.sep)
+    done = run(tmp_path, "inspect", "./digits")  # which holds nothing
+    assert done.returncode == 2 and "bundle.json" in done.stderr
+
+
+def test_it_is_not_signed_in_place(tmp_path):
+    done = run(tmp_path, "sign", "digits", "--key", "key.pem")
+    assert done.returncode == 2 and not (pf.demo_bundle() / "signature.json").exists()
+
+
+def test_images_of_one_seed_get_a_file_each(tmp_path):
+    from piflow_edge.runtime.pictures import image_grid, png_bytes
+
+    made = pf.load(pf.demo_bundle())([3, 7], seed=[5, 5])
+    (tmp_path / "both.png").write_bytes(png_bytes(image_grid([made.images]), made.recipe))
+    done = run(tmp_path, "sample", "digits", "--like", "both.png", "--out", "each")
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in (tmp_path / "each").iterdir()) == ["5-0-1.png", "5-0.png"]
+    assert pf.read_recipe(tmp_path / "each" / "5-0.png").labels == [3]
+    assert pf.read_recipe(tmp_path / "each" / "5-0-1.png").labels == [7]
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_given(tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    done = run(tmp_path, "sample", "digits", "--labels", "3", "--out", "taken.png")
+    assert done.returncode == 2 and done.stderr.strip().endswith(": taken.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["taken.png"]
+
+
+@pytest.mark.parametrize(("side", "expected"), [(64, (64, 64)), (8, (68, 68))])
+def test_one_image_that_can_be_seen_is_written_as_it_is(tmp_path, side, expected):
+    from PIL import Image
+
+    from piflow_edge.commands.images import _pictures
+
+    image, recipe = Image.new("L", (side, side)), pf.load(pf.demo_bundle())([3], output="latent").recipe
+    (file,) = _pictures(tmp_path / "a.png", SimpleNamespace(images=[image], recipe=recipe))
+    with Image.open(file) as written:
+        assert written.size == expected

@@ -1,0 +1,49 @@
+"""A process whose CUDA driver is fake_driver.cpp, for tests where there is no GPU."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from piflow_edge.kernels import cuda
+
+HELPERS = Path(__file__).parent
+ROOT = HELPERS.parents[1]
+KERNELS = Path(cuda.__file__).parent
+
+HAS_BINDINGS = bool(importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"))
+
+
+def compile_on_host(source, path, *more):
+    """A library of a C++ file of the tests."""
+    compiler = shutil.which("c++")
+    if compiler is None or sys.platform == "win32":
+        pytest.skip("no C++ compiler")
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-I", KERNELS]
+    command = [compiler, *flags, HELPERS / source, "-o", path, *more]
+    subprocess.run([str(word) for word in command], check=True)
+
+
+def fake_driver(folder):
+    """Makes the pretended driver in `folder`."""
+    if not HAS_BINDINGS:
+        pytest.skip("cuda-bindings is not installed")
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the pretended driver is made for Linux")
+    compile_on_host("fake_driver.cpp", folder / "libcuda.so.1", "-ldl")
+    return folder
+
+
+def run_on_fake_driver(folder, *command, code=0, **environment):
+    """A Python process with the driver of `folder`; `environment` is added to this one's."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": paths} | environment
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

@@ -1,0 +1,361 @@
+"""Arrays on a GPU: arithmetic as NumPy does it, and a generator none of whose arrays leaves it on the way.
+
+There is a GPU in no test: a process has the pretended driver, and in place of ONNX Runtime's CUDA its CPU, which reads
+and writes the memory that the pretended GPU shares with it.
+"""
+
+import re
+
+import numpy as np
+import pytest
+
+from piflow_edge.errors import EngineError
+from piflow_edge.kernels import gpu_arrays, nvidia
+from tests.helpers.pretended_gpu import HAS_BINDINGS, fake_driver, run_on_fake_driver
+
+CODE = """
+import ctypes, logging, sys, time
+import numpy as np
+from piflow_edge.errors import PiFlowError
+from piflow_edge.kernels import gpu_arrays as xp, nvidia
+
+nvidia.compiled = lambda arch, defines, source: b"arrays" if source.name == "arrays.cu" else "{K} {C} 0".format(
+    **{key[-1]: value for key, _, value in (define.partition("=") for define in defines)}).encode()
+nvidia.check_available = lambda: None  # NVRTC itself looks for a real driver
+fake = ctypes.CDLL("libcuda.so.1")
+COUNTS = "bytes", "streams", "graphs", "waits", "launches", "ins", "outs", "syncs"
+counts = lambda: dict(zip(COUNTS, map(fake.fake_count, range(8))))
+place = xp.place(0)
+rng = np.random.default_rng(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = fake_driver(tmp_path_factory.mktemp("driver"))
+    return lambda code, *arguments: run_on_fake_driver(folder, "-c", CODE + code, *arguments)
+
+
+def test_arithmetic_is_numpys(run):
+    run(
+        """
+def check(compute, *arrays, exact=True):
+    expected = compute(np, *arrays)
+    found = compute(xp, *(xp.asarray(array, device=place) for array in arrays))
+    assert found.shape == expected.shape and found.dtype == str(expected.dtype), (found, expected.shape)
+    np.testing.assert_allclose(xp.to_host(found), expected, rtol=0 if exact else 1e-6, atol=0)
+
+
+x = rng.standard_normal((2, 3, 4, 5, 6), dtype=np.float32)
+y = rng.standard_normal((2, 1, 4, 1, 6), dtype=np.float32)
+special = np.array([np.nan, np.inf, -np.inf, 0.5, 1.5, -2.5], np.float32)
+for compute in (
+    lambda np, x, y: x + y, lambda np, x, y: x - y, lambda np, x, y: x * y, lambda np, x, y: x / y,
+    lambda np, x, y: 2 - x, lambda np, x, y: 1 + x * 3 - 0.5, lambda np, x, y: x**2,
+    lambda np, x, y: np.max(x, axis=1, keepdims=True), lambda np, x, y: np.max(x, axis=-1),
+    lambda np, x, y: np.permute_dims(x, (0, 2, 3, 4, 1)), lambda np, x, y: np.expand_dims(x, axis=1),
+    lambda np, x, y: np.squeeze(y, axis=1), lambda np, x, y: np.reshape(x, (6, -1)), lambda np, x, y: x[1:2],
+    lambda np, x, y: np.clip(x, min=0.1), lambda np, x, y: np.clip(x, -0.5, 0.5),
+):
+    check(compute, x, y)
+check(lambda np, x: np.exp(x), x, exact=False)
+check(lambda np, x: np.sum(x, axis=2), x, exact=False)
+check(lambda np, s: np.round(s), special)
+check(lambda np, s: np.clip(s, 0, 1), special)
+check(lambda np, s: np.max(np.reshape(s, (1, 6)), axis=1), special)
+check(lambda np, s: np.astype(np.round(s), np.uint8), np.array([0.4, 254.6, 3.5], np.float32))
+
+from piflow_edge.runtime.images import decode
+
+for odd in (np.nan, np.inf, -np.inf, 3e38, 0):
+    for place_of_it in ((0, 0, 0, 0), (1, 2, 3, 4)):
+        numbers = np.full((2, 3, 4, 5), 3e38, np.float32)  # whose sum is infinite, and not theirs
+        numbers[place_of_it] = odd
+        expected = bool(np.isfinite(odd))
+        assert xp.all_finite(numbers) == xp.all_finite(xp.asarray(numbers, device=place)) == expected, odd
+
+latents = rng.standard_normal((2, 3, 4, 5), dtype=np.float32)
+np.testing.assert_array_equal(decode(xp.asarray(latents, device=place)), decode(latents))
+
+for mistake, words in [
+    (lambda x: x + xp.reshape(x, (3, 2, 4, 5, 6)), "do not go together"),
+    (lambda x: xp.reshape(x, (7, -1)), "cannot become"),
+    (lambda x: xp.squeeze(x, axis=0), "not of length 1"),
+    (lambda x: x[::2], "one after the other"),
+    (lambda x: xp.astype(x, "int64"), "float32 or uint8"),
+    (lambda x: xp.asarray(np.arange(3), device=place) + 1, "float32"),
+]:
+    try:
+        mistake(xp.asarray(x, device=place))
+    except PiFlowError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+"""
+    )
+
+
+def test_memory_is_used_again_and_given_back(run):
+    run(
+        """
+x = xp.asarray(np.ones((4, 4), np.float32), device=place)
+y = x + 1
+before = counts()["bytes"]
+for _ in range(10):
+    y = y * 2
+assert counts()["bytes"] <= before + 64, counts()
+pointer = y.pointer
+del x, y
+xp.release(0)
+assert counts()["bytes"] == 0, counts()
+"""
+    )
+
+
+def test_an_array_may_be_collected_where_memory_is_handed_out(run):
+    run(
+        """
+x, y = (xp.empty((1 << 10,), device=place) for _ in range(2))
+pointers = {x.pointer, y.pointer}
+with xp._lock:  # Python collects cycles wherever a thread happens to be
+    del x, y
+assert {xp.empty((1 << 10,), device=place).pointer} < pointers
+xp._MOST_KEPT = 4 << 10
+before = counts()["bytes"]
+big = xp.empty((1 << 12,), device=place)
+del big
+assert counts()["bytes"] < before, counts()
+"""
+    )
+
+
+def test_memory_that_nobody_uses_is_given_back_before_there_is_too_little(run):
+    run(
+        """
+unused = xp.empty((200 << 18,), device=place)
+del unused
+assert counts()["bytes"] >= 200 << 20
+x = xp.empty((900 << 18,), device=place)  # of 1 GiB
+try:
+    xp.empty((200 << 18,), device=place)
+except PiFlowError as error:
+    assert "use smaller batches" in str(error), error
+else:
+    raise AssertionError("there was not as much")
+"""
+    )
+
+
+def test_policies_run_there_as_they_stand(run):
+    run(
+        """
+from piflow_edge import DXPolicy, GMPolicy
+from piflow_edge.integrator import integrate
+
+def gm(K, C):
+    shapes = (2, K, C, 3, 5), (2, K, 1, 3, 5), (2, 1, 1, 1, 1), (2, C, 3, 5)
+    return [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
+
+sigmas = np.linspace(1.0, 0.25, 9)
+for K, C in [(5, 3), (8, 1)]:
+    arrays = gm(K, C)
+    there = [xp.asarray(array, device=place) for array in arrays]
+    ours, theirs = GMPolicy(*there, 1.0).tempered(0.5), GMPolicy(*arrays, 1.0).tempered(0.5)
+    for level in (1.0, 0.4):
+        velocity = xp.to_host(ours.velocity(there[-1], level))
+        np.testing.assert_allclose(velocity, theirs.velocity(arrays[-1], level), rtol=0, atol=2e-5)
+    expected = integrate(theirs, arrays[-1], sigmas, kernel="reference")
+    for kernel in ("reference", "cuda", "auto"):
+        x_end = integrate(ours, there[-1], sigmas, kernel=kernel)
+        np.testing.assert_allclose(xp.to_host(x_end), expected, rtol=0, atol=5e-5)
+grid, x_src = (rng.standard_normal((2, *shape, 3, 5), dtype=np.float32) for shape in [(4, 1), (1,)])
+settings = dict(segment_size=1.0)
+expected = DXPolicy(grid, x_src, 1.0, **settings).velocity(x_src, np.array([1.0, 0.5]))
+there = [xp.asarray(array, device=place) for array in (grid, x_src)]
+found = DXPolicy(*there, 1.0, **settings).velocity(there[1], np.array([1.0, 0.5]))
+np.testing.assert_allclose(xp.to_host(found), expected, rtol=0, atol=2e-5)
+"""
+    )
+
+
+GENERATOR = """
+import piflow_edge as pf
+from piflow_edge.engines import ort_cuda
+
+class OnHost(ort_cuda.OrtCUDA):
+    provider, memory = "CPUExecutionProvider", "cpu"
+    _provider_options = lambda self, graph: {}
+
+ort_cuda.OrtCUDA = OnHost
+assert callable(OnHost.opener(None, "cuda", None))
+bundle = sys.argv[1]
+expected = pf.load(bundle, engine="ort-cpu")
+generator = pf.load(bundle, engine="ort-cuda")
+arguments = dict(labels=[3, 7, 1], seed=5, temperature=0.5)
+theirs = expected(**arguments, output="numpy")
+for image in range(3):
+    before = counts()
+    ours = generator(**arguments, output="numpy")
+    moved = {name: counts()[name] - before[name] for name in ("ins", "outs", "bytes", "syncs")}
+assert (ours.engine, ours.device) == ("ort-cuda", "cuda")
+np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
+assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+# The noise goes there; image, latents and whether all is finite come back. Noise levels and labels are there already.
+# Each of these copies is waited for, and nothing else.
+assert moved == {"ins": 1, "outs": 3, "bytes": 0, "syncs": 4}, moved
+assert theirs.timings["transfer"] == 0 < ours.timings["transfer"]
+
+# Asked for, the wait is at the end of every stage, and of its time.
+wait_for, queued = nvidia.wait_for, []
+
+def slow(stream):
+    assert stream == place.stream
+    queued.append(stream)
+    time.sleep(0.02)
+    wait_for(stream)
+
+nvidia.wait_for = slow
+staged = generator(**arguments, output="numpy", synchronize=True).timings
+nvidia.wait_for = wait_for
+# Noise, 2 calls, 2 policies, the decoder which asks whether all is finite, 3 copies which wait once more themselves,
+# the total.
+assert len(queued) == 1 + 2 + 2 + 2 + 2 * 3 + 1, len(queued)
+for stage, waits in {"noise": 1, "network": 2, "policy": 2, "decode": 2, "transfer": 6}.items():
+    assert staged[stage] >= 20 * waits, staged
+again = generator(**arguments, output="float", h=0.5)
+there = expected(**arguments, output="float", h=0.5)
+np.testing.assert_allclose(again.images, there.images, rtol=0, atol=1e-4)
+
+from piflow_edge.bench.benchmark import BenchConfig, bench
+calls, call = [], pf.Generator.__call__
+
+def noted(self, *arguments, synchronize=False, **more):
+    calls.append((self.engine.name, synchronize))
+    return call(self, *arguments, synchronize=synchronize, **more)
+
+pf.Generator.__call__ = noted
+config = BenchConfig(engines=["ort-cuda", "ort-cpu"], rounds=3, warmup=1, cold_starts=0)
+rows = bench([bundle], config).rows
+# A GPU's split comes from rounds of its own, which wait; its latency from those that do not.
+assert sorted(calls) == sorted(2 * 2 * [("ort-cuda", False), ("ort-cpu", False)] + 3 * [("ort-cuda", True)])
+assert [row.split["transfer"] > 0 for row in rows] == [True, False] and [len(row.rounds) for row in rows] == [3, 3]
+pf.Generator.__call__ = call
+seen = []
+generator(**arguments, callback=lambda done: seen.append((type(done.x_t), type(done.x_0))))
+assert seen == [(np.ndarray, np.ndarray)] * 2
+network = generator.engine.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
+assert all(value.stream == place.stream for value in network.values())
+decode = generator.decoder.run
+generator.decoder.run = lambda inputs: {name: value / 0 for name, value in decode(inputs).items()}
+for output in ("pil", "numpy", "float"):
+    try:
+        generator(**arguments, output=output)
+        raise AssertionError("an image of infinity")
+    except PiFlowError as error:
+        assert "the decoder of bundle 'bundle' in fp32 on ort-cuda made NaN or infinity" in str(error), error
+assert np.isfinite(generator(**arguments, output="latent").latents).all()
+plain = generator.engine.run(generator.inputs(theirs.latents, 0.5, np.array([1, 2, 3])))
+for name, value in plain.items():
+    np.testing.assert_array_equal(xp.to_host(network[name]), value)
+
+class Built(ort_cuda.OrtTensorRT):  # for 4 to 8 samples, and asked for 3
+    provider, memory = "CPUExecutionProvider", "cpu"
+    _provider_options = lambda self, graph: {}
+
+graph = generator.bundle.graph("fp32")
+built = Built(graph, "cuda", pf.EngineOptions(), plan=graph.model, profile="4:4:8")
+filled = built.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
+for name, value in plain.items():
+    assert filled[name].shape == value.shape and filled[name].stream == place.stream
+    np.testing.assert_allclose(xp.to_host(filled[name]), value, rtol=0, atol=1e-5)
+generator.close()
+try:
+    generator.engine.run({"x_t": xp.asarray(theirs.latents, device=place)})
+    raise AssertionError("closed, and runs")
+except PiFlowError as error:
+    assert "closed" in str(error)
+"""
+
+TENSORRT = """
+import piflow_edge as pf
+from tests.helpers import pretended_tensorrt
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.engines import building
+from piflow_edge.engines.build_targets import targets
+
+pretended_tensorrt.install("10.3.0")
+settings = building.BuildSettings(batch=building.Batch(1, 1, 4))
+for target in targets(Bundle(sys.argv[1])):
+    building.build(building.plan(target, settings), settings)
+arguments = dict(labels=[3, 7, 1], seed=5, temperature=0.5, output="numpy")
+theirs = pf.load(sys.argv[1], engine="ort-cpu")(**arguments)
+with pf.load(sys.argv[1], engine="tensorrt") as generator:
+    for image in range(4):
+        before = counts()
+        ours = generator(**arguments)
+        assert (ours.engine, ours.device) == ("tensorrt", "cuda")
+        np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
+        assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+    moved = {name: counts()[name] - before[name] for name in COUNTS}
+    # Once recorded, an image is two replays of the student and one of the decoder, and nothing new is taken. Beside the
+    # noise, times and labels go there, a few bytes; image, latents and whether all is finite come back.
+    assert (moved["launches"], moved["outs"], moved["bytes"], moved["graphs"]) == (3, 3, 0, 0), moved
+assert counts()["graphs"] == 0
+
+# Engines for no fewer than 4: 10 images are made 5 at a time, 1 as one of 4; and checks ask for batches of 1.
+from piflow_edge.runtime.verification import check, verify
+settings = building.BuildSettings(batch=building.Batch(4, 4, 8))
+for target in targets(Bundle(sys.argv[1])):
+    building.build(building.plan(target, settings), settings)
+with pf.load(sys.argv[1], engine="ort-cpu") as plain, pf.load(sys.argv[1], engine="tensorrt") as generator:
+    assert (generator.engine.min_batch, generator.decoder.min_batch) == (4, 4)
+    for count in (10, 1):
+        arguments = dict(labels=list(range(count)), output="numpy")
+        ours, theirs = generator(**arguments), plain(**arguments)
+        np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
+        assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
+    check(verify(generator), "small")
+"""
+
+
+@pytest.mark.torch
+def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
+    pytest.importorskip("diffusers", reason="autoencoders need the 'diffusers' extra")
+    from piflow_edge.distill.data.autoencoder import load_autoencoder
+    from piflow_edge.distill.networks.heads import GMHead
+    from piflow_edge.export.to_bundle import export_bundle
+    from tests.conftest import make_autoencoder, make_student
+
+    # A mixture that the pretended driver has compiled: 3 components of 2 channels.
+    folder = make_autoencoder("AutoencoderTiny", tmp_path / "autoencoder", latent_channels=2)
+    autoencoder = load_autoencoder(folder)
+    student = make_student(head=GMHead(3), latent=vars(autoencoder.latent), in_channels=2)
+    export_bundle(student, tmp_path / "bundle", autoencoder=autoencoder)
+    run(GENERATOR, tmp_path / "bundle")
+    pytest.importorskip("filelock")
+    run(TENSORRT, tmp_path / "bundle")
+
+
+@pytest.mark.skipif(not HAS_BINDINGS, reason="cuda-bindings is not installed")
+@pytest.mark.parametrize("arch", ["sm_87", "sm_90", "sm_120"])
+def test_nvrtc_compiles_the_arithmetic(arch):
+    try:
+        code = nvidia.compiled(arch, (), gpu_arrays.SOURCE)
+    except EngineError as error:
+        if re.search("needs NVIDIA|newer one may", str(error)):
+            pytest.skip(str(error).splitlines()[0])
+        raise
+    assert b"piflow_elementwise" in code and b"piflow_reduce" in code
+
+
+def test_a_gpu_without_our_kernels_is_said_to_be_slow(monkeypatch, caplog):
+    monkeypatch.setattr(gpu_arrays.cuda, "missing", lambda: "it lacks NVRTC")
+    gpu_arrays.place_of.cache_clear()
+    assert gpu_arrays.place_of("cuda") is None and gpu_arrays.place_of("cpu") is None
+    assert "cross the bus" in caplog.text and "lacks NVRTC" in caplog.text
+    gpu_arrays.place_of.cache_clear()
+
+
+def test_numpy_arrays_pass_through():
+    array = np.arange(3)
+    assert gpu_arrays.to_host(array) is array

@@ -1,0 +1,112 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from piflow_edge import PiFlowError
+from piflow_edge.bundle.manifest import LatentSpec
+from piflow_edge.runtime.images import as_pil, decode, drawn_mask, encode, open_image
+
+GREY, COLOUR = LatentSpec("pixels", [1, 4, 6], 1.0, 0.0), LatentSpec("pixels", [3, 4, 6], 0.5, 0.25)
+LATENTS = LatentSpec("latents", [4, 2, 3], 0.36, 0.1)
+
+
+@pytest.mark.parametrize("spec", [GREY, COLOUR], ids=["grey", "colour"])
+def test_an_image_comes_back_from_its_latents(spec):
+    channels = spec.shape[0]
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 6, channels), np.uint8)
+    images[0].flat[:2] = 0, 255
+    latents = encode(images, spec, "b")
+    assert latents.dtype == np.float32 and latents.shape == (2, channels, 4, 6)
+    np.testing.assert_array_equal(decode(latents, spec), images)
+    for given in (as_pil(images), images.tolist()):
+        given = given if not isinstance(given[0], list) else np.array(given, np.uint8)
+        np.testing.assert_array_equal(encode(given, spec, "b"), latents)
+    np.testing.assert_array_equal(encode(as_pil(images)[1], spec, "b"), latents[1:])
+    np.testing.assert_array_equal(encode(latents, spec, "b"), latents)
+    np.testing.assert_array_equal(encode(latents[0], spec, "b"), latents[:1])
+
+
+def test_pictures_are_brought_to_the_bundle_s_colours():
+    picture = Image.new("RGB", (6, 4), (200, 200, 200))
+    assert (decode(encode(picture, GREY, "b")) == 200).all()
+    assert decode(encode(picture.convert("P"), COLOUR, "b"), COLOUR).shape == (1, 4, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "spec", "words"),
+    [
+        (np.zeros((4, 5), np.uint8), GREY, "6x4 pixels"),
+        (np.zeros((4, 6), np.int32), GREY, "6x4 pixels.*int32"),
+        (Image.new("L", (4, 6)), GREY, "6x4 pixels"),
+        (np.zeros((4, 6), np.uint8), COLOUR, r"\(4, 6, 3\)"),
+        (np.zeros((1, 4, 7)), GREY, "are finite"),
+        (np.full((1, 4, 6), np.nan), GREY, "are finite"),
+        (np.full((1, 4, 6), 1e300), GREY, "are finite in float32"),
+        ("cat.png", GREY, "as PIL.Image.open reads it, not its path; got 'cat.png'"),
+        ([[1], [1, 2]], GREY, "one array"),
+        ([Image.new("L", (6, 4)), Image.new("L", (4, 6))], GREY, "one size"),
+        (Image.new("RGB", (48, 32)), LATENTS, r"no encoder.*\(latents - 0.1\) \* 0.36"),
+    ],
+)
+def test_what_cannot_be_a_start_gets_a_clear_error(image, spec, words):
+    with pytest.raises(PiFlowError, match=words):
+        encode(image, spec, "b")
+
+
+def test_a_latent_is_kept_only_where_all_its_pixels_are():
+    mask = np.zeros((4, 6), bool)
+    mask[1, 4] = True
+    expected = [[False, False, True], [False, False, False]]
+    np.testing.assert_array_equal(drawn_mask(mask, (2, 3))[0, 0], expected)
+    white = Image.fromarray(mask.astype(np.uint8) * 255)
+    for given in (white, [white], mask * 1.0, mask[None], white.convert("1")):
+        np.testing.assert_array_equal(drawn_mask(given, (2, 3)), drawn_mask(mask, (2, 3)))
+    np.testing.assert_array_equal(drawn_mask(mask, (4, 6))[0, 0], mask)
+
+
+def test_a_mask_of_0_and_1_does_not_pass_for_one_that_draws_nothing():
+    with pytest.raises(PiFlowError, match="give it as bool"):
+        drawn_mask(np.eye(2, 3, dtype=np.uint8), (2, 3))
+    assert not drawn_mask(np.zeros((2, 3), np.uint8), (2, 3)).any()
+
+
+@pytest.mark.parametrize(
+    "mask", [np.zeros((4, 5), bool), np.zeros((2, 6), bool), np.zeros(6, bool), None, np.zeros((1, 1), bool)]
+)
+def test_a_mask_of_another_size_is_refused(mask):
+    with pytest.raises(PiFlowError, match="3x2"):
+        drawn_mask(mask, (2, 3))
+
+
+def test_a_mask_is_not_a_path():
+    with pytest.raises(PiFlowError, match=r"not its path; got .*m\.png"):
+        drawn_mask(Path("m.png"), (2, 3))
+
+
+def test_files_that_hold_no_image_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", PICTURE := np.zeros((4, 6), np.uint8))
+    as_pil(PICTURE[None, ..., None])[0].save(tmp_path / "a.png")
+    for name in ("a.npy", "a.png"):
+        np.testing.assert_array_equal(
+            encode(open_image(tmp_path / name), GREY, "b"), encode(PICTURE, GREY, "b")
+        )
+    np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
+    np.savez(tmp_path / "several.npz", a=1)
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    for name in ("text.png", "text.npy"):
+        (tmp_path / name).write_text("no picture")
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "several.npy").read_bytes()[:40])
+    for name in (
+        "text.png",
+        "text.npy",
+        "object.npy",
+        "several.npy",
+        "cut.npy",
+        "missing.png",
+        "missing.npy",
+    ):
+        with pytest.raises(PiFlowError, match=name) as error:
+            open_image(tmp_path / name)
+        assert "allow_pickle" not in str(error.value)
