@@ -1,5 +1,6 @@
 # make demo   the main job on handwritten digits; prints where the report is
 # make test   all tests
+# make docs   the documentation's site, in site/
 # make benchmarks   all figures of benchmarks/README.md, on a machine that does nothing else
 # All make what they need first, in .venv (and .venv-runtime, which has no torch), and work offline after that.
 
@@ -28,7 +29,7 @@ ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard piflow_edge/kernels/*.h piflow_edge/kernels/*.cpp piflow_edge/kernels/*.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean benchmarks
+.PHONY: demo test lint clean benchmarks docs
 
 demo: $(VENV)/.installed
 	$(BIN)/piflow-edge demo --out $(DEMO)
@@ -46,8 +47,17 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# From the wheel: in the source tree engines/ and export/ lie beside the package they are part of.
+docs: $(VENV)/.tools
+	$(PIP) install -q --no-build-isolation -e '.[docs]'
+	@rm -rf build .wheel
+	@$(PIP) wheel -q --no-index --no-deps --no-build-isolation -w .wheel .
+	@$(PIP) install -q --no-index --no-deps --target build/package .wheel/*.whl
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+	@echo site/index.html
+
 clean:
-	rm -rf $(VENV) $(RUNTIME) build .wheel *.egg-info
+	rm -rf $(VENV) $(RUNTIME) build .wheel site *.egg-info
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
