@@ -15,7 +15,11 @@ class ShapeError(PiFlowError, ValueError):
     """An array whose shape, dtype or content does not fit what it is used for."""
 
 
-class LabelError(PiFlowError, ValueError):
+class ConditioningError(PiFlowError, ValueError):
+    """Something that cannot steer these images, such as a prompt where there are classes."""
+
+
+class LabelError(ConditioningError):
     """A class id or name the model does not know."""
 
 

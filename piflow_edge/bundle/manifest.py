@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type
 
 import numpy as np
 
+from piflow_edge.conditioning import TensorSpec
 from piflow_edge.errors import BundleError, PiFlowError
 from piflow_edge.policies import Array, DXPolicy, GMPolicy
 from piflow_edge.schedule import Schedule, is_temperature, published_temperature
@@ -91,15 +92,6 @@ class ScheduleSpec:
     def temperature_of(self, nfe: int) -> float:
         """The temperature, a number, for `nfe` calls per image."""
         return published_temperature(nfe) if self.temperature == "auto" else self.temperature
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One input or output of a network; the first axis of every tensor is "batch"."""
-
-    name: str
-    dtype: str
-    shape: list[int | str]
 
 
 @dataclass(frozen=True)
@@ -312,7 +304,7 @@ def _check_images(manifest: Manifest, place: Path) -> None:
         fits = decoder is None and len(latent.shape) == 3 and latent.shape[0] in (1, 3)
     elif decoder is not None:
         inputs, outputs = ([spec.shape for spec in specs] for specs in (decoder.inputs, decoder.outputs))
-        fits = inputs == [["batch", *latent.shape]] and len(outputs) == 1
+        fits = inputs == [("batch", *latent.shape)] and len(outputs) == 1
         fits = fits and len(outputs[0]) == 4 and outputs[0][1] in (1, 3)
     else:
         fits = len(latent.shape) > 1
@@ -336,6 +328,8 @@ def _typed(kind, value, where: str):
         return kind(**{n: _typed(hints[n], value[n], f"{where}: {n}") for n in names})
     if origin is list and isinstance(value, list):
         return [_typed(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_typed(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _typed(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     if origin in (Union, types.UnionType) and all(map(is_dataclass, args)):

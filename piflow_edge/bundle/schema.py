@@ -65,7 +65,7 @@ def _schema(kind: Any, definitions: dict[str, dict]) -> dict[str, Any]:
         if kind.__name__ not in definitions:
             definitions[kind.__name__] = _object(kind, definitions)
         return {"$ref": f"#/$defs/{kind.__name__}"}
-    if origin is list:
+    if origin in (list, tuple):
         return {"type": "array", "items": _schema(args[0], definitions)}
     if origin is dict:
         if args[1] is Any:

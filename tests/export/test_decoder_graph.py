@@ -108,7 +108,7 @@ def test_a_bundle_with_a_decoder(latent_bundle, kl):
     latent = manifest.latent
     assert (latent.kind, latent.shape, latent.scale, latent.shift) == ("latents", [4, 8, 8], 0.3611, 0.1159)
     assert manifest.decoder.kind == "AutoencoderKL"
-    assert manifest.decoder.outputs[0].shape == ["batch", 3, 16, 16]
+    assert manifest.decoder.outputs[0].shape == ("batch", 3, 16, 16)
     assert manifest.provenance["autoencoder"] == kl.sha256
 
 

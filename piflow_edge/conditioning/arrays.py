@@ -1,0 +1,126 @@
+"""Plain arrays, such as encodings of a text that was encoded elsewhere."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from piflow_edge.errors import ConditioningError
+
+from .base import Asked, convert_arrays, refuse_others, repeat, require_keys
+from .mapping import Conditioning, count_of, take
+from .specs import TensorSpec
+
+# Length of a named axis of examples that nobody gave, such as tokens.
+_EXAMPLE_LENGTH = 8
+_DTYPES = ("float32", "float16", "int64", "int32", "bool")
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Steers by arrays as they are. `inputs`: their names, dtypes and shapes.
+
+    `null_row`: an array (1, ...) for every input, which stands for "no condition"; it may have another length than what
+    is given along a named axis. `rows`: arrays (M, ...) that were seen in training, for `example`. Neither is part of
+    the JSON: a bundle has no use for the first, and keeps examples in its golden samples.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    null_row: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
+    rows: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
+
+    kind: ClassVar[str] = "arrays"
+    positional: ClassVar[str] = "arrays"
+
+    def __post_init__(self):
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        for spec in self.inputs:
+            if not spec.shape or spec.shape[0] != "batch":
+                raise ConditioningError(f"the first axis of an input is 'batch'; got {spec}")
+        for name in ("null_row", "rows"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, convert_arrays(self, given))
+
+    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
+        refuse_others(self, asked, "arrays")
+        if asked.arrays is None:
+            raise ConditioningError(f"give arrays; {self.summarize()}")
+        return repeat(convert_arrays(self, asked.arrays), asked.count)
+
+    def null(self, count: int) -> dict[str, np.ndarray] | None:
+        return None if self.null_row is None else repeat(self.null_row, count)
+
+    def example(self, count: int) -> dict[str, np.ndarray]:
+        if self.rows is not None:
+            return take(self.rows, np.arange(count) % (count_of(self.rows) or 1))
+        random = np.random.default_rng(0)
+        return {spec.name: _example(spec, count, random) for spec in self.inputs}
+
+    def describe(self, conditioning: Conditioning, index: int) -> dict[str, Any]:
+        """The SHA-256 of every array, of its bytes in little endian."""
+        return {"sha256": {spec.name: _digest(conditioning[spec.name][index]) for spec in self.inputs}}
+
+    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
+        given, count = self.encode(asked), len(descriptions)
+        if count_of(given) == 1:
+            given = repeat(given, count)
+        if count_of(given) != count:
+            raise ConditioningError(f"give arrays of {count} images; got {count_of(given)}")
+        for index, description in enumerate(descriptions):
+            if self.describe(given, index) != description:
+                raise ConditioningError(
+                    f"the arrays of image {index} are other ones than those it was made from"
+                )
+        return Asked(arrays=given)
+
+    def title(self, conditioning: Conditioning, index: int) -> str:
+        digests = self.describe(conditioning, index)["sha256"]
+        return hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:8]
+
+    def summarize(self) -> str:
+        return f"the network takes arrays: {'; '.join(map(str, self.inputs))}"
+
+    def to_json(self) -> dict[str, Any]:
+        inputs = [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in self.inputs]
+        return {"kind": self.kind, "inputs": inputs}
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> "Arrays":
+        require_keys(cls.kind, body, "inputs")
+        inputs = body["inputs"]
+        if not isinstance(inputs, list) or not inputs or not all(map(_is_spec, inputs)):
+            raise ConditioningError(
+                "conditioning of kind 'arrays' holds inputs, each with a name, a dtype and a shape; "
+                f"dtypes are {', '.join(_DTYPES)}"
+            )
+        specs = tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in inputs)
+        if len({spec.name for spec in specs}) < len(specs):
+            raise ConditioningError(f"two inputs have one name: {', '.join(spec.name for spec in specs)}")
+        return cls(specs)
+
+
+def _is_spec(entry: Any) -> bool:
+    if not isinstance(entry, dict) or set(entry) != {"name", "dtype", "shape"}:
+        return False
+    name, dtype, shape = entry["name"], entry["dtype"], entry["shape"]
+    texts = type(name) is str and name and dtype in _DTYPES
+    return bool(texts) and isinstance(shape, list) and 0 < len(shape) <= 8 and all(map(_is_length, shape))
+
+
+def _is_length(length: Any) -> bool:
+    return (type(length) is str and bool(length)) or (type(length) is int and 0 < length < 2**31)
+
+
+def _example(spec: TensorSpec, count: int, random: np.random.Generator) -> np.ndarray:
+    axes = {length: _EXAMPLE_LENGTH for length in spec.shape if isinstance(length, str)} | {"batch": count}
+    size, dtype = spec.size(axes), np.dtype(spec.dtype)
+    if dtype.kind == "f":
+        return random.standard_normal(size).astype(dtype)
+    return np.ones(size, dtype)  # a mask that hides nothing
+
+
+def _digest(array: np.ndarray) -> str:
+    plain = np.ascontiguousarray(array)
+    return hashlib.sha256(plain.astype(plain.dtype.newbyteorder("<")).tobytes()).hexdigest()

@@ -1,0 +1,61 @@
+"""Nothing steers: every image is another one of what the model was trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from piflow_edge.errors import ConditioningError
+
+from .base import Asked, refuse_others, require_keys
+from .mapping import Conditioning
+from .specs import TensorSpec
+
+
+@dataclass(frozen=True)
+class Unconditional:
+    """Steers by nothing; a caller says how many images to make."""
+
+    kind: ClassVar[str] = "none"
+    positional: ClassVar[str] = "count"
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return ()
+
+    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
+        if asked.arrays is not None and not len(asked.arrays):
+            asked = Asked(asked.labels, asked.prompts, None, asked.count)  # no arrays are what it takes
+        refuse_others(self, asked)
+        if asked.count is None:
+            raise ConditioningError(f"give count; {self.summarize()}")
+        return {}
+
+    def null(self, count: int) -> dict[str, np.ndarray] | None:
+        return None
+
+    def example(self, count: int) -> dict[str, np.ndarray]:
+        return {}
+
+    def describe(self, conditioning: Conditioning, index: int) -> dict[str, Any]:
+        return {}
+
+    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
+        if asked != Asked() or any(descriptions):
+            raise ConditioningError("nothing steers these images; give nothing")
+        return Asked(count=len(descriptions))
+
+    def title(self, conditioning: Conditioning, index: int) -> str:
+        return ""
+
+    def summarize(self) -> str:
+        return "nothing steers these images, a call takes their count"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_json(cls, body: dict[str, Any]) -> "Unconditional":
+        require_keys(cls.kind, body)
+        return cls()
