@@ -24,6 +24,7 @@ import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import PRECISIONS
 from piflow_edge.distill.sources import StudentModel, load_student
+from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.evaluation.comparison import default_features, evaluation_labels, machine
 from piflow_edge.evaluation.metrics import FeatureSet, frechet_distance
 from piflow_edge.export.to_bundle import export_bundle
@@ -133,7 +134,7 @@ def timed(folder: Path, batches, repeats: int) -> dict:
 
 def profile(folder: Path, precision: str, batch: int, calls: int = 3) -> dict:
     """Share of a call's time by operator, as ONNX Runtime measures it; the largest first, those below 1 % left out."""
-    import onnxruntime as ort
+    ort = import_onnxruntime()
 
     manifest = Bundle(folder).manifest
     x_t = pf.philox_normal(0, range(batch), manifest.latent.shape)

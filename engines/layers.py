@@ -3,7 +3,8 @@
 import numpy as np
 
 from piflow_edge.engines import Graph
-from piflow_edge.engines.ort import give_weights, runtime
+from piflow_edge.engines.ort import give_weights
+from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import EngineError, MissingExtraError
 
 
@@ -19,7 +20,7 @@ def layer_values(graph: Graph, inputs: dict[str, np.ndarray], names: list[str]) 
         MissingExtraError: onnx or onnxruntime is not installed.
         EngineError: ONNX Runtime cannot open or run the graph.
     """
-    onnx, ort = _onnx(), runtime()
+    onnx, ort = _onnx(), import_onnxruntime()
     model = onnx.load_from_string(graph.model)
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)

@@ -8,43 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from piflow_edge.engines import Choice, Engine, EngineOptions, Graph, placement
+from piflow_edge.engines import Choice, Engine, EngineOptions, Graph, ort_package, placement
 from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
 
 log = logging.getLogger(__name__)
 
 _CPU_PROVIDER = "CPUExecutionProvider"
-# Distributions of ONNX Runtime. Each fills the same folder, so that of two the last one installed wins, half and half.
-PACKAGES = (
-    "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-trt-rtx",
-)  # fmt: skip
-
-
-def runtime(package: str = "'piflow-edge[cpu]'", engine: str = "ort-cpu", also: str = ""):
-    """The onnxruntime module.
-
-    Args:
-        package: what pip is told to install, for the error.
-        engine: that needs it, for the error.
-        also: what the error adds.
-
-    Raises:
-        MissingExtraError: it is not installed, or cannot be imported.
-    """
-    try:
-        import onnxruntime
-
-        onnxruntime.InferenceSession  # noqa: B018 - where a package was half removed, an empty folder can be imported
-    except Exception as error:  # a broken one raises whatever it stumbles over
-        names = installed()
-        reason = f", and what is here does not load ({error})" if names else ""
-        command = f"pip install {package}"
-        if names:  # else pip finds it installed, and does nothing
-            command = f"pip uninstall -y {' '.join(names)} && {command}"
-        raise MissingExtraError(
-            f"engine {engine!r} needs onnxruntime{reason}; get it with: {command}{also}"
-        ) from error
-    return onnxruntime
 
 
 def give_weights(settings, graph: Graph) -> None:
@@ -53,13 +22,6 @@ def give_weights(settings, graph: Graph) -> None:
         names, contents = list(graph.weights), list(graph.weights.values())
         sizes = [len(content) for content in contents]
         settings.add_external_initializers_from_files_in_memory(names, contents, sizes)
-
-
-def installed() -> list[str]:
-    """Which of ONNX Runtime's `PACKAGES` are installed."""
-    from piflow_edge.system.hardware import versions  # late: slow to import what it asks
-
-    return list(versions(PACKAGES))
 
 
 class OrtEngine:
@@ -105,7 +67,7 @@ class OrtEngine:
         """
         if (reason := cls._elsewhere()) is not None:
             raise EngineError(reason)
-        ort = runtime(cls.package, cls.name, cls._also())
+        ort = ort_package.import_onnxruntime(cls.package, cls.name, cls._also())
         if (reason := cls._missing(ort)) is not None:
             raise MissingExtraError(reason)
         return ort
@@ -129,7 +91,7 @@ class OrtEngine:
     def _missing(cls, ort) -> str | None:
         if cls.provider in ort.get_available_providers():
             return None
-        here = installed()
+        here = ort_package.find_installed_packages()
         remove = f"pip uninstall -y {' '.join(here)} && " if here else ""
         several = f"{' and '.join(here)} are both installed and overwrite each other; " if here[1:] else ""
         return (

@@ -10,15 +10,17 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
-from onnxruntime.transformers.float16 import convert_float_to_float16
-from onnxruntime.transformers.onnx_model import OnnxModel
 
 from piflow_edge.engines import Graph
 from piflow_edge.engines.layers import layer_values
+from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.calibration import Conversion, Inputs
 from piflow_edge.export.compact import compact
 from piflow_edge.export.large import check, graph_of, model_of, types
+
+_convert_float_to_float16 = import_part("transformers.float16").convert_float_to_float16
+_OnnxModel = import_part("transformers.onnx_model").OnnxModel
 
 # Calibration cannot see every input: half of fp16's range is left as headroom.
 _FP16_LARGEST = float(np.finfo(np.float16).max) / 2
@@ -53,11 +55,11 @@ def to_fp16(graph: Graph, batches: Sequence[Inputs], *, exact_outputs: bool = Tr
                 kept.setdefault(node, f"leads to output {output.name}")
     _unshare_weights(model, kept)
     # Of inputs and outputs too, which become round trips where the node behind is kept; those go again.
-    model = convert_float_to_float16(model, keep_io_types=True, node_block_list=list(kept))
-    OnnxModel(model).topological_sort()  # the converter appends its casts at the end
+    model = _convert_float_to_float16(model, keep_io_types=True, node_block_list=list(kept))
+    _OnnxModel(model).topological_sort()  # the converter appends its casts at the end
     model.graph.ClearField("value_info")  # and notes types that it then changes
     _drop_round_trips(model)
-    OnnxModel(model).topological_sort()
+    _OnnxModel(model).topological_sort()
     compact(model, known)
     half = graph_of(model)
     check(half)

@@ -7,24 +7,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
 
 from piflow_edge.engines import Graph
+from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.calibration import Conversion, Inputs
 from piflow_edge.export.compact import compact
 from piflow_edge.export.large import check, graph_of, save
 
+quantization = import_part("quantization")
 log = logging.getLogger(__name__)
 
 
-class _Batches(CalibrationDataReader):
+class _Batches(quantization.CalibrationDataReader):
     def __init__(self, batches: Sequence[Inputs]):
         self._left = iter(batches)
 
@@ -97,7 +92,7 @@ def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded:
         per_channel=True,
         # 7 bits: on CPUs without VNNI two 8-bit products overflow the 16 bits in which they are added.
         reduce_range=True,
-        weight_type=QuantType.QInt8,
+        weight_type=quantization.QuantType.QInt8,
         op_types_to_quantize=["MatMul", "Gemm"],
         # The dynamic tool makes a MatMul of a Gemm first, and asks for that one's name.
         use_external_data_format=bool(graph.weights),
@@ -107,12 +102,12 @@ def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded:
         source, out = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         save(graph, source)
         if static:
-            quantize_static(
+            quantization.quantize_static(
                 source,
                 out,
                 _Batches(batches),
-                quant_format=QuantFormat.QDQ,
-                activation_type=QuantType.QInt8,
+                quant_format=quantization.QuantFormat.QDQ,
+                activation_type=quantization.QuantType.QInt8,
                 extra_options={
                     # Symmetric, as TensorRT wants it. Attention's own products have no weights to shrink.
                     "ActivationSymmetric": True,
@@ -124,7 +119,7 @@ def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded:
                 **settings,
             )
         else:
-            quantize_dynamic(source, out, extra_options={"MatMulConstBOnly": True}, **settings)
+            quantization.quantize_dynamic(source, out, extra_options={"MatMulConstBOnly": True}, **settings)
         model = onnx.load(out)  # with the weights of a file beside it
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):

@@ -39,7 +39,7 @@ from piflow_edge.distill.networks.heads import head_to_json
 from piflow_edge.distill.sources import StudentModel, student_from_checkpoint
 from piflow_edge.engines import Graph
 from piflow_edge.engines.layers import first_non_finite
-from piflow_edge.engines.ort import runtime
+from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import BundleError, CheckFailedError, DataError, ScheduleError
 from piflow_edge.export.calibration import ENGINE, Calibration
 from piflow_edge.export.decoder_graph import decoder_spec, export_decoder
@@ -127,7 +127,7 @@ def export_bundle(
         CheckFailedError: the exported graph does not reproduce PyTorch, or gives NaN; nothing is left behind.
     """
     folder = Path(folder)
-    runtime()  # missing, it would be missed only after the work is done
+    import_onnxruntime()  # missing, it would be missed only after the work is done
     if not (isinstance(eps, numbers.Real) and 0 < eps < math.inf):
         raise ScheduleError(f"eps is above 0, and finite; got {eps!r}")
     check_temperature(temperature)
@@ -330,7 +330,7 @@ def _manifest(
                 "piflow-edge": piflow_edge.__version__,
                 "python": platform.python_version(),
                 **{package: version(package) for package in ("torch", "onnx", "onnxscript")},
-                "onnxruntime": runtime().__version__,
+                "onnxruntime": import_onnxruntime().__version__,
             },
         },
         tolerances={precision: TOLERANCES[precision] for precision in precisions},

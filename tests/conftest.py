@@ -6,6 +6,8 @@ import os
 import numpy as np
 import pytest
 
+# Tests that import onnxruntime themselves send nothing either.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore = [] if HAS_TORCH else ["distill", "export"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from piflow_edge.bundle.folder import demo_bundle
-from piflow_edge.engines import ort, placement
+from piflow_edge.engines import ort, ort_package, placement
 from piflow_edge.errors import BundleError, EngineError, MissingExtraError, PiFlowError
 from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu
@@ -29,7 +29,7 @@ from .nvidia_findings import driver_cuda_version, jetson_findings, missing_libra
 from .package_findings import package_findings, python_finding
 
 _PACKAGES = (
-    "piflow-edge", "numpy", "pillow", "click", "rich", "array-api-compat", *ort.PACKAGES, "openvino",
+    "piflow-edge", "numpy", "pillow", "click", "rich", "array-api-compat", *ort_package.PACKAGES, "openvino",
     *NVIDIA_PACKAGES[1:], "torch", "onnx", "diffusers",
 )  # fmt: skip
 # Sends the network to a cloud service; nothing here uses it, and it loads without one.
@@ -61,6 +61,7 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
         python_finding(sys.version_info),
         *package_findings(installed),
         runtime_finding(installed),
+        *telemetry_finding(installed),
         *provider_findings(installed),
         kernel_finding(),
         *nvidia_findings(installed),
@@ -75,7 +76,7 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
 
 def runtime_finding(installed: dict[str, str]) -> Finding:
     """Whether ONNX Runtime is there, and once: all of its packages write into the same folder."""
-    names = [name for name in ort.PACKAGES if name in installed]
+    names = [name for name in ort_package.PACKAGES if name in installed]
     here = [f"{name} {installed[name]}" for name in names]
     if len(here) > 1:
         extra = "cuda" if nvidia_gpus() else "cpu"
@@ -88,9 +89,20 @@ def runtime_finding(installed: dict[str, str]) -> Finding:
     return Finding("onnxruntime", OK, here[0])
 
 
+def telemetry_finding(installed: dict[str, str]) -> list[Finding]:
+    """Whether ONNX Runtime's telemetry is off, as piflow-edge leaves it unless the user has asked for it."""
+    if not any(name in installed for name in ort_package.PACKAGES):
+        return []
+    variable = ort_package.TELEMETRY_VARIABLE
+    if ort_package.is_telemetry_off():
+        return [Finding("telemetry", OK, "off: piflow-edge turns ONNX Runtime's off before it is loaded")]
+    detail = f"{variable}={os.environ[variable]} leaves it on: ONNX Runtime from 1.29 on sends usage data"
+    return [Finding("telemetry", WARNING, detail, f"unset {variable}")]
+
+
 def provider_findings(installed: dict[str, str]) -> list[Finding]:
     """Which of ONNX Runtime's providers really load: each is given a network to open and run."""
-    packages = [name for name in ort.PACKAGES if name in installed]
+    packages = [name for name in ort_package.PACKAGES if name in installed]
     if not packages:
         return []
     command = f"pip install --force-reinstall {' '.join(packages)}"
@@ -100,7 +112,7 @@ def provider_findings(installed: dict[str, str]) -> list[Finding]:
         detail = f"onnxruntime ends the process that imports it, with {reason}"
         return [Finding("providers", PROBLEM, detail, command)]
     try:
-        onnxruntime = ort.runtime()
+        onnxruntime = ort_package.import_onnxruntime()
     except MissingExtraError as error:
         return [Finding("providers", PROBLEM, f"onnxruntime cannot be imported: {error.__cause__}", command)]
     if hasattr(onnxruntime, "preload_dlls"):  # as the engine does: finds CUDA and cuDNN where pip puts them
@@ -120,7 +132,8 @@ def crash_of_runtime() -> str | None:
 
     A library cut short, or made for another processor, ends the process and leaves no word.
     """
-    code = subprocess.run([sys.executable, "-c", "import onnxruntime"], capture_output=True).returncode
+    program = "from piflow_edge.engines.ort_package import import_onnxruntime as load; load()"
+    code = subprocess.run([sys.executable, "-c", program], capture_output=True).returncode
     if code >= 0:  # on Windows always: there a crash shows as the number of an exception
         return f"error {code:#x}" if code > 0xFFFF else None
     return signal.Signals(-code).name

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from piflow_edge.engines import trt_versions
+from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.nvidia import driver_cuda_version
@@ -208,7 +209,7 @@ def _power_mode() -> Finding:
 def onnxruntime_cuda() -> str | None:
     """The CUDA that the onnxruntime-gpu installed here was built for, such as "13.0"; None if it does not say."""
     try:
-        from onnxruntime.capi import build_and_package_info
+        build_and_package_info = import_part("capi.build_and_package_info")
     except ImportError:
         return None
     return getattr(build_and_package_info, "cuda_version", None) or None

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from piflow_edge.engines.ort import runtime
+from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import FeatureError
 from piflow_edge.system.files import sha256
 
@@ -99,7 +99,7 @@ class OnnxFeatures:
     """
 
     def __init__(self, path: Path, *, value_range: str | None = None):
-        ort = runtime()
+        ort = import_onnxruntime()
         try:
             digest = sha256(path.read_bytes())
         except OSError as error:

@@ -79,6 +79,7 @@ def model_config(manifest: Manifest, name: str, max_batch: int) -> str:
     if manifest.conditioning.kind == "class":
         inputs.append(_tensor("class_labels", "TYPE_INT64", (1,), _ONE_NUMBER))
     return (
+        "# Start the server with ORT_DISABLE_TELEMETRY=1 in its environment, or ONNX Runtime may send usage data.\n"
         f'name: "{name}"\nbackend: "onnxruntime"\ndefault_model_filename: "model.onnx"\nmax_batch_size: {max_batch}\n'
         f"input [\n  {', '.join(inputs)}\n]\noutput [\n  {', '.join(outputs)}\n]\ndynamic_batching {{ }}\n"
     )

@@ -13,7 +13,7 @@ from piflow_edge import demo_bundle
 from piflow_edge.doctor import examination as doctor
 from piflow_edge.doctor import package_findings
 from piflow_edge.doctor.findings import OK, PROBLEM, WARNING
-from piflow_edge.engines import ort, placement
+from piflow_edge.engines import ort_package, placement
 from piflow_edge.kernels import cpu
 from tests.commands.test_cli import run
 
@@ -213,7 +213,7 @@ def test_an_engine_that_is_missing_is_no_fault_of_the_bundle():
     )
     assert finding.status == PROBLEM and finding.fix == "use another --engine or --device"
     pytest.importorskip("onnxruntime")
-    if "onnxruntime-openvino" not in ort.installed():
+    if "onnxruntime-openvino" not in ort_package.find_installed_packages():
         finding = doctor.bundle_finding(demo_bundle(), engine="openvino")
         assert finding.fix.endswith("pip install onnxruntime-openvino")
 

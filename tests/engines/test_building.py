@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.engines import EngineOptions, Graph, building, engine_cache, ort, ort_compile, ort_cuda
+from piflow_edge.engines import (
+    EngineOptions,
+    Graph,
+    building,
+    engine_cache,
+    ort_compile,
+    ort_cuda,
+    ort_package,
+)
 from piflow_edge.engines.build_memory import Memory
 from piflow_edge.engines.build_targets import Batch, targets
 from piflow_edge.engines.building import BuildSettings, plan
@@ -169,7 +177,7 @@ class PretendedRuntime:
 def provider(request, monkeypatch):
     def install(**settings):
         made = PretendedRuntime(ort_compile.BACKENDS[request.param].provider, **settings)
-        monkeypatch.setattr(ort, "runtime", lambda *names: made)
+        monkeypatch.setattr(ort_package, "import_onnxruntime", lambda *names: made)
         return request.param, made
 
     return install

@@ -23,6 +23,7 @@ from piflow_edge.engines import (
     open_engine,
     ort,
     ort_cuda,
+    ort_package,
     placement,
 )
 from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
@@ -130,7 +131,7 @@ def test_a_provider_that_is_not_installed_is_an_error_with_a_command(name, monke
 )  # fmt: skip
 def test_what_to_install_for_a_gpu_fits_the_machine(monkeypatch, jetson, driver, words):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(ort, "installed", list)
+    monkeypatch.setattr(ort_package, "find_installed_packages", list)
     monkeypatch.setattr(ort_cuda, "jetson_release", lambda: jetson)
     monkeypatch.setattr(nvidia, "driver_cuda_version", lambda: driver)
     with pytest.raises(MissingExtraError) as error:
@@ -162,7 +163,7 @@ def test_a_provider_of_another_system_is_not_to_be_installed(name, words):
 
 def test_two_onnxruntimes_are_named(monkeypatch):
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(ort, "installed", lambda: ["onnxruntime", "onnxruntime-gpu"])
+    monkeypatch.setattr(ort_package, "find_installed_packages", lambda: ["onnxruntime", "onnxruntime-gpu"])
     monkeypatch.setattr(ort_cuda.OrtCUDA, "provider", "NoSuchProvider")
     words = "both installed and overwrite each other; .*pip uninstall -y onnxruntime onnxruntime-gpu && pip install"
     with pytest.raises(MissingExtraError, match=words):
@@ -201,8 +202,7 @@ class OnCPU:
     """A session of ONNX Runtime 1.23, which does not tell that its provider took no node."""
 
     def __init__(self, model, settings, providers, enable_fallback):
-        import onnxruntime
-
+        onnxruntime = ort_package.import_onnxruntime()
         self._session = onnxruntime.capi.onnxruntime_inference_collection.InferenceSession(model, settings)
         for name in ("get_inputs", "get_outputs", "run", "end_profiling"):
             setattr(self, name, getattr(self._session, name))

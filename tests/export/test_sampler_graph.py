@@ -97,8 +97,9 @@ def test_colour_latents_and_their_scale_become_images(tmp_path):
 
 # What an app would write in any other language: a session, two inputs, two outputs.
 BARE = """
-import sys
+import os, sys
 import numpy as np
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import onnxruntime as ort
 
 graph, inputs, outputs = sys.argv[1:]
@@ -183,6 +184,7 @@ def test_a_sampler_that_differs_from_the_runtime_is_not_exported(tmp_path, monke
 
 
 NODE = """
+process.env.ORT_DISABLE_TELEMETRY = "1";
 const ort = require("onnxruntime-node"), fs = require("fs");
 const floats = (file) => new Float32Array(new Uint8Array(fs.readFileSync(file)).buffer);
 (async () => {

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from piflow_edge.engines.ort_package import import_onnxruntime
+
 SURFACE = json.loads((Path(__file__).parents[1] / "golden" / "tensorrt_surface.json").read_text())
 RELEASES = SURFACE["Builder"]["__init__"]["(logger)"]
 # For sitecustomize.py: installs it. Policies stay on the CPU, for the pretended GPU has few mixtures.
@@ -316,7 +318,7 @@ class Runtime:
         if plan["release"] != self._trt.__version__:
             self._logger.log(_ERROR, f"engine of {plan['release']}")
             return None
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
 
         engine = self._trt.ICudaEngine.__new__(self._trt.ICudaEngine)
         options = onnxruntime.SessionOptions()

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from piflow_edge.bundle.folder import Bundle
+from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import BundleError
 from piflow_edge.runtime.triton import write_model
 from tests.conftest import make_student
@@ -17,13 +18,14 @@ TENSOR = re.compile(
 
 
 def test_names_types_and_shapes_are_those_of_the_graph(latent_bundle, tmp_path):
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     folder = write_model(Bundle(latent_bundle), tmp_path / "models", nfe=2, max_batch=8)
     assert {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()} == {
         "models/latent-nfe2/config.pbtxt", "models/latent-nfe2/1/model.onnx",
     }  # fmt: skip
     config = (folder / "config.pbtxt").read_text()
+    comment, _, config = config.partition("\n")
+    assert comment.startswith("# ") and "ORT_DISABLE_TELEMETRY=1" in comment
     assert config.startswith('name: "latent-nfe2"\n') and "max_batch_size: 8\n" in config
     session = onnxruntime.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
     graph = {x.name: (x.type, x.shape[1:]) for x in [*session.get_inputs(), *session.get_outputs()]}
