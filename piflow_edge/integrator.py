@@ -3,17 +3,14 @@
 import logging
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from .arrays import array_namespace
+from .arrays import Array, array_namespace
 from .errors import EngineError, ScheduleError, ShapeError
 from .kernels import cpu
 from .policies import DXPolicy, Policy
 from .schedule import segment_sigmas
-
-Array = Any  # an array of any library that follows the array API standard
 
 KERNELS = ("auto", "reference", "cpu", "cuda")
 SOLVERS = ("euler", "multistep")

@@ -5,19 +5,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from piflow_edge.kernels.device_arrays import DeviceArray
 
+from .arrays import Array
 from .errors import Cancelled, ScheduleError
 from .integrator import integrate
 from .kernels import gpu_arrays
 from .policies import GMPolicy, Policy
 from .schedule import Schedule, Segment, count_substeps, segment_sigmas, unwarp
-
-Array = Any  # an array of any library that follows the array API standard
 
 # Substeps between two looks at whether to go on. Cutting a rollout costs some 20 microseconds a piece.
 _WATCHED_SUBSTEPS = 16

@@ -8,13 +8,11 @@ import numbers
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
+from .arrays import Array
 from .errors import ScheduleError
-
-Array = Any  # an array of any library that follows the array API standard
 
 # Floor under the divisions of the re-noising rule; the value of the authors' FlowMapSDEScheduler.
 _RENOISE_EPS = 1e-6

@@ -59,7 +59,6 @@ KNOWN_IMPORTS = {
     "export.to_bundle -> package",
     "integrator -> kernels",
     "noise -> kernels",
-    "policies -> kernels",
     "runtime.request -> package",
     "sampling -> kernels",
 }

@@ -6,16 +6,16 @@ not listed, and the other way round. The published schema, `bundle.schema.json`,
 
 import json
 import types
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from piflow_edge.arrays import Array
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.errors import BundleError, PiFlowError
-from piflow_edge.policies import Array, DXPolicy, GMPolicy
+from piflow_edge.policies import DXPolicySpec, GMPolicySpec
 from piflow_edge.schedule import Schedule, is_temperature, published_temperature
 from piflow_edge.system.files import sha256
 
@@ -27,45 +27,6 @@ SIGNATURE = "bundle.sig"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")
 # A manifest is a few kilobytes; anything this large is no manifest.
 MANIFEST_LIMIT = 1 << 20
-
-
-@dataclass(frozen=True)
-class GMPolicySpec:
-    """A GM policy's fixed numbers. `num_components`: K. `eps`: its floor; see `GMPolicy`."""
-
-    kind: Literal["gm"]
-    num_components: int
-    eps: float
-
-    outputs: ClassVar[tuple[str, ...]] = ("means", "logweights", "logstds")
-
-    def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> GMPolicy:
-        """The policy that the network's outputs at `x_src` (B, C, H, W) stand for."""
-        return GMPolicy(*(outputs[name] for name in self.outputs), x_src, sigma_src, eps=self.eps)
-
-
-@dataclass(frozen=True)
-class DXPolicySpec:
-    """A DX policy's fixed numbers. `num_nodes`: N. The others as in `DXPolicy`, fixed since training."""
-
-    kind: Literal["dx"]
-    num_nodes: int
-    segment_size: float
-    shift: float
-    mode: Literal["grid", "polynomial"]
-    eps: float
-
-    outputs: ClassVar[tuple[str, ...]] = ("grid",)
-
-    def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> DXPolicy:
-        """The policy that the network's output at `x_src` (B, C, H, W) stands for."""
-        settings = {
-            "segment_size": self.segment_size,
-            "shift": self.shift,
-            "mode": self.mode,
-            "eps": self.eps,
-        }
-        return DXPolicy(outputs["grid"], x_src, sigma_src, **settings)
 
 
 @dataclass(frozen=True)

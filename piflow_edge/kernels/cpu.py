@@ -10,16 +10,14 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from array_api_compat import is_torch_array
 
+from piflow_edge.arrays import Array
 from piflow_edge.errors import EngineError, ShapeError
 from piflow_edge.policies import DXPolicy, GMPolicy
 from piflow_edge.system.hardware import available_cores
-
-Array = Any  # a NumPy array or a torch CPU tensor
 
 ABI_VERSION = 2
 _HALF_OR_SINGLE = ("float32", "float16", "bfloat16")

@@ -8,16 +8,14 @@ first rollout along a schedule, whose noise levels are copied to it: make one be
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from piflow_edge.arrays import Array
 from piflow_edge.errors import EngineError, ScheduleError, ShapeError
 
 from . import nvidia
 from .device_arrays import FORMATS, is_on_gpu, stream_of, view
-
-Array = Any  # an array in GPU memory: of torch, CuPy, ONNX Runtime, ...
 
 # As in rollout.cu and gm_rollout.h.
 REGISTERS, SHARED, LOCAL = range(3)

@@ -27,6 +27,9 @@ SOURCE = nvidia.SOURCE.with_name("arrays.cu")
 
 float32, float64, uint8, int64 = "float32", "float64", "uint8", "int64"
 
+# A policy may therefore work out what it needs late; see `policies/base.py`.
+RECORDS_GRADIENTS = False
+
 _THREADS = 128
 _AXES = 6
 # As in arrays.cu.

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from piflow_edge.arrays import Array
 from piflow_edge.bundle.manifest import LatentSpec
 from piflow_edge.errors import ShapeError
-
-Array = Any  # NumPy's, or in a GPU's memory
 
 
 def decode(latents: Array, spec: LatentSpec | None = None) -> np.ndarray:
