@@ -10,6 +10,7 @@ import ctypes
 import logging
 import math
 import threading
+import weakref
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -84,25 +85,27 @@ class _Lent:
     """
 
     def __init__(self, device: Place, size: int):
-        self._device, self._memory = device, _kept_one(device, size)
-        if self._memory is None:
+        memory = _kept_one(device, size)
+        if memory is None:
             try:
-                self._memory = nvidia.Memory(device.ordinal, size)
+                memory = nvidia.Memory(device.ordinal, size)
             except EngineError:
                 release(device.ordinal)  # arrays of other sizes, which nobody uses, may be what is missing
-                self._memory = nvidia.Memory(device.ordinal, size)
-        self.pointer = self._memory.pointer
+                memory = nvidia.Memory(device.ordinal, size)
+        self.pointer = memory.pointer
+        # Not `__del__`, which runs at the end of the process too, when this module's names are gone.
+        weakref.finalize(self, _return, device, memory).atexit = False
 
-    def __del__(self):
-        if getattr(self, "_memory", None) is None:
-            return
-        _returned.put((self._device, self._memory))
-        if _lock.acquire(blocking=False):
-            try:
-                dropped = _take_back()
-            finally:
-                _lock.release()
-            del dropped  # freed outside the lock
+
+def _return(device: Place, memory: nvidia.Memory) -> None:
+    """Keep the memory of an array that is gone for the next one."""
+    _returned.put((device, memory))
+    if _lock.acquire(blocking=False):
+        try:
+            dropped = _take_back()
+        finally:
+            _lock.release()
+        del dropped  # freed outside the lock
 
 
 def _kept_one(device: Place, size: int) -> nvidia.Memory | None:

@@ -6,6 +6,7 @@ all that is wanted of it. Everything is imported when first used. Errors leave a
 
 import ctypes
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,6 +211,22 @@ def launch(
         _done(driver.cuLaunchKernel(function, *grid, driver.CUstream(stream), ctypes.addressof(arguments), 0))
 
 
+def _give_back(owner, ordinal: int, call: Callable[..., object], handle) -> weakref.finalize:
+    """Let `call(driver, handle)` give back what `owner` holds: once, when called or when `owner` is gone.
+
+    Not at the end of the process: the driver takes everything back then, and modules and contexts that the call needs
+    may be gone. A `__del__` would run all the same, and fail.
+    """
+
+    def give_back() -> None:
+        with current(ordinal) as driver:
+            call(driver, handle)
+
+    finalizer = weakref.finalize(owner, give_back)
+    finalizer.atexit = False
+    return finalizer
+
+
 class Memory:
     """Bytes in a GPU's memory, at the number `pointer`; given back by `free` or with the object.
 
@@ -228,18 +245,12 @@ class Memory:
                     f"more ({status.name}); use smaller batches, or end what else runs on it"
                 )
         self.pointer = int(pointer)
+        self._free = _give_back(self, ordinal, lambda driver, at: driver.cuMemFree(at), self.pointer)
 
     def free(self) -> None:
-        """Give it back, once the GPU has done what it was told. May be called twice."""
-        pointer, self.pointer = self.pointer, 0
-        # When the process ends the driver may be gone already.
-        if pointer and not sys.is_finalizing():
-            with current(self.ordinal) as driver:
-                driver.cuMemFree(pointer)
-
-    def __del__(self):
-        if hasattr(self, "pointer"):
-            self.free()
+        """Give it back, once the GPU has done what was queued. May be called twice."""
+        self.pointer = 0
+        self._free()
 
 
 class _Buffer(Memory):
@@ -323,17 +334,14 @@ class Stream:
         with current(ordinal) as driver:
             flag = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
             self.handle = int(_done(driver.cuStreamCreate(flag)))
+        self._destroy = _give_back(
+            self, ordinal, lambda driver, queue: driver.cuStreamDestroy(driver.CUstream(queue)), self.handle
+        )
 
     def close(self) -> None:
         """Give it back; what is queued is still done. May be called twice."""
-        handle, self.handle = self.handle, 0
-        if handle and not sys.is_finalizing():
-            with current(self.ordinal) as driver:
-                driver.cuStreamDestroy(driver.CUstream(handle))
-
-    def __del__(self):
-        if hasattr(self, "handle"):
-            self.close()
+        self.handle = 0
+        self._destroy()
 
 
 def after(ordinal: int, stream: int, other: int) -> None:
@@ -360,7 +368,7 @@ class Recording:
     """
 
     def __init__(self, ordinal: int, stream: int, work: Callable[[], None]):
-        self.ordinal, self._executable = ordinal, None
+        self.ordinal = ordinal
         with current(ordinal) as driver:
             queue = driver.CUstream(stream)
             # Of this thread alone: others may allocate meanwhile.
@@ -375,6 +383,9 @@ class Recording:
                 self._executable = _done(driver.cuGraphInstantiate(graph, 0))
             finally:
                 driver.cuGraphDestroy(graph)
+        self._destroy = _give_back(
+            self, ordinal, lambda driver, executable: driver.cuGraphExecDestroy(executable), self._executable
+        )
 
     def launch(self, stream: int) -> None:
         """Queue it on any stream."""
@@ -383,11 +394,5 @@ class Recording:
 
     def free(self) -> None:
         """Give its memory back, once it has run. May be called twice."""
-        executable, self._executable = self._executable, None
-        if executable is not None and not sys.is_finalizing():
-            with current(self.ordinal) as driver:
-                driver.cuGraphExecDestroy(executable)
-
-    def __del__(self):
-        if hasattr(self, "_executable"):
-            self.free()
+        self._executable = None
+        self._destroy()

@@ -235,6 +235,17 @@ assert count("bytes") == 0
     )
 
 
+def test_a_process_that_leaves_an_engine_open_ends_without_a_word(run):
+    done = run(
+        """
+engine = opened()
+for seed in range(3):
+    kept = engine.run({n: OnGpu(a, 0) for n, a in small_network.inputs(2, seed)[0].items()})
+"""
+    )
+    assert done.stderr == ""
+
+
 def test_many_batch_sizes_and_threads_leave_memory_bounded(run):
     run(
         """

@@ -46,4 +46,5 @@ def run_on_fake_driver(folder, *command, code=0, **environment):
     words = [sys.executable, *map(str, command)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Exception ignored" not in done.stderr, done.stderr  # what a `__del__` or a finaliser raised
     return done

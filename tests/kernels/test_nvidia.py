@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.pretended_gpu import fake_driver, run_on_fake_driver
+from tests.helpers.pretended_gpu import ROOT, fake_driver, run_on_fake_driver
 
 CODE = """
 import ctypes
@@ -122,3 +122,31 @@ bfloat16 = DeviceArray(memory.pointer, "bfloat16", (16,), 0, memory)
 assert not hasattr(bfloat16, "__cuda_array_interface__") and view("x", bfloat16, 0) is bfloat16
 """
     )
+
+
+def test_a_process_that_used_the_gpu_ends_without_a_word(run):
+    done = run(
+        """
+from piflow_edge.kernels import gpu_arrays as xp
+
+nvidia.compiled = lambda arch, defines, source: b"arrays"
+place = xp.place(0)  # a stream for the life of the process
+array = xp.asarray(np.ones(4, np.float32), device=place) + 1
+_ = array * 2  # whose memory is kept for the next array
+buffer = nvidia.uploaded(0, bytes(16))
+stream, memory = nvidia.Stream(0), nvidia.Memory(0, 16)
+recording = nvidia.Recording(0, stream.handle, lambda: nvidia.fill(0, memory.pointer, 1, 16, stream.handle))
+circle = [memory, recording]
+circle.append(circle)
+import sys
+sys.held_to_the_end = [nvidia.Memory(0, 16), nvidia.Stream(0), array, circle]
+"""
+    )
+    assert done.stderr == ""
+
+
+def test_no_class_cleans_up_by_del():
+    # It runs at the end of the process too, when the names that it uses are gone: use weakref.finalize.
+    for folder in ("piflow_edge", "engines", "export"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert "def __del__" not in file.read_text(), file
