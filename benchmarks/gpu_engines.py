@@ -32,10 +32,10 @@ if find_spec("piflow_edge.engines") is None:  # not installed: the folder lies b
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.engines import ENGINES, building
-from piflow_edge.engines.build_targets import targets
 from piflow_edge.errors import PiFlowError
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.device_arrays import DeviceArray
+from piflow_edge.runtime.graphs import find_targets
 from piflow_edge.system.hardware import power_state, versions
 
 PACKAGES = ("piflow-edge", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu12-libs",
@@ -146,7 +146,7 @@ def built(bundle, engine, precision, batches, own_kernels):
     own_kernels &= engine == "tensorrt"
     settings = building.BuildSettings(engine=engine, batch=batch, own_kernels=own_kernels)
     reports = []
-    for target in targets(bundle, precision=precision):
+    for target in find_targets(bundle, precision=precision):
         report = building.build(building.plan(target, settings), settings, say=say)
         facts = {"graph": target.name, "built_now": report.built, "engine_bytes": report.bytes}
         reports.append({**facts, **report.facts, "key": vars(report.plan.key)})

@@ -144,7 +144,9 @@ def profile(folder: Path, precision: str, batch: int, calls: int = 3) -> dict:
         settings.enable_profiling, settings.profile_file_prefix = True, str(Path(place) / "profile")
         settings.log_severity_level = 3
         session = ort.InferenceSession(
-            Bundle(folder).graph(precision).model, settings, providers=["CPUExecutionProvider"]
+            Bundle(folder).read_network("student", precision).model,
+            settings,
+            providers=["CPUExecutionProvider"],
         )
         session.run(None, inputs)
         warm = time.perf_counter()

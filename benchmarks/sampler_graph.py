@@ -21,12 +21,13 @@ import numpy as np
 
 import piflow_edge as pf
 from piflow_edge.engines import open_engine
+from piflow_edge.runtime.graphs import read_graph
 
 
 def contenders(generator, nfe, batch):
     """The same images by the runtime and by the graph."""
     opened = generator.bundle
-    graph = open_engine(opened.sampler(nfe))
+    graph = open_engine(read_graph(opened, f"sampler.nfe{nfe}"))
     labels = np.arange(batch) % len(generator.class_names)
     noise = pf.philox_normal(0, range(batch), opened.manifest.latent.shape)
     inputs = {"noise": noise, "class_labels": labels}

@@ -1,15 +1,13 @@
-"""What there is to build of a bundle: its graphs, and the batch sizes an engine is made for."""
+"""What an engine is built of: a graph with the shapes of its inputs, and the batch sizes it is made for."""
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import TensorSpec, decoder_file, sampler_file
 from piflow_edge.engines import Graph
-from piflow_edge.errors import BundleError, EngineError
-
-GRAPHS = ("student", "decoder", "sampler")
+from piflow_edge.errors import EngineError
 
 _ITEM_BYTES = {
     "float32": 4,
@@ -21,6 +19,17 @@ _ITEM_BYTES = {
     "int8": 1,
     "bool": 1,
 }
+
+
+class Tensor(Protocol):
+    """An input or output of a graph: the sizes of its axes, or "batch" for the first."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int | str]: ...
 
 
 @dataclass(frozen=True)
@@ -57,14 +66,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Target:
-    """One graph of a bundle. `inputs`, `outputs`: as far as the manifest tells."""
+    """One graph to build. `name`: for people. `file`: where it lies. `inputs`, `outputs`: as far as they are known."""
 
     name: str
     file: str
     graph: Graph
     precision: str
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
 
     def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Of the inputs, at a batch size."""
@@ -81,61 +90,5 @@ class Target:
         return {name: tuple(shapes[name] for shapes in sizes) for name in sizes[0]}
 
 
-def targets(
-    bundle: Bundle, *, graph: str | None = None, nfe: int | None = None, precision: str | None = None
-) -> list[Target]:
-    """The graphs to build: student and decoder, or the one that is named.
-
-    Args:
-        bundle: an exported folder.
-        graph: one of `GRAPHS`; None is the student, and the decoder where there is one.
-        nfe: calls of the sampler graph; None is the only one there is.
-        precision: one of the bundle's; None is its first.
-
-    Raises:
-        BundleError: the bundle has no such graph or precision.
-        EngineError: `graph`, `nfe` or `precision` that make no sense.
-    """
-    precision, manifest = bundle.precision(precision), bundle.manifest
-    if graph not in (None, *GRAPHS):
-        raise EngineError(f"graph is one of {', '.join(GRAPHS)}; got {graph!r}")
-    if nfe is not None and graph != "sampler":
-        raise EngineError("nfe chooses among sampler graphs; give it with graph 'sampler'")
-    if precision == "int8":
-        raise EngineError(
-            "TensorRT has no int8 whose activations are scaled as they come; export with --precision int8-qdq"
-        )
-    if graph == "sampler":
-        if nfe is None and not manifest.samplers:
-            raise BundleError(
-                f"bundle {bundle.name!r} has no sampler graph; export it with --sampler-graph NFE"
-            )
-        if nfe is None and len(manifest.samplers) > 1:
-            has = ", ".join(map(str, manifest.samplers))
-            raise EngineError(
-                f"bundle {bundle.name!r} has sampler graphs of these calls: {has}; choose with nfe"
-            )
-        nfe = nfe or manifest.samplers[0]
-        model = bundle.sampler(nfe, precision)
-        state = ["batch", *manifest.latent.shape]
-        inputs = [TensorSpec("noise", "float32", state)]
-        inputs += [spec for spec in manifest.network.inputs if spec.name == "class_labels"]
-        if any(segment.renoises for segment in manifest.schedule.schedule(nfe=nfe).segments):
-            inputs.append(TensorSpec("renoise", "float32", [nfe - 1, *state]))
-        outputs = [TensorSpec("latents", "float32", state)]
-        return [
-            Target(f"sampler of {nfe} calls", sampler_file(nfe, precision), model, precision, inputs, outputs)
-        ]
-    found = []
-    if graph in (None, "student"):
-        network = manifest.network
-        found.append(Target("student", f"student.{precision}.onnx", bundle.graph(precision), precision,
-                            network.inputs, network.outputs))  # fmt: skip
-    if graph == "decoder" or (graph is None and manifest.decoder is not None):
-        model, spec = bundle.decoder(precision), manifest.decoder
-        found.append(Target("decoder", decoder_file(precision), model, precision, spec.inputs, spec.outputs))
-    return found
-
-
-def _sized(spec: TensorSpec, batch: int) -> tuple[int, ...]:
+def _sized(spec: Tensor, batch: int) -> tuple[int, ...]:
     return tuple(batch if size == "batch" else int(size) for size in spec.shape)

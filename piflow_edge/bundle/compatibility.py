@@ -122,9 +122,9 @@ def compatibility(bundle: Bundle) -> list[Answer]:
     opset = max(spec.opset for spec in specs)
     answers = []
     for precision in bundle.manifest.precisions:
-        graphs = [bundle.graph(precision).model]
+        graphs = [bundle.read_network("student", precision).model]
         if bundle.manifest.decoder is not None:
-            graphs.append(bundle.decoder(precision).model)
+            graphs.append(bundle.read_network("decoder", precision).model)
         dynamic = [name for name in _DYNAMIC_INT8 if any(_has_node(graph, name) for graph in graphs)]
         answers.append(_onnxruntime(precision, opset))
         answers += [_tensorrt(runtime, precision, opset, dynamic) for runtime in RUNTIMES]

@@ -8,16 +8,16 @@ hash matched.
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError
 from piflow_edge.system.files import sha256
 
-from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, decoder_file, parse_manifest, sampler_file
+from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, parse_manifest
 from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
 
 # Bytes that are read at a time to be hashed.
@@ -30,6 +30,19 @@ def demo_bundle() -> Path:
     On the command line it is called `digits`. Made by `make assets`.
     """
     return Path(__file__).parents[1] / "assets" / "digits"
+
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """An ONNX model whose checksums matched.
+
+    `model`: the bytes of the .onnx file. `weights`: content of the files it keeps weights in, by the name the model
+    gives them; empty unless it is too large for one file. `source`: the arguments of `piflow-edge build` that build it.
+    """
+
+    model: bytes
+    weights: Mapping[str, bytes]
+    source: str
 
 
 class Bundle:
@@ -99,47 +112,36 @@ class Bundle:
                 f"{name} in {self.folder} does not match its checksum in {MANIFEST}; copy it again or re-export"
             )
 
-    def graph(self, precision: str | None = None) -> Graph:
-        """The student network as ONNX; the first precision in the bundle unless one is named.
+    def read_network(self, name: str, precision: str | None = None) -> NetworkFiles:
+        """The files of one network, in the bundle's first precision unless one is named.
+
+        Args:
+            name: "student", "decoder", or "sampler.nfeN" for the whole sampler of N student calls.
+            precision: one of the bundle's.
 
         Raises:
-            BundleError: the bundle has no such precision, or its file was altered since the bundle was opened.
+            BundleError: the bundle has no such network or precision, or a file was altered since it was opened.
         """
         precision = self.precision(precision)
-        name = f"student.{precision}.onnx"
-        beside = [file for file in (f"{name}.data",) if file in self.manifest.files]
-        weights = {file: self.read(file) for file in beside}
-        return Graph(self.read(name), weights, source=self._source(precision))
+        self._check_network(name)
+        file = f"{name}.{precision}.onnx"
+        beside = [other for other in (f"{file}.data",) if other in self.manifest.files]
+        source = f"{shlex.quote(str(self.folder))} --precision {precision}"
+        if name.startswith("sampler."):
+            source += f" --graph sampler --nfe {name.removeprefix('sampler.nfe')}"
+        return NetworkFiles(self.read(file), {other: self.read(other) for other in beside}, source)
 
-    def decoder(self, precision: str | None = None) -> Graph:
-        """The decoder as ONNX, for the precisions of `graph`.
-
-        Raises:
-            BundleError: the bundle makes pixels, or was exported without a decoder; and as `graph`.
-        """
-        if self.manifest.decoder is None:
+    def _check_network(self, name: str) -> None:
+        if name == "decoder" and self.manifest.decoder is None:
             raise BundleError(f"bundle {self.name!r} has no decoder; export it with --autoencoder")
-        precision = self.precision(precision)
-        return Graph(self.read(decoder_file(precision)), source=self._source(precision))
-
-    def sampler(self, nfe: int, precision: str | None = None) -> Graph:
-        """The whole sampler of `nfe` student calls as ONNX, for the precisions of `graph`.
-
-        Raises:
-            BundleError: the bundle was exported without one of so many calls; and as `graph`.
-        """
-        if nfe not in self.manifest.samplers:
-            has = ", ".join(map(str, self.manifest.samplers)) or "none"
-            raise BundleError(
-                f"bundle {self.name!r} has no sampler graph of {nfe} calls, its graphs are: {has}; export it with "
-                f"--sampler-graph {nfe}"
-            )
-        precision = self.precision(precision)
-        source = f"{self._source(precision)} --graph sampler --nfe {nfe}"
-        return Graph(self.read(sampler_file(nfe, precision)), source=source)
-
-    def _source(self, precision: str) -> str:
-        return f"{shlex.quote(str(self.folder))} --precision {precision}"
+        if name.startswith("sampler."):
+            nfe = name.removeprefix("sampler.nfe")
+            if nfe not in map(str, self.manifest.samplers):
+                has = ", ".join(map(str, self.manifest.samplers)) or "none"
+                raise BundleError(
+                    f"bundle {self.name!r} has no sampler graph of {nfe} calls, its graphs are: {has}; export it with "
+                    f"--sampler-graph {nfe}"
+                )
 
     def precision(self, precision: str | None) -> str:
         """The named precision, or the bundle's first for None; BundleError if the bundle has no such one."""

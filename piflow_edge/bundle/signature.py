@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from piflow_edge.errors import BundleError, MissingExtraError, SigningKeyError
-from piflow_edge.system.files import sha256, write_atomic
+from piflow_edge.system.files import sha256
 
 from .manifest import SIGNATURE
 
@@ -49,26 +49,6 @@ class Signature:
         if not self.verified:
             return f"{self.fingerprint}, not checked: get 'piflow-edge[sign]'"
         return f"{self.fingerprint}, valid" + (", a trusted key" if self.trusted else "")
-
-
-def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> Signature:
-    """Sign a bundle in place, after checking all its files. An earlier signature is replaced.
-
-    Args:
-        folder: the bundle.
-        key: file with an Ed25519 private key in PEM, without a password.
-
-    Raises:
-        BundleError: not a bundle, or altered.
-        SigningKeyError: `key` is not such a file.
-        MissingExtraError: `cryptography` is not installed.
-    """
-    from .folder import Bundle  # which imports this module
-
-    private = SigningKey(key)
-    bundle = Bundle(folder)
-    write_atomic(bundle.folder / SIGNATURE, private.sign(bundle.manifest_bytes))
-    return Signature(private.fingerprint, verified=True, trusted=False)
 
 
 class SigningKey:

@@ -40,7 +40,7 @@ def build(
     """
     from piflow_edge.bundle.folder import Bundle
     from piflow_edge.engines import building
-    from piflow_edge.engines.build_targets import targets
+    from piflow_edge.runtime.graphs import find_targets
 
     settings = building.BuildSettings(
         engine=engine,
@@ -53,7 +53,7 @@ def build(
     opened = Bundle(bundle, trusted_keys=trusted_keys)
     plans = [
         building.plan(target, settings)
-        for target in targets(opened, graph=graph, nfe=nfe, precision=precision)
+        for target in find_targets(opened, graph=graph, nfe=nfe, precision=precision)
     ]
     if dry_run:
         _tell_plans(plans, as_json, {"bundle": str(bundle), "engine": engine})

@@ -24,9 +24,9 @@ def sign(bundle, key, as_json):
     Example:
       piflow-edge sign demo/bundles/digits-nfe1 --key key.pem
     """
-    from piflow_edge.bundle.signature import sign
+    from piflow_edge.bundle.signing import sign_bundle
 
-    signature = sign(bundle, key)
+    signature = sign_bundle(bundle, key)
     if as_json:
         emit({"bundle": str(bundle), "fingerprint": signature.fingerprint})
     else:

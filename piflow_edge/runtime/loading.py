@@ -52,6 +52,7 @@ def load(
     from piflow_edge.bundle.folder import Bundle
 
     from .generator import Generator
+    from .graphs import read_graph
 
     opened = Bundle(bundle, trusted_keys=trusted_keys)
     policy = opened.manifest.policy
@@ -59,14 +60,16 @@ def load(
         raise BundleError(
             f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
         )
-    network = open_engine(opened.graph(precision), engine=engine, device=device, options=options)
+    network = open_engine(
+        read_graph(opened, "student", precision), engine=engine, device=device, options=options
+    )
     decoder = None
     if opened.manifest.decoder is not None:
         # "auto" chooses for the decoder too, on the same device: an engine may be built for the student alone.
         same = engine if engine == "auto" else network.name
         try:
             decoder = open_engine(
-                opened.decoder(precision), engine=same, device=network.device, options=options
+                read_graph(opened, "decoder", precision), engine=same, device=network.device, options=options
             )
         except BaseException:
             network.close()

@@ -45,7 +45,7 @@ def write_model(
     if max_batch < 1:
         raise BundleError(f"max_batch is 1 or more; got {max_batch}")
     nfe = bundle.manifest.schedule.nfe if nfe is None else nfe
-    graph = bundle.sampler(nfe, precision).model
+    graph = bundle.read_network(f"sampler.nfe{nfe}", precision).model
     if any(segment.renoises for segment in bundle.manifest.schedule.schedule(nfe=nfe).segments):
         raise BundleError(
             f"bundle {bundle.name!r} re-noises between calls: the graph takes that noise with the batch as its second "

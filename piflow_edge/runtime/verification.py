@@ -21,6 +21,7 @@ from piflow_edge.errors import BundleError, CheckFailedError, EngineError, Missi
 from piflow_edge.sampling import sample
 
 from .generator import Generator
+from .graphs import read_graph
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sig
     if not odd:
         return
     bundle, precision = generator.bundle, generator.precision
-    layer = _first_non_finite(bundle.graph(precision), generator.inputs(x_t, sigma, ids))
+    layer = _first_non_finite(read_graph(bundle, "student", precision), generator.inputs(x_t, sigma, ids))
     raise CheckFailedError(
         f"bundle {bundle.name!r} in {precision} gives NaN or infinity in {odd[0]} at noise level {sigma:.3g}; the "
         f"first layer to do so: {layer}"
@@ -127,7 +128,9 @@ def _decoded(generator: Generator, latents: np.ndarray) -> np.ndarray:
         return generator.decode(latents)
     except NotFiniteError as error:
         bundle, precision = generator.bundle, generator.precision
-        layer = _first_non_finite(bundle.decoder(precision), generator.decoding.inputs(latents))
+        layer = _first_non_finite(
+            read_graph(bundle, "decoder", precision), generator.decoding.inputs(latents)
+        )
         raise CheckFailedError(
             f"bundle {bundle.name!r} in {precision} gives NaN or infinity in its decoder; the first layer to do so: "
             f"{layer}"
@@ -176,7 +179,7 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
 
 def _sampler_engine(generator: Generator, nfe: int):
     """The sampler graph in the generator's engine, or where that knows no loops (OpenVINO) in ONNX Runtime's own."""
-    engine, graph = generator.engine, generator.bundle.sampler(nfe, generator.precision)
+    engine, graph = generator.engine, read_graph(generator.bundle, f"sampler.nfe{nfe}", generator.precision)
     try:
         return open_engine(graph, engine=engine.name, device=engine.device, options=generator.options)
     except EngineError as error:

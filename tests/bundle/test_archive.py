@@ -10,7 +10,7 @@ import pytest
 
 from piflow_edge.bundle.archive import pack, unpack
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.signature import sign
+from piflow_edge.bundle.signing import sign_bundle
 from piflow_edge.errors import BundleError
 from tests.bundle.test_signature import write_keys
 
@@ -47,7 +47,7 @@ def test_an_archive_unpacks_to_the_same_files(bundle, tmp_path, signed):
     private, public = write_keys(tmp_path, "ours")
     trusted_keys = [public] if signed else None
     if signed:
-        sign(bundle, private)
+        sign_bundle(bundle, private)
     pack(bundle, tmp_path / "a.zip")
     unpacked = unpack(tmp_path / "a.zip", tmp_path / "new" / "out", trusted_keys=trusted_keys)
     assert contents(unpacked.folder) == contents(bundle)
@@ -193,7 +193,7 @@ def test_a_table_of_contents_without_end_is_refused(tmp_path):
 def test_an_archive_by_somebody_else_is_refused_before_it_is_unpacked(bundle, tmp_path, monkeypatch):
     (private, _), (_, public) = write_keys(tmp_path, "theirs"), write_keys(tmp_path, "ours")
     pack(bundle, tmp_path / "unsigned.zip")
-    sign(bundle, private)
+    sign_bundle(bundle, private)
     pack(bundle, tmp_path / "signed.zip")
     monkeypatch.setattr(
         "piflow_edge.bundle.archive.new_folder", lambda folder: pytest.fail("it was unpacked")

@@ -19,7 +19,8 @@ def bundle_of(opset, precision="fp32", graph=b"", decoder=None):
         precisions=[precision],
     )  # fmt: skip
     return SimpleNamespace(
-        manifest=manifest, graph=lambda precision: Graph(graph), decoder=lambda precision: Graph(b"")
+        manifest=manifest,
+        read_network=lambda name, precision: Graph({"student": graph, "decoder": b""}[name]),
     )
 
 

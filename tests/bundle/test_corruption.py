@@ -5,7 +5,7 @@ import random
 import pytest
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.signature import sign
+from piflow_edge.bundle.signing import sign_bundle
 from piflow_edge.errors import BundleError
 from tests.bundle.test_signature import write_keys
 
@@ -43,7 +43,7 @@ def signed_bundle(shared_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("signed")
     private, _ = write_keys(folder, "ours")
     bundle = shutil.copytree(shared_bundle, folder / "bundle")
-    sign(bundle, private)
+    sign_bundle(bundle, private)
     assert {file.name for file in bundle.iterdir()} == set(FILES)
     return bundle
 

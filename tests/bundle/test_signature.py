@@ -8,7 +8,7 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.signature import sign
+from piflow_edge.bundle.signing import sign_bundle
 from piflow_edge.errors import BundleError, MissingExtraError, SigningKeyError
 from piflow_edge.system.files import sha256
 
@@ -42,7 +42,7 @@ def others(tmp_path):
 
 
 def test_a_signed_bundle_opens_for_those_who_trust_its_key(bundle, keys, others):
-    fingerprint = sign(bundle, keys[0]).fingerprint
+    fingerprint = sign_bundle(bundle, keys[0]).fingerprint
     trusting = Bundle(bundle, trusted_keys=[others[1], keys[1]]).signature
     assert (trusting.fingerprint, trusting.verified, trusting.trusted) == (fingerprint, True, True)
     assert Bundle(bundle, trusted_keys=[keys[1].read_bytes()]).signature.trusted
@@ -55,11 +55,11 @@ def test_the_fingerprint_is_the_hash_of_the_der_form(bundle, keys):
 
     public = load_pem_public_key(keys[1].read_bytes())
     der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    assert sign(bundle, keys[0]).fingerprint == "sha256:" + sha256(der)
+    assert sign_bundle(bundle, keys[0]).fingerprint == "sha256:" + sha256(der)
 
 
 def test_the_signature_is_a_plain_one_over_the_manifest(bundle, keys):
-    sign(bundle, keys[0])
+    sign_bundle(bundle, keys[0])
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
     content = json.loads((bundle / "bundle.sig").read_text())
@@ -69,7 +69,7 @@ def test_the_signature_is_a_plain_one_over_the_manifest(bundle, keys):
 
 @pytest.mark.parametrize("trusted", ["theirs", "nobody"])
 def test_another_key_is_refused(bundle, keys, others, trusted):
-    sign(bundle, keys[0])
+    sign_bundle(bundle, keys[0])
     with pytest.raises(BundleError, match="which is not trusted"):
         pf.load(bundle, trusted_keys=[others[1]] if trusted == "theirs" else [])
 
@@ -84,7 +84,7 @@ def test_an_unsigned_bundle_is_refused_where_a_key_is_asked_for(bundle, keys, tr
 def test_a_signature_of_another_bundle_is_refused(bundle, keys):
     from tests.bundle.test_bundle import edit
 
-    sign(bundle, keys[0])
+    sign_bundle(bundle, keys[0])
     edit(bundle, lambda body: body.update(name="other"))  # whole in itself, but not what was signed
     for trusted_keys in (None, [keys[1]]):
         with pytest.raises(BundleError, match="does not fit its bundle"):
@@ -110,22 +110,22 @@ def test_a_signature_of_another_bundle_is_refused(bundle, keys):
     ],
 )
 def test_a_file_that_is_no_signature_is_refused(bundle, keys, change, words):
-    sign(bundle, keys[0])
+    sign_bundle(bundle, keys[0])
     (bundle / "bundle.sig").write_text(change((bundle / "bundle.sig").read_text()))
     with pytest.raises(BundleError, match=words):
         pf.load(bundle)
 
 
 def test_signing_again_replaces_the_signature(bundle, keys, others):
-    sign(bundle, others[0])
-    sign(bundle, keys[0])
+    sign_bundle(bundle, others[0])
+    sign_bundle(bundle, keys[0])
     assert Bundle(bundle, trusted_keys=[keys[1]]).signature.trusted
 
 
 def test_an_altered_bundle_is_not_signed(bundle, keys):
     (bundle / "LICENSE").write_text("yours")
     with pytest.raises(BundleError, match="checksum"):
-        sign(bundle, keys[0])
+        sign_bundle(bundle, keys[0])
     assert not (bundle / "bundle.sig").exists()
 
 
@@ -139,7 +139,7 @@ def test_keys_that_are_none_are_refused(bundle, keys, tmp_path):
         (tmp_path / "nowhere", "cannot be read"),
     ]:
         with pytest.raises(SigningKeyError, match=words):
-            sign(bundle, key)
+            sign_bundle(bundle, key)
     for trusted, words in [
         ([public], "of another kind"),
         ([keys[0]], "not a public key"),
@@ -154,7 +154,7 @@ def test_keys_that_are_none_are_refused(bundle, keys, tmp_path):
 
 
 def test_without_cryptography_only_a_trusted_key_cannot_be_checked(bundle, keys, monkeypatch):
-    fingerprint = sign(bundle, keys[0]).fingerprint
+    fingerprint = sign_bundle(bundle, keys[0]).fingerprint
     for module in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
         monkeypatch.setitem(sys.modules, module, None)
     signature = Bundle(bundle).signature
@@ -163,7 +163,7 @@ def test_without_cryptography_only_a_trusted_key_cannot_be_checked(bundle, keys,
     with pytest.raises(MissingExtraError, match=r"piflow-edge\[sign\]"):
         pf.load(bundle, trusted_keys=[keys[1]])
     with pytest.raises(MissingExtraError, match=r"piflow-edge\[sign\]"):
-        sign(bundle, keys[0])
+        sign_bundle(bundle, keys[0])
 
 
 def test_an_unsigned_bundle_opens_without_loading_cryptography(shared_bundle):

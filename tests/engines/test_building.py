@@ -18,11 +18,12 @@ from piflow_edge.engines import (
     ort_package,
 )
 from piflow_edge.engines.build_memory import Memory
-from piflow_edge.engines.build_targets import Batch, targets
+from piflow_edge.engines.build_targets import Batch
 from piflow_edge.engines.building import BuildSettings, plan
 from piflow_edge.engines.engine_cache import EngineKey
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import cuda, nvidia
+from piflow_edge.runtime.graphs import find_targets
 from tests.commands.test_cli import run
 
 no_gpu = pytest.mark.skipif(cuda.missing() is None, reason="there is a GPU")
@@ -71,12 +72,13 @@ def test_memory_that_is_enough_or_unknown_is_no_reason():
 @pytest.mark.torch
 class TestOnABundle:
     def test_the_graphs_are_student_and_decoder_or_the_one_named(self, shared_bundle, latent_bundle):
-        assert [t.name for t in targets(Bundle(shared_bundle))] == ["student"]
+        assert [t.name for t in find_targets(Bundle(shared_bundle))] == ["student"]
         latent = Bundle(latent_bundle)
-        assert [t.file for t in targets(latent)] == ["student.fp32.onnx", "decoder.fp32.onnx"]
-        (sampler,) = targets(latent, graph="sampler")
+        assert [t.file for t in find_targets(latent)] == ["student.fp32.onnx", "decoder.fp32.onnx"]
+        (sampler,) = find_targets(latent, graph="sampler")
         assert (
-            sampler.file == "sampler.nfe2.fp32.onnx" and sampler == targets(latent, graph="sampler", nfe=2)[0]
+            sampler.file == "sampler.nfe2.fp32.onnx"
+            and sampler == find_targets(latent, graph="sampler", nfe=2)[0]
         )
         shape = tuple(latent.manifest.latent.shape)
         assert sampler.shapes(3) == {"noise": (3, *shape), "class_labels": (3,)}
@@ -84,7 +86,7 @@ class TestOnABundle:
     def test_the_shapes_are_those_of_the_graph(self, latent_bundle):
         onnx = pytest.importorskip("onnx")
         bundle = Bundle(latent_bundle)
-        for target in (*targets(bundle), *targets(bundle, graph="sampler")):
+        for target in (*find_targets(bundle), *find_targets(bundle, graph="sampler")):
             graph = onnx.load_from_string(target.graph.model).graph
             for value in graph.input:
                 dims = tuple(d.dim_value or 5 for d in value.type.tensor_type.shape.dim)
@@ -103,12 +105,12 @@ class TestOnABundle:
     )
     def test_a_graph_that_is_not_there_is_refused(self, shared_bundle, wrong, words):
         with pytest.raises(PiFlowError, match=words):
-            targets(Bundle(shared_bundle), **wrong)
+            find_targets(Bundle(shared_bundle), **wrong)
 
     @no_gpu
     def test_a_plan_needs_neither_a_gpu_nor_the_library(self, shared_bundle, monkeypatch):
         monkeypatch.setitem(sys.modules, "tensorrt", None)
-        (target,) = targets(Bundle(shared_bundle))
+        (target,) = find_targets(Bundle(shared_bundle))
         planned = plan(target, BuildSettings(batch=Batch(1, 2, 4), workspace=GIB))
         assert planned.key is None and planned.obstacle
         assert planned.memory.device_needed > GIB + 2 * len(target.graph.model)

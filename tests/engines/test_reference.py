@@ -13,6 +13,7 @@ from piflow_edge.engines import DEFAULT_OPTIONS, Graph, onnx_file, open_engine
 from piflow_edge.engines.onnx_file import read_model
 from piflow_edge.engines.operators import OPERATORS
 from piflow_edge.errors import EngineError
+from piflow_edge.runtime.graphs import read_graph
 from tests.conftest import make_autoencoder, make_student
 
 IDENTITY = doctor.identity_model()
@@ -213,7 +214,10 @@ def exported(request, tmp_path_factory):
 @pytest.mark.torch
 def test_students_and_samplers_in_every_precision(exported):
     for precision in exported.manifest.precisions:
-        for graph in (exported.graph(precision), exported.sampler(2, precision)):
+        for graph in (
+            read_graph(exported, "student", precision),
+            read_graph(exported, "sampler.nfe2", precision),
+        ):
             assert_alike(*both(graph), precision)
 
 

@@ -31,6 +31,7 @@ from piflow_edge.export import to_bundle
 from piflow_edge.export.decoder_graph import export_decoder
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.verification import verify
 from piflow_edge.system.files import sha256
 from tests.bundle.test_bundle import edit
@@ -125,7 +126,9 @@ def test_a_generator_decodes(latent_bundle, kl, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_sampler_graph_makes_the_decoded_images(latent_bundle, kl, batch):
     noise, labels = pf.philox_normal(7, range(batch), (4, 8, 8)), np.arange(batch)
-    found = open_engine(Bundle(latent_bundle).sampler(2)).run({"noise": noise, "class_labels": labels})
+    found = open_engine(read_graph(Bundle(latent_bundle), "sampler.nfe2")).run(
+        {"noise": noise, "class_labels": labels}
+    )
     expected = pf.load(latent_bundle)(labels, noise=noise, output="numpy")
     # Two float32 computations of 128 substeps, and a network of which each feeds the next.
     np.testing.assert_allclose(found["latents"], expected.latents, rtol=0, atol=2e-5)
@@ -134,11 +137,12 @@ def test_the_sampler_graph_makes_the_decoded_images(latent_bundle, kl, batch):
 
 def test_the_graphs_are_float32_and_standard(latent_bundle):
     opened = Bundle(latent_bundle)
-    for graph in (opened.decoder().model, opened.sampler(2).model):
+    for graph in (opened.read_network("decoder").model, opened.read_network("sampler.nfe2").model):
         model = onnx.load_from_string(graph)
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
         assert not model.functions and b".py" not in graph
-    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(opened.decoder().model), strict_mode=True)
+    decoder = onnx.load_from_string(opened.read_network("decoder").model)
+    model = onnx.shape_inference.infer_shapes(decoder, strict_mode=True)
     types = {value.type.tensor_type.elem_type for value in model.graph.value_info}
     assert types <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}  # whole numbers are shapes
     assert not any(node.op_type == "Cast" for node in model.graph.node)
@@ -182,7 +186,9 @@ def test_the_decoder_of_an_fp16_bundle_is_fp16_too(tmp_path, kl):
     errors = {(row.precision, row.layer): row.error for row in rows}
     assert errors["fp16", "images"] <= 4 and errors["fp16", "drawn images"] > errors["fp32", "drawn images"]
     opened = Bundle(tmp_path / "half")
-    exact, half = (onnx.load_from_string(opened.decoder(name).model).graph for name in ("fp32", "fp16"))
+    exact, half = (
+        onnx.load_from_string(opened.read_network("decoder", name).model).graph for name in ("fp32", "fp16")
+    )
     sizes = [sum(len(tensor.raw_data) for tensor in graph.initializer) for graph in (exact, half)]
     assert sizes[1] < 0.55 * sizes[0]
     kept = opened.manifest.provenance["kept_in_fp32"]["fp16"]["decoder"]
@@ -231,7 +237,7 @@ def test_without_an_autoencoder_a_bundle_makes_latents(tmp_path, caplog):
     assert not (tmp_path / "bundle" / "preview.png").exists()
     generator = pf.load(tmp_path / "bundle")
     latents = generator([1, 2], output="latent").latents
-    found = open_engine(generator.bundle.sampler(2)).run(
+    found = open_engine(read_graph(generator.bundle, "sampler.nfe2")).run(
         {"noise": pf.philox_normal(0, range(2), (4, 8, 8)), "class_labels": np.array([1, 2])}
     )
     assert found.keys() == {"latents"}

@@ -9,6 +9,7 @@ from piflow_edge.bundle.manifest import DXPolicySpec
 from piflow_edge.distill.networks.heads import DXHead
 from piflow_edge.engines import open_engine
 from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.verification import verify
 from tests.conftest import make_student
 
@@ -38,7 +39,9 @@ def test_its_sampler_graph_makes_what_the_runtime_makes(made, nfe):
     _, folder, _ = made
     labels, noise = np.arange(5), pf.philox_normal(7, range(5), (1, 8, 8))
     expected = pf.load(folder)(labels, noise=noise, nfe=nfe, output="numpy")
-    found = open_engine(Bundle(folder).sampler(nfe)).run({"noise": noise, "class_labels": labels})
+    found = open_engine(read_graph(Bundle(folder), f"sampler.nfe{nfe}")).run(
+        {"noise": noise, "class_labels": labels}
+    )
     np.testing.assert_allclose(found["latents"], expected.latents, rtol=0, atol=2e-5)
     assert np.abs(found["images"].astype(int) - expected.images).max() <= 1
 

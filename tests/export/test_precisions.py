@@ -25,6 +25,7 @@ from piflow_edge.export.fp16 import delicate_nodes
 from piflow_edge.export.int8 import quantisable, quantise, to_int8
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import export_network, network_graph
+from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.verification import verify
 from piflow_edge.system.files import sha256
 from tests.bundle.test_bundle import edit
@@ -58,7 +59,7 @@ def test_every_precision_reproduces_the_golden_samples(folder, precision):
 
 def test_fp16_keeps_the_time_embedding_and_the_outputs_in_float32(folder):
     kept = Bundle(folder).manifest.provenance["kept_in_fp32"]["fp16"]["student"]
-    model = onnx.load_from_string(Bundle(folder).graph("fp16").model)
+    model = onnx.load_from_string(Bundle(folder).read_network("student", "fp16").model)
     types = {node.name: node.op_type for node in model.graph.node}
     assert {"Cos", "Sin", "LogSoftmax"} <= {types[name] for name in kept}
     values = [*model.graph.input, *model.graph.output]
@@ -72,7 +73,11 @@ def test_no_node_mixes_types(folder, precision, sampler):
     """As strongly typed compilers want it: whoever changes a type says so by a Cast or a (De)QuantizeLinear."""
     bundle = Bundle(folder)
     model = onnx.load_from_string(
-        (bundle.sampler(2, precision) if sampler else bundle.graph(precision)).model
+        (
+            read_graph(bundle, "sampler.nfe2", precision)
+            if sampler
+            else read_graph(bundle, "student", precision)
+        ).model
     )
     # Data propagation and strict mode: a node with inputs of two types is an error here.
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
@@ -181,7 +186,7 @@ def test_the_layer_that_int8_spoils_is_found_by_what_verify_checks(tmp_path):
     rows = export_bundle(made, tmp_path / "spoilt", precisions=("fp32", "int8"))
     assert all(row.passed for row in rows)
     kept = Bundle(tmp_path / "spoilt").manifest.provenance["kept_in_fp32"]["int8"]["student"]
-    graph = Bundle(tmp_path / "spoilt").graph("int8")
+    graph = read_graph(Bundle(tmp_path / "spoilt"), "student", "int8")
     assert holds(graph.model, made.tensors[f"{block}mlp.2.weight"].numpy())
     assert len(kept) == 1 and "of what is allowed" in next(iter(kept.values()))
     exact = network_graph(network_of(made))

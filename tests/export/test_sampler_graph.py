@@ -20,6 +20,7 @@ from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET, export_network
 from piflow_edge.runtime import verification
 from piflow_edge.runtime.generator import Generator
+from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import verify
 from piflow_edge.sampling import sample
@@ -44,7 +45,9 @@ def test_a_sampler_graph_makes_what_the_runtime_makes(folder, nfe, batch):
     labels = np.arange(batch)
     noise = pf.philox_normal(7, range(batch), (1, 8, 8))
     expected = generator(labels, noise=noise, nfe=nfe, output="numpy")
-    found = open_engine(Bundle(folder).sampler(nfe)).run({"noise": noise, "class_labels": labels})
+    found = open_engine(read_graph(Bundle(folder), f"sampler.nfe{nfe}")).run(
+        {"noise": noise, "class_labels": labels}
+    )
     np.testing.assert_allclose(found["latents"], expected.latents, **TOLERANCE)
     np.testing.assert_array_equal(found["images"], expected.images)
 
@@ -69,9 +72,11 @@ def test_every_schedule_is_followed(folder, schedule):
     inputs = {"noise": noise, "class_labels": np.array([0, 3, 7, 3])}
     if manifest.schedule.h != 0 and nfe > 1:
         inputs["renoise"] = np.stack(fresh)
-    found = open_engine(Graph(export_sampler(opened.graph().model, manifest, nfe))).run(inputs)
+    found = open_engine(Graph(export_sampler(opened.read_network("student").model, manifest, nfe))).run(
+        inputs
+    )
 
-    generator = Generator(opened, open_engine(opened.graph()))
+    generator = Generator(opened, open_engine(read_graph(opened)))
     expected = sample(
         lambda x_t, sigma: generator.policy(x_t, sigma, inputs["class_labels"]),
         noise,
@@ -87,7 +92,7 @@ def test_colour_latents_and_their_scale_become_images(tmp_path):
     opened = Bundle(tmp_path / "colour")
     opened.manifest = replace(opened.manifest, latent=replace(opened.manifest.latent, scale=1.7, shift=0.2))
     noise, ids = pf.philox_normal(0, range(2), (3, 12, 12)), np.array([1, 2])
-    graph = open_engine(Graph(export_sampler(opened.graph().model, opened.manifest, 2)))
+    graph = open_engine(Graph(export_sampler(opened.read_network("student").model, opened.manifest, 2)))
     found = graph.run({"noise": noise, "class_labels": ids})
     assert found["images"].shape == (2, 12, 12, 3) and found["images"].dtype == np.uint8
     expected = decode(found["latents"], opened.manifest.latent)
@@ -126,11 +131,11 @@ def test_onnxruntime_alone_makes_the_images(folder, tmp_path, nfe):
 
 def test_a_graph_holds_standard_operators_and_the_network_once(folder):
     opened = Bundle(folder)
-    model = onnx.load_from_string(opened.sampler(3).model)
+    model = onnx.load_from_string(opened.read_network("sampler.nfe3").model)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
     assert not model.functions
     # Three rollouts of 43 substeps take four float32 each, and the nodes of one a few kilobytes.
-    assert len(opened.sampler(3).model) < len(opened.graph().model) + 16_000
+    assert len(opened.read_network("sampler.nfe3").model) < len(opened.read_network("student").model) + 16_000
 
 
 def test_verify_closes_the_engines_it_opens(folder, monkeypatch):
@@ -172,7 +177,7 @@ def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):
     assert rows["sampler latents"].passed and rows["sampler latents"].error > 0
     assert rows["sampler images"].passed
     with pytest.raises(BundleError, match="no sampler graph of 4 calls, its graphs are: 1, 2, 3"):
-        opened.sampler(4)
+        read_graph(opened, "sampler.nfe4")
 
 
 def test_a_sampler_that_differs_from_the_runtime_is_not_exported(tmp_path, monkeypatch):

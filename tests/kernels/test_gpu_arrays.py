@@ -262,7 +262,8 @@ class Built(ort_cuda.OrtTensorRT):  # for 4 to 8 samples, and asked for 3
     provider, memory = "CPUExecutionProvider", "cpu"
     _provider_options = lambda self, graph: {}
 
-graph = generator.bundle.graph("fp32")
+from piflow_edge.runtime.graphs import read_graph
+graph = read_graph(generator.bundle, "student", "fp32")
 built = Built(graph, "cuda", pf.EngineOptions(), plan=graph.model, profile="4:4:8")
 filled = built.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
 for name, value in plain.items():
@@ -281,11 +282,11 @@ import piflow_edge as pf
 from tests.helpers import pretended_tensorrt
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.engines import building
-from piflow_edge.engines.build_targets import targets
+from piflow_edge.runtime.graphs import find_targets
 
 pretended_tensorrt.install("10.3.0")
 settings = building.BuildSettings(batch=building.Batch(1, 1, 4))
-for target in targets(Bundle(sys.argv[1])):
+for target in find_targets(Bundle(sys.argv[1])):
     building.build(building.plan(target, settings), settings)
 arguments = dict(labels=[3, 7, 1], seed=5, temperature=0.5, output="numpy")
 theirs = pf.load(sys.argv[1], engine="ort-cpu")(**arguments)
@@ -305,7 +306,7 @@ assert counts()["graphs"] == 0
 # Engines for no fewer than 4: 10 images are made 5 at a time, 1 as one of 4; and checks ask for batches of 1.
 from piflow_edge.runtime.verification import check, verify
 settings = building.BuildSettings(batch=building.Batch(4, 4, 8))
-for target in targets(Bundle(sys.argv[1])):
+for target in find_targets(Bundle(sys.argv[1])):
     building.build(building.plan(target, settings), settings)
 with pf.load(sys.argv[1], engine="ort-cpu") as plain, pf.load(sys.argv[1], engine="tensorrt") as generator:
     assert (generator.engine.min_batch, generator.decoder.min_batch) == (4, 4)
