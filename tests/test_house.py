@@ -42,7 +42,6 @@ KNOWN_IMPORTS = {
     "bench.benchmark -> package",
     "bench.cold_start -> evaluation",
     "bench.cold_start -> package",
-    "bundle.folder -> engines",
     "distill.loop.journal -> runtime",
     "distill.networks.classifier -> evaluation",
     "distill.networks.inception -> evaluation",
@@ -50,7 +49,6 @@ KNOWN_IMPORTS = {
     "distill.teacher -> runtime",
     "doctor.examination -> kernels",
     "doctor.nvidia_findings -> kernels",
-    "engines.build_targets -> bundle",
     "evaluation.comparison -> distill",
     "evaluation.contenders -> distill",
     "evaluation.contenders -> export",
@@ -64,7 +62,6 @@ KNOWN_IMPORTS = {
 }
 KNOWN_CIRCLES = {
     "package <-> runtime.generator <-> runtime.loading <-> runtime.request",
-    "bundle.folder <-> bundle.signature",
     "distill.networks.classifier <-> distill.networks.inception <-> evaluation.features",
     "engines.ort_compile <-> engines.ort_cuda",
     "kernels.cuda <-> kernels.device_arrays <-> kernels.gpu_arrays",

@@ -1,7 +1,8 @@
 """A bundle's networks as engines take them: to open, or to build for a GPU."""
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import TensorSpec, decoder_file, sampler_file
+from piflow_edge.bundle.manifest import decoder_file, sampler_file
+from piflow_edge.conditioning import TensorSpec
 from piflow_edge.engines import Graph
 from piflow_edge.engines.build_targets import Target
 from piflow_edge.errors import BundleError, EngineError
