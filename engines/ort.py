@@ -160,7 +160,8 @@ class OrtEngine:
         if self.provider not in session.get_providers():
             raise EngineError(
                 f"engine {self.name!r} cannot run here: onnxruntime {ort.__version__} left {self.provider} out, "
-                f"because its libraries or its device did not load, as it says on stderr. It {self._wants()}"
+                f"because its libraries or its device did not load. It says {ort_package.latest_errors()}. "
+                f"It {self._wants()}"
             )
         try:
             counts = counted(session)

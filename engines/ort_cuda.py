@@ -26,7 +26,7 @@ class OrtCUDA(OrtEngine):
     """NVIDIA GPUs by cuDNN and cuBLAS.
 
     Arrays in the GPU's memory are bound where they lie, and results stay there: the network runs on the stream of the
-    rollout kernels, and nothing is waited for.
+    rollout kernels. ONNX Runtime waits for that stream at the end of a call.
     """
 
     name = "ort-cuda"
@@ -78,9 +78,6 @@ class OrtCUDA(OrtEngine):
         from piflow_edge.kernels import gpu_arrays  # late: for GPUs only
 
         self._place = gpu_arrays.place_of(self.device)
-        self._run_options = ort.RunOptions()
-        # Else ONNX Runtime waits for the stream at the end of every call.
-        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return super()._opened(ort, graph)
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +99,9 @@ class OrtCUDA(OrtEngine):
             for name in self._outputs:
                 binding.bind_output(name, self.memory, self.ordinal)
             with self._lock:
-                session.run_with_iobinding(binding, self._run_options)
+                # No run options: with "disable_synchronize_execution_providers" processes on a GPU ended with signal 6
+                # (CUDA failure 800 in cudaFreeHost, onnxruntime-gpu 1.31), and were no faster.
+                session.run_with_iobinding(binding)
             values = binding.get_outputs()
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"the network call failed in onnxruntime: {error}") from error

@@ -119,11 +119,8 @@ def provider_findings(installed: dict[str, str]) -> list[Finding]:
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
     names = [name for name in onnxruntime.get_available_providers() if name not in _REMOTE_PROVIDERS]
-    onnxruntime.set_default_logger_severity(4)  # what goes wrong is said in the findings
-    try:
+    with ort_package.silence(onnxruntime):  # what goes wrong is said in the findings
         return [_provider_finding(onnxruntime, name) for name in names]
-    finally:
-        onnxruntime.set_default_logger_severity(2)  # as it was
 
 
 @cache

@@ -114,6 +114,7 @@ __version__ = "{release}"
 class InferenceSession: pass
 print("imported with", os.environ.get("ORT_DISABLE_TELEMETRY"))
 def disable_telemetry_events(): print("turned off")
+def set_default_logger_severity(severity): print("severity", severity) if "severity" in sys.argv else None
 """
 LOAD = "from piflow_edge.engines.ort_package import import_onnxruntime as load; "
 
@@ -172,3 +173,64 @@ def test_doctor_says_the_state(monkeypatch, value, off):
     assert (finding.status, finding.subject) == (OK if off else WARNING, "telemetry")
     assert (finding.fix is None) == off
     assert telemetry_finding({}) == []
+
+
+# What ONNX Runtime logs.
+
+TALK = (
+    LOAD
+    + """
+import logging, sys
+onnxruntime = load()
+if "shown" in sys.argv:
+    logging.basicConfig(level=logging.DEBUG, format="%(name)s %(levelname)s %(message)s")
+import piflow_edge as pf
+pf.load(pf.demo_bundle(), engine="ort-cpu")(labels=[3])
+onnxruntime.set_default_logger_severity(1)  # a session of somebody else's, which talks
+onnxruntime.InferenceSession(pf.demo_bundle() / "student.fp32.onnx")
+"""
+)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_what_onnxruntime_logs_goes_to_logging_and_not_to_stderr(tmp_path, shown):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if not hasattr(onnxruntime, "set_default_logger_callback"):
+        pytest.skip("this release takes no callback")
+    done = run_without("-c", TALK, "shown" if shown else "", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("piflow_edge.onnxruntime DEBUG") for line in lines) == shown
+    assert [line for line in lines if not line.startswith(("piflow_edge", "PIL"))] == []
+
+
+MESSAGES = """
+def set_default_logger_callback(callback, severity=2):
+    if callback is None:
+        return print("callback taken back")
+    callback(2, "", "Default", "a.cc:1 f", "No registered plugin EP device found for 'CUDAExecutionProvider'")
+    callback(3, "", "Default", "b.cc:2 g", "libcublasLt.so.13: cannot open shared object file")
+"""
+
+
+def test_warnings_and_errors_of_providers_are_kept_for_the_exception(tmp_path, stand_in):
+    path = stand_in("1.32.0")
+    with open(path / "onnxruntime" / "__init__.py", "a") as file:
+        file.write(MESSAGES)
+    code = (
+        LOAD
+        + "load(); load(); from piflow_edge.engines.ort_package import latest_errors; print(latest_errors())"
+    )
+    done = run_without("-c", code, folder=tmp_path, path=path)
+    assert done.stderr == "" and done.returncode == 0
+    told = "imported with 1\nlibcublasLt.so.13: cannot open shared object file\ncallback taken back\n"
+    assert done.stdout == told
+    loud = "import logging; logging.basicConfig(level=logging.INFO); " + LOAD + "load()"
+    (tmp_path / "loud").mkdir()
+    done = run_without("-c", loud, folder=tmp_path / "loud", path=path)
+    assert "INFO:piflow_edge.onnxruntime:No registered plugin EP device found" in done.stderr
+
+
+def test_an_onnxruntime_without_callback_prints_no_warnings(tmp_path, stand_in):
+    done = run_without("-c", LOAD + "load(); load()", "severity", folder=tmp_path, path=stand_in("1.19.0"))
+    assert done.stdout.splitlines()[1:] == ["severity 3"] and done.stderr == ""

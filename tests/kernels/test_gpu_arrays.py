@@ -193,11 +193,16 @@ expected = pf.load(bundle, engine="ort-cpu")
 generator = pf.load(bundle, engine="ort-cuda")
 arguments = dict(labels=[3, 7, 1], seed=5, temperature=0.5)
 theirs = expected(**arguments, output="numpy")
+session, given = type(generator.engine._session), []
+run_bound = session.run_with_iobinding
+session.run_with_iobinding = lambda self, *arguments: given.append(arguments[1:]) or run_bound(self, *arguments)
 for image in range(3):
     before = counts()
     ours = generator(**arguments, output="numpy")
     moved = {name: counts()[name] - before[name] for name in ("ins", "outs", "bytes", "syncs")}
 assert (ours.engine, ours.device) == ("ort-cuda", "cuda")
+# An option that left calls unsynchronised ended processes on an H100 with signal 6.
+assert given == [()] * 3 * 3, given  # 2 calls and the decoder per image
 np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
 assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
 # The noise goes there; image, latents and whether all is finite come back. Noise levels and labels are there already.
