@@ -38,10 +38,6 @@ MAY_IMPORT = {
     "version": (),
 }
 KNOWN_IMPORTS = {
-    "bench.benchmark -> evaluation",
-    "bench.benchmark -> package",
-    "bench.cold_start -> evaluation",
-    "bench.cold_start -> package",
     "distill.loop.journal -> runtime",
     "distill.networks.classifier -> evaluation",
     "distill.networks.inception -> evaluation",

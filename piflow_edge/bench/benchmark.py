@@ -18,10 +18,11 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import guidance_trained_with
 from piflow_edge.engines import DEFAULT_OPTIONS, ENGINE_NAMES, ENGINES, EngineOptions, Graph, open_engine
 from piflow_edge.errors import BundleError, EngineError, EngineNotBuiltError, MissingExtraError, ScheduleError
-from piflow_edge.evaluation.teacher_engine import EngineTeacher
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.arguments import check_whole
+from piflow_edge.runtime.loading import load
 from piflow_edge.runtime.stopwatch import STAGES
+from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.system.files import sha256
 from piflow_edge.system.hardware import machine, power_state
 from piflow_edge.system.progress import progress
@@ -191,8 +192,6 @@ def bench(
         BundleError: a bundle cannot be read, or has no such precision.
         ScheduleError: calls or substeps that make no sense.
     """
-    from piflow_edge import load
-
     if not bundles:
         raise BundleError("give one bundle or more to measure")
     contenders: list[_Contender] = []

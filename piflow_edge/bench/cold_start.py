@@ -89,9 +89,9 @@ def main() -> None:
 
 
 def _student(told):
-    import piflow_edge as pf
+    from piflow_edge.runtime.loading import load
 
-    generator = pf.load(told["bundle"], precision=told["precision"], **_place(told))
+    generator = load(told["bundle"], precision=told["precision"], **_place(told))
     return lambda: generator(**told["request"])
 
 
@@ -109,8 +109,8 @@ def _teacher(told):
     import numpy as np
 
     from piflow_edge.engines import Graph, open_engine
-    from piflow_edge.evaluation.teacher_engine import EngineTeacher
     from piflow_edge.noise import philox_normal
+    from piflow_edge.runtime.teacher_engine import EngineTeacher
 
     engine = open_engine(Graph(Path(told["teacher"]).read_bytes()), **_place(told))
     teacher = EngineTeacher(engine, told["guidance"], told["null_label"])

@@ -15,8 +15,7 @@ from piflow_edge.bundle.manifest import guidance_trained_with
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import DataError
 from piflow_edge.runtime.generator import Generator
-
-from .teacher_engine import EngineTeacher
+from piflow_edge.runtime.teacher_engine import EngineTeacher
 
 # Rounds of one image each that the time per image is the median of, all contenders in turn: so many, or as many as fit
 # into so many seconds, but never fewer than three.

@@ -12,7 +12,7 @@ from PIL import Image
 from piflow_edge.bench.comparison_of_runs import PROCESS_NOISE, compare, process_noise, read_benchmark
 from piflow_edge.cli import main
 from piflow_edge.errors import DataError, PiFlowError, ScheduleError
-from piflow_edge.evaluation.teacher_engine import EngineTeacher
+from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.schedule import warp
 from piflow_edge.system.hardware import machine, memory
 from tests.conftest import HAS_TORCH
