@@ -1,5 +1,6 @@
 # make demo   the main job on handwritten digits; prints where the report is
 # make test   all tests
+# make test-runtime   those that need no torch, on the oldest and the newest Python at hand
 # make docs   the documentation's site, in site/
 # make benchmarks   all figures of benchmarks/README.md, on a machine that does nothing else
 # All make what they need first, in .venv (and .venv-runtime, which has no torch), and work offline after that.
@@ -96,6 +97,11 @@ assets: $(VENV)/.installed
 	$(BIN)/python -c "from pathlib import Path; from piflow_edge.commands.demo import export_digits; \
 	  from piflow_edge.distill.loop.checkpoint import load_checkpoint; \
 	  export_digits(load_checkpoint(Path('runs/digits'), kind='student'), Path('piflow_edge/assets/digits'))"
+
+# The wheel without torch, on the oldest and the newest Python of this machine; see the script.
+.PHONY: test-runtime
+test-runtime:
+	tests/without_torch.sh
 
 # The runtime on aarch64: on such a machine, else by emulation; see the script.
 .PHONY: test-aarch64

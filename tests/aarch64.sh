@@ -32,18 +32,4 @@ if [ "$(uname -m)" != aarch64 ]; then
     exit
 fi
 
-venv=${VENV:-$PWD/.venv-aarch64}
-[ -e "$venv/bin/pip" ] || python3 -m venv "$venv"
-# shellcheck disable=SC2086
-"$venv/bin/pip" install -q $packages
-rm -rf build .wheel
-"$venv/bin/pip" wheel -q --no-deps --no-build-isolation -w .wheel .
-ls -l .wheel
-"$venv/bin/pip" install -q --force-reinstall --no-deps .wheel/*.whl
-# Away from the source, so that the wheel is what is tried.
-away=$(mktemp -d)
-cp -r tests benchmarks docs README.md pyproject.toml "$away"
-cd "$away"
-"$venv/bin/python" -c "from piflow_edge.kernels import cpu; assert not cpu.missing(), cpu.missing(); print(cpu.isas())"
-# shellcheck disable=SC2086
-exec "$venv/bin/pytest" -q -p no:cacheprovider -m "not torch and not gpu" ${TESTS:-tests}
+VENV=${VENV:-$PWD/.venv-aarch64} WORKERS="" exec tests/without_torch.sh python3

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Builds the wheel and runs, away from the source and without torch, the tests that need none: make test-runtime
+#   tests/without_torch.sh [PYTHON ...]
+# Without arguments: on the oldest and the newest Python of this machine that the project supports, pyenv's included.
+# TESTS="tests/kernels tests/bundle" runs those alone. Says at the end what ran where.
+set -eu
+cd "$(dirname "$0")/.."
+packages="setuptools>=77 wheel pytest pytest-xdist hypothesis cryptography jsonschema numpy pillow onnxruntime click rich array-api-compat \
+onnx filelock packaging"
+
+find_python() { # VERSION -> an interpreter that starts
+    for found in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python; do
+        "$found" -c "import venv" 2>/dev/null && echo "$found" && return
+    done
+    return 0
+}
+
+if [ $# -eq 0 ]; then
+    for version in 3.10 3.11 3.12 3.13; do
+        python=$(find_python $version)
+        [ -z "$python" ] || newest=$python
+        [ -z "$python" ] || oldest=${oldest:-$python}
+    done
+    if [ -z "${newest:-}" ]; then
+        echo "There is no Python 3.10 to 3.13 here; give one: tests/without_torch.sh PYTHON" >&2
+        exit 1
+    fi
+    set -- "$oldest"
+    [ "$oldest" = "$newest" ] || set -- "$oldest" "$newest"
+fi
+
+away=$(mktemp -d)
+trap 'rm -rf "$away"' EXIT
+cp -r tests benchmarks docs README.md pyproject.toml "$away"
+ran=""
+for python; do
+    version=$("$python" -c "import platform; print(platform.python_version())")
+    venv=${VENV:-$PWD/.venv-$version}
+    [ -e "$venv/bin/pip" ] || "$python" -m venv "$venv"
+    # shellcheck disable=SC2086
+    "$venv/bin/pip" install -q $packages
+    rm -rf build "$away/wheel"
+    "$venv/bin/pip" wheel -q --no-deps --no-build-isolation -w "$away/wheel" .
+    "$venv/bin/pip" install -q --force-reinstall --no-deps "$away"/wheel/*.whl
+    (
+        cd "$away"
+        "$venv/bin/python" -c "from piflow_edge.kernels import cpu; assert not cpu.missing(), cpu.missing(); print(cpu.isas())"
+        # shellcheck disable=SC2086
+        OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -q -p no:cacheprovider ${WORKERS--n 2 --dist loadfile} \
+            -m "not torch and not gpu" ${TESTS:-tests}
+    )
+    ran="$ran $version"
+done
+echo "ran without torch on Python$ran, $(uname -m)"
