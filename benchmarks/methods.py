@@ -27,7 +27,7 @@ from piflow_edge.distill.networks.heads import DXHead, GMHead
 from piflow_edge.distill.sources import TeacherModel, network_of
 from piflow_edge.distill.student import distill, policy_of
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
-from piflow_edge.integrator import rollout
+from piflow_edge.kernels.rollout import rollout
 from piflow_edge.schedule import Schedule
 from piflow_edge.system.files import write_atomic
 

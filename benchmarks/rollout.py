@@ -22,8 +22,8 @@ import torch
 from benchmarks.formula import gm_in_torch
 from benchmarks.timing import answer, medians_of, parser, time_ms
 from piflow_edge import DXPolicy, GMPolicy
-from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu
+from piflow_edge.kernels.rollout import integrate
 
 GM_SIZES = [(8, 1, 8, 8), (32, 4, 32, 32), (8, 16, 64, 64), (8, 16, 128, 128)]
 DX_SIZES = [(10, 4, 32, 32), (10, 16, 128, 128)]

@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 
 import piflow_edge as pf
-from piflow_edge.integrator import integrate
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.schedule import segment_sigmas
 
 EXACT_SUBSTEPS = 4096  # of the midpoint rule; half as many end within 1e-6 of it

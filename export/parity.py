@@ -45,7 +45,7 @@ def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.nda
         if isinstance(policy, GMPolicy) and i < schedule.nfe - 1:
             policy = policy.tempered(spec.temperature_of(schedule.nfe))
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
-        x_dst = rollout(policy, x_src, *ends, shift=schedule.shift, kernel="reference")
+        x_dst = rollout(policy, x_src, *ends, shift=schedule.shift)
         if segment.renoises:
             x_dst = segment.renoise(x_dst, philox_normal(GOLDEN_SEED, indices, shape, draw=i + 1))
         x_t = x_dst.astype(np.float32)

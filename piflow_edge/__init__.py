@@ -17,8 +17,8 @@ _HOMES = {
     "Segment": "schedule",
     "GMPolicy": "policies",
     "DXPolicy": "policies",
-    "rollout": "integrator",
-    "philox_normal": "noise",
+    "rollout": "kernels.rollout",
+    "philox_normal": "kernels.normal",
     "load": "runtime.loading",
     "demo_bundle": "bundle.folder",
     "Generator": "runtime.generator",
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from piflow_edge.engines import EngineOptions as EngineOptions
     from piflow_edge.errors import Cancelled as Cancelled
     from piflow_edge.errors import PiFlowError as PiFlowError
-    from piflow_edge.integrator import rollout as rollout
-    from piflow_edge.noise import philox_normal as philox_normal
+    from piflow_edge.kernels.normal import philox_normal as philox_normal
+    from piflow_edge.kernels.rollout import rollout as rollout
     from piflow_edge.policies import DXPolicy as DXPolicy
     from piflow_edge.policies import GMPolicy as GMPolicy
     from piflow_edge.runtime.generator import Generator as Generator

@@ -1,32 +1,29 @@
-"""One segment, no network: a policy's velocity, integrated in the Euler steps it was trained with or in fewer."""
+"""One segment, no network: a policy's velocity, integrated in the Euler steps it was trained with or in fewer.
 
-import logging
-from functools import cache
+All here is written once for every array library. `kernels/rollout.py` has the same two functions, which choose a
+compiled kernel where one can run.
+"""
+
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from .arrays import Array, array_namespace
-from .errors import EngineError, ScheduleError, ShapeError
-from .kernels import cpu
-from .policies import DXPolicy, Policy
+from .errors import ScheduleError, ShapeError
+from .policies import VelocityField
 from .schedule import segment_sigmas
 
-KERNELS = ("auto", "reference", "cpu", "cuda")
 SOLVERS = ("euler", "multistep")
+
+# What carries a state along noise levels: `integrate` below, or another with its arguments.
+Integrate = Callable[..., Any]
 
 
 def rollout(
-    policy: Policy,
-    x_src: Array,
-    sigma_src,
-    sigma_dst,
-    substeps,
-    *,
-    shift: float = 1.0,
-    kernel: str = "auto",
-    num_threads: int | None = None,
-    solver: str = "euler",
+    policy: VelocityField, x_src: Array, sigma_src, sigma_dst, substeps, *, shift: float = 1.0
 ) -> Array:
     """Carry a state across one segment by Euler steps on the policy's velocity.
 
@@ -40,48 +37,61 @@ def rollout(
         sigma_dst: noise level to stop at: 0 (data) or more, below `sigma_src`; a float or (B,).
         substeps: Euler steps in this segment, 1 or more, an int or (B,). They add nothing to NFE.
         shift: the schedule's shift, above 0; the student's bundle records it.
-        kernel: "reference" computes as the formulas read. "cpu" is compiled, for GM and DX policies in
-            float32, in host memory, without gradients; "cuda" the same in GPU memory, compiled on first use,
-            one launch. "auto" takes the one for the memory at hand where it can; elsewhere it computes as the
-            reference does, but DX policies in closed form.
-        num_threads: threads of the CPU kernel, at most; else one for each core this process may use.
-        solver: "euler", or "multistep", which asks the policy at a quarter of the substeps and ends some 1e-3
-            from where Euler does (benchmarks/solvers.py). It is for GM policies that no compiled kernel takes:
-            a kernel does all the Euler steps in less time, and so does the closed form of DX policies.
 
     Returns:
         The state at `sigma_dst`, in the shape, dtype and device of `x_src`, which is left as it was.
 
     Raises:
         ScheduleError: noise levels that do not run down within [0, 1]; `substeps` or `shift` too small.
-        EngineError: the kernel asked for cannot run here, on these arrays, or with this solver.
 
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `policy_rollout` in Lakonik/piFlow.
     """
+    sigmas = rollout_sigmas(sigma_src, sigma_dst, substeps, shift)
+    return restore_dtype(take_euler_steps(policy, x_src, check_sigmas(sigmas, x_src)), x_src)
+
+
+def integrate(policy: VelocityField, x_src: Array, sigmas: np.ndarray, *, solver: str = "euler") -> Array:
+    """Carry a state along given noise levels, with the policy's closed form instead of many steps where it has one.
+
+    Args:
+        policy, x_src: as in `rollout`.
+        sigmas: noise levels, float64 (S + 1,) or (S + 1, B).
+        solver: "euler", or "multistep", which asks the policy at a quarter of the levels and ends some 1e-3 from
+            where Euler does (benchmarks/solvers.py). It is for policies without a closed form.
+
+    Returns:
+        The state at the last level, as in `rollout`.
+
+    Raises:
+        ScheduleError: noise levels outside [0, 1], or an unknown solver.
+        ShapeError: noise levels of another shape.
+    """
+    sigmas = check_sigmas(sigmas, x_src)
+    if solver not in SOLVERS:
+        raise ScheduleError(f"solver is one of {', '.join(SOLVERS)}; got {solver!r}")
+    if solver == "multistep":
+        if sigmas.ndim == 2 or not np.all(np.diff(sigmas) < 0):
+            raise ScheduleError("solver 'multistep' wants falling noise levels, the same for all samples")
+        x_dst = _take_multisteps(policy, x_src, sigmas)
+    else:
+        compute_end = getattr(policy, "closed_form", None) or partial(take_euler_steps, policy)
+        x_dst = compute_end(x_src, sigmas)
+    return restore_dtype(x_dst, x_src)
+
+
+def rollout_sigmas(sigma_src, sigma_dst, substeps, shift: float) -> np.ndarray:
+    """Return the noise levels of a rollout, even in raw time, float64 (S + 1,) or (S + 1, B); see `rollout`."""
     sigma_src, sigma_dst = np.asarray(sigma_src, np.float64), np.asarray(sigma_dst, np.float64)
     if not np.all((sigma_dst >= 0) & (sigma_dst < sigma_src) & (sigma_src <= 1)):  # NaN fails too
         raise ScheduleError(f"a segment runs down within [0, 1]; got {sigma_src=!s}, {sigma_dst=!s}")
     counts = np.asarray(substeps)
     if not (np.issubdtype(counts.dtype, np.integer) and np.all(counts >= 1)):
         raise ScheduleError(f"substeps is a whole number, 1 or more; got {substeps!r}")
-    sigmas = segment_sigmas(sigma_src, sigma_dst, counts, shift)
-    return integrate(policy, x_src, sigmas, kernel=kernel, num_threads=num_threads, solver=solver)
+    return segment_sigmas(sigma_src, sigma_dst, counts, shift)
 
 
-def integrate(
-    policy: Policy,
-    x_src: Array,
-    sigmas: np.ndarray,
-    *,
-    kernel: str = "auto",
-    num_threads: int | None = None,
-    solver: str = "euler",
-) -> Array:
-    """Euler steps along given noise levels, float64 (S + 1,) or (S + 1, B); what `rollout` ends in."""
-    if solver not in SOLVERS:
-        raise ScheduleError(f"solver is one of {', '.join(SOLVERS)}; got {solver!r}")
-    if kernel not in KERNELS:
-        raise EngineError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
+def check_sigmas(sigmas, x_src: Array) -> np.ndarray:
+    """Return noise levels as float64, if they lie in [0, 1] and fit the batch of `x_src`."""
     sigmas = np.asarray(sigmas, np.float64)
     if sigmas.ndim not in (1, 2) or not len(sigmas) or sigmas.shape[1:] not in ((), x_src.shape[:1]):
         raise ShapeError(
@@ -89,41 +99,16 @@ def integrate(
         )
     if not (sigmas.min() >= 0 and sigmas.max() <= 1):  # NaN fails too
         raise ScheduleError(f"noise levels lie in [0, 1]; got {sigmas}")
-    if solver == "multistep":
-        if kernel not in ("auto", "reference"):
-            raise EngineError(
-                f"kernel {kernel!r} takes Euler steps only; use solver 'euler', or kernel 'auto'"
-            )
-        if sigmas.ndim == 2 or not np.all(np.diff(sigmas) < 0):
-            raise ScheduleError("solver 'multistep' wants falling noise levels, the same for all samples")
-        x_dst = _multistep(policy, x_src, sigmas)
-    elif kernel == "reference":
-        x_dst = _euler(policy, x_src, sigmas)
-    else:
-        compiled = _compiled(kernel, x_src)
-        if (reason := compiled.obstacle(policy, x_src)) is None:
-            settings = {"num_threads": num_threads} if compiled is cpu else {}
-            x_dst = compiled.rollout(policy, x_src, sigmas, **settings)
-        elif kernel != "auto":
-            raise EngineError(f"kernel {kernel!r} cannot run: {reason}")
-        else:
-            if compiled.missing():
-                _log_once(reason)
-            closed = isinstance(policy, DXPolicy)
-            x_dst = policy.closed_form(x_src, sigmas) if closed else _euler(policy, x_src, sigmas)
+    return sigmas
+
+
+def restore_dtype(x_dst: Array, x_src: Array) -> Array:
+    """Return `x_dst` in the dtype of `x_src`."""
     return x_dst if x_dst.dtype == x_src.dtype else array_namespace(x_src).astype(x_dst, x_src.dtype)
 
 
-def _compiled(kernel: str, x_src: Array):
-    """The module of the kernel that was asked for; for "auto", of the one for the memory that `x_src` lies in."""
-    if kernel == "cpu" or (kernel == "auto" and isinstance(x_src, np.ndarray)):
-        return cpu
-    from .kernels import cuda, device_arrays  # late: without a GPU nobody needs them
-
-    return cuda if kernel == "cuda" or device_arrays.is_on_gpu(x_src) else cpu
-
-
-def _euler(policy, x_t, sigmas):
+def take_euler_steps(policy: VelocityField, x_t: Array, sigmas: np.ndarray) -> Array:
+    """Return the state after Euler steps along checked levels, as the formulas read."""
     xp = array_namespace(x_t)
     for sigma_t, sigma_next in pairwise(sigmas):
         u_t = policy.velocity(x_t, sigma_t)
@@ -136,8 +121,8 @@ def _euler(policy, x_t, sigmas):
     return x_t
 
 
-def _multistep(policy, x_t, sigmas):
-    """About where Euler steps along `sigmas` lead, with a quarter of the evaluations.
+def _take_multisteps(policy: VelocityField, x_t: Array, sigmas: np.ndarray) -> Array:
+    """Return about the state where Euler steps along `sigmas` lead, with a quarter of the evaluations.
 
     An Euler step is x <- (1 - r) x + r x_0 with r = (sigma - sigma_next) / sigma, so many of them come to a weighted
     sum once x_0 is known for each. Here x_0 is known where the policy is asked, and in between follows the line, in
@@ -180,8 +165,3 @@ def _evaluations(sigmas):
     indices = np.minimum(indices, substeps - order[::-1])
     indices[-1] = substeps
     return [0, *indices.tolist()]
-
-
-@cache
-def _log_once(reason: str) -> None:
-    logging.getLogger(__name__).warning("rollouts are slower than they could be: %s", reason)

@@ -20,8 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .errors import EngineError, ShapeError
-from .kernels import cpu
+from .errors import ShapeError
 
 # Multipliers and Weyl constants of Philox4x32, from the paper.
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
@@ -65,45 +64,33 @@ def _round_keys(k0: int, k1: int, ndim: int) -> tuple[np.ndarray, ...]:
     return tuple(np.array(key, np.uint64).reshape(2, *(1,) * (ndim - 1)) for key in keys)
 
 
-def philox_normal(
-    seed: int,
-    indices: Sequence[int],
-    shape: Sequence[int],
-    *,
-    draw: int = 0,
-    kernel: str = "auto",
-    num_threads: int | None = None,
-) -> np.ndarray:
+def philox_normal(seed: int, indices: Sequence[int], shape: Sequence[int], *, draw: int = 0) -> np.ndarray:
     """Standard normal noise for the images `indices` of a seed, the same on every machine and in any batch.
+
+    `kernels/normal.py` has the compiled twin of this function, which makes the same numbers sooner.
 
     Args:
         seed: 0 up to 2^64 - 1.
         indices: image numbers, each 0 up to 2^64 - 1.
         shape: shape of one image's noise, for example (C, H, W).
         draw: 0 for the starting noise, i for the re-noising after the i-th student call; below 2^32.
-        kernel: "reference" is NumPy, "cpu" is compiled, "auto" the second where it is there.
-        num_threads: threads of the compiled kernel, at most; else one for each core this process may use.
 
     Returns:
         float32, (len(indices), *shape).
 
     Raises:
         ShapeError: a seed, index or draw outside its range.
-        EngineError: no such kernel, or it is not in this installation.
     """
+    index = check_streams(seed, indices, draw)
+    return _normal(int(seed), index, math.prod(shape), int(draw)).reshape(len(index), *shape)
+
+
+def check_streams(seed: int, indices: Sequence[int], draw: int) -> np.ndarray:
+    """Return the indices as uint64, if they, the seed and the draw lie in their ranges; else raise ShapeError."""
     for name, value, limit in [("seed", seed, 64), ("draw", draw, 32), *(("index", i, 64) for i in indices)]:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= value < 2**limit:
             raise ShapeError(f"{name} is a whole number from 0 to 2^{limit} - 1; got {value!r}")
-    size, index = math.prod(shape), np.array([int(i) for i in indices], np.uint64)
-    if kernel not in ("auto", "reference", "cpu"):
-        raise EngineError(f"kernel is auto, reference or cpu; got {kernel!r}")
-    if kernel == "cpu" and (reason := cpu.missing()) is not None:
-        raise EngineError(f"kernel 'cpu' cannot run: {reason}")
-    if kernel != "reference" and cpu.missing() is None:
-        flat = cpu.normal(int(seed), index, size, int(draw), num_threads=num_threads)
-    else:
-        flat = _normal(int(seed), index, size, int(draw))
-    return flat.reshape(len(index), *shape)
+    return np.array([int(i) for i in indices], np.uint64)
 
 
 def _normal(seed: int, index: np.ndarray, size: int, draw: int) -> np.ndarray:

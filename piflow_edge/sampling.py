@@ -8,12 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from piflow_edge.kernels.device_arrays import DeviceArray
-
 from .arrays import Array
 from .errors import Cancelled, ScheduleError
-from .integrator import integrate
-from .kernels import gpu_arrays
+from .integrator import Integrate, integrate
 from .policies import GMPolicy, Policy
 from .schedule import Schedule, Segment, count_substeps, segment_sigmas, unwarp
 
@@ -45,7 +42,7 @@ class Progress:
 
     `call`: student calls made for these images so far, of `nfe`; `substep`, of `substeps`: Euler steps done in the
     segment of the last one. `sigma_t`: the noise level. `first`: number of the first of these images within the whole
-    call, which may be made in pieces. `state`, `policy`, `known`: what `x_t` and `x_0` are made of.
+    call, which may be made in pieces. `state`, `policy`, `known`, `integrate`: what `x_t` and `x_0` are made of.
     """
 
     call: int
@@ -57,6 +54,7 @@ class Progress:
     policy: Policy
     known: Known | None = None
     first: int = 0
+    integrate: Integrate = integrate
 
     @cached_property
     def x_t(self) -> Array:
@@ -68,7 +66,7 @@ class Progress:
         """What the policy now takes the clean latents for, (B, C, H, W): worked out when asked for, no network call."""
         # The Euler step down to 0 ends in x_t - sigma_t u_t, which is the estimate; so every kernel can give it.
         levels = np.array([self.sigma_t, 0.0])
-        x_0 = integrate(self.policy, self.state, levels) if self.sigma_t > 0 else self.state
+        x_0 = self.integrate(self.policy, self.state, levels) if self.sigma_t > 0 else self.state
         return _on_host(x_0 if self.known is None else self.known.put_into(x_0, 0.0))
 
 
@@ -79,9 +77,8 @@ def sample(
     *,
     temperature: float = 1.0,
     renoise: Callable[[int], Array] | None = None,
-    kernel: str = "auto",
     solver: str = "euler",
-    num_threads: int | None = None,
+    integrate: Integrate = integrate,
     clock: Callable[[str, float], None] = lambda stage, seconds: None,
     callback: Callable[[Progress], None] | None = None,
     callback_every: int | None = None,
@@ -103,7 +100,8 @@ def sample(
         temperature: sharpens GM policies at every call but the last; 1 leaves them.
         renoise: `(draw) -> noise` like `noise`, for schedules with h above 0; draw is 1 for the first. Those of
             `resamples` follow after one for each segment.
-        kernel, solver, num_threads: see `rollout`.
+        solver: see `rollout`.
+        integrate: what carries a state along noise levels; `kernels/rollout.py` has one that chooses a compiled kernel.
         clock: told ("network" or "policy", seconds) after each stage; what `renoise` takes is in neither.
         callback: told how far it is after each segment; what it raises ends the loop and reaches the caller.
         callback_every: substeps after which `callback` is told, besides. The state is the same but for rounding.
@@ -126,7 +124,6 @@ def sample(
     if callback_every is not None and solver != "euler":
         raise ScheduleError(f"solver {solver!r} takes a segment in one piece; leave callback_every out")
     segments = schedule.segments_below(strength)
-    rollouts = {"kernel": kernel, "solver": solver, "num_threads": num_threads}
     repeats = 0 if known is None else resamples
     nfe = len(segments) + repeats * sum(segment.sigma_src < 1 for segment in segments)
     calls = 0
@@ -152,7 +149,7 @@ def sample(
         began = time.perf_counter()
         x_0, levels = x_t, _levels_to_0(sigma_src, schedule)
         for start, stop in _pieces(len(levels) - 1, watched):
-            x_0 = integrate(policy, x_0, levels[start : stop + 1], **rollouts)
+            x_0 = integrate(policy, x_0, levels[start : stop + 1], solver=solver)
             watch(float(levels[stop]))
         x_t = (1 - sigma_src) * known.put_into(x_0, 0.0) + sigma_src * fresh
         clock("policy", time.perf_counter() - began)
@@ -168,13 +165,15 @@ def sample(
             began = time.perf_counter()
             sigma_t = float(levels[stop])
             whole = stop - start == segment.substeps
-            x_t = integrate(policy, x_t, levels if whole else levels[start : stop + 1], **rollouts)
+            x_t = integrate(policy, x_t, levels if whole else levels[start : stop + 1], solver=solver)
             last = stop == segment.substeps
             if known is not None and (last or callback is not None):
                 x_t = known.put_into(x_t, sigma_t)
             clock("policy", time.perf_counter() - began)
             if callback is not None and (last or (callback_every and stop % callback_every == 0)):
-                done = Progress(calls, nfe, stop, segment.substeps, sigma_t, x_t, policy, known)
+                done = Progress(
+                    calls, nfe, stop, segment.substeps, sigma_t, x_t, policy, known, integrate=integrate
+                )
                 callback(done)
             watch(sigma_t)
         if segment.renoises:
@@ -185,7 +184,7 @@ def sample(
 
 
 def _on_host(array: Array) -> Array:
-    return gpu_arrays.to_host(array) if isinstance(array, DeviceArray) else array
+    return array.to_host() if hasattr(array, "to_host") else array
 
 
 def _pieces(substeps: int, *every: int | None) -> Iterator[tuple[int, int]]:

@@ -51,10 +51,7 @@ KNOWN_IMPORTS = {
     "evaluation.features -> distill",
     "export.feature_extractor -> evaluation",
     "export.to_bundle -> package",
-    "integrator -> kernels",
-    "noise -> kernels",
     "runtime.request -> package",
-    "sampling -> kernels",
 }
 KNOWN_CIRCLES = {
     "package <-> runtime.generator <-> runtime.loading <-> runtime.request",

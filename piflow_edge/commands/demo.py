@@ -81,6 +81,7 @@ def run_demo(
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
     from piflow_edge.export.teacher_graph import export_teacher
+    from piflow_edge.kernels.rollout import integrate
 
     teacher, data = load_teacher(shipped_teacher()), load_images("digits")
     bundles = []
@@ -95,6 +96,7 @@ def run_demo(
             guidance=GuidanceConfig(GUIDANCE_SCALE),
             head=GMHead(NUM_COMPONENTS),
             resume=True,
+            integrate=integrate,
         )
         say("exporting it, and checking the bundle against PyTorch")
         bundles.append(folder / "bundles" / f"digits-nfe{nfe}")

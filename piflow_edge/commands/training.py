@@ -177,6 +177,7 @@ def distill(
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
+    from piflow_edge.kernels.rollout import integrate
     from piflow_edge.schedule import resolution_shift
 
     from .demo import shipped_teacher
@@ -221,6 +222,7 @@ def distill(
         lora=LoRAConfig(rank, float(rank), tuple(lora_targets.split(","))) if rank else None,
         run=RunConfig(**run),
         resume=resume,
+        integrate=integrate,
     )
     if is_main_process():
         click.echo(out)

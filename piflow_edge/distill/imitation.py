@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from piflow_edge.errors import ScheduleError
-from piflow_edge.integrator import integrate
+from piflow_edge.integrator import Integrate, integrate
 from piflow_edge.policies import GMPolicy, Policy
 from piflow_edge.schedule import count_substeps, substep_sigmas, warp
 
@@ -138,6 +138,7 @@ def imitation_loss(
     *,
     teacher_ratio: float = 0.0,
     teacher_takes_all: bool = False,
+    integrate: Integrate = integrate,
 ) -> SegmentLoss:
     """The loss of one batch of real data, noised to the start of a segment drawn for each sample.
 
@@ -151,6 +152,7 @@ def imitation_loss(
         teacher_takes_all: whether the teacher may be asked about all points at once, with `(x_t, sigma_t)` of
             `n B` samples, point after point: one large call is quicker than n small ones. Without a teacher's
             share of the way, as a later point then waits for the velocity at an earlier one.
+        integrate: carries states along policies; see `student.distill`.
 
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `PiFlowImitation.forward_train` in Lakonik/piFlow.
     """
@@ -173,6 +175,7 @@ def imitation_loss(
         random,
         teacher_ratio,
         teacher_takes_all,
+        integrate,
     )
 
 
@@ -185,6 +188,7 @@ def datafree_imitation_loss(
     *,
     teacher_ratio: float = 0.0,
     teacher_takes_all: bool = False,
+    integrate: Integrate = integrate,
 ) -> tuple[Tensor, list[SegmentLoss]]:
     """The loss along the student's whole path from pure noise: no data needed. Arguments as `imitation_loss`.
 
@@ -213,10 +217,11 @@ def datafree_imitation_loss(
             random,
             teacher_ratio,
             teacher_takes_all,
+            integrate,
         )
         total, parts = total + size * part.loss, [*parts, part]
         raw_t_dst = np.maximum(raw_t_src - size, 0.0)
-        x_src, _ = _follow(followed, part.x_t, part.raw_t, raw_t_dst, config)
+        x_src, _ = _follow(followed, part.x_t, part.raw_t, raw_t_dst, config, integrate)
         raw_t_src = raw_t_dst
     return total, parts
 
@@ -232,6 +237,7 @@ def segment_loss(
     random: Random,
     teacher_ratio: float = 0.0,
     teacher_takes_all: bool = False,
+    integrate: Integrate = integrate,
 ) -> SegmentLoss:
     """Follow the policy through one segment and correct it at `num_intermediate_states` points.
 
@@ -239,7 +245,7 @@ def segment_loss(
         policy: carries the gradient; asked only for its velocity at the points.
         followed: the same policy without gradient, perhaps with components dropped; makes the path.
         raw_t_src, length: where each sample's segment starts in raw time and how long it is, (B,).
-        x_src, teacher, config, random, teacher_ratio, teacher_takes_all: as in `imitation_loss`.
+        x_src, teacher, config, random, teacher_ratio, teacher_takes_all, integrate: as in `imitation_loss`.
     """
     n, batch = config.num_intermediate_states, len(x_src)
     window = config.window_substeps * length / count_substeps(length, 0.0, config.total_substeps)
@@ -256,9 +262,9 @@ def segment_loss(
     at_once = teacher_takes_all and teacher_ratio == 0
     for student_step, teacher_step in zip(student_steps.T, teacher_steps.T, strict=True):
         raw_t_a = np.maximum(raw_t - student_step, 0.0)
-        x_a, sigma_a = _follow(followed, x_t, raw_t, raw_t_a, config)
+        x_a, sigma_a = _follow(followed, x_t, raw_t, raw_t_a, config, integrate)
         raw_t = np.maximum(raw_t_a - teacher_step, 0.0)
-        predictions.append(average_velocity(policy, x_a, raw_t_a, raw_t - window, config))
+        predictions.append(average_velocity(policy, x_a, raw_t_a, raw_t - window, config, integrate))
         if at_once:
             points.append((x_a, sigma_a))
             x_t = x_a
@@ -275,7 +281,12 @@ def segment_loss(
 
 
 def average_velocity(
-    policy: Policy, x_t: Tensor, raw_t: np.ndarray, raw_t_end: np.ndarray, config: ImitationConfig
+    policy: Policy,
+    x_t: Tensor,
+    raw_t: np.ndarray,
+    raw_t_end: np.ndarray,
+    config: ImitationConfig,
+    integrate: Integrate = integrate,
 ) -> Tensor:
     """Mean velocity of the policy between two raw times, (B,) each; at the point where that is one substep.
 
@@ -287,7 +298,7 @@ def average_velocity(
     at_point = policy.velocity(x_t, sigma_t)
     if np.all(counts < 2):
         return at_point
-    x_end, sigma_end = _follow(policy, x_t, raw_t, raw_t_end, config)
+    x_end, sigma_end = _follow(policy, x_t, raw_t, raw_t_end, config, integrate)
     mean = (x_t - x_end) / _per_sample(np.maximum(sigma_t - sigma_end, TRAIN_EPS), x_t)
     return torch.where(_per_sample(counts < 2, x_t).bool(), at_point, mean)
 
@@ -308,7 +319,7 @@ def _nfe_of_samples(config: ImitationConfig, batch: int, random: Random) -> int 
     return np.array(config.nfes)[(random.uniform((batch,)) * len(config.nfes)).astype(int)]
 
 
-def _follow(policy, x_t, raw_t, raw_t_end, config):
+def _follow(policy, x_t, raw_t, raw_t_end, config, integrate):
     counts = count_substeps(raw_t, raw_t_end, config.total_substeps)
     sigmas = substep_sigmas(raw_t, raw_t_end, counts, config.shift)
     return integrate(policy, x_t, sigmas), sigmas[-1]

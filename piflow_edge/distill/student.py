@@ -15,6 +15,7 @@ from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher, atta
 from piflow_edge.distill.networks.heads import DXHead, Head, head_to_json
 from piflow_edge.distill.networks.lora import LoRAConfig
 from piflow_edge.errors import CheckFailedError, DataError
+from piflow_edge.integrator import Integrate, integrate
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import Policy
 from piflow_edge.runtime.images import decode
@@ -49,8 +50,10 @@ def policy_of(
     return head.policy(outputs, x_src, sigma_src, _POLICY_EPS[head.kind] if eps is None else eps)
 
 
-def student_loss(guided: GuidedTeacher, head: Head, imitation: ImitationConfig) -> Loss:
-    """The imitation loss of a student, for `train`."""
+def student_loss(
+    guided: GuidedTeacher, head: Head, imitation: ImitationConfig, integrate: Integrate = integrate
+) -> Loss:
+    """The imitation loss of a student, for `train`; `integrate` as in `distill`."""
 
     def loss(network, x_0, conditioning, random):
         def student(x_src, sigma_src):
@@ -61,15 +64,15 @@ def student_loss(guided: GuidedTeacher, head: Head, imitation: ImitationConfig) 
             given = {k: v.repeat(times, *(1,) * (v.ndim - 1)) for k, v in conditioning.items()}
             return guided.velocity(x_t, sigma_t, **given)
 
-        ratio = imitation.teacher_ratio(random.iteration)
+        settings = {
+            "teacher_ratio": imitation.teacher_ratio(random.iteration),
+            "teacher_takes_all": True,
+            "integrate": integrate,
+        }
         if imitation.data_free:
             noise = torch.from_numpy(random.normal(tuple(x_0.shape))).to(x_0)
-            return datafree_imitation_loss(
-                student, teacher, noise, imitation, random, teacher_ratio=ratio, teacher_takes_all=True
-            )[0]
-        return imitation_loss(
-            student, teacher, x_0, imitation, random, teacher_ratio=ratio, teacher_takes_all=True
-        ).loss
+            return datafree_imitation_loss(student, teacher, noise, imitation, random, **settings)[0]
+        return imitation_loss(student, teacher, x_0, imitation, random, **settings).loss
 
     return loss
 
@@ -87,6 +90,7 @@ def distill(
     null: Mapping[str, Tensor] | None = None,
     run: RunConfig = DEFAULT_RUN,
     resume: bool = False,
+    integrate: Integrate = integrate,
 ) -> Checkpoint:
     """Train a student that starts as its teacher, and leave its checkpoint in `folder`.
 
@@ -101,6 +105,9 @@ def distill(
         null: what stands for "no condition"; see `GuidedTeacher`.
         run: how the run is carried out.
         resume: go on from the checkpoint in `folder`.
+        integrate: carries states along policies. The default computes as the formulas read;
+            `piflow_edge.kernels.rollout.integrate` does the same in compiled kernels, and is what `piflow-edge distill`
+            trains with.
 
     Raises:
         DataError: the data's classes or latents are not the teacher's.
@@ -134,7 +141,7 @@ def distill(
             levels = np.full(len(x_src), sigma_src)
             return policy_of(network, head, x_src, levels, {"labels": labels}, eps=imitation.policy_eps)
 
-        return decode(sample(call, noise, schedule).cpu().numpy())
+        return decode(sample(call, noise, schedule, integrate=integrate).cpu().numpy())
 
     settings = {
         "imitation": asdict(imitation),
@@ -148,7 +155,7 @@ def distill(
     }
     return train(
         student,
-        student_loss(guided, head, imitation),
+        student_loss(guided, head, imitation, integrate),
         data,
         training,
         folder,

@@ -17,8 +17,8 @@ import numpy as np
 from piflow_edge.bundle.folder import demo_bundle
 from piflow_edge.engines import ort, ort_package, placement
 from piflow_edge.errors import BundleError, EngineError, MissingExtraError, PiFlowError
-from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.policies import DXPolicy, GMPolicy
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.hardware import jetson_release, nvidia_gpus, power_state, read_text, versions

@@ -9,6 +9,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from piflow_edge.errors import EngineError, ShapeError
 
 from . import nvidia
@@ -65,6 +67,12 @@ class DeviceArray:
         from . import gpu_arrays
 
         return gpu_arrays
+
+    def to_host(self) -> np.ndarray:
+        """The values as NumPy's; waits for them."""
+        from . import gpu_arrays
+
+        return gpu_arrays.to_host(self)
 
     def reshaped(self, shape: tuple[int, ...]) -> "DeviceArray":
         """The same memory in a shape of as many numbers."""

@@ -28,7 +28,7 @@ SOURCE = nvidia.SOURCE.with_name("arrays.cu")
 
 float32, float64, uint8, int64 = "float32", "float64", "uint8", "int64"
 
-# A policy may therefore work out what it needs late; see `policies/base.py`.
+# A policy may therefore work out what it needs late; see `policies/policy.py`.
 RECORDS_GRADIENTS = False
 
 _THREADS = 128

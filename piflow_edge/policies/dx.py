@@ -12,7 +12,7 @@ from piflow_edge.arrays import Array, array_namespace
 from piflow_edge.errors import ScheduleError
 from piflow_edge.schedule import unwarp
 
-from .base import (
+from .policy import (
     as_noise_levels,
     as_real,
     as_state,

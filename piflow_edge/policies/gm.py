@@ -9,7 +9,7 @@ import numpy as np
 from piflow_edge.arrays import Array, array_namespace
 from piflow_edge.errors import ScheduleError
 
-from .base import (
+from .policy import (
     as_noise_levels,
     as_real,
     as_state,

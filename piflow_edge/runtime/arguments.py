@@ -10,7 +10,7 @@ import numpy as np
 
 from piflow_edge.bundle.manifest import LatentSpec, ScheduleSpec
 from piflow_edge.errors import LabelError, ScheduleError, ShapeError
-from piflow_edge.noise import philox_normal
+from piflow_edge.kernels.normal import philox_normal
 from piflow_edge.schedule import Schedule, check_temperature
 
 from .images import drawn_mask, encode

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from piflow_edge.bundle.manifest import trained_with
 from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions
 from piflow_edge.errors import BundleError, EngineError, ShapeError
 from piflow_edge.kernels import gpu_arrays, nvidia
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.policies import Policy
 from piflow_edge.sampling import Known, Progress, sample
 from piflow_edge.system.files import sha256
@@ -309,7 +310,7 @@ class Generator:
             temperature=request.temperature,
             strength=request.strength,
             resamples=request.resamples,
-            num_threads=self.options.threads,
+            integrate=partial(integrate, num_threads=self.options.threads),
             **settings,
         )
 

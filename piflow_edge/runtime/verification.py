@@ -18,6 +18,7 @@ import numpy as np
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.sampling import sample
 
 from .generator import Generator
@@ -170,6 +171,7 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
             noise,
             spec.schedule(nfe=nfe),
             temperature=spec.temperature_of(nfe),
+            integrate=integrate,
         )
         latents.append((f"latents of nfe{nfe}", found["latents"], expected))
         if bundle.manifest.makes_images:  # of the graph's own latents, as above

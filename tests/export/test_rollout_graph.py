@@ -8,7 +8,7 @@ from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import ScheduleError
 from piflow_edge.export.rollout_graph import DOMAIN, dx_rollout, dx_weights, gm_rollout, gm_substeps, inline
 from piflow_edge.export.to_onnx import OPSET
-from piflow_edge.integrator import integrate
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.schedule import segment_sigmas
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from piflow_edge import GMPolicy
-from piflow_edge.integrator import integrate
+from piflow_edge.kernels.rollout import integrate
 
 ROUNDING = 2.0**-24  # what rounding a number to float32 costs at most, relative to it
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from piflow_edge import GMPolicy
-from piflow_edge.integrator import integrate
+from piflow_edge.kernels.rollout import integrate
 from tests.helpers.rollout_cases import gm_case, levels
 
 library = sys.argv[1]

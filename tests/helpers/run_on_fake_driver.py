@@ -4,8 +4,8 @@ import numpy as np
 
 from piflow_edge import GMPolicy
 from piflow_edge.errors import EngineError
-from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cuda, nvidia
+from piflow_edge.kernels.rollout import integrate
 from tests.helpers.rollout_cases import gm_case, levels, wide
 
 

@@ -150,7 +150,7 @@ def test_policies_run_there_as_they_stand(run):
     run(
         """
 from piflow_edge import DXPolicy, GMPolicy
-from piflow_edge.integrator import integrate
+from piflow_edge.kernels.rollout import integrate
 
 def gm(K, C):
     shapes = (2, K, C, 3, 5), (2, K, 1, 3, 5), (2, 1, 1, 1, 1), (2, C, 3, 5)

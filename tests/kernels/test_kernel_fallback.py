@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from piflow_edge import DXPolicy, GMPolicy, PiFlowError, integrator
-from piflow_edge.integrator import integrate
-from piflow_edge.kernels import cpu
+from piflow_edge import DXPolicy, GMPolicy, PiFlowError
+from piflow_edge.kernels import cpu, rollout
+from piflow_edge.kernels.rollout import integrate
 from tests.helpers.rollout_cases import dx_case, gm_case, levels
 from tests.kernels.test_kernels import KERNELS, run
 
@@ -23,7 +23,7 @@ def test_the_library_is_there_where_a_compiler_is():
 @pytest.mark.parametrize("make", [lambda: (GMPolicy, gm_case(13)), lambda: (DXPolicy, dx_case(13))])
 def test_without_the_library_numpy_takes_over_and_says_so_once(make, monkeypatch, caplog):
     monkeypatch.setattr(cpu, "library", lambda: None)
-    integrator._log_once.cache_clear()
+    rollout._log_once.cache_clear()
     kind, inputs = make()
     policy = kind(**inputs)
     with caplog.at_level(logging.WARNING):

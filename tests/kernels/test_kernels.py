@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piflow_edge import DXPolicy, GMPolicy, PiFlowError, rollout
-from piflow_edge.integrator import integrate
 from piflow_edge.kernels import cpu
 from piflow_edge.kernels.cpu import library as compiled_library
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.schedule import count_substeps, substep_sigmas
 from tests.conftest import Library
 from tests.helpers.golden_cases import case_id, cases

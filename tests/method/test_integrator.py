@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from piflow_edge import DXPolicy, GMPolicy, PiFlowError, rollout
-from piflow_edge.integrator import integrate
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.schedule import count_substeps, substep_sigmas
 from tests.helpers.golden_cases import case_id, cases
 from tests.helpers.golden_policies import make_policy, sampler_shift

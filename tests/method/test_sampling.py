@@ -1,7 +1,10 @@
+from functools import partial
+
 import numpy as np
 import pytest
 
 from piflow_edge import Cancelled, DXPolicy, GMPolicy, PiFlowError, Schedule
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.sampling import Known, sample
 from tests.helpers.golden_cases import case_id, cases
 from tests.helpers.golden_policies import sampler_shift
@@ -37,7 +40,7 @@ def test_the_loop_is_the_authors(case, dtype):
         temperature=params["temperature"],
         # The authors count from the first step; ours from the first re-noising.
         renoise=lambda draw: case["step_noise"][draw - 1].astype(dtype),
-        kernel="reference",
+        integrate=partial(integrate, kernel="reference"),
     )
     case.check("x_final", x_0, dtype)
     case.check("net_in_x_t", np.stack([x_t for x_t, _ in calls]), dtype)
@@ -74,9 +77,16 @@ def test_a_callback_sees_the_clean_estimate_and_changes_nothing(network, every, 
     def renoise(draw):
         return noise(seed=draw)
 
-    expected = sample(network, noise(), schedule, renoise=renoise, kernel=kernel)
+    carry = partial(integrate, kernel=kernel)
+    expected = sample(network, noise(), schedule, renoise=renoise, integrate=carry)
     found = sample(
-        network, noise(), schedule, renoise=renoise, kernel=kernel, callback=seen.append, callback_every=every
+        network,
+        noise(),
+        schedule,
+        renoise=renoise,
+        integrate=carry,
+        callback=seen.append,
+        callback_every=every,
     )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)  # float64, so that only rounding is left
     substeps = [segment.substeps for segment in schedule.segments]

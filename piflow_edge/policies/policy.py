@@ -14,8 +14,8 @@ from piflow_edge.arrays import Array, Namespace, array_namespace
 from piflow_edge.errors import ScheduleError, ShapeError
 
 
-class Policy(Protocol):
-    """A velocity field that holds from the noise level of one student call down to the next."""
+class VelocityField(Protocol):
+    """What a rollout needs: a velocity that holds from the noise level of one student call down to the next."""
 
     def velocity(self, x_t: Array, sigma_t) -> Array:
         """u_t = dx/dsigma at state `x_t` and noise level `sigma_t`, a float or (B,); shape of `x_t`."""
@@ -50,7 +50,7 @@ def depends_on_mode(xp: Namespace, *arrays: Any) -> bool:
     return not is_numpy_namespace(xp) and getattr(xp, "RECORDS_GRADIENTS", True)
 
 
-def detach_fields(policy: Policy) -> dict[str, Any]:
+def detach_fields(policy: VelocityField) -> dict[str, Any]:
     """Return the attributes of a policy, its tensors cut off from torch's graph."""
     return {name: v.detach() if hasattr(v, "detach") else v for name, v in vars(policy).items()}
 
