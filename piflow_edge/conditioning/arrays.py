@@ -9,7 +9,7 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError
 
-from .base import Asked, convert_arrays, refuse_others, repeat, require_keys
+from .base import Asked, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
 from .mapping import Conditioning, count_of, take
 from .specs import TensorSpec
 
@@ -43,6 +43,9 @@ class Arrays:
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, convert_arrays(self, given))
 
+    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Arrays":
+        return self
+
     def encode(self, asked: Asked) -> dict[str, np.ndarray]:
         refuse_others(self, asked, "arrays")
         if asked.arrays is None:
@@ -58,9 +61,9 @@ class Arrays:
         random = np.random.default_rng(0)
         return {spec.name: _example(spec, count, random) for spec in self.inputs}
 
-    def describe(self, conditioning: Conditioning, index: int) -> dict[str, Any]:
-        """The SHA-256 of every array, of its bytes in little endian."""
-        return {"sha256": {spec.name: _digest(conditioning[spec.name][index]) for spec in self.inputs}}
+    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+        """The SHA-256 of every array of an image, of its bytes in little endian."""
+        return describe_arrays(self.inputs, conditioning)
 
     def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
         given, count = self.encode(asked), len(descriptions)
@@ -68,16 +71,15 @@ class Arrays:
             given = repeat(given, count)
         if count_of(given) != count:
             raise ConditioningError(f"give arrays of {count} images; got {count_of(given)}")
-        for index, description in enumerate(descriptions):
-            if self.describe(given, index) != description:
+        for index, (found, wanted) in enumerate(zip(self.describe(asked, given), descriptions, strict=True)):
+            if found != wanted:
                 raise ConditioningError(
                     f"the arrays of image {index} are other ones than those it was made from"
                 )
         return Asked(arrays=given)
 
-    def title(self, conditioning: Conditioning, index: int) -> str:
-        digests = self.describe(conditioning, index)["sha256"]
-        return hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:8]
+    def title(self, description: dict[str, Any]) -> str:
+        return title_arrays(description)
 
     def summarize(self) -> str:
         return f"the network takes arrays: {'; '.join(map(str, self.inputs))}"
@@ -89,16 +91,37 @@ class Arrays:
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> "Arrays":
         require_keys(cls.kind, body, "inputs")
-        inputs = body["inputs"]
-        if not isinstance(inputs, list) or not inputs or not all(map(_is_spec, inputs)):
-            raise ConditioningError(
-                "conditioning of kind 'arrays' holds inputs, each with a name, a dtype and a shape; "
-                f"dtypes are {', '.join(_DTYPES)}"
-            )
-        specs = tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in inputs)
-        if len({spec.name for spec in specs}) < len(specs):
-            raise ConditioningError(f"two inputs have one name: {', '.join(spec.name for spec in specs)}")
-        return cls(specs)
+        return cls(specs_from_json(cls.kind, body["inputs"]))
+
+
+def specs_from_json(kind: str, inputs: Any) -> tuple[TensorSpec, ...]:
+    """Return the inputs of a network that JSON lists for conditioning of this kind.
+
+    Raises:
+        ConditioningError: no list of inputs, one without a name, dtype and shape, or two of one name.
+    """
+    if not isinstance(inputs, list) or not inputs or not all(map(_is_spec, inputs)):
+        raise ConditioningError(
+            f"conditioning of kind {kind!r} holds inputs, each with a name, a dtype and a shape; "
+            f"dtypes are {', '.join(_DTYPES)}"
+        )
+    specs = tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in inputs)
+    if len({spec.name for spec in specs}) < len(specs):
+        raise ConditioningError(f"two inputs have one name: {', '.join(spec.name for spec in specs)}")
+    return specs
+
+
+def describe_arrays(inputs: Sequence[TensorSpec], conditioning: Conditioning) -> list[dict[str, Any]]:
+    """Return the SHA-256 of every input of every image, as JSON."""
+    return [
+        {"sha256": {spec.name: _digest(conditioning[spec.name][index]) for spec in inputs}}
+        for index in range(count_of(conditioning) or 0)
+    ]
+
+
+def title_arrays(description: dict[str, Any]) -> str:
+    """Return a short name for an image that `describe_arrays` described."""
+    return hashlib.sha256("".join(description["sha256"].values()).encode()).hexdigest()[:8]
 
 
 def _is_spec(entry: Any) -> bool:

@@ -1,7 +1,7 @@
 """What every conditioner can do, and what a caller can ask one for."""
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
@@ -11,6 +11,9 @@ from piflow_edge.errors import ConditioningError
 
 from .mapping import Conditioning, count_of
 from .specs import TensorSpec, convert_array
+
+ReadAsset = Callable[[str], bytes]
+RunNetwork = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,8 @@ class Asked:
 class Conditioner(Protocol):
     """Knows what the conditioning of one model means; the rest of the project only hands the arrays on.
 
-    Where a bundle is read, a conditioner is a plain description. One whose `encode` runs networks of the bundle (text)
-    gets them from whoever opens the bundle, as an object of its own with the same methods: the description stays free
-    of engines, and whoever calls `encode` sees no difference.
+    Where a bundle is read, a conditioner is a plain description. Whoever opens the bundle calls `open` with its
+    networks and assets and uses what that returns: one whose `encode` runs networks (text) is then another object.
 
     `kind`: its name in JSON. `positional`: the field of `Asked` that the first argument of `generator(...)` fills.
     """
@@ -43,6 +45,15 @@ class Conditioner(Protocol):
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What it feeds the network."""
+        ...
+
+    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Conditioner":
+        """Return the conditioner that `encode` can be called on, with what it needs of a bundle; most need nothing.
+
+        Args:
+            read_asset: bytes of an asset, by its name.
+            run_network: one call of a network, by its name: inputs by name -> outputs by name.
+        """
         ...
 
     def encode(self, asked: Asked) -> dict[str, np.ndarray]:
@@ -62,8 +73,11 @@ class Conditioner(Protocol):
         """Return a valid conditioning of `count` images, always the same, to try a network with."""
         ...
 
-    def describe(self, conditioning: Conditioning, index: int) -> dict[str, Any]:
-        """Return what steers one image, as JSON: for its recipe and for reports."""
+    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+        """Return what steers each image, as JSON: for its recipe and for reports.
+
+        `conditioning`: what `encode` made of `asked`.
+        """
         ...
 
     def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
@@ -76,8 +90,8 @@ class Conditioner(Protocol):
         """
         ...
 
-    def title(self, conditioning: Conditioning, index: int) -> str:
-        """Return a few words for one image. Images with the same title show the same thing."""
+    def title(self, description: dict[str, Any]) -> str:
+        """Return a few words for an image of this description. Images with one title show the same thing."""
         ...
 
     def summarize(self) -> str:

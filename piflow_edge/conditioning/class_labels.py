@@ -11,7 +11,7 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError, LabelError
 
-from .base import Asked, convert_arrays, refuse_others, repeat, require_keys
+from .base import Asked, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
 from .mapping import Conditioning
 from .specs import TensorSpec
 
@@ -42,6 +42,9 @@ class ClassLabels:
     def inputs(self) -> tuple[TensorSpec, ...]:
         return (TensorSpec(self.input_name, "int64", ("batch",)),)
 
+    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "ClassLabels":
+        return self
+
     def encode(self, asked: Asked) -> dict[str, np.ndarray]:
         """Ids of `asked.labels`: ids, names, or texts such as "3,7", "0-9" and "all". Or ids in `asked.arrays`."""
         refuse_others(self, asked, "labels", "arrays")
@@ -59,8 +62,8 @@ class ClassLabels:
     def example(self, count: int) -> dict[str, np.ndarray]:
         return {self.input_name: np.arange(count) % len(self.names)}
 
-    def describe(self, conditioning: Conditioning, index: int) -> dict[str, Any]:
-        return {"label": int(conditioning[self.input_name][index])}
+    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+        return [{"label": int(label)} for label in conditioning[self.input_name]]
 
     def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
         if asked != Asked():
@@ -73,8 +76,8 @@ class ClassLabels:
             raise ConditioningError(f"a description holds one label; got {descriptions[0]!r} and so on")
         return Asked(labels=labels)
 
-    def title(self, conditioning: Conditioning, index: int) -> str:
-        return self.names[int(conditioning[self.input_name][index])]
+    def title(self, description: dict[str, Any]) -> str:
+        return self.names[description["label"]]
 
     def summarize(self) -> str:
         count = len(self.names)

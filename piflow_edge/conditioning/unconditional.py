@@ -8,7 +8,7 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError
 
-from .base import Asked, refuse_others, require_keys
+from .base import Asked, ReadAsset, RunNetwork, refuse_others, require_keys
 from .mapping import Conditioning
 from .specs import TensorSpec
 
@@ -24,6 +24,9 @@ class Unconditional:
     def inputs(self) -> tuple[TensorSpec, ...]:
         return ()
 
+    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Unconditional":
+        return self
+
     def encode(self, asked: Asked) -> dict[str, np.ndarray]:
         if asked.arrays is not None and not len(asked.arrays):
             asked = Asked(asked.labels, asked.prompts, None, asked.count)  # no arrays are what it takes
@@ -38,15 +41,15 @@ class Unconditional:
     def example(self, count: int) -> dict[str, np.ndarray]:
         return {}
 
-    def describe(self, conditioning: Conditioning, index: int) -> dict[str, Any]:
-        return {}
+    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+        return [{} for _ in range(asked.count or 0)]
 
     def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
         if asked != Asked() or any(descriptions):
             raise ConditioningError("nothing steers these images; give nothing")
         return Asked(count=len(descriptions))
 
-    def title(self, conditioning: Conditioning, index: int) -> str:
+    def title(self, description: dict[str, Any]) -> str:
         return ""
 
     def summarize(self) -> str:

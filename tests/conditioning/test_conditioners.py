@@ -57,7 +57,7 @@ def test_an_example_is_what_encode_takes_as_arrays(conditioner):
 @pytest.mark.parametrize("conditioner", EVERY_KIND, ids=lambda c: c.kind)
 def test_descriptions_recall_the_same_conditioning(conditioner):
     example = conditioner.example(3)
-    told = json.loads(json.dumps([conditioner.describe(example, i) for i in range(3)]))
+    told = json.loads(json.dumps(conditioner.describe(Asked(count=3), example)))
     given = Asked(arrays=example) if conditioner.kind == "arrays" else Asked()
     asked = conditioner.recall(told, given)
     again = conditioner.encode(asked)
@@ -154,9 +154,15 @@ def test_the_input_of_a_network_may_have_another_name():
 
 
 def test_titles_are_names_and_equal_for_what_is_the_same():
-    assert [PETS.title(PETS.example(4), i) for i in range(4)] == ["cat", "dog", "Hedgehog", "cat"]
+    assert [PETS.title(d) for d in PETS.describe(Asked(), PETS.example(4))] == [
+        "cat",
+        "dog",
+        "Hedgehog",
+        "cat",
+    ]
     same = TEXT.encode(Asked(arrays=encodings(1), count=2))
-    assert TEXT.title(same, 0) == TEXT.title(same, 1) != TEXT.title(encodings(1, tokens=2), 0)
+    titles = [TEXT.title(d) for e in (same, encodings(1, tokens=2)) for d in TEXT.describe(Asked(), e)]
+    assert titles[0] == titles[1] != titles[2]
 
 
 def test_arrays_become_what_the_network_takes():
@@ -216,7 +222,7 @@ def test_examples_of_arrays_are_rows_that_were_seen():
 
 def test_recall_wants_the_arrays_that_were_used():
     rows = encodings(2)
-    told = [TEXT.describe(rows, i) for i in range(2)]
+    told = TEXT.describe(Asked(), rows)
     with pytest.raises(ConditioningError, match="give arrays"):
         TEXT.recall(told, Asked())
     other = rows | {"hidden": rows["hidden"] + 1}
