@@ -64,7 +64,6 @@ MOST_FILES = 14  # beside __init__.py
 KNOWN_FULL_FOLDERS = {"benchmarks", "engines"}
 # Two rooms may each have a module of these names, because each means the same there.
 SHARED_NAMES = {
-    "base": "the protocol that a room's one kind of thing keeps to",
     "images": "the commands about what runtime/images.py makes",
     "training": "the commands about what distill/loop/training.py does",
 }
