@@ -88,7 +88,7 @@ $(RUNTIME)/.installed: $(VENV)/.installed
 # of a student for one call, made last by what is committed then.
 .PHONY: assets
 assets: $(VENV)/.installed
-	$(BIN)/python -m piflow_edge.distill.networks.classifier
+	$(BIN)/python -m piflow_edge.export.feature_extractor --out piflow_edge/assets/digits_features.onnx
 	$(BIN)/piflow-edge train-teacher --data digits --out runs/teacher --weights-only
 	rm -rf piflow_edge/distill/assets/digits_teacher
 	mkdir piflow_edge/distill/assets/digits_teacher

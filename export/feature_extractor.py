@@ -1,19 +1,24 @@
-"""A small classifier -> a feature extractor as ONNX, for `evaluate --features FILE.onnx`."""
+"""A small classifier -> a feature extractor as ONNX, for `evaluate --features FILE.onnx`.
 
+`python -m piflow_edge.export.feature_extractor --out FILE` makes the one for 8x8 digits that ships with the package.
+"""
+
+import argparse
+import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from piflow_edge.distill.data.datasets import ImageData
+from piflow_edge.distill.data.datasets import ImageData, load_images
 from piflow_edge.distill.networks.classifier import SmallClassifier, TrainedClassifier, train_classifier
+from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.evaluation.features import DESCRIPTION_KEY, RANGE_KEY, OnnxFeatures, eight_bit
 from piflow_edge.export.to_onnx import OPSET
 from piflow_edge.system.files import write_atomic
+from piflow_edge.system.pixels import DESCRIPTION_KEY, RANGE_KEY, round_to_bytes
 
 # Relative to the largest feature; PyTorch and ONNX Runtime add up a few thousand float32 products in another order.
 _TOLERANCE = 1e-4
@@ -36,14 +41,24 @@ def train_features(data: ImageData, path: Path, *, epochs: int = 40, seed: int =
         f"{trained.classifier.hidden.out_features} features of a small classifier of {data.name!r} "
         f"({held_out:.0%} of held-out images right), not Inception's"
     )
-    graph = feature_graph(trained.classifier, {RANGE_KEY: "-1,1", DESCRIPTION_KEY: description})
-    with TemporaryDirectory() as folder:  # checked before it replaces what may stand at `path`
-        copy = Path(folder) / path.name
-        copy.write_bytes(graph)
-        _check(trained.classifier, copy)
+    _write_features(trained.classifier, path, description)
+    return trained
+
+
+def write_digits_features(path: Path) -> TrainedClassifier:
+    """Train the classifier of 8x8 digits that ships with the package and write its features to `path`."""
+    trained = train_classifier(load_images("digits"), held_out=297)
+    trained.classifier.load_state_dict({k: v.half() for k, v in trained.classifier.state_dict().items()})
+    _write_features(trained.classifier, path, "64 features of the shipped digits classifier, not Inception's")
+    return trained
+
+
+def _write_features(classifier: SmallClassifier, path: Path, description: str) -> None:
+    """Write the file once its features are those of the classifier."""
+    graph = feature_graph(classifier, {RANGE_KEY: "-1,1", DESCRIPTION_KEY: description})
+    _check(classifier, graph, path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, graph)
-    return trained
 
 
 def feature_graph(classifier: SmallClassifier, metadata: dict[str, str]) -> bytes:
@@ -90,11 +105,21 @@ def feature_graph(classifier: SmallClassifier, metadata: dict[str, str]) -> byte
 
 
 @torch.no_grad()
-def _check(classifier: SmallClassifier, path: Path) -> None:
-    """Hold the file to the classifier it was made from."""
+def _check(classifier: SmallClassifier, graph: bytes, name: str) -> None:
+    """Hold the graph to the classifier it was made from."""
     shape = (3, classifier.channels, classifier.size, classifier.size)
-    images = eight_bit(np.random.default_rng(0).uniform(-1, 1, shape))
+    images = round_to_bytes(np.random.default_rng(0).uniform(-1, 1, shape))
     expected = classifier.features(torch.from_numpy(images)).numpy()
-    error = np.abs(OnnxFeatures(path)(images) - expected).max() / np.abs(expected).max()
+    found = open_engine(Graph(graph), engine="ort-cpu").run({"images": images})["features"]
+    error = np.abs(found - expected).max() / np.abs(expected).max()
     if not error <= _TOLERANCE:
-        raise CheckFailedError(f"{path.name} differs from the classifier it was made from by {error:.1e}")
+        raise CheckFailedError(f"{name} differs from the classifier it was made from by {error:.1e}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Train the digits classifier whose features FID is measured in."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="ONNX file to write")
+    trained = write_digits_features(parser.parse_args().out)
+    print(json.dumps({"accuracy": trained.accuracy, "images": trained.images}))

@@ -7,7 +7,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 import click
 
 from .commands import build_engines as building
-from .commands import bundles, device, images, sending, training
+from .commands import bundles, device, evaluate, images, sending, training
 from .errors import MissingExtraError, PiFlowError
 
 # Packages of the `train` extra, by the name they are imported under.
@@ -56,11 +56,11 @@ def main():
 
 
 for command in (
-    images.demo,
+    evaluate.demo,
     training.train_teacher,
     training.distill,
     training.train_features,
-    images.evaluate,
+    evaluate.evaluate,
     bundles.export,
     building.build,
     images.sample,

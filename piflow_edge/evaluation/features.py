@@ -7,36 +7,29 @@
 | `FILE.pth`, `.pt`, `.safetensors` | an Inception-v3: torchvision's weights, or FID's as pytorch-fid lays them out |
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from piflow_edge.engines.ort_package import import_onnxruntime
-from piflow_edge.errors import FeatureError
+from piflow_edge.errors import FeatureError, ShapeError
 from piflow_edge.system.files import sha256
+from piflow_edge.system.pixels import (
+    DESCRIPTION_KEY,
+    RANGE_KEY,
+    VALUE_RANGES,
+    resize_images,
+    round_to_bytes,
+    split_images,
+)
 
 DIGITS = "digits"
+_DIGITS_FILE = Path(__file__).parents[1] / "assets" / "digits_features.onnx"
 
 # Images that share a network call.
 _BATCH_SIZE = 64
-
-# Mean and standard deviation of ImageNet's pixels, by which most classifiers' inputs are normalised.
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
-_STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
-
-# Name of a range of values that a network takes its pixels in -> from [-1, 1] to there.
-VALUE_RANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "-1,1": lambda images: images,
-    "0,1": lambda images: (images + 1) / 2,
-    "0,255": lambda images: (images + 1) * 127.5,
-    "imagenet": lambda images: ((images + 1) / 2 - _MEAN) / _STD,
-}
-
-# Entries that `train-features` leaves in its ONNX file's metadata, and that are read again here.
-RANGE_KEY, DESCRIPTION_KEY = "piflow_edge.value_range", "piflow_edge.description"
 
 
 class Features(Protocol):
@@ -52,12 +45,19 @@ class Features(Protocol):
     def __call__(self, images: np.ndarray) -> np.ndarray: ...
 
 
-def open_features(spec: str, *, value_range: str | None = None) -> Features:
-    """The feature extractor that `spec` names; see the table above.
+def open_features(
+    spec: str,
+    *,
+    value_range: str | None = None,
+    open_weights: Callable[[Path], Features] | None = None,
+) -> Features:
+    """Open the feature extractor that `spec` names; see the table above.
 
     Args:
         spec: "digits", or the path of a file.
         value_range: of an ONNX file's input, a key of `VALUE_RANGES`; None is what the file says, else "-1,1".
+        open_weights: opens a file of an Inception's weights, which needs PyTorch; the commands hand in
+            `InceptionFeatures`. None refuses such files.
 
     Raises:
         FeatureError: no such extractor; a file that cannot be used; a `value_range` for another kind.
@@ -69,13 +69,9 @@ def open_features(spec: str, *, value_range: str | None = None) -> Features:
     if suffix == ".onnx":
         return OnnxFeatures(Path(spec), value_range=value_range)
     if spec == DIGITS:
-        from piflow_edge.distill.networks.classifier import DigitFeatures
-
         return DigitFeatures()
-    if suffix in (".pth", ".pt", ".safetensors"):
-        from piflow_edge.distill.networks.inception import InceptionFeatures
-
-        return InceptionFeatures(Path(spec))
+    if suffix in (".pth", ".pt", ".safetensors") and open_weights is not None:
+        return open_weights(Path(spec))
     raise FeatureError(
         f"features are 'digits', an .onnx file, or Inception-v3 weights as .pth, .pt or .safetensors; got {spec!r}"
     )
@@ -153,13 +149,19 @@ class OnnxFeatures:
         channels = images.shape[1]
         if channels != self._channels and (channels, self._channels) != (1, 3):
             raise FeatureError(f"{self._name} takes images of {self._channels} channels; got {channels}")
-        return np.concatenate([self._run(piece) for piece in batches(images, self._batch or _BATCH_SIZE)])
+        return np.concatenate(
+            [self._run(piece) for piece in split_images(images, self._batch or _BATCH_SIZE)]
+        )
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        pixels = resized(eight_bit(images), *self._size)
+    def _prepare(self, images: np.ndarray) -> np.ndarray:
+        """Bring images to the size, channels and range that the network takes."""
+        pixels = resize_images(round_to_bytes(images), *self._size)
         if pixels.shape[1] != self._channels:
             pixels = pixels.repeat(self._channels, axis=1)
-        pixels = VALUE_RANGES[self._range](pixels).astype(self._dtype)
+        return VALUE_RANGES[self._range](pixels).astype(self._dtype)
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        pixels = self._prepare(images)
         missing = (self._batch or len(pixels)) - len(pixels)
         if missing:  # a fixed batch's last piece: filled up, and the surplus dropped
             pixels = np.concatenate([pixels, pixels[:1].repeat(missing, axis=0)])
@@ -177,24 +179,25 @@ class OnnxFeatures:
         return found[: len(images)].astype(np.float32)
 
 
-def batches(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Images (M, ...) in pieces of `size`, the last of them shorter."""
-    return (images[start : start + size] for start in range(0, len(images), size))
+class DigitFeatures(OnnxFeatures):
+    """The 64 features of the shipped digits classifier, for images (M, 1, 8, 8)."""
 
+    def __init__(self):
+        super().__init__(_DIGITS_FILE)
 
-def eight_bit(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1], rounded and clipped to the 256 levels that a PNG holds; float32, still in [-1, 1]."""
-    return (np.rint(np.clip((images + 1) * 127.5, 0, 255)) / 127.5 - 1).astype(np.float32)
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Features float32 (M, 64) of digits (M, 1, 8, 8) in [-1, 1].
 
+        Raises:
+            ShapeError: images of another shape: the classifier was trained on 8x8 digits alone.
+        """
+        if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
+            raise ShapeError(
+                f"the shipped features are for 8x8 grey digits, (M, 1, 8, 8); got {images.shape}; for others train "
+                "your own: piflow-edge train-features"
+            )
+        return super().__call__(images)
 
-def resized(images: np.ndarray, height: int | None, width: int | None) -> np.ndarray:
-    """Images float32 (M, C, H, W) at another size, bilinear with antialiasing; None keeps a side."""
-    height, width = height or images.shape[2], width or images.shape[3]
-    if images.shape[2:] == (height, width):
-        return images
-
-    def resize(plane: np.ndarray) -> np.ndarray:
-        return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
-
-    planes = [resize(np.ascontiguousarray(plane)) for image in images for plane in image]
-    return np.stack(planes).reshape(*images.shape[:2], height, width)
+    def _prepare(self, images: np.ndarray) -> np.ndarray:
+        """Leave images as they are: the 17 levels of the real digits are none of a PNG's."""
+        return images.astype(np.float32)

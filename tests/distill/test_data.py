@@ -8,8 +8,8 @@ from PIL import Image
 
 from piflow_edge.distill.data import image_folder, npz
 from piflow_edge.distill.data.datasets import ImageData, Latent, check_same_latents, load_images
-from piflow_edge.distill.networks.classifier import digit_features
 from piflow_edge.errors import DataError, ShapeError
+from piflow_edge.evaluation.features import open_features
 
 
 @pytest.fixture
@@ -438,7 +438,7 @@ def test_a_teacher_of_other_latents_is_refused(was, now, words):
 
 def test_the_features_tell_digits_apart():
     digits = load_images("digits")
-    features = digit_features(all_of(digits))
+    features = open_features("digits")(all_of(digits))
     means = np.stack([features[digits.labels == label].mean(0) for label in range(10)])
     nearest = ((features[:, None] - means) ** 2).sum(-1).argmin(1)
     assert (nearest == digits.labels).mean() > 0.9  # 0.1 by chance
@@ -446,4 +446,4 @@ def test_the_features_tell_digits_apart():
 
 def test_features_of_anything_else_are_refused():
     with pytest.raises(ShapeError, match="8x8 grey digits"):
-        digit_features(np.zeros((2, 3, 16, 16), np.float32))
+        open_features("digits")(np.zeros((2, 3, 16, 16), np.float32))

@@ -250,7 +250,7 @@ class TestOnOwnData:
 
     def test_a_range_is_that_of_a_file(self, shapes):
         assert "--value-range is that of" in invoke("evaluate", "--value-range", "0,1", code=2).stderr
-        from piflow_edge.evaluation.features import VALUE_RANGES
+        from piflow_edge.system.pixels import VALUE_RANGES
 
         (option,) = [o for o in main.commands["evaluate"].params if o.name == "value_range"]
         assert list(option.type.choices) == list(VALUE_RANGES)

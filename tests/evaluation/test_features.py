@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from piflow_edge.errors import FeatureError, PiFlowError
-from piflow_edge.evaluation.features import VALUE_RANGES, OnnxFeatures, eight_bit, open_features, resized
+from piflow_edge.evaluation.features import OnnxFeatures, open_features
+from piflow_edge.system.pixels import VALUE_RANGES, resize_images, round_to_bytes
 
 torch = pytest.importorskip("torch", reason="feature extractors are made with the 'train' extra")
 pytestmark = pytest.mark.torch
@@ -40,7 +41,7 @@ class TestOnnx:
         features = open_features(str(extractor(tmp_path / "f.onnx")))
         found = features(images)
         assert found.dtype == np.float32
-        # eight_bit leaves 8-bit pixels where they are, up to a rounding of float32
+        # round_to_bytes leaves 8-bit pixels where they are, up to a rounding of float32
         np.testing.assert_allclose(found, images.reshape(5, -1), rtol=0, atol=2**-23)
         assert features.source["file"] == "f.onnx" and len(features.source["sha256"]) == 64
         assert features.description == "features of f.onnx"
@@ -125,8 +126,8 @@ def test_resizing_is_torch_s_bilinear_with_antialiasing(images):
         expected = torch.nn.functional.interpolate(
             torch.from_numpy(images), size, mode="bilinear", align_corners=False, antialias=True
         )
-        np.testing.assert_allclose(resized(images, *size), expected, rtol=0, atol=1e-5)
-    assert resized(images, None, 16) is images
+        np.testing.assert_allclose(resize_images(images, *size), expected, rtol=0, atol=1e-5)
+    assert resize_images(images, None, 16) is images
 
 
 @pytest.mark.parametrize("spec", ["faces", "no-such.onnx", "no-such.pth", "no-such.safetensors", "."])
@@ -141,10 +142,12 @@ def test_only_an_onnx_file_s_range_can_be_chosen():
 
 
 def test_broken_files_are_refused(tmp_path):
+    from piflow_edge.distill.networks.inception import InceptionFeatures
+
     for name in ("f.onnx", "f.pth", "f.pt", "f.safetensors"):
         (tmp_path / name).write_bytes(b"\x08\x00not a network")
         with pytest.raises(FeatureError, match=r"f\."):
-            open_features(str(tmp_path / name))
+            open_features(str(tmp_path / name), open_weights=InceptionFeatures)
 
 
 def formula_weights(*, fid):
@@ -169,7 +172,7 @@ def formula_weights(*, fid):
 def formula_image():
     rows, columns = np.mgrid[0:40, 0:40] / 40
     planes = [np.sin(9 * rows + 5 * columns), np.cos(7 * rows - 11 * columns), np.sin(40 * rows * columns)]
-    return eight_bit(np.stack(planes)[None].astype(np.float32))
+    return round_to_bytes(np.stack(planes)[None].astype(np.float32))
 
 
 # The first and last four features of `formula_image` under `formula_weights`, by torchvision 0.28.0's inception_v3
@@ -183,9 +186,11 @@ RECORDED = {
 class TestInception:
     @pytest.mark.parametrize("fid", [False, True], ids=["torchvision", "pytorch-fid"])
     def test_it_is_theirs(self, tmp_path, fid):
+        from piflow_edge.distill.networks.inception import InceptionFeatures
+
         path = tmp_path / "weights.pth"
         torch.save(formula_weights(fid=fid), path)
-        features = open_features(str(path))
+        features = InceptionFeatures(path)
         assert ("FID's" in features.description) == fid
         found = features(formula_image())
         assert found.shape == (1, 2048)
@@ -195,17 +200,21 @@ class TestInception:
     def test_other_weights_are_refused(self, tmp_path):
         from safetensors.torch import save_file
 
+        from piflow_edge.distill.networks.inception import InceptionFeatures
+
         save_file({"conv.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
         with pytest.raises(FeatureError, match=r"no Inception-v3: Conv2d_1a_3x3\.conv\.weight .* is absent"):
-            open_features(str(tmp_path / "w.safetensors"))
+            InceptionFeatures(tmp_path / "w.safetensors")
         torch.save([torch.zeros(3)], tmp_path / "w.pth")
         with pytest.raises(FeatureError, match="no state dict"):
-            open_features(str(tmp_path / "w.pth"))
+            InceptionFeatures(tmp_path / "w.pth")
 
     def test_a_file_that_would_run_code_is_refused(self, tmp_path):
+        from piflow_edge.distill.networks.inception import InceptionFeatures
+
         torch.save(torch.nn.Linear(1, 1), tmp_path / "network.pth")
         with pytest.raises(FeatureError, match="tensors alone"):
-            open_features(str(tmp_path / "network.pth"))
+            InceptionFeatures(tmp_path / "network.pth")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +240,7 @@ class TestTrained:
         assert trained.accuracy["held_out"] > 0.9  # 0.5 by chance
         features = open_features(str(path))
         assert "'reds'" in features.description and "not Inception's" in features.description
-        made = eight_bit(reds.images[:70])  # more than one batch
+        made = round_to_bytes(reds.images[:70])  # more than one batch
         expected = trained.classifier.features(torch.from_numpy(made)).numpy()
         np.testing.assert_allclose(features(made), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 

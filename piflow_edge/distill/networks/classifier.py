@@ -1,31 +1,23 @@
 """Feature spaces for images that no large network was made for: a small classifier trained on the real ones.
 
 Distances in it say how alike two sets of these images are, and cannot be set beside FIDs of other papers. The one of
-8x8 digits ships with the package, made by `python -m piflow_edge.distill.networks.classifier --out DIR`; `piflow-edge
+8x8 digits ships with the package, made by `python -m piflow_edge.export.feature_extractor --out FILE`; `piflow-edge
 train-features` makes others.
 """
 
-import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from piflow_edge.distill.data.datasets import ImageData, load_images
+from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.loop.randomness import IterationRandom
-from piflow_edge.errors import CheckFailedError, DataError, ShapeError
-from piflow_edge.evaluation.features import resized
-from piflow_edge.system.files import sha256, write_atomic
+from piflow_edge.errors import CheckFailedError, DataError
+from piflow_edge.system.pixels import resize_images
 from piflow_edge.system.progress import progress
 
-ASSETS = Path(__file__).parents[1] / "assets"
-_FILE = "digits_classifier.safetensors"
 _BATCH_SIZE = 50
 # Larger images are looked at in this size: the classifier tells classes apart, and details below its grid are lost.
 _LARGEST = 64
@@ -60,37 +52,6 @@ class SmallClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.out(F.silu(self.features(images)))
-
-
-class DigitFeatures:
-    """The 64 features of the shipped digits classifier, for images (M, 1, 8, 8)."""
-
-    description = "64 features of the shipped digits classifier, not Inception's"
-
-    def __init__(self):
-        file = ASSETS / _FILE
-        self.source = {"file": _FILE, "sha256": sha256(file.read_bytes())}
-        self._classifier = SmallClassifier(1, 8, 10)
-        self._classifier.load_state_dict({k: v.float() for k, v in load_file(file).items()})
-        self._classifier.eval().requires_grad_(False)
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Features float32 (M, 64) of digits (M, 1, 8, 8) in [-1, 1].
-
-        Raises:
-            ShapeError: images of another shape: the classifier was trained on 8x8 digits alone.
-        """
-        if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
-            raise ShapeError(
-                f"the shipped features are for 8x8 grey digits, (M, 1, 8, 8); got {images.shape}; for others train "
-                "your own: piflow-edge train-features"
-            )
-        return self._classifier.features(torch.from_numpy(images).float()).numpy()
-
-
-def digit_features(images: np.ndarray) -> np.ndarray:
-    """Features of digits (M, 1, 8, 8) in [-1, 1], float32 (M, 64), from the shipped classifier."""
-    return DigitFeatures()(images)
 
 
 @dataclass(frozen=True)
@@ -184,7 +145,7 @@ def _what(data: ImageData) -> str:
 
 
 def _images(data: ImageData, indices: np.ndarray, size: int) -> Tensor:
-    return torch.from_numpy(resized(data.batch(indices)[0], size, size))
+    return torch.from_numpy(resize_images(data.batch(indices)[0], size, size))
 
 
 def _background(data: ImageData) -> Tensor:
@@ -192,20 +153,3 @@ def _background(data: ImageData) -> Tensor:
     some = data.batch(IterationRandom(0, 0).permutation(len(data))[:1000])[0]
     edges = np.concatenate([some[:, :, 0], some[:, :, -1], some[..., 0], some[..., -1]], axis=-1)
     return torch.from_numpy(np.median(edges, axis=(0, 2)).astype(np.float32))[None, :, None, None]
-
-
-def write_digits_classifier(folder: Path) -> dict:
-    """Train the classifier that ships with the package and write it to `folder`; its accuracy."""
-    trained = train_classifier(load_images("digits"), held_out=297)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.half() for k, v in trained.classifier.state_dict().items()}
-    write_atomic(folder / _FILE, save_tensors(weights))
-    return {"accuracy": trained.accuracy, "images": trained.images}
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Train the digits classifier whose features FID is measured in."
-    )
-    parser.add_argument("--out", type=Path, default=ASSETS, help="folder for the weights")
-    print(json.dumps(write_digits_classifier(parser.parse_args().out)))

@@ -18,8 +18,8 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from piflow_edge.errors import FeatureError
-from piflow_edge.evaluation.features import batches, eight_bit
 from piflow_edge.system.files import sha256
+from piflow_edge.system.pixels import round_to_bytes, split_images
 
 _SIDE = 299
 _BATCH_SIZE = 32
@@ -227,8 +227,8 @@ class InceptionFeatures:
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise FeatureError(f"Inception takes images of 3 channels, or grey ones; got {images.shape}")
         found = []
-        for piece in batches(images, _BATCH_SIZE):
-            pixels = torch.from_numpy(eight_bit(piece)).to(self._device).expand(-1, 3, -1, -1)
+        for piece in split_images(images, _BATCH_SIZE):
+            pixels = torch.from_numpy(round_to_bytes(piece)).to(self._device).expand(-1, 3, -1, -1)
             pixels = F.interpolate(
                 pixels, (_SIDE, _SIDE), mode="bilinear", align_corners=False, antialias=not self._fid
             )

@@ -1,0 +1,114 @@
+"""Commands that score students: `demo`, `evaluate`."""
+
+from pathlib import Path
+
+import click
+
+from .options import FOLDER, IMAGE_SIZE, JSON, SEED, emit, say, show
+
+
+@click.command()
+@click.option("--out", type=FOLDER, default=Path("demo"), help="Folder for students, bundles and report.")
+@click.option(
+    "--iterations",
+    type=click.IntRange(min=1),
+    help="Training steps of every student; else 1400, 400 and 300 for 1, 2 and 4 calls.",
+)
+@click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per row of the table.")
+@SEED
+@JSON
+def demo(out, iterations, images, seed, as_json):
+    """The main job on handwritten digits: distil, export, sample, score, report.
+
+    Stopped with Ctrl-C, the same command goes on where it was.
+
+    \b
+    Example:
+      piflow-edge demo --out demo
+    """
+    from dataclasses import replace
+
+    from piflow_edge.evaluation.report import text_table
+
+    from .demo import DemoConfig, run_demo
+
+    config = DemoConfig(images=images, seed=seed)
+    if iterations is not None:
+        config = replace(config, iterations=dict.fromkeys(config.iterations, iterations))
+    page, evaluation = run_demo(out, config, say=say)
+    if as_json:
+        emit({"report": str(page), **evaluation.as_json()})
+    else:
+        show(text_table(evaluation))
+        click.echo(f"report: {page.resolve()}")
+
+
+def open_inception(weights: Path):
+    """Open an Inception's weights as features; PyTorch is imported only here."""
+    from piflow_edge.distill.networks.inception import InceptionFeatures
+
+    return InceptionFeatures(weights)
+
+
+@click.command()
+@click.argument("students", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--data", default="digits", help="The real images: 'digits', an .npz, or a folder per class.")
+@IMAGE_SIZE
+@click.option("--features", help="digits, a feature extractor as .onnx, or Inception-v3 weights as .pth; "
+              "else digits for the digits.")  # fmt: skip
+@click.option("--value-range", type=click.Choice(["-1,1", "0,1", "0,255", "imagenet"]),
+              help="Of the .onnx file's input; else what train-features wrote into it, else -1,1.")  # fmt: skip
+@click.option("--teacher", type=FOLDER,
+              help="Checkpoint of the teacher; else for digits the shipped one, for other data none.")  # fmt: skip
+@click.option("--no-teacher", is_flag=True, help="Compare with the real images alone.")
+@click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per contender.")
+@click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
+@click.option("--guidance", type=click.FloatRange(min=1), help="Of the teacher; else the first student's.")
+@click.option("--out", type=FOLDER, help="Write report.html, pictures and evaluation.json here.")
+@SEED
+@JSON
+def evaluate(
+    students, data, size, features, value_range, teacher, no_teacher, images, teacher_steps, guidance, out, seed,
+    as_json,
+):  # fmt: skip
+    """Is it any good? Score bundles against their teacher and the real images, from the same noise.
+
+    Quality (FID, KID, precision, density), diversity (recall, coverage, class by class) and agreement with the teacher
+    are measured in the features of a network; --out adds the pictures side by side.
+
+    \b
+    Example:
+      piflow-edge evaluate demo/bundles/digits-nfe1 --json
+      piflow-edge evaluate bundles/* --data images.npz --teacher runs/teacher --features features.onnx --out report
+    """
+    from piflow_edge.distill.data.datasets import load_images
+    from piflow_edge.evaluation.comparison import evaluate
+    from piflow_edge.evaluation.features import open_features
+    from piflow_edge.evaluation.report import text_table, write_report
+
+    from .demo import shipped_teacher
+
+    if no_teacher and teacher is not None:
+        raise click.UsageError("--teacher and --no-teacher exclude each other")
+    if value_range is not None and features is None:
+        raise click.UsageError("--value-range is that of a --features file; give one")
+    if teacher is None and data == "digits" and not no_teacher:
+        teacher = shipped_teacher()
+    evaluation = evaluate(
+        students,
+        teacher,
+        data=load_images(data, size=size),
+        features=None
+        if features is None
+        else open_features(features, value_range=value_range, open_weights=open_inception),
+        count=images,
+        seed=seed,
+        guidance_scale=guidance,
+        teacher_steps=teacher_steps,
+    )
+    if out is not None:
+        say(f"report: {write_report(out, evaluation, title='piflow-edge evaluation', notes=[])}")
+    if as_json:
+        emit(evaluation.as_json())
+    else:
+        show(text_table(evaluation))
