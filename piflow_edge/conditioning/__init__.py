@@ -1,4 +1,4 @@
-"""What steers an image: class labels, plain arrays, or nothing.
+"""What steers an image: class labels, prompts, plain arrays, or nothing.
 
 `Conditioning` travels everywhere as a mapping from a network's input to an array (B, ...). Only a `Conditioner` knows
 what it means: it makes the arrays of what a caller asks for, describes them in a recipe, and says what "no condition"
@@ -14,11 +14,12 @@ from .base import Asked, Conditioner, build_asked
 from .class_labels import ClassLabels
 from .mapping import Conditioning, concatenate, count_of, take
 from .specs import TensorSpec
+from .text import OpenedTextPrompts, TextEncoderSpec, TextPrompts
 from .unconditional import Unconditional
 
 # The one registry: name in JSON -> class.
 CONDITIONERS: dict[str, type[Conditioner]] = {
-    kind.kind: kind for kind in (ClassLabels, Arrays, Unconditional)
+    kind.kind: kind for kind in (ClassLabels, TextPrompts, Arrays, Unconditional)
 }
 
 __all__ = [
@@ -28,7 +29,10 @@ __all__ = [
     "ClassLabels",
     "Conditioner",
     "Conditioning",
+    "OpenedTextPrompts",
     "TensorSpec",
+    "TextEncoderSpec",
+    "TextPrompts",
     "Unconditional",
     "build_asked",
     "concatenate",
