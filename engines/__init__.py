@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.system.hardware import available_cores
+
+if TYPE_CHECKING:
+    from piflow_edge.system.onnx_outline import Outline
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +50,13 @@ class Graph:
 
     `model`: the bytes of the .onnx file. `weights`: content of the files it keeps weights in, by the name the model
     gives them; empty unless it is too large for one file. `source`: what `piflow-edge build` is told to build it.
+    `outline`: of the model, where it has been read already.
     """
 
     model: bytes
     weights: Mapping[str, bytes] = field(default_factory=dict)
     source: str = field(default="BUNDLE", compare=False)
+    outline: "Outline | None" = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -66,6 +72,44 @@ class Graph:
             return sha256(self.model)
         parts = (f"{name} {sha256(data)}" for name, data in sorted(self.weights.items()))
         return sha256("\n".join([sha256(self.model), *parts]).encode())
+
+    def check(self) -> None:
+        """Refuse a model that reaches for more than its own bytes and `weights`.
+
+        Raises:
+            EngineError: as in `read_outline` and `check_outline`.
+        """
+        from piflow_edge.system.onnx_outline import (  # late: `pf.load` need not cost that
+            check_outline,
+            read_outline,
+        )
+
+        if self.outline is None:
+            object.__setattr__(self, "outline", read_outline(self.model))
+        check_outline(self.outline, {name: len(content) for name, content in self.weights.items()})
+
+
+def read_graph_file(path: Path) -> Graph:
+    """The graph in an ONNX file, with the files beside it that it keeps weights in.
+
+    Raises:
+        EngineError: it cannot be read, is not a whole ONNX model, or reaches for anything but files beside it.
+    """
+    from piflow_edge.system.onnx_outline import read_outline
+
+    try:
+        model = path.read_bytes()
+        beside = [path.parent / place.location for place in read_outline(model).places]
+        weights = {
+            file.name: file.read_bytes()
+            for file in set(beside)
+            if file.parent == path.parent and file.is_file() and not file.is_symlink()
+        }
+    except OSError as error:
+        raise EngineError(f"{error.filename} cannot be read: {error.strerror}") from error
+    graph = Graph(model, weights)
+    graph.check()
+    return graph
 
 
 @dataclass(frozen=True)
@@ -199,7 +243,8 @@ def open_engine(
         The engine; its `choice` says why it was taken.
 
     Raises:
-        EngineError: no such engine, or it cannot run here or on that device.
+        EngineError: no such engine, or it cannot run here or on that device; or the graph is not whole, or reaches for
+            what did not come with it.
         MissingExtraError: the backend's package is not installed.
     """
     if engine not in ENGINE_NAMES:
@@ -210,6 +255,7 @@ def open_engine(
         raise EngineError(
             f"options is an EngineOptions, such as EngineOptions(num_threads=1); got {options!r}"
         )
+    graph.check()
     if engine == "auto":
         return _fastest(graph, device, options)
     opened = _backend(engine)(graph, _device(engine, device), options)

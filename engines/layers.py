@@ -18,9 +18,10 @@ def layer_values(graph: Graph, inputs: dict[str, np.ndarray], names: list[str]) 
 
     Raises:
         MissingExtraError: onnx or onnxruntime is not installed.
-        EngineError: ONNX Runtime cannot open or run the graph.
+        EngineError: ONNX Runtime cannot open or run the graph, or the graph reaches for what did not come with it.
     """
     onnx, ort = _onnx(), import_onnxruntime()
+    graph.check()
     model = onnx.load_from_string(graph.model)
     present = {output.name for output in model.graph.output}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)

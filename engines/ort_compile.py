@@ -87,8 +87,9 @@ def compiled(
 
     Raises:
         MissingExtraError: ONNX Runtime, or the one with this provider, is not installed.
-        EngineError: the provider cannot build the graph.
+        EngineError: the provider cannot build the graph, or the graph reaches for what did not come with it.
     """
+    graph.check()
     backend = BACKENDS[engine]
     module = backend.installed_runtime()
     if timing_cache is not None:

@@ -37,8 +37,10 @@ def build_plan(
 
     Raises:
         MissingExtraError: tensorrt is not installed.
-        EngineError: TensorRT cannot read the graph, or cannot build it.
+        EngineError: TensorRT cannot read the graph, or cannot build it, or the graph reaches for what did not come with
+            it.
     """
+    graph.check()
     trt = trt_versions.tensorrt()
     row = trt_versions.api(trt.__version__)
     logger = trt_versions.logger(trt)

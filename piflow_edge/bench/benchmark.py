@@ -16,7 +16,14 @@ import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import guidance_trained_with
-from piflow_edge.engines import DEFAULT_OPTIONS, ENGINE_NAMES, ENGINES, EngineOptions, Graph, open_engine
+from piflow_edge.engines import (
+    DEFAULT_OPTIONS,
+    ENGINE_NAMES,
+    ENGINES,
+    EngineOptions,
+    open_engine,
+    read_graph_file,
+)
 from piflow_edge.errors import BundleError, EngineError, EngineNotBuiltError, MissingExtraError, ScheduleError
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.arguments import check_whole
@@ -306,7 +313,7 @@ def _teachers(bundle, engine: str, device: str, config: BenchConfig, teacher: Te
     classes = len(bundle.manifest.conditioning.class_names)
     if not classes:
         raise BundleError(f"a teacher's graph takes class labels, and {bundle.name!r} has no classes")
-    graph = Graph(teacher.file.read_bytes())
+    graph = read_graph_file(teacher.file)
     guided = EngineTeacher(
         open_engine(graph, engine=engine, device=device, options=config.options), scale, classes
     )

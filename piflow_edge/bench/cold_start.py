@@ -108,11 +108,11 @@ def _teacher(told):
 
     import numpy as np
 
-    from piflow_edge.engines import Graph, open_engine
+    from piflow_edge.engines import open_engine, read_graph_file
     from piflow_edge.noise import philox_normal
     from piflow_edge.runtime.teacher_engine import EngineTeacher
 
-    engine = open_engine(Graph(Path(told["teacher"]).read_bytes()), **_place(told))
+    engine = open_engine(read_graph_file(Path(told["teacher"])), **_place(told))
     teacher = EngineTeacher(engine, told["guidance"], told["null_label"])
     labels = np.array(told["labels"], np.int64)
     return lambda: teacher.sample(

@@ -49,6 +49,7 @@ def pack(bundle: str | os.PathLike[str], file: str | os.PathLike[str], *, overwr
     if file.exists() and not overwrite:
         raise BundleError(f"{file} exists; give another place, or --overwrite to replace it")
     opened = Bundle(bundle)
+    opened.check_graphs()
     contents = {MANIFEST: lambda: opened.manifest_bytes}
     if opened.signature is not None:
         contents[SIGNATURE] = lambda: opened.signature_bytes

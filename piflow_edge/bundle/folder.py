@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from piflow_edge.errors import BundleError
+from piflow_edge.errors import BundleError, EngineError
 from piflow_edge.system.files import sha256
+from piflow_edge.system.onnx_outline import Outline, check_outline, read_outline
 
 from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, parse_manifest
 from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
@@ -34,15 +35,17 @@ def demo_bundle() -> Path:
 
 @dataclass(frozen=True)
 class NetworkFiles:
-    """An ONNX model whose checksums matched.
+    """An ONNX model whose checksums matched, and which reaches for nothing outside of it.
 
     `model`: the bytes of the .onnx file. `weights`: content of the files it keeps weights in, by the name the model
     gives them; empty unless it is too large for one file. `source`: the arguments of `piflow-edge build` that build it.
+    `outline`: of the model.
     """
 
     model: bytes
     weights: Mapping[str, bytes]
     source: str
+    outline: Outline
 
 
 class Bundle:
@@ -120,7 +123,8 @@ class Bundle:
             precision: one of the bundle's.
 
         Raises:
-            BundleError: the bundle has no such network or precision, or a file was altered since it was opened.
+            BundleError: the bundle has no such network or precision, a file was altered since it was opened, or the
+                network reaches for what is not in the bundle; see `check_graphs`.
         """
         precision = self.precision(precision)
         self._check_network(name)
@@ -129,7 +133,31 @@ class Bundle:
         source = f"{shlex.quote(str(self.folder))} --precision {precision}"
         if name.startswith("sampler."):
             source += f" --graph sampler --nfe {name.removeprefix('sampler.nfe')}"
-        return NetworkFiles(self.read(file), {other: self.read(other) for other in beside}, source)
+        model, weights = self.read(file), {other: self.read(other) for other in beside}
+        outline = self._read_outline(file, model, {other: len(content) for other, content in weights.items()})
+        return NetworkFiles(model, weights, source, outline)
+
+    def check_graphs(self) -> None:
+        """Refuse graphs that reach for what is not in the bundle; `read_network` does it for the one it reads.
+
+        Those are graphs that keep weights in a file which the bundle does not list, or which use operators that are not
+        of the standard or of ONNX Runtime.
+
+        Raises:
+            BundleError: a graph is such a one, or is not whole.
+        """
+        sizes = {name: spec.size for name, spec in self.manifest.files.items()}
+        for name in sizes:
+            if name.endswith(".onnx"):
+                self._read_outline(name, self.read(name), sizes)
+
+    def _read_outline(self, file: str, model: bytes, sizes: Mapping[str, int]) -> Outline:
+        try:
+            outline = read_outline(model)
+            check_outline(outline, sizes)
+        except EngineError as error:
+            raise BundleError(f"{file} in {self.folder} is refused: {error}") from error
+        return outline
 
     def _check_network(self, name: str) -> None:
         if name == "decoder" and self.manifest.decoder is None:

@@ -17,11 +17,12 @@ def sign_bundle(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> 
         key: file with an Ed25519 private key in PEM, without a password.
 
     Raises:
-        BundleError: not a bundle, or altered.
+        BundleError: not a bundle, or altered, or with a graph that `Bundle.check_graphs` refuses.
         SigningKeyError: `key` is not such a file.
         MissingExtraError: `cryptography` is not installed.
     """
     private = SigningKey(key)
     bundle = Bundle(folder)
+    bundle.check_graphs()
     write_atomic(bundle.folder / SIGNATURE, private.sign(bundle.manifest_bytes))
     return Signature(private.fingerprint, verified=True, trusted=False)

@@ -234,6 +234,7 @@ def inspect(bundle, as_json):
     from piflow_edge.bundle.folder import Bundle
 
     opened = Bundle(bundle)
+    opened.check_graphs()
     manifest, signature = opened.manifest, opened.signature
     answers = compatibility(opened)
     if as_json:

@@ -13,8 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
+from piflow_edge.engines import read_graph_file
+from piflow_edge.engines.ort import give_weights
 from piflow_edge.engines.ort_package import import_onnxruntime
-from piflow_edge.errors import FeatureError, ShapeError
+from piflow_edge.errors import EngineError, FeatureError, ShapeError
 from piflow_edge.system.files import sha256
 from piflow_edge.system.pixels import (
     DESCRIPTION_KEY,
@@ -90,20 +92,22 @@ class OnnxFeatures:
         value_range: a key of `VALUE_RANGES`; None is what `train-features` wrote into the file, else "-1,1".
 
     Raises:
-        FeatureError: it cannot be opened, or its input or output is something else.
+        FeatureError: it cannot be opened, its input or output is something else, or it keeps weights anywhere but in
+            files beside it.
         MissingExtraError: onnxruntime is not installed.
     """
 
     def __init__(self, path: Path, *, value_range: str | None = None):
         ort = import_onnxruntime()
         try:
-            digest = sha256(path.read_bytes())
-        except OSError as error:
-            raise FeatureError(f"{path} cannot be read: {error.strerror}") from error
+            graph = read_graph_file(path)
+        except EngineError as error:
+            raise FeatureError(f"{path} is refused: {error}") from error
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
-        try:  # from its path: a large one keeps its weights in a second file
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        give_weights(options, graph)
+        try:
+            self._session = ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise FeatureError(f"onnxruntime {ort.__version__} cannot open {path}: {error}") from error
         self._name = path.name
@@ -116,7 +120,7 @@ class OnnxFeatures:
         if self._range == "imagenet" and self._channels != 3:
             raise FeatureError(f"'imagenet' normalises three channels; {self._name} takes {self._channels}")
         self.description = metadata.get(DESCRIPTION_KEY, f"features of {self._name}")
-        self.source = {"file": self._name, "sha256": digest, "value_range": self._range}
+        self.source = {"file": self._name, "sha256": sha256(graph.model), "value_range": self._range}
 
     def _read_input(self) -> None:
         inputs = self._session.get_inputs()

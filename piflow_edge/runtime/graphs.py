@@ -13,7 +13,7 @@ GRAPHS = ("student", "decoder", "sampler")
 def read_graph(bundle: Bundle, network: str = "student", precision: str | None = None) -> Graph:
     """One network of a bundle, its files checked; see `Bundle.read_network`."""
     files = bundle.read_network(network, precision)
-    return Graph(files.model, files.weights, source=files.source)
+    return Graph(files.model, files.weights, source=files.source, outline=files.outline)
 
 
 def find_targets(

@@ -349,7 +349,10 @@ class TestCommand:
 
     def test_what_is_not_a_teacher_is_refused(self, shared_bundle, tmp_path):
         (tmp_path / "text.onnx").write_text("text")
-        assert "cannot open" in bench(shared_bundle, "--teacher", tmp_path / "text.onnx", code=2).stderr
+        assert (
+            "not a whole ONNX model"
+            in bench(shared_bundle, "--teacher", tmp_path / "text.onnx", code=2).stderr
+        )
         student = shared_bundle / "student.fp32.onnx"
         assert "--teacher-graph" in bench(shared_bundle, "--teacher", student, code=2).stderr
         infinite = bench(shared_bundle, "--teacher", student, "--guidance", "inf", code=2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from piflow_edge.bundle.folder import Bundle
+from piflow_edge.doctor.examination import identity_model
 from piflow_edge.engines import (
     EngineOptions,
     Graph,
@@ -135,6 +136,7 @@ class TestOnABundle:
 
 # --- ONNX Runtime's providers, of which none is here
 
+MODEL = identity_model()
 PROFILE = {"x_t": ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8)), "t": ((1,), (2,), (4,))}
 
 
@@ -186,7 +188,7 @@ def provider(request, monkeypatch):
 
 
 def compiled(engine, graph=None, precision="fp16", cache=None):
-    graph = graph or Graph(b"model", {"w": b"1"})
+    graph = graph or Graph(MODEL, {"w": b"1"})
     return ort_compile.compiled(
         engine, graph, precision, PROFILE, device="cuda:1", workspace=GIB, timing_cache=cache
     )
@@ -199,7 +201,7 @@ def test_a_provider_compiles_with_the_profile_the_workspace_and_the_weights(prov
     assert options["device_id"] == "1" and options[f"{prefix}_max_workspace_size"] == str(GIB)
     assert options[f"{prefix}_profile_max_shapes"] == "x_t:4x3x8x8,t:4"
     assert options[f"{prefix}_profile_min_shapes"] == "x_t:1x3x8x8,t:1"
-    assert made.seen.weights == {"w": b"1"} and made.seen.model == b"model"
+    assert made.seen.weights == {"w": b"1"} and made.seen.model == MODEL
     if engine == "ort-tensorrt":
         assert options["trt_fp16_enable"] == "1" and options["trt_int8_enable"] == "0"
         assert options["trt_timing_cache_path"] == str(tmp_path / "times")
@@ -209,7 +211,7 @@ def test_a_provider_compiles_with_the_profile_the_workspace_and_the_weights(prov
 
 def test_an_older_runtime_compiles_by_opening_a_session(provider):
     engine, made = provider(output=None)
-    assert compiled(engine) == b"an EPContext node of model"
+    assert compiled(engine) == b"an EPContext node of " + MODEL
     assert made.seen.entries["ep.context_embed_mode"] == "1"
 
 
