@@ -6,6 +6,7 @@ all that is wanted of it. Everything is imported when first used. Errors leave a
 
 import ctypes
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -211,6 +212,22 @@ def launch(
         _done(driver.cuLaunchKernel(function, *grid, driver.CUstream(stream), ctypes.addressof(arguments), 0))
 
 
+# `postponed`: what this thread gives back once it has recorded. Within, the driver would call the recording off, and
+# Python may collect old arrays at any point.
+_thread = threading.local()
+
+
+@contextmanager
+def _nothing_given_back():
+    _thread.postponed = postponed = []
+    try:
+        yield
+    finally:
+        _thread.postponed = None
+        for give_back in postponed:
+            give_back()
+
+
 def _give_back(owner, ordinal: int, call: Callable[..., object], handle) -> weakref.finalize:
     """Let `call(driver, handle)` give back what `owner` holds: once, when called or when `owner` is gone.
 
@@ -219,6 +236,9 @@ def _give_back(owner, ordinal: int, call: Callable[..., object], handle) -> weak
     """
 
     def give_back() -> None:
+        if (postponed := getattr(_thread, "postponed", None)) is not None:
+            postponed.append(give_back)
+            return
         with current(ordinal) as driver:
             call(driver, handle)
 
@@ -259,8 +279,9 @@ class _Buffer(Memory):
         with current(ordinal) as driver:
             host = ctypes.create_string_buffer(data, len(data))
             _done(driver.cuMemcpyHtoD(self.pointer, ctypes.addressof(host), len(data)))
-            # The copy may still be on its way, and the caller's stream does not wait for the default one.
-            _done(driver.cuStreamSynchronize(driver.CUstream(0)))
+        wait_for(
+            0
+        )  # the copy may still be on its way, and the caller's stream does not wait for the default one
 
 
 @lru_cache(maxsize=64)
@@ -369,7 +390,7 @@ class Recording:
 
     def __init__(self, ordinal: int, stream: int, work: Callable[[], None]):
         self.ordinal = ordinal
-        with current(ordinal) as driver:
+        with _nothing_given_back(), current(ordinal) as driver:
             queue = driver.CUstream(stream)
             # Of this thread alone: others may allocate meanwhile.
             mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL

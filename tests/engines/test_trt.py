@@ -60,6 +60,7 @@ class OnGpu:
 
 
 def seen(array):
+    nvidia.wait_for(array.stream)
     interface = array.__cuda_array_interface__
     count = int(np.prod(interface["shape"]))
     buffer = (ctypes.c_float * count).from_address(interface["data"][0])

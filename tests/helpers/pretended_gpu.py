@@ -1,10 +1,13 @@
 """A process whose CUDA driver is fake_driver.cpp, for tests where there is no GPU."""
 
+import atexit
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,8 +38,17 @@ def fake_driver(folder):
         pytest.skip("cuda-bindings is not installed")
     if not sys.platform.startswith("linux"):
         pytest.skip("the pretended driver is made for Linux")
-    compile_on_host("fake_driver.cpp", folder / "libcuda.so.1", "-ldl")
+    shutil.copy(_compiled_driver(), folder / "libcuda.so.1")
     return folder
+
+
+@cache
+def _compiled_driver():
+    """Compiled once for all tests of this process: it takes ten seconds and more."""
+    folder = Path(tempfile.mkdtemp(prefix="piflow-edge-driver-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    compile_on_host("fake_driver.cpp", folder / "libcuda.so.1", "-ldl")
+    return folder / "libcuda.so.1"
 
 
 def run_on_fake_driver(folder, *command, code=0, **environment):

@@ -27,9 +27,9 @@ exact = integrate(GMPolicy(**wide(case)), case["x_src"].astype(np.float64), sigm
 for stream in (0, 42):
     x_dst = np.full_like(policy.x_src, np.nan)
     cuda.gm_rollout(*map(OnHost, (*inputs, x_dst)), sigmas, 1.0, stream=stream)
+    nvidia.wait_for(stream)
     np.testing.assert_allclose(x_dst, exact, rtol=0, atol=1e-5)
 nvidia.uploaded.cache_clear()  # frees what was copied
-nvidia.wait_for(42)
 
 nvidia.kernel.cache_clear()
 nvidia.compiled = lambda arch, defines, source: b"of another version"

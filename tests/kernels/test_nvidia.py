@@ -72,6 +72,8 @@ assert not back.any()
 for _ in range(2):
     there += 1
     recording.launch(other.handle)
+    assert (back == there).sum() == 0  # it is queued
+    nvidia.wait_for(other.handle)
     np.testing.assert_array_equal(back, there)
 nvidia.after(0, one.handle, other.handle)
 assert counts() == [16, 2, 1]
@@ -96,6 +98,7 @@ def fails():
 
 assert "in the midst" in refused(lambda: nvidia.Recording(0, stream.handle, fails))
 nvidia.fill(0, memory.pointer, 7, 4, stream.handle)
+nvidia.wait_for(stream.handle)
 assert ctypes.string_at(memory.pointer, 4) == bytes([7] * 4)
 assert counts() == [4, 1, 0]
 """
