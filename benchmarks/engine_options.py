@@ -26,13 +26,15 @@ began = psutil.Process().create_time()
 import piflow_edge as pf
 bundle, engine, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 generator = pf.load(bundle, engine=engine, options=pf.EngineOptions(**options))
-labels = {"labels": [3]} if generator.class_names else {"count": 1}
+one = generator.conditioner.example(1)
+labels = {"arrays": one} if one else {"count": 1}
 generator(**labels)
 first, memory = time.time() - began, lambda: psutil.Process().memory_info().rss / 2**20
 after_first = memory()
 
 def cost(batch, calls):
-    many = {"labels": [3] * batch} if generator.class_names else {"count": batch}
+    several = generator.conditioner.example(batch)
+    many = {"arrays": several} if several else {"count": batch}
     took, cpu = [], time.process_time()
     for seed in range(calls):
         start = time.perf_counter()

@@ -44,20 +44,19 @@ SIGMAS = (1.0, 0.6, 0.2)
 
 
 def case(generator, batch):
-    """Labels (None without classes) and starting noise of a batch."""
-    names = generator.class_names
-    labels = np.arange(batch) % len(names) if names else None
-    return labels, pf.philox_normal(7, range(batch), generator.bundle.manifest.latent.shape)
+    """Conditioning and starting noise of a batch."""
+    conditioning = generator.bundle.manifest.conditioner.example(batch)
+    return conditioning, pf.philox_normal(7, range(batch), generator.bundle.manifest.latent.shape)
 
 
 def network_inputs(generator, batch, sigma):
-    labels, noise = case(generator, batch)
-    return generator.bundle.manifest.network_inputs(noise, sigma, labels)
+    conditioning, noise = case(generator, batch)
+    return generator.bundle.manifest.network_inputs(noise, sigma, conditioning)
 
 
 def images(generator, batch):
-    labels, noise = case(generator, batch)
-    many = {"labels": labels} if labels is not None else {"count": batch}
+    conditioning, noise = case(generator, batch)
+    many = {"arrays": conditioning} if conditioning else {"count": batch}
     output = "numpy" if generator.bundle.manifest.makes_images else "latent"
     result = generator(noise=noise, output=output, **many)
     return result.latents if result.images is None else result.images

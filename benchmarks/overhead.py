@@ -28,8 +28,9 @@ def contenders(generator: pf.Generator, nfe: int, timings: list[dict[str, float]
     """The bare calls, and the generator with the same number of them, which adds its own timings to the list."""
     manifest = generator.bundle.manifest
     noise = pf.philox_normal(0, [0], manifest.latent.shape)
+    steered = generator.conditioner.example(1)
     levels = manifest.schedule.schedule(nfe=nfe).sigmas[:-1].tolist()
-    inputs = [generator.inputs(noise, sigma_t, np.array([1])) for sigma_t in levels]
+    inputs = [generator.student.inputs(noise, sigma_t, steered) for sigma_t in levels]
 
     def network():
         for given in inputs:

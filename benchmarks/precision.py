@@ -113,7 +113,7 @@ def timed(folder: Path, batches, repeats: int) -> dict:
     manifest, result = Bundle(folder).manifest, {}
     for batch in batches:
         x_t = pf.philox_normal(0, range(batch), manifest.latent.shape)
-        inputs = manifest.network_inputs(x_t, 1.0, np.arange(batch) % len(manifest.conditioning.class_names))
+        inputs = manifest.network_inputs(x_t, 1.0, manifest.conditioner.example(batch))
         rounds = []
         for _ in range(repeats + 2):
             rounds.append({})
@@ -138,7 +138,7 @@ def profile(folder: Path, precision: str, batch: int, calls: int = 3) -> dict:
 
     manifest = Bundle(folder).manifest
     x_t = pf.philox_normal(0, range(batch), manifest.latent.shape)
-    inputs = manifest.network_inputs(x_t, 1.0, np.arange(batch) % len(manifest.conditioning.class_names))
+    inputs = manifest.network_inputs(x_t, 1.0, manifest.conditioner.example(batch))
     with tempfile.TemporaryDirectory() as place:
         settings = ort.SessionOptions()
         settings.enable_profiling, settings.profile_file_prefix = True, str(Path(place) / "profile")

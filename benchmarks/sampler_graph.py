@@ -28,11 +28,11 @@ def contenders(generator, nfe, batch):
     """The same images by the runtime and by the graph."""
     opened = generator.bundle
     graph = open_engine(read_graph(opened, f"sampler.nfe{nfe}"))
-    labels = np.arange(batch) % len(generator.class_names)
+    conditioning = generator.conditioner.example(batch)
     noise = pf.philox_normal(0, range(batch), opened.manifest.latent.shape)
-    inputs = {"noise": noise, "class_labels": labels}
+    inputs = {"noise": noise, **conditioning}
     return {
-        "runtime": lambda: vars(generator(labels, noise=noise, nfe=nfe, output="numpy")),
+        "runtime": lambda: vars(generator(arrays=conditioning, noise=noise, nfe=nfe, output="numpy")),
         "graph": lambda: graph.run(inputs),
     }
 

@@ -34,31 +34,30 @@ def open_files() -> int:
 def kinds(bundle: Path, options: pf.EngineOptions):
     """The calls, over and over: each makes 4 images, and returns nothing."""
     generator = pf.load(bundle, options=options)
-    names = generator.class_names
     count, height, width = 4, *generator.bundle.manifest.latent.shape[-2:]
-    latents = generator(**_asked(names, count), seed=1, output="latent").latents
+    latents = generator(**_asked(generator, count), seed=1, output="latent").latents
     mask = np.arange(height * width).reshape(height, width) % 2 == 0
     threads = ThreadPoolExecutor(2)
 
     def half(seed):
-        generator(**_asked(names, count // 2), seed=seed)
+        generator(**_asked(generator, count // 2), seed=seed)
 
     def cancelled(seed):
         cancel = threading.Event()
         cancel.set()
         try:
-            generator(**_asked(names, count), seed=seed, cancel=cancel)
+            generator(**_asked(generator, count), seed=seed, cancel=cancel)
         except pf.Cancelled:
-            generator(**_asked(names, count), seed=seed)
+            generator(**_asked(generator, count), seed=seed)
 
     def anew(seed):
         with pf.load(bundle, options=options) as other:
-            other(**_asked(names, count), seed=seed)
+            other(**_asked(generator, count), seed=seed)
 
-    plain = _asked(names, count)
+    plain = _asked(generator, count)
     return [
         lambda seed: generator(**plain, seed=seed),
-        lambda seed: [generator(**_asked(names, 1), seed=seed + i, nfe=1 + i, output="numpy") for i in range(4)],
+        lambda seed: [generator(**_asked(generator, 1), seed=seed + i, nfe=1 + i, output="numpy") for i in range(4)],
         lambda seed: generator(**plain, seed=seed, h=0.5, nfe=3, output="float"),
         lambda seed: generator(**plain, seed=seed, image=latents, strength=0.5),
         lambda seed: generator(**plain, seed=seed, image=latents, mask=mask, nfe=2, resamples=1),
@@ -69,8 +68,9 @@ def kinds(bundle: Path, options: pf.EngineOptions):
     ]  # fmt: skip
 
 
-def _asked(names, count: int) -> dict:
-    return {"labels": [i % len(names) for i in range(count)]} if names else {"count": count}
+def _asked(generator: pf.Generator, count: int) -> dict:
+    conditioning = generator.conditioner.example(count)
+    return {"arrays": conditioning} if conditioning else {"count": count}
 
 
 def main(arguments=None):

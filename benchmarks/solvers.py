@@ -95,15 +95,15 @@ class Counted:
         return self.policy.velocity(x_t, sigma_t)
 
 
-def latents(generator, noise, ids, solver, total_substeps):
+def latents(generator, noise, conditioning, solver, total_substeps):
     """The latents in float64, and the evaluations of the policy they took."""
     manifest = generator.bundle.manifest
     schedule = manifest.schedule.schedule(total_substeps=total_substeps)
     x_t, counts = noise.astype(np.float64), []
     for segment in schedule.segments:
-        outputs = generator.outputs(x_t.astype(np.float32), segment.sigma_src, ids)
+        outputs = generator.student.outputs(x_t.astype(np.float32), segment.sigma_src, conditioning)
         outputs = {name: value.astype(np.float64) for name, value in outputs.items()}
-        policy = Counted(generator.as_policy(outputs, x_t, segment.sigma_src), counts)
+        policy = Counted(generator.student.as_policy(outputs, x_t, segment.sigma_src), counts)
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
         x_t = solver(policy, x_t, segment_sigmas(*ends, schedule.shift))
     return x_t, len(counts)
@@ -121,9 +121,9 @@ def compare(generator, images, seed):
     manifest = generator.bundle.manifest
     trained = manifest.schedule.total_substeps
     noise = pf.philox_normal(seed, range(images), manifest.latent.shape)
-    ids = np.arange(images) % len(generator.class_names)
-    end, _ = latents(generator, noise, ids, euler, trained)
-    exact, _ = latents(generator, noise, ids, midpoint, EXACT_SUBSTEPS)
+    conditioning = generator.bundle.manifest.conditioner.example(images)
+    end, _ = latents(generator, noise, conditioning, euler, trained)
+    exact, _ = latents(generator, noise, conditioning, midpoint, EXACT_SUBSTEPS)
     cases = [
         (name, solver, trained // share // evaluations)
         for share in (1, 2, 4, 8)
@@ -132,7 +132,7 @@ def compare(generator, images, seed):
     cases.append(("multistep", multistep, trained))  # follows Euler's substeps, so they stay what they are
     rows = []
     for name, solver, substeps in cases:
-        found, evaluations = latents(generator, noise, ids, solver, substeps)
+        found, evaluations = latents(generator, noise, conditioning, solver, substeps)
         levels = np.abs(generator.decode(found).astype(int) - generator.decode(end)).max()
         row = {"solver": name, "evaluations": evaluations, "to_euler": distance(found, end)}
         rows.append({**row, "to_exact": distance(found, exact), "image_levels": int(levels)})

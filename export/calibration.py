@@ -10,7 +10,7 @@ from piflow_edge.engines import Engine, Graph, open_engine
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import peak_error, relative_error, rms_levels, rms_of_psnr
-from piflow_edge.sampling import sample
+from piflow_edge.sampling import Hooks, SamplingSettings, sample
 
 Inputs = dict[str, np.ndarray]
 
@@ -43,8 +43,7 @@ class Calibration:
 
     def __init__(self, student: Graph, manifest: Manifest, nfes: Iterable[int], decoder: Graph | None = None):
         self.manifest = manifest
-        classes = len(manifest.conditioning.class_names)
-        self._ids = np.arange(CALIBRATION_IMAGES, dtype=np.int64) % (classes or 1)
+        self._conditioning = manifest.conditioner.example(CALIBRATION_IMAGES)
         self._noise = philox_normal(CALIBRATION_SEED, range(CALIBRATION_IMAGES), manifest.latent.shape)
         self._decoder = open_engine(decoder, engine=ENGINE) if decoder else None
         engine = open_engine(student, engine=ENGINE)
@@ -83,20 +82,22 @@ class Calibration:
 
     def _latents(self, engine: Engine, nfe: int, batches: list[Inputs] | None = None) -> np.ndarray:
         def network(x_t, sigma):
-            inputs = self.manifest.network_inputs(x_t, sigma, self._ids)
+            inputs = self.manifest.network_inputs(x_t, sigma, self._conditioning)
             if batches is not None:
                 batches.append(inputs)
             return self.manifest.policy.policy(engine.run(inputs), x_t, sigma)
+
+        def renoise(draw: int) -> np.ndarray:
+            indices = range(CALIBRATION_IMAGES)
+            return philox_normal(CALIBRATION_SEED, indices, self.manifest.latent.shape, draw=draw)
 
         spec = self.manifest.schedule
         return sample(
             network,
             self._noise,
             spec.schedule(nfe=nfe),
-            temperature=spec.temperature_of(nfe),
-            renoise=lambda draw: philox_normal(
-                CALIBRATION_SEED, range(CALIBRATION_IMAGES), self.manifest.latent.shape, draw=draw
-            ),
+            SamplingSettings(temperature=spec.temperature_of(nfe)),
+            Hooks(renoise=renoise),
         )
 
     def _images(self, latents: np.ndarray) -> np.ndarray:

@@ -229,7 +229,7 @@ def _converted(
 def _first_non_finite(student: Graph, golden: dict[str, np.ndarray], manifest: Manifest) -> str:
     for i, segment in enumerate(manifest.schedule.schedule().segments):
         x_t = golden[f"x_t.{i}"]
-        inputs = manifest.network_inputs(x_t, segment.sigma_src, golden.get("labels"))
+        inputs = manifest.network_inputs(x_t, segment.sigma_src, manifest.conditioner.example(len(x_t)))
         layer = first_non_finite(student, inputs)
         if layer:
             return layer

@@ -7,7 +7,7 @@ never bring in torch, onnx, onnxruntime or tensorrt.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .version import __version__
 
 # Public name -> the module that holds it. The same list, for type checkers, stands below.
 _HOMES = {
@@ -22,8 +22,9 @@ _HOMES = {
     "load": "runtime.loading",
     "demo_bundle": "bundle.folder",
     "Generator": "runtime.generator",
-    "Result": "runtime.generator",
-    "Progress": "sampling",
+    "Result": "runtime.result",
+    "Progress": "runtime.drawing.observer",
+    "SamplingSettings": "sampling",
     "Recipe": "runtime.recipe",
     "read_recipe": "runtime.recipe",
     "Cancelled": "errors",
@@ -42,12 +43,13 @@ if TYPE_CHECKING:
     from piflow_edge.kernels.rollout import rollout as rollout
     from piflow_edge.policies import DXPolicy as DXPolicy
     from piflow_edge.policies import GMPolicy as GMPolicy
+    from piflow_edge.runtime.drawing.observer import Progress as Progress
     from piflow_edge.runtime.generator import Generator as Generator
-    from piflow_edge.runtime.generator import Result as Result
     from piflow_edge.runtime.loading import load as load
     from piflow_edge.runtime.recipe import Recipe as Recipe
     from piflow_edge.runtime.recipe import read_recipe as read_recipe
-    from piflow_edge.sampling import Progress as Progress
+    from piflow_edge.runtime.result import Result as Result
+    from piflow_edge.sampling import SamplingSettings as SamplingSettings
     from piflow_edge.schedule import Schedule as Schedule
     from piflow_edge.schedule import Segment as Segment
     from piflow_edge.schedule import unwarp as unwarp

@@ -7,6 +7,10 @@ class PiFlowError(Exception):
     exit_code = 2
 
 
+class UsageError(PiFlowError, TypeError):
+    """A call that cannot be meant: an argument of another library, or pickling what cannot be pickled."""
+
+
 class ScheduleError(PiFlowError, ValueError):
     """Noise levels, substep counts or schedule settings that make no sense."""
 

@@ -47,10 +47,8 @@ KNOWN_IMPORTS = {
     "evaluation.contenders -> distill",
     "evaluation.contenders -> export",
     "export.to_bundle -> package",
-    "runtime.request -> package",
 }
 KNOWN_CIRCLES = {
-    "package <-> runtime.generator <-> runtime.loading <-> runtime.request",
     "engines.ort_compile <-> engines.ort_cuda",
     "kernels.cuda <-> kernels.device_arrays <-> kernels.gpu_arrays",
 }

@@ -27,8 +27,8 @@ from piflow_edge.engines import (
 from piflow_edge.errors import BundleError, EngineError, EngineNotBuiltError, MissingExtraError, ScheduleError
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.arguments import check_whole
+from piflow_edge.runtime.drawing.stopwatch import STAGES
 from piflow_edge.runtime.loading import load
-from piflow_edge.runtime.stopwatch import STAGES
 from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.system.files import sha256
 from piflow_edge.system.hardware import machine, power_state

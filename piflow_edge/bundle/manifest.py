@@ -7,13 +7,14 @@ not listed, and the other way round. The published schema, `bundle.schema.json`,
 import json
 import types
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from piflow_edge.arrays import Array
-from piflow_edge.conditioning import TensorSpec
+from piflow_edge.conditioning import ClassLabels, Conditioner, Conditioning, TensorSpec, Unconditional
 from piflow_edge.errors import BundleError, PiFlowError
 from piflow_edge.policies import DXPolicySpec, GMPolicySpec
 from piflow_edge.schedule import Schedule, is_temperature, published_temperature
@@ -147,10 +148,16 @@ class Manifest:
     provenance: dict[str, Any]
     tolerances: dict[str, ToleranceSpec]
 
-    def network_inputs(self, x_t: Array, sigma_t: float, ids: Array | None) -> dict[str, Array]:
-        """What the student is fed at states `x_t` (B, C, H, W); class ids (B,) are read only where it takes them."""
+    def network_inputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, Array]:
+        """Return what the student is fed at states `x_t` (B, C, H, W), steered by `conditioning`."""
         t = np.full(len(x_t), sigma_t * self.network.num_timesteps, np.float32)
-        return {"x_t": x_t, "t": t} | ({"class_labels": ids} if self.conditioning.kind == "class" else {})
+        return {"x_t": x_t, "t": t, **conditioning}
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """What steers the images."""
+        names = self.conditioning.class_names
+        return ClassLabels(tuple(names), "class_labels") if names else Unconditional()
 
     @property
     def makes_images(self) -> bool:

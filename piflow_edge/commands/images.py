@@ -1,7 +1,6 @@
 """The command that makes pictures: `sample`."""
 
 import sys
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +23,15 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 @click.command()
 @BUNDLE
-@click.option("--labels", help="Class ids or names, separated by commas: one image each.")
-@click.option("--count", type=COUNT, help="Images in all where there are no classes; else of each label.")
+@click.option(
+    "--labels", help="Class ids or names, separated by commas, ranges such as 0-9, or all: one image each."
+)
+@click.option("--array", "arrays", multiple=True, metavar="NAME=FILE",
+              help="Input of the network as .npy, for a bundle that takes arrays; can be given again.")  # fmt: skip
+@click.option("--count", type=COUNT, help="Images of each label or entry of --array; else in all.")
 @click.option("--like", type=FILE, help="Make the images of this PNG file again, by the settings it holds.")
-@click.option("--out", type=click.Path(path_type=Path), required=True,
-              help="File, or a folder for one file each.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path, allow_dash=True), required=True,
+              help="File, a folder for one file each, or - for stdout.")  # fmt: skip
 @click.option("--output", type=click.Choice(["png", "uint8", "float", "latent"]), default="png",
               help="Pictures, or arrays as .npy: bytes, numbers from 0 to 1, or what the decoder gets.")  # fmt: skip
 @click.option("--nfe", type=COUNT, help="Network calls per image; else the bundle's.")
@@ -46,6 +49,8 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--mask", type=FILE, help="White where to draw into --image; the rest stays as it is.")
 @click.option("--resamples", type=click.IntRange(min=0),
               help="More calls for each, by which what is drawn fits what --mask keeps; else 4.")  # fmt: skip
+@click.option("--height", type=COUNT, help="Of an image in pixels; else the bundle's.")
+@click.option("--width", type=COUNT, help="Of an image in pixels; else the bundle's.")
 @engine_options
 @click.option("--precision", help="One of the bundle's; else its first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the noise.")
@@ -53,8 +58,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @JSON
 @click.pass_context
 def sample(
-    context, bundle, labels, like, out, output, engine, device, threads, cores, precision, trusted_keys, as_json,
-    **settings,
+    context, bundle, like, out, output, engine, device, threads, cores, precision, trusted_keys, as_json, **request
 ):  # fmt: skip
     """Draw images from a bundle.
 
@@ -65,20 +69,13 @@ def sample(
     \b
     Example:
       piflow-edge sample digits --labels 3,7 --seed 7 --out digits.png
+      piflow-edge sample digits --labels all --out digits
       piflow-edge sample digits --like digits.png --out again.png
     """
-    from dataclasses import asdict
-
-    from piflow_edge.errors import EngineError, MissingExtraError
-    from piflow_edge.runtime.images import open_array, open_image
-    from piflow_edge.runtime.loading import load
     from piflow_edge.runtime.recipe import read_recipe
 
     suffix = ".png" if output == "png" else ".npy"
-    if out.suffix.lower() not in ("", suffix):
-        raise click.UsageError(
-            f"with --output {output}, give --out a name that ends in {suffix}, or a folder; got {out}"
-        )
+    _check_out(out, output, suffix, as_json)
     recipe = None
     if like is not None:
         _refuse_beside_like(context)
@@ -87,28 +84,70 @@ def sample(
         if not _given(context, "engine"):
             engine = recipe.engine
             device = device if _given(context, "device") else recipe.device
+    request.update(_read_files(request), output={"png": "pil", "uint8": "numpy"}.get(output, output))
+    settings = engine_settings(engine, device, threads, cores)
+    chosen = recipe is None or _given(context, "engine")
+    with (
+        _load(
+            bundle, None if chosen else recipe, precision=precision, trusted_keys=trusted_keys, **settings
+        ) as generator,
+        _bar() as advance,
+    ):
+        if recipe is None:
+            result = generator(**request, callback=advance)
+        else:
+            given = {name: request[name] for name in ("arrays", "noise", "image", "mask", "output")}
+            result = generator.make_again(recipe, **given, callback=advance)
+    if str(out) == "-":
+        result.write(sys.stdout.buffer)
+    else:
+        _report(result, result.save(out), as_json)
+
+
+def _check_out(out: Path, output: str, suffix: str, as_json: bool) -> None:
+    if str(out) == "-":
+        if as_json:
+            raise click.UsageError("--out - and --json both write to stdout; leave one of both out")
+    elif out.suffix.lower() not in ("", suffix):
+        raise click.UsageError(
+            f"with --output {output}, give --out a name that ends in {suffix}, or a folder; got {out}"
+        )
+
+
+def _read_files(options: dict) -> dict:
+    """The arrays and pictures in the files that options name."""
+    from piflow_edge.runtime.images import open_array, open_image
+
+    arrays = {}
+    for text in options["arrays"]:
+        name, found, file = text.partition("=")
+        if not (name and found and file) or name in arrays:
+            raise click.UsageError(f"--array takes NAME=FILE, each name once; got {text!r}")
+        arrays[name] = open_array(Path(file))
     readers = {"noise": open_array, "image": open_image, "mask": open_image}
-    given = {name: settings.pop(name) for name in readers}
-    given = {name: None if path is None else readers[name](path) for name, path in given.items()}
-    given["output"] = {"png": "pil", "uint8": "numpy"}.get(output, output)
-    opened = engine_settings(engine, device, threads, cores)
+    given = {name: options[name] and read(options[name]) for name, read in readers.items()}
+    return {"arrays": arrays or None, **given}
+
+
+def _load(bundle, recipe, **settings):
+    """The generator; where the engine is that of a `recipe` and cannot run here, the error says how to get around."""
+    from piflow_edge.errors import EngineError, MissingExtraError
+    from piflow_edge.runtime.loading import load
+
     try:
-        loaded = load(bundle, precision=precision, trusted_keys=trusted_keys, **opened)
+        return load(bundle, **settings)
     except (EngineError, MissingExtraError) as error:
-        if recipe is None or _given(context, "engine"):
+        if recipe is None:
             raise
         raise EngineError(
-            f"{error}; --like takes the engine of {like}, {engine!r} on {recipe.device}: --engine chooses another, "
-            "such as auto, whose image is the same but for rounding"
+            f"{error}; --like takes the engine of the picture, {recipe.engine!r} on {recipe.device}: --engine chooses "
+            "another, such as auto, whose image is the same but for rounding"
         ) from error
-    with loaded as generator, _bar() as advance:
-        if recipe is not None:
-            result = generator.make_again(recipe, **given, callback=advance)
-        else:
-            if labels is not None:
-                labels = [_label(text, generator.class_names) for text in labels.split(",")]
-            result = generator(labels, **settings, **given, callback=advance)
-    files = _pictures(out, result) if output == "png" else _arrays(out, result)
+
+
+def _report(result, files: list[Path], as_json: bool) -> None:
+    from dataclasses import asdict
+
     if as_json:
         timings = {stage: round(ms, 3) for stage, ms in result.timings.items()}
         run = {
@@ -118,10 +157,10 @@ def sample(
             "timings_ms": timings,
         }
         emit({"files": [str(path) for path in files], **run, "recipe": asdict(result.recipe)})
-    else:
-        say(f"{result.engine} on {result.device}, {result.timings['total']:.1f} ms")
-        for path in files:
-            click.echo(path)
+        return
+    say(f"{result.engine} on {result.device}, {result.timings['total']:.1f} ms")
+    for path in files:
+        click.echo(path)
 
 
 def _given(context: click.Context, option: str) -> bool:
@@ -129,7 +168,7 @@ def _given(context: click.Context, option: str) -> bool:
 
 
 def _refuse_beside_like(context: click.Context) -> None:
-    free = {"bundle", "like", "out", "output", "noise", "image", "mask", "trusted_keys", "as_json"}
+    free = {"bundle", "like", "out", "output", "arrays", "noise", "image", "mask", "trusted_keys", "as_json"}
     free |= {"engine", "device", "threads", "cores"}
     for parameter in context.command.params:
         if parameter.name not in free and _given(context, parameter.name):
@@ -154,54 +193,3 @@ def _bar():
             )
 
         yield advance
-
-
-def _pictures(out: Path, result) -> list[Path]:
-    from piflow_edge.runtime.pictures import VISIBLE, image_grid, png_bytes
-    from piflow_edge.system.files import write_atomic
-
-    if out.suffix:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # One that can be seen as it is gets no margin: it may be the --image of the next call.
-        alone = len(result.images) == 1 and max(result.images[0].size) >= VISIBLE
-        sheet = result.images[0] if alone else image_grid([result.images])
-        write_atomic(out, png_bytes(sheet, result.recipe))
-        return [out]
-    out.mkdir(parents=True, exist_ok=True)
-    files = _names(out, result, ".png")
-    for i, (file, image) in enumerate(zip(files, result.images, strict=True)):
-        write_atomic(file, png_bytes(image, result.recipe.of(i)))
-    return files
-
-
-def _names(out: Path, result, suffix: str) -> list[Path]:
-    """One file per image, named for its seed and index; --like may make several of one, with a third number."""
-    files, seen = [], Counter()
-    for pair in result.recipe.seeds:
-        again = f"-{seen[pair]}" if seen[pair] else ""
-        files.append(out / f"{pair[0]}-{pair[1]}{again}{suffix}")
-        seen[pair] += 1
-    return files
-
-
-def _arrays(out: Path, result) -> list[Path]:
-    import numpy as np
-
-    from piflow_edge.system.files import atomic_file
-
-    arrays = result.latents if result.images is None else result.images
-    if out.suffix:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files = {out: arrays}
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        files = dict(zip(_names(out, result, ".npy"), arrays, strict=True))
-    for path, array in files.items():
-        with atomic_file(path) as file:
-            np.save(file, array)
-    return list(files)
-
-
-def _label(text: str, names: tuple[str, ...]):
-    text = text.strip()
-    return int(text) if text not in names and text.isascii() and text.isdecimal() else text

@@ -65,6 +65,11 @@ class ClassLabels:
     def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
         return [{"label": int(label)} for label in conditioning[self.input_name]]
 
+    @staticmethod
+    def describe_labels(labels: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the descriptions of images of these classes; recipes once held the plain ids."""
+        return [{"label": label} for label in labels]
+
     def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
         if asked != Asked():
             raise ConditioningError("the description holds the labels; give nothing else")
@@ -123,7 +128,7 @@ class ClassLabels:
         if text == "all":
             return range(len(self.names))
         if re.fullmatch(r"\d{1,9}", text, re.ASCII):
-            return [self._known_id(int(text), text)]
+            return [self._known_id(int(text), int(text))]
         if ends := re.fullmatch(r"(\d{1,9})-(\d{1,9})", text, re.ASCII):
             first, last = (self._known_id(int(end), text) for end in ends.groups())
             if first <= last:
@@ -146,5 +151,5 @@ class ClassLabels:
         if isinstance(label, str):
             by_case = {name.casefold(): name for name in self.names}
             close = difflib.get_close_matches(label.casefold(), by_case, n=1)
-            hint = f", did you mean {by_case[close[0]]!r}?" if close else ""
+            hint = f" (did you mean {by_case[close[0]]!r}?)" if close else ""
         return LabelError(f"got label {label!r}{hint}; {self.summarize()}")

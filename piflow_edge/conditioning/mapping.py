@@ -6,10 +6,9 @@ A mapping from the name of a network's input to an array (B, ...), of NumPy or o
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from piflow_edge.arrays import array_namespace
+from piflow_edge.arrays import Array, array_namespace
 from piflow_edge.errors import ShapeError
 
-Array = Any  # an array of any library that follows the array API standard
 Conditioning = Mapping[str, Array]
 
 

@@ -110,7 +110,10 @@ def evaluate(
     features = default_features(data) if features is None else features
     generators = dict(zip(unique_names(students), map(load, students), strict=True))
     contenders = [c for name, generator in generators.items() for c in student_contenders(name, generator)]
-    fits = {n: (tuple(g.bundle.manifest.latent.shape), g.class_names) for n, g in generators.items()}
+    fits = {
+        n: (tuple(g.bundle.manifest.latent.shape), tuple(getattr(g.conditioner, "names", ())))
+        for n, g in generators.items()
+    }
     full = None
     if teacher_folder is not None:
         from piflow_edge.distill.loop.checkpoint import load_checkpoint

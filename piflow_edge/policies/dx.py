@@ -158,6 +158,10 @@ class DXPolicy:
             x_dst = x_dst + spread_per_sample(weight, x_start, xp) * self.grid[:, node, ...]
         return x_dst
 
+    def tempered(self, temperature: float) -> "DXPolicy":
+        """Return the policy as it is: it is one path, which no temperature sharpens."""
+        return self
+
     def detached(self) -> "DXPolicy":
         """The policy cut off from torch's graph, sharing its memory."""
         policy = object.__new__(DXPolicy)

@@ -1,11 +1,19 @@
-"""Small images, laid out to be looked at."""
+"""Small images, laid out to be looked at, and written into files."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from piflow_edge.errors import ShapeError
+from piflow_edge.system.files import atomic_file, write_atomic
+
+from .images import as_pil
 from .recipe import CHUNK, Recipe
 
 _GAP = 2
@@ -14,6 +22,8 @@ VISIBLE = 64
 # Longer sides are shrunk to this many where pictures are only to be compared.
 _LARGEST = 256
 _TEXT_SIZE = 14
+# Images per row where all of a call are shown at once.
+_COLUMNS = 10
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -64,6 +74,63 @@ def png_bytes(image: Image.Image, recipe: Recipe | None = None) -> bytes:
         text.add_text(CHUNK, recipe.as_json())
     image.save(file, "PNG", optimize=True, pnginfo=text)
     return file.getvalue()
+
+
+def show_images(images: Any) -> bytes:
+    """Return PIL images, or an array (B, H, W, C) of bytes or of numbers from 0 to 1, as one PNG."""
+    if isinstance(images, np.ndarray):
+        images = as_pil(images if images.dtype == np.uint8 else np.rint(255 * images).astype(np.uint8))
+    return png_bytes(image_grid([images[i : i + _COLUMNS] for i in range(0, len(images), _COLUMNS)]))
+
+
+def write_images(file: BinaryIO, images: Any, recipe: Recipe) -> None:
+    """Write PIL images into an open file, as one picture that holds its recipe; arrays as .npy."""
+    file.write(_one_picture(images, recipe)) if _are_pictures(images) else np.save(file, images)
+
+
+def save_images(path: Path, images: Any, recipe: Recipe) -> list[Path]:
+    """Write PIL images, or an array of one entry per image, into one file or, without a suffix, one for each."""
+    are_pictures = _are_pictures(images)
+    suffix = ".png" if are_pictures else ".npy"
+    if path.suffix.lower() not in ("", suffix):
+        kind = "pictures" if are_pictures else "arrays"
+        raise ShapeError(f"{kind} go into a file that ends in {suffix}, or into a folder; got {path}")
+    (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+    files = [path] if path.suffix else _file_names(path, recipe, suffix)
+    if not are_pictures:
+        _save_arrays(files, [images] if path.suffix else images)
+    elif path.suffix:
+        write_atomic(path, _one_picture(images, recipe))
+    else:
+        for i, (file, image) in enumerate(zip(files, images, strict=True)):
+            write_atomic(file, png_bytes(image, recipe.of(i)))
+    return files
+
+
+def _are_pictures(images: Any) -> bool:
+    return not isinstance(images, np.ndarray)
+
+
+def _one_picture(images: Any, recipe: Recipe) -> bytes:
+    # One that can be seen as it is gets no margin: it may be the image that the next call starts from.
+    alone = len(images) == 1 and max(images[0].size) >= VISIBLE
+    return png_bytes(images[0] if alone else image_grid([images]), recipe)
+
+
+def _save_arrays(files: Sequence[Path], arrays: Any) -> None:
+    for file, array in zip(files, arrays, strict=True):
+        with atomic_file(file) as opened:
+            np.save(opened, array)
+
+
+def _file_names(folder: Path, recipe: Recipe, suffix: str) -> list[Path]:
+    """One file per image, named for its seed and index; where several are the same, with a third number."""
+    files, seen = [], Counter()
+    for pair in recipe.seeds:
+        again = f"-{seen[pair]}" if seen[pair] else ""
+        files.append(folder / f"{pair[0]}-{pair[1]}{again}{suffix}")
+        seen[pair] += 1
+    return files
 
 
 def _font():

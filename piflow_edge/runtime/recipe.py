@@ -3,18 +3,21 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.errors import RecipeError
+from piflow_edge.sampling import SETTING_NAMES, SamplingSettings
 from piflow_edge.system.files import sha256
 
 # Key of the text chunk in a PNG file, and the longest such text that is read: some 10,000 images.
 CHUNK = "piflow-edge"
+RECIPE_VERSION = 2
 _LONGEST = 1 << 20
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,10 @@ class Recipe:
     """All that determines the images of one call. Lists hold one entry for each image, in order.
 
     `bundle`: its name; `bundle_sha256`: of its manifest, which holds the hashes of all its files. `precision`,
-    `engine`, `device`: what ran it; another engine makes the same image but for rounding. `labels`: class ids, None
-    without classes. `seeds`: (seed, index). `nfe`, `substeps`, `solver`, `temperature`, `h`, `strength`,
-    `resamples`: as given to a `Generator`, or the bundle's. `noise`, `image`, `mask`: SHA-256 of the arrays that the
-    caller gave, or None. `release`: of piflow-edge.
+    `engine`, `device`: what ran it; another engine makes the same image but for rounding. `conditioning`: what steers
+    each image, as the bundle's conditioner describes it. `seeds`: (seed, index). `settings`: those of the call, with
+    nothing left open. `noise`, `image`, `mask`: SHA-256 of the arrays that the caller gave, or None. `release`: of
+    piflow-edge.
     """
 
     version: int
@@ -34,15 +37,9 @@ class Recipe:
     precision: str
     engine: str
     device: str
-    labels: list[int] | None
+    conditioning: list[dict[str, Any]]
     seeds: list[tuple[int, int]]
-    nfe: int
-    substeps: int
-    solver: str
-    temperature: float
-    h: float | str
-    strength: float
-    resamples: int
+    settings: SamplingSettings
     noise: list[str] | None
     image: list[str] | None
     mask: list[str] | None
@@ -50,7 +47,7 @@ class Recipe:
 
     def of(self, index: int) -> "Recipe":
         """The recipe of one image of the call alone."""
-        lists = ("labels", "seeds", "noise", "image", "mask")
+        lists = ("conditioning", "seeds", "noise", "image", "mask")
         given = {name: getattr(self, name) for name in lists}
         return replace(self, **{name: [value[index]] for name, value in given.items() if value is not None})
 
@@ -59,7 +56,7 @@ class Recipe:
         return json.dumps(asdict(self), allow_nan=False)
 
 
-def hashes(array: np.ndarray | None) -> list[str] | None:
+def hash_each(array: np.ndarray | None) -> list[str] | None:
     """SHA-256 of each of the arrays (B, ...), of their values in float32, or in bool as they are."""
     if array is None:
         return None
@@ -77,16 +74,19 @@ def parse_recipe(text: str) -> Recipe:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"the recipe is not JSON: {error}") from error
-    names = [field.name for field in fields(Recipe)]
-    if not isinstance(body, dict) or body.get("version") != _VERSION or sorted(body) != sorted(names):
-        version = body.get("version") if isinstance(body, dict) else None
-        raise RecipeError(f"this release reads recipes of version {_VERSION}; got one of version {version!r}")
-    wrong = [name for name in names if not _KINDS[name](body[name])]
-    if wrong:
-        raise RecipeError(f"the recipe has an unusable {wrong[0]}; it was altered")
+    version = body.get("version") if isinstance(body, dict) else None
+    kinds = {1: _KINDS_OF_VERSION_1, RECIPE_VERSION: _KINDS}.get(version) if type(version) is int else None
+    if kinds is None or sorted(body) != sorted(kinds):
+        raise RecipeError(
+            f"this release reads recipes of version {RECIPE_VERSION} and 1; got one of version {version!r}"
+        )
+    _check_kinds(body, kinds)
     body["seeds"] = [tuple(pair) for pair in body["seeds"]]
-    recipe = Recipe(**body)
-    per_image = (recipe.labels, recipe.noise, recipe.image, recipe.mask)
+    if version == 1:
+        body = _update_version_1(body)
+    _check_kinds(body["settings"], _SETTING_KINDS)
+    recipe = Recipe(**{**body, "settings": SamplingSettings(**body["settings"])})
+    per_image = (recipe.conditioning, recipe.noise, recipe.image, recipe.mask)
     if any(given is not None and len(given) != len(recipe.seeds) for given in per_image):
         raise RecipeError("the recipe's lists differ in length; it was altered")
     return recipe
@@ -116,37 +116,80 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return parse_recipe(text)
 
 
-def _whole(value: Any, least: int = 0) -> bool:
+def _update_version_1(body: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of version 1 as one of version 2. It had labels, null without classes, and settings beside them."""
+    labels, count = body.pop("labels"), len(body["seeds"])
+    conditioning = [{}] * count if labels is None else ClassLabels.describe_labels(labels)
+    settings = {name: body.pop(name) for name in SETTING_NAMES if name in body}
+    sizes = {"height": None, "width": None}
+    return {
+        **body,
+        "version": RECIPE_VERSION,
+        "conditioning": conditioning,
+        "settings": {**settings, **sizes},
+    }
+
+
+def _check_kinds(body: Any, kinds: dict[str, Callable[[Any], bool]]) -> None:
+    wrong = [name for name, fits in kinds.items() if name not in body or not fits(body[name])]
+    if wrong:
+        raise RecipeError(f"the recipe has an unusable {wrong[0]}; it was altered")
+
+
+def _is_whole(value: Any, least: int = 0) -> bool:
     return type(value) is int and least <= value < 2**64
 
 
-def _number(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
+    return _is_whole(value, 1)
+
+
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
-def _text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _list(of):
-    return lambda value: isinstance(value, list) and bool(value) and all(map(of, value))
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
-def _maybe(kind):
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_whole, value))
+
+
+def _list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(map(kind, value))
+
+
+def _none_or(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or kind(value)
 
 
-def _pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_whole, value))
-
-
+_SETTING_KINDS = {
+    **dict.fromkeys(("nfe", "substeps"), _is_count),
+    "solver": _is_text,
+    "temperature": _is_number,
+    "h": lambda value: _is_number(value) or value == "inf",
+    "strength": _is_number,
+    "resamples": _is_whole,
+    **dict.fromkeys(("height", "width"), _none_or(_is_count)),
+}
+_SHARED_KINDS = {
+    "version": _is_count,
+    **dict.fromkeys(("bundle", "bundle_sha256", "precision", "engine", "device", "release"), _is_text),
+    "seeds": _list_of(_is_pair),
+    **dict.fromkeys(("noise", "image", "mask"), _none_or(_list_of(_is_text))),
+}
 _KINDS = {
-    **dict.fromkeys(("bundle", "bundle_sha256", "precision", "engine", "device", "solver", "release"), _text),
-    **dict.fromkeys(("version", "nfe", "substeps"), lambda value: _whole(value, 1)),
-    **dict.fromkeys(("noise", "image", "mask"), _maybe(_list(_text))),
-    **dict.fromkeys(("temperature", "strength"), _number),
-    "labels": _maybe(_list(_whole)),
-    "seeds": _list(_pair),
-    "resamples": _whole,
-    "h": lambda value: _number(value) or value == "inf",
+    **_SHARED_KINDS,
+    "conditioning": _list_of(_is_object),
+    "settings": lambda value: isinstance(value, dict) and sorted(value) == sorted(_SETTING_KINDS),
+}
+_KINDS_OF_VERSION_1 = {
+    **_SHARED_KINDS,
+    "labels": _none_or(_list_of(_is_whole)),
+    **{name: fits for name, fits in _SETTING_KINDS.items() if name not in ("height", "width")},
 }

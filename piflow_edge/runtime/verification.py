@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
+from piflow_edge.conditioning import take
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
 from piflow_edge.kernels.rollout import integrate
-from piflow_edge.sampling import sample
+from piflow_edge.sampling import Hooks, SamplingSettings, sample
 
 from .generator import Generator
 from .graphs import read_graph
@@ -67,25 +68,25 @@ def verify(generator: Generator) -> list[Row]:
     """
     bundle = generator.bundle
     golden, tolerances = read_golden(bundle), bundle.manifest.tolerances[generator.precision]
-    ids, count = golden.get("labels"), len(golden["noise"])
+    conditioning, count = golden_conditioning(bundle, golden), len(golden["noise"])
     outputs, velocities, latents = [], [], []
     largest = min(count, generator.engine.max_batch or count)
     sizes = sorted({min(size, largest) for size in (*BATCHES, count)})
-    ids_of = {size: None if ids is None else ids[:size] for size in sizes}
+    steered = {size: take(conditioning, slice(size)) for size in sizes}
     schedule = bundle.manifest.schedule.schedule()
     for i, segment in enumerate(schedule.segments):
         x_t = golden[f"x_t.{i}"]
         theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in bundle.manifest.network.outputs}
         for size in sizes:
-            ours = generator.outputs(x_t[:size], segment.sigma_src, ids_of[size])
-            _check_finite(generator, ours, x_t[:size], segment.sigma_src, ids_of[size])
+            ours = generator.student.outputs(x_t[:size], segment.sigma_src, steered[size])
+            _check_finite(generator, ours, x_t[:size], segment.sigma_src, steered[size])
             outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
         # From the golden outputs, so that this row speaks of the policy alone.
-        policy = generator.as_policy(theirs, x_t, segment.sigma_src)
+        policy = generator.student.as_policy(theirs, x_t, segment.sigma_src)
         found = np.stack([policy.velocity(x_t, level) for level in golden[f"levels.{i}"].tolist()])
         velocities.append((f"velocities.{i}", found, golden[f"velocities.{i}"]))
     for size in sizes:  # from the seed, so that the noise is compared too
-        wanted = {"count": size} if ids is None else {"labels": ids[:size].tolist()}
+        wanted = {"arrays": steered[size]} if conditioning else {"count": size}
         result = generator(**wanted, seed=GOLDEN_SEED, output="latent")
         latents.append((f"latents, batch {size}", result.latents, golden["latents"][:size]))
     rows = [
@@ -112,12 +113,13 @@ def verify(generator: Generator) -> list[Row]:
     return [replace(row, precision=generator.precision) for row in rows]
 
 
-def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sigma, ids) -> None:
+def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sigma, conditioning) -> None:
     odd = [name for name, value in outputs.items() if not np.isfinite(value).all()]
     if not odd:
         return
     bundle, precision = generator.bundle, generator.precision
-    layer = _first_non_finite(read_graph(bundle, "student", precision), generator.inputs(x_t, sigma, ids))
+    inputs = generator.student.inputs(x_t, sigma, conditioning)
+    layer = _first_non_finite(read_graph(bundle, "student", precision), inputs)
     raise CheckFailedError(
         f"bundle {bundle.name!r} in {precision} gives NaN or infinity in {odd[0]} at noise level {sigma:.3g}; the "
         f"first layer to do so: {layer}"
@@ -158,20 +160,19 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
                 engine.max_batch for engine in (generator.engine, graph) if engine.max_batch is not None
             ]
             size = min([len(golden["noise"]), *limits])
-            noise, ids = golden["noise"][:size], golden["labels"][:size] if "labels" in golden else None
-            labels = {} if ids is None else {"class_labels": ids}
-            found = graph.run({"noise": noise, **labels})
+            noise, steered = golden["noise"][:size], take(golden_conditioning(bundle, golden), slice(size))
+            found = graph.run({"noise": noise, **steered})
         if not np.isfinite(found["latents"]).all():
             raise CheckFailedError(
                 f"the sampler graph nfe{nfe} of bundle {bundle.name!r} in {generator.precision} gives NaN or "
                 "infinity; export it again, or use another precision"
             )
         expected = sample(
-            lambda x_t, sigma, ids=ids: generator.policy(x_t, sigma, ids),
+            lambda x_t, sigma, steered=steered: generator.student.policy(x_t, sigma, steered),
             noise,
             spec.schedule(nfe=nfe),
-            temperature=spec.temperature_of(nfe),
-            integrate=integrate,
+            SamplingSettings(temperature=spec.temperature_of(nfe)),
+            Hooks(integrate=integrate),
         )
         latents.append((f"latents of nfe{nfe}", found["latents"], expected))
         if bundle.manifest.makes_images:  # of the graph's own latents, as above
@@ -227,6 +228,11 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
             f"{GOLDEN} in {bundle.folder} does not fit: {sorted(golden.keys() ^ wanted)[0]}; export again"
         )
     return golden
+
+
+def golden_conditioning(bundle: Bundle, golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the golden images are steered by."""
+    return {spec.name: golden["labels"] for spec in bundle.manifest.conditioner.inputs}
 
 
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:

@@ -22,7 +22,7 @@ def test_it_reproduces_its_golden_samples_and_is_small():
 
     generator = pf.load(pf.demo_bundle())
     check(verify(generator), "digits")
-    assert generator.class_names == tuple("0123456789") and generator.bundle.manifest.schedule.nfe == 1
+    assert generator.conditioner.names == tuple("0123456789") and generator.bundle.manifest.schedule.nfe == 1
     assert sum(file.stat().st_size for file in pf.demo_bundle().iterdir()) < 1.5e6
 
 

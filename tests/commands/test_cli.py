@@ -180,7 +180,7 @@ class TestOnABundle:
         Image.fromarray(np.tri(8, dtype=np.uint8) * 255).save(mask)
         given = ["--labels", 1, "--image", picture, "--mask", mask, "--out", out, "--output"]
         answer = json.loads(run("sample", shared_bundle, *given, "uint8", "--json").stdout)
-        assert answer["files"] == [str(out)] and answer["recipe"]["resamples"] == 4
+        assert answer["files"] == [str(out)] and answer["recipe"]["settings"]["resamples"] == 4
         kept = np.tri(8) == 0
         np.testing.assert_array_equal(np.load(out)[0, ..., 0][kept], pixels[kept])
         words = run("sample", shared_bundle, *given[:4], "--out", tmp_path / "x.png", code=2).stderr

@@ -119,7 +119,7 @@ def test_a_generator_decodes(latent_bundle, kl, monkeypatch):
     assert_alike(result.images, images_in_torch(kl, result.latents))
     assert [image.size for image in generator([1, 2]).images] == [(16, 16)] * 2
     assert generator([1], output="latent").images is None
-    monkeypatch.setattr("piflow_edge.runtime.decoding._DECODED_PIXELS", 2 * 16 * 16)  # two at a time
+    monkeypatch.setattr("piflow_edge.runtime.drawing.decoding._DECODED_PIXELS", 2 * 16 * 16)  # two at a time
     np.testing.assert_array_equal(generator.decode(result.latents), result.images)
 
 

@@ -23,7 +23,7 @@ from piflow_edge.runtime.generator import Generator
 from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import verify
-from piflow_edge.sampling import sample
+from piflow_edge.sampling import Hooks, SamplingSettings, sample
 from tests.conftest import make_student
 
 # Two float32 computations of up to 128 substeps, and a network of which each feeds the next.
@@ -78,11 +78,11 @@ def test_every_schedule_is_followed(folder, schedule):
 
     generator = Generator(opened, open_engine(read_graph(opened)))
     expected = sample(
-        lambda x_t, sigma: generator.policy(x_t, sigma, inputs["class_labels"]),
+        lambda x_t, sigma: generator.student.policy(x_t, sigma, {"class_labels": inputs["class_labels"]}),
         noise,
         manifest.schedule.schedule(),
-        temperature=0.3,
-        renoise=lambda draw: fresh[draw - 1],
+        SamplingSettings(temperature=0.3),
+        Hooks(renoise=lambda draw: fresh[draw - 1]),
     )
     np.testing.assert_allclose(found["latents"], expected, **TOLERANCE)
 

@@ -102,7 +102,7 @@ def test_the_command_line_exports_what_a_function_returns(tmp_path):
     )
     expected = plain().network(torch.from_numpy(x := pf.philox_normal(0, range(2), (1, 8, 8))), torch.ones(2))
     np.testing.assert_allclose(
-        generator.outputs(x, 1.0, None)["means"], expected[0].detach(), rtol=0, atol=1e-5
+        generator.student.outputs(x, 1.0, {})["means"], expected[0].detach(), rtol=0, atol=1e-5
     )
 
 

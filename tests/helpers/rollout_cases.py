@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from piflow_edge import GMPolicy
+from piflow_edge import DXPolicy, GMPolicy
 from piflow_edge.kernels.rollout import integrate
 
 ROUNDING = 2.0**-24  # what rounding a number to float32 costs at most, relative to it
@@ -72,3 +72,21 @@ def exact_and_allowed(inputs, x_start, sigmas, *, temperature=1.0, eps=1e-4):
     sensitivity = 8 * sensitivity.max(axis=1, keepdims=True)
     largest = max(np.abs(a).max() for a in (expected, x_start, inputs["x_src"], inputs["means"]))
     return expected, sensitivity + 32 * ROUNDING * largest
+
+
+def gm_network(x_src, sigma_src):
+    """A network without weights: a mixture around the state."""
+    batch, channels, *size = x_src.shape
+    chance = np.random.default_rng(7)
+    means = x_src[:, None] + chance.standard_normal((batch, 3, channels, *size)).astype(x_src.dtype)
+    logweights = chance.standard_normal((batch, 3, 1, *size)).astype(x_src.dtype)
+    return GMPolicy(means, logweights, np.full((batch, 1, 1, 1, 1), -1.0, x_src.dtype), x_src, sigma_src)
+
+
+def dx_network(x_src, sigma_src):
+    grid = x_src[:, None] * np.linspace(0.5, 1, 4, dtype=x_src.dtype).reshape(-1, 1, 1, 1)
+    return DXPolicy(grid, x_src, sigma_src, segment_size=0.5)
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape or (2, 3, 4, 4))

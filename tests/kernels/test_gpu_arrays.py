@@ -256,7 +256,7 @@ pf.Generator.__call__ = call
 seen = []
 generator(**arguments, callback=lambda done: seen.append((type(done.x_t), type(done.x_0))))
 assert seen == [(np.ndarray, np.ndarray)] * 2
-network = generator.engine.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
+network = generator.engine.run(generator.student.inputs(xp.asarray(theirs.latents, device=place), 0.5, STEERED))
 assert all(value.stream == place.stream for value in network.values())
 decode = generator.decoder.run
 generator.decoder.run = lambda inputs: {name: value / 0 for name, value in decode(inputs).items()}
@@ -267,7 +267,7 @@ for output in ("pil", "numpy", "float"):
     except PiFlowError as error:
         assert "the decoder of bundle 'bundle' in fp32 on ort-cuda made NaN or infinity" in str(error), error
 assert np.isfinite(generator(**arguments, output="latent").latents).all()
-plain = generator.engine.run(generator.inputs(theirs.latents, 0.5, np.array([1, 2, 3])))
+plain = generator.engine.run(generator.student.inputs(theirs.latents, 0.5, STEERED))
 for name, value in plain.items():
     np.testing.assert_array_equal(xp.to_host(network[name]), value)
 
@@ -278,7 +278,7 @@ class Built(ort_cuda.OrtTensorRT):  # for 4 to 8 samples, and asked for 3
 from piflow_edge.runtime.graphs import read_graph
 graph = read_graph(generator.bundle, "student", "fp32")
 built = Built(graph, "cuda", pf.EngineOptions(), plan=graph.model, profile="4:4:8")
-filled = built.run(generator.inputs(xp.asarray(theirs.latents, device=place), 0.5, np.array([1, 2, 3])))
+filled = built.run(generator.student.inputs(xp.asarray(theirs.latents, device=place), 0.5, STEERED))
 for name, value in plain.items():
     assert filled[name].shape == value.shape and filled[name].stream == place.stream
     np.testing.assert_allclose(xp.to_host(filled[name]), value, rtol=0, atol=1e-5)

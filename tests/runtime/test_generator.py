@@ -10,13 +10,15 @@ import pytest
 import piflow_edge as pf
 from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
 from piflow_edge.bench.benchmark import distilled_guidance
+from piflow_edge.bundle.folder import NetworkFiles
 from piflow_edge.bundle.manifest import DecoderSpec, TensorSpec
 from piflow_edge.errors import EngineError, NotFiniteError, ShapeError
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime import arguments
-from piflow_edge.runtime.batching import pieces
+from piflow_edge.runtime.drawing.batching import pieces
 from piflow_edge.runtime.generator import Generator
-from piflow_edge.sampling import sample
+from piflow_edge.sampling import Hooks, sample
 from tests.helpers.gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian_generator
 
 
@@ -230,9 +232,9 @@ def test_a_call_keeps_to_its_cores_and_gives_them_back():
 
 @pytest.mark.parametrize(("nfe", "expected"), [(1, 0.0), (4, 0.3), (11, 1.0), (12, 1.0)])
 def test_auto_is_the_authors_temperature(nfe, expected):
-    assert gaussian_generator()([1], nfe=nfe, temperature="auto").recipe.temperature == pytest.approx(
-        expected
-    )
+    assert gaussian_generator()(
+        [1], nfe=nfe, temperature="auto"
+    ).recipe.settings.temperature == pytest.approx(expected)
 
 
 def test_a_bundle_may_hold_the_authors_rule():
@@ -241,11 +243,11 @@ def test_a_bundle_may_hold_the_authors_rule():
     generator.bundle.manifest = replace(manifest, schedule=replace(manifest.schedule, temperature="auto"))
     for nfe in (1, 4):
         by_rule = generator([1], nfe=nfe)
-        assert by_rule.recipe.temperature == pytest.approx(0.1 * (nfe - 1))
+        assert by_rule.recipe.settings.temperature == pytest.approx(0.1 * (nfe - 1))
         np.testing.assert_array_equal(
             by_rule.latents, generator([1], nfe=nfe, temperature=0.1 * (nfe - 1)).latents
         )
-    assert generator([1], nfe=4, temperature=1).recipe.temperature == 1
+    assert generator([1], nfe=4, temperature=1).recipe.settings.temperature == 1
 
 
 def test_nan_is_an_error_and_no_black_image():
@@ -284,16 +286,17 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
     opened, closed = [], []
 
     def open_engine(graph, *, engine, device, options):
-        opened.append((graph, engine, device))
-        if graph == "decoder":
+        name = graph.model.decode()
+        opened.append((name, engine, device))
+        if name == "decoder":
             raise EngineError("no decoder here")
-        return SimpleNamespace(name="fast", device="gpu", close=lambda: closed.append(graph))
+        return SimpleNamespace(name="fast", device="gpu", close=lambda: closed.append(name))
 
     latents = gaussian_generator().bundle.manifest
     outputs = [SimpleNamespace(name=name) for name in latents.policy.outputs]
     manifest = replace(latents, decoder="one", network=replace(latents.network, outputs=outputs))
     bundle = SimpleNamespace(
-        name="b", manifest=manifest, graph=lambda precision: "student", decoder=lambda precision: "decoder"
+        name="b", manifest=manifest, read_network=lambda name, precision: NetworkFiles(name.encode(), {}, "b")
     )
     monkeypatch.setattr("piflow_edge.bundle.folder.Bundle", lambda folder, trusted_keys: bundle)
     monkeypatch.setattr("piflow_edge.runtime.loading.open_engine", open_engine)
@@ -305,19 +308,22 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
 def test_without_classes_a_count_says_how_many():
     generator = gaussian_generator(class_names=())
     result = generator(count=3, seed=2, output="latent")
-    assert result.latents.shape == (3, 1, SIDE, SIDE) and result.recipe.labels is None
+    assert result.latents.shape == (3, 1, SIDE, SIDE) and result.recipe.conditioning == [{}] * 3
     np.testing.assert_array_equal(
         generator.make_again(result.recipe, output="latent").latents, result.latents
     )
-    with pytest.raises(PiFlowError, match="has no classes: it wants count"):
-        generator([1])
+    with pytest.raises(
+        PiFlowError,
+        match=r"labels have no meaning here; .* takes their count",
+    ):
+        generator(labels=[1])
     with pytest.raises(PiFlowError, match="count is a whole number"):
         generator(count=1.5)
 
 
 def test_with_classes_a_count_is_of_each_label():
     result = gaussian_generator()([1, 0], count=2, output="latent")
-    assert result.recipe.labels == [1, 1, 0, 0]
+    assert [told["label"] for told in result.recipe.conditioning] == [1, 1, 0, 0]
 
 
 def test_every_image_may_have_a_seed_of_its_own():
@@ -343,7 +349,7 @@ def test_other_calls_than_trained_leave_a_dx_policy_its_numbers(nfe):
         return asked[-1]
 
     noise = pf.philox_normal(3, range(2), (1, SIDE, SIDE))
-    expected = sample(network, noise, Schedule(nfe=nfe, total_substeps=32))
+    expected = sample(network, noise, Schedule(nfe=nfe, total_substeps=32), hooks=Hooks(integrate=integrate))
     np.testing.assert_array_equal(found.latents, expected)
     assert len(asked) == nfe
     # Stretched to the segment instead, the nodes would stand elsewhere and give another image, unless it is as long.

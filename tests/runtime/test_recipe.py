@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -90,18 +91,22 @@ def test_another_engine_device_or_release_is_said(caplog):
 
 def test_files_without_a_usable_recipe_are_refused(tmp_path):
     whole = json.loads(gaussian_generator()([1, 0]).recipe.as_json())
+    settings = whole["settings"]
     odd = {
         "no recipe": {},
         "is not JSON": {"piflow_edge": "{"},
         "version None": {"piflow_edge": "[]"},
-        "version 2": {"piflow_edge": json.dumps(whole | {"version": 2})},
-        "version 1": {"piflow_edge": json.dumps(whole | {"surprise": 1})},
+        "version 3": {"piflow_edge": json.dumps(whole | {"version": 3})},
+        "version 2": {"piflow_edge": json.dumps(whole | {"surprise": 1})},
         "unusable seeds": {"piflow_edge": json.dumps(whole | {"seeds": [[0, -1], [0, 0]]})},
-        "unusable nfe": {"piflow_edge": json.dumps(whole | {"nfe": True})},
-        "unusable h": {"piflow_edge": json.dumps(whole | {"h": "often"})},
-        "unusable labels": {"piflow_edge": json.dumps(whole | {"labels": "x"})},
-        "unusable temperature": {"piflow_edge": json.dumps(whole | {"temperature": float("nan")})},
-        "differ in length": {"piflow_edge": json.dumps(whole | {"labels": [1]})},
+        "unusable nfe": {"piflow_edge": json.dumps(whole | {"settings": settings | {"nfe": True}})},
+        "unusable h": {"piflow_edge": json.dumps(whole | {"settings": settings | {"h": "often"}})},
+        "unusable conditioning": {"piflow_edge": json.dumps(whole | {"conditioning": "x"})},
+        "unusable temperature": {
+            "piflow_edge": json.dumps(whole | {"settings": settings | {"temperature": math.nan}})
+        },
+        "unusable settings": {"piflow_edge": json.dumps(whole | {"settings": {}})},
+        "differ in length": {"piflow_edge": json.dumps(whole | {"conditioning": [{"label": 1}]})},
         "more text": {"piflow_edge": " " * ((1 << 20) + 1)},
     }
     for words, chunks in odd.items():
@@ -120,6 +125,50 @@ def test_files_without_a_usable_recipe_are_refused(tmp_path):
 def test_values_no_sampler_takes_get_the_sampler_s_own_error():
     generator = gaussian_generator()
     recipe = generator([1]).recipe
-    for change in (dict(labels=[7]), dict(solver="rk4"), dict(nfe=1.5)):
+    settings = recipe.settings
+    for change in (
+        dict(conditioning=[{"label": 7}]),
+        dict(conditioning=[{"label": "1"}]),
+        dict(conditioning=[{"smell": 1}]),
+        dict(settings=replace(settings, solver="rk4")),
+        dict(settings=replace(settings, nfe=1.5)),
+    ):
         with pytest.raises(PiFlowError):
             generator.make_again(replace(recipe, **change))
+
+
+# As release 0.1.0 wrote it, before recipes held the conditioner's own words.
+VERSION_1 = {
+    "version": 1, "bundle": "gaussian", "bundle_sha256": "0" * 64, "precision": "fp32", "engine": "exact",
+    "device": "cpu", "labels": [1, 0], "seeds": [[7, 0], [7, 1]], "nfe": 2, "substeps": 9, "solver": "euler",
+    "temperature": 0.3, "h": "inf", "strength": 1.0, "resamples": 0, "noise": None, "image": None, "mask": None,
+    "release": "0.1.0",
+}  # fmt: skip
+
+
+def version_1(generator, **changes):
+    sha256 = generator(
+        [0] if generator.conditioner.inputs else None, None if generator.conditioner.inputs else 1
+    )
+    return json.dumps(VERSION_1 | {"bundle_sha256": sha256.recipe.bundle_sha256} | changes)
+
+
+def test_pictures_of_older_releases_are_made_again(tmp_path):
+    generator = gaussian_generator()
+    recipe = read_recipe(png(tmp_path / "old.png", piflow_edge=version_1(generator)))
+    expected = generator([1, 0], seed=7, nfe=2, substeps=9, temperature=0.3, h="inf")
+    again = generator.make_again(recipe)
+    np.testing.assert_array_equal(again.latents, expected.latents)
+    assert again.recipe == expected.recipe and again.recipe.version == 2
+    alone = generator.make_again(recipe.of(1))
+    np.testing.assert_allclose(alone.latents, expected.latents[1:], rtol=0, atol=1e-6)
+    for change in (dict(labels="x"), dict(labels=[1]), dict(nfe=0), dict(extra=1)):
+        with pytest.raises(PiFlowError):
+            parse_recipe(version_1(generator, **change))
+
+
+def test_pictures_of_older_releases_without_classes_too():
+    generator = gaussian_generator(class_names=())
+    again = generator.make_again(parse_recipe(version_1(generator, labels=None)))
+    expected = generator(count=2, seed=7, nfe=2, substeps=9, temperature=0.3, h="inf")
+    np.testing.assert_array_equal(again.latents, expected.latents)

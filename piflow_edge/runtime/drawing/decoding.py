@@ -8,9 +8,9 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.engines import Engine
 from piflow_edge.errors import NotFiniteError
 from piflow_edge.kernels import gpu_arrays
+from piflow_edge.runtime.images import decode_float_there, decode_there
 
 from .batching import joined, pieces
-from .images import decode_float_there, decode_there
 from .stopwatch import Stopwatch
 
 # Pixels that are decoded at a time: a decoder's inner states are hundreds of times larger than its images.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # In the order in which they come; "total" is of the call.
 STAGES = ("noise", "network", "policy", "decode", "transfer")
@@ -11,24 +12,33 @@ STAGES = ("noise", "network", "policy", "decode", "transfer")
 class Stopwatch:
     """Adds up milliseconds per stage.
 
-    `wait`: lets a GPU finish what it was told. It is called at the end of every stage, whose time it then is; without
+    `wait`: lets a GPU finish what was queued. It is called at the end of every stage, whose time it then is; without
     it a stage takes as long as it takes to queue, and the GPU is waited for where something is copied from it.
     """
 
     def __init__(self, wait: Callable[[], None] | None = None):
         self.ms, self._wait = dict.fromkeys((*STAGES, "total"), 0.0), wait
 
-    def __call__(self, stage: str, seconds: float) -> None:
-        """Add a stage that has just ended."""
+    def add(self, stage: str, began: float) -> None:
+        """Add a stage that has just ended. `began`: `time.perf_counter()` at its start."""
         if self._wait is not None:
-            began = time.perf_counter()
             self._wait()
-            seconds += time.perf_counter() - began
-        self.ms[stage] += 1000 * seconds
+        self.ms[stage] += 1000 * (time.perf_counter() - began)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """What is done in the block is a stage."""
         began = time.perf_counter()
         yield
-        self(name, time.perf_counter() - began)
+        self.add(name, began)
+
+    def wrap(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function; each of its calls is a stage."""
+
+        def timed(*arguments: Any, **more: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments, **more)
+            self.add(stage, began)
+            return result
+
+        return timed

@@ -1,0 +1,83 @@
+"""Inpainting: a part of an image is kept, the rest is drawn to fit it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from piflow_edge.arrays import Array
+from piflow_edge.integrator import Integrate
+from piflow_edge.policies import Policy
+from piflow_edge.sampling import SamplingSettings
+from piflow_edge.schedule import Schedule, count_substeps, segment_sigmas, unwarp
+
+
+@dataclass(frozen=True)
+class Known:
+    """What inpainting keeps of an image.
+
+    `x_0`: the image, (B, C, H, W) in latent units. `drawn`: of its dtype, broadcasts to it; 1 where the student draws,
+    0 where `x_0` is kept. `noise`: Gaussian noise like `x_0`, of the kept part at noise levels above 0.
+    """
+
+    x_0: Array
+    drawn: Array
+    noise: Array
+
+    def put_into(self, x_t: Array, sigma_t: float) -> Array:
+        """`x_t` with the kept part as it is at noise level `sigma_t`; at 0, exactly `x_0`."""
+        kept = self.x_0 if sigma_t == 0 else (1 - sigma_t) * self.x_0 + sigma_t * self.noise
+        return self.drawn * x_t + (1 - self.drawn) * kept  # 0 and 1 multiply without rounding
+
+    def wrap_integrate(self, integrate: Integrate) -> Integrate:
+        """Return the integration; the kept part is put back at its end, where the network sees it next.
+
+        In between that is not needed: within a segment a policy takes every position on its own, so what is kept in
+        one has no influence on another.
+        """
+
+        def kept(policy: Policy, x_t: Array, sigmas: np.ndarray, **how: Any) -> Array:
+            return self.put_into(integrate(policy, x_t, sigmas, **how), float(sigmas[-1]))
+
+        return kept
+
+
+def count_calls(schedule: Schedule, settings: SamplingSettings) -> int:
+    """Return the network calls of a loop, those of `resamples` included."""
+    segments = schedule.segments_below(settings.strength)
+    return len(segments) + settings.resamples * sum(segment.sigma_src < 1 for segment in segments)
+
+
+def resample_before_calls(
+    known: Known,
+    network: Callable[[Array, float], Policy],
+    integrate: Integrate,
+    renoise: Callable[[int], Array],
+    schedule: Schedule,
+    settings: SamplingSettings,
+) -> Callable[[Array, int], Array]:
+    """Return a hook `enter` of the sampling loop: a segment that starts below noise level 1 is gone through to the
+    end, and noise added again up to its start, `settings.resamples` times before it counts.
+
+    The draws of that noise follow after one for each segment. Source: RePaint, arXiv:2201.09865.
+    """
+    segments, repeats = schedule.segments_below(settings.strength), settings.resamples
+
+    def enter(x_t: Array, index: int) -> Array:
+        sigma_src = segments[index].sigma_src
+        if sigma_src == 1:
+            return x_t
+        for repeat in range(repeats):
+            policy = network(x_t, sigma_src).tempered(settings.temperature)
+            fresh = renoise(len(segments) + index * repeats + repeat + 1)
+            x_0 = integrate(policy, x_t, _levels_to_0(sigma_src, schedule), solver=settings.solver)
+            x_t = (1 - sigma_src) * known.put_into(x_0, 0.0) + sigma_src * fresh
+        return x_t
+
+    return enter
+
+
+def _levels_to_0(sigma_src: float, schedule: Schedule) -> np.ndarray:
+    substeps = count_substeps(unwarp(sigma_src, schedule.shift), 0.0, schedule.total_substeps)
+    return segment_sigmas(sigma_src, 0.0, substeps, schedule.shift)

@@ -1,0 +1,141 @@
+"""From noise to latents: the sampling loop, with all that surrounds it in a generator's call."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from piflow_edge.arrays import Array
+from piflow_edge.bundle.manifest import Manifest
+from piflow_edge.conditioning import Conditioning, take
+from piflow_edge.engines import Engine
+from piflow_edge.errors import ScheduleError
+from piflow_edge.integrator import Integrate
+from piflow_edge.kernels import gpu_arrays
+from piflow_edge.kernels.rollout import integrate
+from piflow_edge.policies import Policy
+from piflow_edge.runtime.request import Request
+from piflow_edge.sampling import Hooks, SamplingSettings, sample
+from piflow_edge.schedule import Schedule
+
+from .inpainting import Known, count_calls, resample_before_calls
+from .observer import NOBODY, Observer, Watch
+from .stopwatch import Stopwatch
+
+
+class Student:
+    """The student network, opened. States and outputs lie where the engine works."""
+
+    def __init__(self, manifest: Manifest, engine: Engine):
+        self._manifest, self._engine = manifest, engine
+
+    def inputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, Array]:
+        """Return what the network is fed at states `x_t` (B, C, H, W)."""
+        return self._manifest.network_inputs(x_t, sigma_t, conditioning)
+
+    def outputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, Array]:
+        """Call the network: its raw outputs at states `x_t`."""
+        return self._engine.run(self.inputs(x_t, sigma_t, conditioning))
+
+    def as_policy(self, outputs: dict[str, Array], x_src: Array, sigma_src: float) -> Policy:
+        """Return the policy that outputs at `x_src` stand for."""
+        return self._manifest.policy.policy(outputs, x_src, sigma_src)
+
+    def policy(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> Policy:
+        """Call the network, and return its policy."""
+        return self.as_policy(self.outputs(x_t, sigma_t, conditioning), x_t, sigma_t)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where images are drawn. `place`: GPU memory, None for the host's. `num_threads`: of the CPU; None is all."""
+
+    place: Any = None
+    num_threads: int | None = None
+
+
+def draw_latents(
+    student: Student, request: Request, piece: slice, where: Workplace, observer: Observer, clock: Stopwatch
+) -> Array:
+    """Return the latents (B, C, H, W) of some of a request's images, where the engine works."""
+
+    def place(array: np.ndarray) -> Array:
+        if where.place is None:
+            return array
+        with clock.stage("transfer"):
+            return gpu_arrays.asarray(array, device=where.place)
+
+    def renoise(draw: int) -> Array:
+        with clock.stage("noise"):
+            added = request.draw_noise(piece, draw, where.num_threads)
+        return place(added)
+
+    with clock.stage("noise"):
+        noise = request.draw_noise(piece, 0, where.num_threads)
+        x_src, kept = request.start_from(noise, piece)
+    return draw(
+        partial(student.policy, conditioning=take(request.conditioning, piece)),
+        place(x_src),
+        request.schedule,
+        request.settings,
+        renoise=renoise,
+        known=Known(*map(place, kept)) if kept else None,
+        observer=observer,
+        first=piece.start,
+        clock=clock,
+        integrate=partial(integrate, num_threads=where.num_threads),
+    )
+
+
+def draw(
+    network: Callable[[Array, float], Policy],
+    x_src: Array,
+    schedule: Schedule,
+    settings: SamplingSettings,
+    *,
+    renoise: Callable[[int], Array] | None = None,
+    known: Known | None = None,
+    observer: Observer = NOBODY,
+    first: int = 0,
+    clock: Stopwatch | None = None,
+    integrate: Integrate = integrate,
+) -> Array:
+    """Sample with what surrounds the loop: a part that is kept, somebody who looks on, and a clock.
+
+    Args:
+        network, schedule, settings: as of `sample`, but `settings` has no None for what the loop needs.
+        x_src: the state at noise level `settings.strength`.
+        renoise: as in `Hooks`; also draws the noise of `settings.resamples`.
+        known: the part of an image to keep; the rest is drawn.
+        observer: who looks on. Where rollouts are cut for that, latents differ by rounding.
+        first: number of the first image, for reports.
+        clock: adds up the stages "network" and "policy".
+        integrate: as in `Hooks`.
+    """
+    if observer.every is not None and settings.solver != "euler":
+        raise ScheduleError(
+            f"solver {settings.solver!r} takes a segment in one piece; leave callback_every out"
+        )
+    settings, preview = settings.fill(strength=1.0, temperature=1.0, resamples=0), integrate
+    if clock is not None:
+        network, integrate = clock.wrap("network", network), clock.wrap("policy", integrate)
+    kept = integrate if known is None else known.wrap_integrate(integrate)
+    if observer.is_watching:
+        nfe = (
+            len(schedule.segments_below(settings.strength))
+            if known is None
+            else count_calls(schedule, settings)
+        )
+        watch = Watch(observer, nfe, preview, known, first)
+        network = watch.wrap_network(network)
+        integrate, kept = (
+            watch.wrap_integrate(integrate, report=False),
+            watch.wrap_integrate(kept, report=True),
+        )
+    hooks = {} if renoise is None else {"renoise": renoise}
+    if known is not None:
+        x_src = known.put_into(x_src, settings.strength)
+        hooks["enter"] = resample_before_calls(known, network, integrate, renoise, schedule, settings)
+    return sample(network, x_src, schedule, settings, Hooks(integrate=kept, **hooks))
