@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from piflow_edge import demo_bundle
 from piflow_edge.doctor import examination as doctor
 from piflow_edge.doctor import package_findings
 from piflow_edge.doctor.findings import OK, PROBLEM, WARNING
-from piflow_edge.engines import ort_package, placement
+from piflow_edge.engines import ort_package
 from piflow_edge.kernels import cpu
 from tests.commands.test_cli import run
 
@@ -98,13 +97,14 @@ def test_an_onnxruntime_that_does_not_load_is_told_and_the_rest_too(tmp_path, mo
     assert found["self-test"]["status"] == OK and found["self-test"]["detail"].endswith("on reference")
 
 
-def test_a_provider_that_leaves_its_network_to_the_cpu_is_not_said_to_run_it(monkeypatch):
+def test_a_provider_that_leaves_its_network_to_the_cpu_is_not_said_to_run_it():
     onnxruntime = pytest.importorskip("onnxruntime")
     finding = doctor._provider_finding(onnxruntime, "CPUExecutionProvider")
     assert (finding.status, finding.detail) == (OK, "opens and runs a network")
-    monkeypatch.setattr(placement, "_told", lambda session: Counter({"another": 1}))
-    monkeypatch.setattr(placement, "_profiled", lambda session, batch: Counter({"another": 1}))
-    finding = doctor._provider_finding(onnxruntime, "CPUExecutionProvider")
+    idle = "AzureExecutionProvider"  # calls services of Azure, and computes nothing itself
+    if idle not in onnxruntime.get_available_providers():
+        pytest.skip(f"this build of ONNX Runtime has no {idle}")
+    finding = doctor._provider_finding(onnxruntime, idle)
     assert (finding.status, finding.detail.split(",")[0]) == (OK, "loads")
 
 

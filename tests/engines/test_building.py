@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from piflow_edge.engines import (
     building,
     engine_cache,
     ort_compile,
-    ort_cuda,
-    ort_package,
 )
 from piflow_edge.engines.build_memory import Memory
 from piflow_edge.engines.build_targets import Batch
@@ -26,6 +23,7 @@ from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import cuda, nvidia
 from piflow_edge.runtime.graphs import find_targets
 from tests.commands.test_cli import run
+from tests.helpers.protobuf import FLOAT, OPSET, message, model, node, outside
 
 no_gpu = pytest.mark.skipif(cuda.missing() is None, reason="there is a GPU")
 
@@ -136,72 +134,19 @@ class TestOnABundle:
 
 # --- ONNX Runtime's providers, of which none is here
 
-MODEL = identity_model()
 PROFILE = {"x_t": ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8)), "t": ((1,), (2,), (4,))}
+COMPILED = sorted(ort_compile.BACKENDS)
 
 
-class PretendedRuntime:
-    """onnxruntime with a provider that compiles."""
-
-    __version__ = "1.30.0"
-
-    def __init__(self, provider, output=b"an EPContext node"):
-        self.provider, self.output, self.seen = provider, output, SimpleNamespace(entries={})
-        if self.output is not None:
-            self.ModelCompiler = self._compiler
-
-    def get_available_providers(self):
-        return [self.provider]
-
-    def SessionOptions(self):
-        def add_provider(name, options):
-            self.seen.provider, self.seen.options = name, options
-
-        def add_weights(names, contents, sizes):
-            self.seen.weights = dict(zip(names, contents, strict=True))
-
-        return SimpleNamespace(
-            add_provider=add_provider,
-            add_external_initializers_from_files_in_memory=add_weights,
-            add_session_config_entry=self.seen.entries.__setitem__,
-        )
-
-    def _compiler(self, settings, model, embed_compiled_data_into_model):
-        assert embed_compiled_data_into_model
-        self.seen.model = model
-        return SimpleNamespace(compile_to_bytes=lambda: self.output)
-
-    def InferenceSession(self, model, settings, providers, enable_fallback):
-        ((self.seen.provider, self.seen.options),) = providers
-        with open(self.seen.entries["ep.context_file_path"], "wb") as file:
-            file.write(b"an EPContext node of " + model)
-
-
-@pytest.fixture(params=["ort-tensorrt", "tensorrt-rtx"])
-def provider(request, monkeypatch):
-    def install(**settings):
-        made = PretendedRuntime(ort_compile.BACKENDS[request.param].provider, **settings)
-        monkeypatch.setattr(ort_package, "import_onnxruntime", lambda *names: made)
-        return request.param, made
-
-    return install
-
-
-def compiled(engine, graph=None, precision="fp16", cache=None):
-    graph = graph or Graph(MODEL, {"w": b"1"})
-    return ort_compile.compiled(
-        engine, graph, precision, PROFILE, device="cuda:1", workspace=GIB, timing_cache=cache
+@pytest.mark.parametrize("engine", COMPILED)
+def test_a_provider_is_given_the_profile_and_the_workspace(engine, tmp_path):
+    options = ort_compile.provider_options(
+        engine, "fp16", PROFILE, ordinal=1, workspace=GIB, timing_cache=tmp_path / "times"
     )
-
-
-def test_a_provider_compiles_with_the_profile_the_workspace_and_the_weights(provider, tmp_path):
-    engine, made = provider()
-    assert compiled(engine, cache=tmp_path / "times") == b"an EPContext node"
-    options, prefix = made.seen.options, {"ort-tensorrt": "trt", "tensorrt-rtx": "nv"}[engine]
+    prefix = {"ort-tensorrt": "trt", "tensorrt-rtx": "nv"}[engine]
     assert options["device_id"] == "1" and options[f"{prefix}_max_workspace_size"] == str(GIB)
     assert options[f"{prefix}_profile_max_shapes"] == "x_t:4x3x8x8,t:4"
     assert options[f"{prefix}_profile_min_shapes"] == "x_t:1x3x8x8,t:1"
-    assert made.seen.weights == {"w": b"1"} and made.seen.model == MODEL
     if engine == "ort-tensorrt":
         assert options["trt_fp16_enable"] == "1" and options["trt_int8_enable"] == "0"
         assert options["trt_timing_cache_path"] == str(tmp_path / "times")
@@ -209,31 +154,53 @@ def test_a_provider_compiles_with_the_profile_the_workspace_and_the_weights(prov
         assert not any("fp16" in name for name in options)
 
 
-def test_an_older_runtime_compiles_by_opening_a_session(provider):
-    engine, made = provider(output=None)
-    assert compiled(engine) == b"an EPContext node of " + MODEL
-    assert made.seen.entries["ep.context_embed_mode"] == "1"
+@pytest.fixture(params=COMPILED)
+def on_cpu(request, monkeypatch):
+    """An engine whose provider is the CPU's: ONNX Runtime itself runs, without a GPU."""
+    pytest.importorskip("onnxruntime")
+    backend = ort_compile.BACKENDS[request.param]
+    monkeypatch.setattr(backend, "provider", "CPUExecutionProvider")
+    monkeypatch.setattr(backend, "_provider_options", lambda self, graph: {})
+    monkeypatch.setattr(ort_compile, "provider_options", lambda *_, **__: {})
+    return request.param
 
 
-def test_a_provider_that_takes_nothing_is_an_error(provider):
-    engine, _ = provider(output=b"the graph as it was")
-    with pytest.raises(EngineError, match="took no part of the graph"):
-        compiled(engine)
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_a_provider_that_takes_nothing_is_an_error(on_cpu, monkeypatch, has_compiler, tmp_path):
+    """The real library compiles a graph whose weights lie beside it, and no node of it becomes an engine."""
+    import onnxruntime
+
+    if not has_compiler:  # before 1.23
+        monkeypatch.delattr(onnxruntime, "ModelCompiler")
+    graph = Graph(model((5, outside("w"))), {"w": np.ones(4, np.float32).tobytes()})
+    with pytest.raises(EngineError, match=r"took no part of the graph|cannot build"):
+        ort_compile.compiled(on_cpu, graph, "fp16", PROFILE, device="cuda:1", workspace=GIB,
+                             timing_cache=tmp_path / "times")  # fmt: skip
 
 
-class PretendedSession:
-    """Of a network compiled for batches of 4 to 6: two rows of noise, whose batch comes second, are added to x."""
+def four_to_six():
+    """A network for batches of 4 or more: two rows of noise, whose batch comes second, are added to x."""
 
-    def get_inputs(self):
-        shapes = {"x": ["batch", 3], "noise": [2, "batch", 3], "level": [1]}
-        return [SimpleNamespace(name=name, shape=shape) for name, shape in shapes.items()]
+    def floats(name, *dims):
+        named = (message((2, n) if isinstance(n, str) else (1, n)) for n in dims)
+        shape = message(*((1, dim) for dim in named))
+        return message((1, name), (2, message((1, message((1, FLOAT), (2, shape))))))
 
-    def get_outputs(self):
-        return [SimpleNamespace(name="y")]
+    def ints(name, *numbers):
+        return 5, message((1, len(numbers)), (2, 7), (8, name), *((7, n) for n in numbers))
 
-    def run(self, names, inputs):
-        assert names == ["y"] and 4 <= len(inputs["x"]) == inputs["noise"].shape[1] <= 6
-        return [inputs["x"] + inputs["noise"].sum(0) * inputs["level"]]
+    graph = message(
+        (2, "four_to_six"), ints("first", 0), ints("fourth", 3),
+        (1, node("ReduceSum", ["noise", "first"], ["sum"], message((1, "keepdims"), (20, 2), (3, 0)))),
+        (1, node("Mul", ["sum", "level"], ["scaled"])),
+        (1, node("Add", ["x", "scaled"], ["found"])),
+        (1, node("Gather", ["x", "fourth"], ["row"])),  # fails where there are fewer than four
+        (1, node("Sub", ["found", "row"], ["less"])),
+        (1, node("Add", ["less", "row"], ["y"])),
+        (11, floats("x", "batch", 3)), (11, floats("noise", 2, "batch", 3)), (11, floats("level", 1)),
+        (12, floats("y", "batch", 3)),
+    )  # fmt: skip
+    return message((1, 8), OPSET, (7, graph))
 
 
 @pytest.fixture
@@ -247,57 +214,53 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(nvidia, "device", lambda ordinal: nvidia.Device("sm_87", 8, 0))
 
 
+PLAN, NETWORK = four_to_six(), identity_model()
+
+
 def cached(engine, graph, profile="4:4:6"):
     release = ort_compile.release(engine)
     place = engine_cache.place(engine, release, "cuda")
     key = EngineKey(onnx=graph.sha256, precision="fp16", profile=profile, options="", **place)
-    return engine_cache.get_or_build(key, lambda: (b"an EPContext node", {}))[0].path
+    return engine_cache.get_or_build(key, lambda: (PLAN, {}))[0].path
 
 
-@pytest.fixture
-def opened(monkeypatch):
-    """Models that were given to ONNX Runtime."""
-    seen = []
-    opening = lambda self, module, graph: seen.append(graph.model) or PretendedSession()  # noqa: E731
-    monkeypatch.setattr(ort_cuda.OrtCUDA, "_opened", opening)
-    return seen
+def inputs_of(engine):
+    return [value.name for value in engine._session.get_inputs()]
 
 
-def test_a_compiled_engine_is_found_again_with_its_batches(provider, gpu, opened, caplog):
-    engine, _ = provider()
-    backend, graph = ort_compile.BACKENDS[engine], Graph(b"model", source="b --precision fp16")
-    words = f"piflow-edge build b --precision fp16 --engine {engine}"
+def test_a_compiled_engine_is_found_again_with_its_batches(on_cpu, gpu, caplog):
+    backend, graph = ort_compile.BACKENDS[on_cpu], Graph(NETWORK, source="b --precision fp16")
+    words = f"piflow-edge build b --precision fp16 --engine {on_cpu}"
     assert words in backend.opener(graph, "cuda", EngineOptions())
     found = backend(graph, "cuda", EngineOptions())
-    assert opened == [b"model"] and words in caplog.text and (found.min_batch, found.max_batch) == (1, None)
-    cached(engine, graph)
+    assert (
+        inputs_of(found) == ["x"] and words in caplog.text and (found.min_batch, found.max_batch) == (1, None)
+    )
+    cached(on_cpu, graph)
     found = backend(graph, "cuda", EngineOptions())
-    assert opened[-1] == b"an EPContext node" and (found.min_batch, found.max_batch) == (4, 6)
+    assert inputs_of(found) == ["x", "noise", "level"] and (found.min_batch, found.max_batch) == (4, 6)
 
 
-def test_auto_reads_a_compiled_engine_once(provider, gpu, opened, monkeypatch):
-    engine, _ = provider()
-    backend, graph, read = ort_compile.BACKENDS[engine], Graph(b"model"), []
-    path, whole = cached(engine, graph), engine_cache.Entry.read
+def test_auto_reads_a_compiled_engine_once(on_cpu, gpu, monkeypatch):
+    backend, graph, read = ort_compile.BACKENDS[on_cpu], Graph(NETWORK), []
+    path, whole = cached(on_cpu, graph), engine_cache.Entry.read
     monkeypatch.setattr(engine_cache.Entry, "read", lambda self: read.append(self.path) or whole(self))
-    assert backend.opener(graph, "cuda", EngineOptions())().max_batch == 6
-    assert read == [path] and opened == [b"an EPContext node"]
+    found = backend.opener(graph, "cuda", EngineOptions())()
+    assert read == [path] and found.max_batch == 6 and inputs_of(found) == ["x", "noise", "level"]
 
 
-def test_auto_neither_uses_a_damaged_engine_nor_builds_another(provider, gpu, opened):
-    engine, _ = provider()
-    graph = Graph(b"model")
-    path = cached(engine, graph)
+def test_auto_neither_uses_a_damaged_engine_nor_builds_another(on_cpu, gpu):
+    graph = Graph(NETWORK)
+    path = cached(on_cpu, graph)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    reason = ort_compile.BACKENDS[engine].opener(graph, "cuda", EngineOptions())
-    assert "it would first build an engine" in reason and opened == []
+    reason = ort_compile.BACKENDS[on_cpu].opener(graph, "cuda", EngineOptions())
+    assert "it would first build an engine" in reason
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 6])
-def test_a_call_of_fewer_than_it_was_compiled_for_gives_what_was_asked_for(provider, gpu, opened, batch):
-    engine, _ = provider()
-    cached(engine, Graph(b"model"))
-    found = ort_compile.BACKENDS[engine](Graph(b"model"), "cuda", EngineOptions())
-    x, noise = np.arange(3.0 * batch).reshape(batch, 3), np.ones((2, batch, 3))
-    outputs = found.run({"x": x, "noise": noise, "level": np.array([0.5])})
+def test_a_call_of_fewer_than_it_was_compiled_for_gives_what_was_asked_for(on_cpu, gpu, batch):
+    cached(on_cpu, Graph(NETWORK))
+    found = ort_compile.BACKENDS[on_cpu](Graph(NETWORK), "cuda", EngineOptions())
+    x, noise = np.arange(3 * batch, dtype=np.float32).reshape(batch, 3), np.ones((2, batch, 3), np.float32)
+    outputs = found.run({"x": x, "noise": noise, "level": np.array([0.5], np.float32)})
     np.testing.assert_array_equal(outputs["y"], x + 1)
