@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from piflow_edge.engines import Graph
-from piflow_edge.engines.layers import layer_values
 from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.calibration import Conversion, Inputs
 from piflow_edge.export.compact import compact
+from piflow_edge.export.half_measures import Measures, measure_half
 from piflow_edge.export.large import check, graph_of, model_of, types
 
 _convert_float_to_float16 = import_part("transformers.float16").convert_float_to_float16
@@ -29,8 +29,6 @@ _FP16_LARGEST = float(np.finfo(np.float16).max) / 2
 _FP16_NODE_ERROR = 1e-3
 # Ends of a walk against the data flow: sums of many products, in which single roundings average out.
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
-_ROUNDED = ".rounded"
-_FIGURES = (".largest", ".scale", ".error")
 
 
 def to_fp16(graph: Graph, batches: Sequence[Inputs], *, exact_outputs: bool = True) -> Conversion:
@@ -74,15 +72,12 @@ def delicate_nodes(model: onnx.ModelProto, batches: Sequence[Inputs]) -> dict[st
     Raises:
         CheckFailedError: a node gives NaN or infinity in float32 already.
     """
-    twins, names = _with_rounded_twins(model)
     found: dict[str, str] = {}
-    for batch in batches:
-        figures = layer_values(twins, batch, [name + figure for name in names for figure in _FIGURES])
-        for node in model.graph.node:
-            for name in names.intersection(node.output) if node.name not in found else ():
-                reason = _fp16_problem(name, *(float(figures[name + figure]) for figure in _FIGURES))
-                if reason:
-                    found[node.name] = reason
+    for node, name, measures in measure_half(model, batches):
+        for one in measures if node.name not in found else ():
+            if reason := _fp16_problem(name, one):
+                found[node.name] = reason
+                break
     for node in model.graph.node:
         # A value that must not be rounded must not be made from rounded ones either: up to the last matrix product.
         if node.name in list(found) and "overflow" not in found[node.name]:
@@ -91,7 +86,8 @@ def delicate_nodes(model: onnx.ModelProto, batches: Sequence[Inputs]) -> dict[st
     return found
 
 
-def _fp16_problem(name: str, largest: float, scale: float, error: float) -> str | None:
+def _fp16_problem(name: str, measures: Measures) -> str | None:
+    largest, scale, error = measures.largest, measures.scale, measures.error
     if not np.isfinite([largest, scale]).all():
         raise CheckFailedError(f"the fp32 graph gives NaN or infinity in {name} on its own trajectory")
     if largest > _FP16_LARGEST:
@@ -99,58 +95,6 @@ def _fp16_problem(name: str, largest: float, scale: float, error: float) -> str 
     if scale > 0 and not error <= _FP16_NODE_ERROR * scale:
         return f"{name} is off by {error / scale:.1e} in fp16"
     return None
-
-
-def _with_rounded_twins(model: onnx.ModelProto) -> tuple[Graph, set[str]]:
-    """The model with a twin of every float node that reads the same values rounded to fp16, and the nodes' outputs.
-
-    Of each of these it gives the `_FIGURES`, so that no value need be kept: together they are gigabytes.
-    """
-    twins = copy.deepcopy(model)
-    floats = _float_values(model)
-    twins.graph.ClearField("node")
-    rounded: dict[str, str] = {}
-    names: set[str] = set()
-
-    def round_trip(name: str) -> None:
-        if name in floats and name not in rounded:
-            half, rounded[name] = f"{name}.half", f"{name}.in"
-            twins.graph.node.append(helper.make_node("Cast", [name], [half], to=TensorProto.FLOAT16))
-            twins.graph.node.append(helper.make_node("Cast", [half], [rounded[name]], to=TensorProto.FLOAT))
-
-    for node in model.graph.node:
-        for name in node.input:
-            round_trip(name)
-        twins.graph.node.append(node)
-        outputs = [name for name in node.output if name in floats and node.op_type != "Constant"]
-        if outputs:
-            twin = copy.deepcopy(node)
-            twin.name = node.name + _ROUNDED
-            twin.input[:] = [rounded.get(name, name) for name in node.input]
-            twin.output[:] = [name and name + _ROUNDED for name in node.output]
-            twins.graph.node.append(twin)
-            for name in outputs:
-                twins.graph.node.extend(_measures(name))
-            names.update(outputs)
-    return graph_of(twins), names
-
-
-def _measures(name: str) -> list[onnx.NodeProto]:
-    """Largest magnitude of a value, its root mean square, and that of what rounding its twin to fp16 changes."""
-    steps = [
-        ("Abs", [name], "abs", {}),
-        ("ReduceMax", [f"{name}.abs"], "largest", {"keepdims": 0}),
-        ("Mul", [name, name], "squares", {}),
-        ("ReduceMean", [f"{name}.squares"], "variance", {"keepdims": 0}),
-        ("Sqrt", [f"{name}.variance"], "scale", {}),
-        ("Cast", [name + _ROUNDED], "twin.half", {"to": TensorProto.FLOAT16}),
-        ("Cast", [f"{name}.twin.half"], "twin.back", {"to": TensorProto.FLOAT}),
-        ("Sub", [f"{name}.twin.back", name], "difference", {}),
-        ("Mul", [f"{name}.difference"] * 2, "difference.squares", {}),
-        ("ReduceMean", [f"{name}.difference.squares"], "difference.variance", {"keepdims": 0}),
-        ("Sqrt", [f"{name}.difference.variance"], "error", {}),
-    ]
-    return [helper.make_node(kind, given, [f"{name}.{made}"], **more) for kind, given, made, more in steps]
 
 
 def _float_values(model: onnx.ModelProto) -> set[str]:

@@ -4,6 +4,8 @@ A model in memory may be of any size; as a `Graph` it is bytes, of the model and
 """
 
 import io
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -75,6 +77,32 @@ def save(graph: Graph, path: Path) -> None:
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
     """Element type of every value that has one known, weights included."""
+    return infer_values(model, {})[0]
+
+
+def infer_values(
+    model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Element type of every value that has one known, weights included; and bytes of those whose shape is known.
+
+    Args:
+        model: its weights may be inside or in files.
+        shapes: of inputs, as they will be; the others are as the model declares them.
+    """
+    inferred = onnx.shape_inference.infer_shapes(_skeleton_of(model, shapes), data_prop=True).graph
+    typed = [*inferred.value_info, *inferred.input, *inferred.output]
+    kinds = {v.name: v.type.tensor_type.elem_type for v in typed if v.type.tensor_type.elem_type}
+    sizes = {}
+    for value in typed:
+        lengths = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        if value.name in kinds and value.type.tensor_type.HasField("shape") and all(lengths):
+            width = onnx.helper.tensor_dtype_to_np_dtype(kinds[value.name]).itemsize
+            sizes[value.name] = width * math.prod(lengths)
+    return kinds | {tensor.name: tensor.data_type for tensor in inferred.initializer}, sizes
+
+
+def _skeleton_of(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+    """The model without large weights, of which shape and type are enough to infer others."""
     skeleton = onnx.ModelProto()
     skeleton.CopyFrom(onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import))
     skeleton.graph.name = model.graph.name
@@ -82,13 +110,13 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
     skeleton.graph.input.extend(model.graph.input)
     skeleton.graph.output.extend(model.graph.output)
     for tensor in model.graph.initializer:
-        if len(tensor.raw_data) < _STAYS:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL and len(tensor.raw_data) < _STAYS:
             skeleton.graph.initializer.append(tensor)
-        else:  # its shape and type are enough, and its content may be too much
+        else:
             skeleton.graph.input.append(
                 onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
             )
-    inferred = onnx.shape_inference.infer_shapes(skeleton).graph
-    typed = [*inferred.value_info, *inferred.input, *inferred.output]
-    found = {value.name: value.type.tensor_type.elem_type for value in typed}
-    return found | {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    for value in skeleton.graph.input:
+        for axis, length in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
+            axis.dim_value = length
+    return skeleton

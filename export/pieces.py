@@ -1,0 +1,93 @@
+"""A graph cut into pieces that follow each other, to be run one after the other on many inputs.
+
+Memory holds the weights and values of one piece, and of every input what later pieces read. It does not grow with the
+depth of the network, as it would if one session gave every layer's values.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from piflow_edge.export.large import infer_values
+
+# Bytes of weights and values that a piece may have. A node larger than that is a piece of its own.
+PIECE_BYTES = 128 << 20
+# Times a value's size that a piece needs for it, at most: itself, rounded, its twin, their difference, and for each a
+# temporary of the runtime's.
+_COPIES = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Nodes in a row.
+
+    `inputs`: values that it reads from the graph's inputs or earlier pieces, with their types. `outputs`: values that
+    later pieces read. `finished`: inputs that no later piece reads. `floats`: values in float32 that it reads or makes.
+    """
+
+    nodes: list[onnx.NodeProto]
+    inputs: dict[str, int]
+    outputs: list[str]
+    finished: list[str]
+    floats: set[str]
+    weights: list[onnx.TensorProto]
+
+
+def cut_into_pieces(
+    model: onnx.ModelProto, example: Mapping[str, np.ndarray], limit: int | None = None
+) -> Iterator[Piece]:
+    """Cut a model, its weights inside, where what crosses has a known type.
+
+    Args:
+        model: nodes in the order in which they can run.
+        example: inputs of the shapes it will be run with.
+        limit: bytes; None is `PIECE_BYTES`.
+    """
+    limit = PIECE_BYTES if limit is None else limit
+    types, sizes = infer_values(model, {name: array.shape for name, array in example.items()})
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = list(model.graph.node)
+    given = {value.name for value in model.graph.input} - weights.keys()
+    known = given.union(*(node.output for node in nodes)) - {""}  # bodies have names of their own
+    last_read = {name: i for i, node in enumerate(nodes) for name in _read_names(node) if name in known}
+    unknown = max(sizes.values(), default=0)
+    start, cost, alive = 0, 0, set(given)
+    for i, node in enumerate(nodes):
+        cost += sum(tensor.ByteSize() for tensor in map(weights.get, node.input) if tensor is not None)
+        cost += _COPIES * sum(sizes.get(name, unknown) for name in node.output if name)
+        alive = {name for name in alive.union(node.output) if last_read.get(name, -1) > i}
+        if i + 1 < len(nodes) and (cost < limit or not alive <= types.keys()):
+            continue
+        yield _make_piece(nodes[start : i + 1], alive, known, weights, types)
+        start, cost = i + 1, 0
+
+
+def _make_piece(
+    nodes: list[onnx.NodeProto],
+    alive: set[str],
+    known: set[str],
+    weights: Mapping[str, onnx.TensorProto],
+    types: Mapping[str, int],
+) -> Piece:
+    made = {name for node in nodes for name in node.output}
+    read = dict.fromkeys(name for node in nodes for name in _read_names(node))
+    inputs = {name: types[name] for name in read if name in known and name not in made}
+    return Piece(
+        nodes,
+        inputs,
+        sorted(made & alive),
+        [name for name in inputs if name not in alive],
+        {name for name in (*read, *made) if types.get(name) == onnx.TensorProto.FLOAT},
+        [weights[name] for name in read if name in weights],
+    )
+
+
+def _read_names(node: onnx.NodeProto) -> Iterator[str]:
+    """Values that a node reads, its bodies included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            for inner in body.node:
+                yield from _read_names(inner)
