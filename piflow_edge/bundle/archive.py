@@ -15,6 +15,7 @@ from pathlib import Path
 from piflow_edge.errors import BundleError
 from piflow_edge.system.files import atomic_file, new_folder
 
+from .archive_layout import check_layout
 from .folder import Bundle
 from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, Manifest, parse_manifest
 from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
@@ -74,7 +75,8 @@ def unpack(
     """Unpack a .zip that `pack` wrote; `folder` appears when every file has matched its checksum, or not at all.
 
     `bundle.json` is read first. Only what it lists is unpacked, and no more bytes than it says. Names that lead out of
-    the folder, links, entries twice, unlisted, encrypted or compressed are refused before anything is written.
+    the folder, links, entries twice, unlisted, encrypted or compressed are refused before anything is written; so are
+    bytes before, between or after the entries, which another program may read as another archive.
 
     Args:
         file: the archive.
@@ -101,6 +103,7 @@ def unpack(
         except _BROKEN as error:
             raise BundleError(f"{file} is not a whole .zip: {error}; copy it again") from error
         entries = _entries(archive, file)
+        check_layout(source, archive, file)
         manifest = _read(archive, entries[MANIFEST], MANIFEST_LIMIT, file)
         _check_listed(entries, parse_manifest(manifest, file), file)
         signed = _read(archive, entries[SIGNATURE], SIGNATURE_LIMIT, file) if SIGNATURE in entries else None

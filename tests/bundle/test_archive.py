@@ -181,6 +181,104 @@ def test_overlapping_entries_are_refused(bundle, tmp_path):
     refused(archive, tmp_path, "overlap")
 
 
+def moved(data, offset):
+    """Bytes of an archive to stand after `offset` others, with every place in it told anew."""
+    data = bytearray(data)
+    count, (table,) = (
+        struct.unpack_from("<H", data, len(data) - 12)[0],
+        struct.unpack_from("<L", data, len(data) - 6),
+    )
+    struct.pack_into("<L", data, len(data) - 6, table + offset)
+    for _ in range(count):
+        lengths = struct.unpack_from("<3H", data, table + 28)
+        (place,) = struct.unpack_from("<L", data, table + OFFSET)
+        struct.pack_into("<L", data, table + OFFSET, place + offset)
+        table += 46 + sum(lengths)
+    return bytes(data)
+
+
+def with_comment(data, comment):
+    return data[:-2] + struct.pack("<H", len(comment)) + comment
+
+
+def with_gap(data):
+    """Bytes between the entries and the table of contents, which its end takes into account."""
+    (table,) = struct.unpack_from("<L", data, len(data) - 6)
+    data = data[:table] + b"gap" + data[table:]
+    return data[:-6] + struct.pack("<L", table + 3) + data[-2:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: b"x" + data,
+        lambda data: b"#!/bin/sh\nrm -rf ~\n" + moved(data, 19),
+        lambda data: (
+            data + moved(data, len(data))
+        ),  # two archives: the first one for who reads from the beginning
+        lambda data: data + data,
+        lambda data: data + b"x",
+        lambda data: data + bytes(22),
+        lambda data: with_comment(data, b"a comment"),
+        lambda data: with_comment(data, b"short") + b"and more",
+        lambda data: with_comment(data, data[-22:]),
+        with_gap,
+    ],
+)
+def test_bytes_that_belong_to_no_entry_are_refused(bundle, tmp_path, change):
+    pack(bundle, tmp_path / "a.zip")
+    data = change((tmp_path / "a.zip").read_bytes())
+    (tmp_path / "a.zip").write_bytes(data)
+    refused(tmp_path / "a.zip", tmp_path, r"is not as piflow-edge pack writes it|is not a whole \.zip")
+
+
+def test_an_entry_of_which_the_table_knows_nothing_is_refused(bundle, tmp_path):
+    """Who reads from the beginning would unpack it."""
+    archive = zipped(tmp_path, [*in_order(bundle), ("LICENSE-2", b"mine")])
+    data = archive.read_bytes()
+    (table,) = struct.unpack_from("<L", data, len(data) - 6)
+    at = data.index(b"LICENSE-2", table) - 46
+    end = data[-22:]
+    count, size = struct.unpack_from("<HL", end, 10)
+    data = data[:at] + end[:8] + struct.pack("<HHL", count - 1, count - 1, size - 55) + end[16:]
+    archive.write_bytes(data)
+    with zipfile.ZipFile(archive) as whole:
+        assert whole.namelist() == [name for name, _ in in_order(bundle)]
+    refused(archive, tmp_path, "bytes before")
+
+
+# Where fields stand in the header of an entry, and values that are not those of the table of contents.
+@pytest.mark.parametrize(
+    ("place", "kind", "value"),
+    [(6, "<H", 8), (8, "<H", 8), (14, "<L", 1), (18, "<L", 1), (22, "<L", 1), (28, "<H", 1)],
+)
+def test_an_entry_that_says_other_than_the_table_is_refused(bundle, tmp_path, place, kind, value):
+    pack(bundle, tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        start = archive.getinfo("LICENSE").header_offset
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    struct.pack_into(kind, data, start + place, value)
+    (tmp_path / "a.zip").write_bytes(data)
+    refused(tmp_path / "a.zip", tmp_path, "other facts of 'LICENSE'")
+
+
+def test_extra_fields_are_refused(bundle, tmp_path):
+    entry = zipfile.ZipInfo("LICENSE")
+    entry.extra = struct.pack("<HHB", 0x5455, 1, 0)  # times of change, as other programs add
+    entries = [(entry if name == "LICENSE" else name, data) for name, data in in_order(bundle)]
+    refused(zipped(tmp_path, entries), tmp_path, "other facts of 'LICENSE'")
+
+
+def test_numbers_of_64_bits_are_no_hindrance(bundle, tmp_path, monkeypatch):
+    """As archives of 2 GiB and more have them."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 1000)
+    pack(bundle, tmp_path / "a.zip")
+    assert b"PK\6\6" in (tmp_path / "a.zip").read_bytes()
+    assert contents(unpack(tmp_path / "a.zip", tmp_path / "out").folder) == contents(bundle)
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes() + b"x")
+    refused(tmp_path / "a.zip", tmp_path, r"after its table of contents|is not a whole \.zip")
+
+
 def test_a_table_of_contents_without_end_is_refused(tmp_path):
     """32768 entries in 1.5 MB: zipfile lists all that there are, at ten times their size."""
     entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, 0, 0, 0, 33, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0)
