@@ -5,6 +5,7 @@ here imports torch, unless a torch tensor came in.
 """
 
 import ctypes
+import logging
 import math
 import os
 import sys
@@ -18,6 +19,8 @@ from piflow_edge.arrays import Array
 from piflow_edge.errors import EngineError, ShapeError
 from piflow_edge.policies import DXPolicy, GMPolicy
 from piflow_edge.system.hardware import available_cores
+
+log = logging.getLogger(__name__)
 
 ABI_VERSION = 2
 _HALF_OR_SINGLE = ("float32", "float16", "bfloat16")
@@ -83,6 +86,12 @@ def missing() -> str | None:
         "the compiled kernels are not in this installation; with a C++ compiler at hand, "
         "pip install --force-reinstall --no-deps --no-cache-dir piflow-edge builds them"
     )
+
+
+@cache
+def warn_once(reason: str) -> None:
+    """Log that kernels are missing, once per process and reason."""
+    log.warning("noise and rollouts are slower than they could be: %s", reason)
 
 
 def obstacle(policy, x_start: Array) -> str | None:

@@ -43,7 +43,10 @@ def philox_normal(
         raise EngineError(f"kernel is auto, reference or cpu; got {kernel!r}")
     if kernel == "cpu" and (reason := cpu.missing()) is not None:
         raise EngineError(f"kernel 'cpu' cannot run: {reason}")
-    if kernel == "reference" or cpu.missing() is not None:
+    if kernel == "auto" and (reason := cpu.missing()) is not None:
+        cpu.warn_once(reason)
+        kernel = "reference"
+    if kernel == "reference":
         return noise.philox_normal(seed, indices, shape, draw=draw)
     flat = cpu.normal(int(seed), index, math.prod(shape), int(draw), num_threads=num_threads)
     return flat.reshape(len(index), *shape)

@@ -1,8 +1,5 @@
 """Which kernel carries a state along a policy: a compiled one for the memory at hand, or the method's own formulas."""
 
-import logging
-from functools import cache
-
 import numpy as np
 
 from piflow_edge import integrator
@@ -91,7 +88,7 @@ def integrate(
     if kernel != "auto":
         raise EngineError(f"kernel {kernel!r} cannot run: {reason}")
     if compiled.missing():
-        _log_once(reason)
+        cpu.warn_once(reason)
     return integrator.integrate(policy, x_src, sigmas)
 
 
@@ -102,8 +99,3 @@ def _find_compiled(kernel: str, x_src: Array):
     from . import cuda, device_arrays  # late: without a GPU nobody needs them
 
     return cuda if kernel == "cuda" or device_arrays.is_on_gpu(x_src) else cpu
-
-
-@cache
-def _log_once(reason: str) -> None:
-    logging.getLogger(__name__).warning("rollouts are slower than they could be: %s", reason)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from piflow_edge import DXPolicy, GMPolicy, PiFlowError
 from piflow_edge.errors import EngineError
-from piflow_edge.kernels import cpu, cuda, device_arrays, nvidia, rollout
+from piflow_edge.kernels import cpu, cuda, device_arrays, nvidia
 from piflow_edge.kernels.cuda import LOCAL, REGISTERS, SHARED
 from piflow_edge.kernels.rollout import integrate
 from tests.conftest import HAS_TORCH
@@ -529,7 +529,7 @@ def test_auto_says_once_what_is_missing_on_a_gpu_and_goes_on(torch_on_host, monk
     monkeypatch.setattr(nvidia, "check_available", nothing_there)
     case = tensors_of(torch_on_host, gm_case(12))
     policy = GMPolicy(**case)
-    rollout._log_once.cache_clear()
+    cpu.warn_once.cache_clear()
     x_end = [integrate(policy, policy.x_src, levels(1.0)) for _ in range(2)]
     assert torch_on_host.equal(x_end[1], integrate(policy, policy.x_src, levels(1.0), kernel="reference"))
     assert [record.message for record in caplog.records if "pip install that" in record.message]
