@@ -34,7 +34,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.engines import ENGINES, building
 from piflow_edge.errors import PiFlowError
 from piflow_edge.kernels import nvidia
-from piflow_edge.kernels.device_arrays import DeviceArray
+from piflow_edge.kernels.gpu_arrays import DeviceArray
 from piflow_edge.runtime.graphs import find_targets
 from piflow_edge.system.hardware import power_state, versions
 

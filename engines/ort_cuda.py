@@ -13,7 +13,8 @@ from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padd
 from piflow_edge.engines.ort import OrtEngine
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
-from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, view
+from piflow_edge.kernels.device_arrays import is_on_gpu, view
+from piflow_edge.kernels.gpu_arrays import DeviceArray
 from piflow_edge.system.hardware import jetson_release
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class OrtCUDA(OrtEngine):
         if hasattr(ort, "preload_dlls"):  # onnxruntime 1.21: finds CUDA and cuDNN as pip installs them
             with contextlib.redirect_stdout(io.StringIO()):  # it prints what it did not find
                 ort.preload_dlls()
-        from piflow_edge.kernels import gpu_arrays  # late: for GPUs only
+        from piflow_edge.kernels import gpu_arrays
 
         self._place = gpu_arrays.place_of(self.device)
         return super()._opened(ort, graph)

@@ -17,7 +17,8 @@ import numpy as np
 from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padding, trt_versions
 from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError, ShapeError
 from piflow_edge.kernels import nvidia
-from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, stream_of, view
+from piflow_edge.kernels.device_arrays import is_on_gpu, stream_of, view
+from piflow_edge.kernels.gpu_arrays import DeviceArray
 
 log = logging.getLogger(__name__)
 

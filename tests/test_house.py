@@ -50,7 +50,6 @@ KNOWN_IMPORTS = {
 }
 KNOWN_CIRCLES = {
     "engines.ort_compile <-> engines.ort_cuda",
-    "kernels.cuda <-> kernels.device_arrays <-> kernels.gpu_arrays",
 }
 
 MOST_FILES = 14  # beside __init__.py

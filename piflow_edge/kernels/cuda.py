@@ -16,6 +16,7 @@ from piflow_edge.errors import EngineError, ScheduleError, ShapeError
 
 from . import nvidia
 from .device_arrays import FORMATS, is_on_gpu, stream_of, view
+from .nvidia import missing
 
 # As in rollout.cu and gm_rollout.h.
 REGISTERS, SHARED, LOCAL = range(3)
@@ -177,18 +178,9 @@ def dx_rollout(
     nvidia.launch(ordinal, function, blocks, _MOST_THREADS, 0, stream, problem)
 
 
-def missing() -> str | None:
-    """What this machine lacks for the CUDA kernels, and what to do; None if it has all."""
-    try:
-        nvidia.check_available()
-    except EngineError as error:
-        return str(error)
-    return None
-
-
 def obstacle(policy, x_start: Array) -> str | None:
     """Why the CUDA kernels cannot carry `x_start` along `policy`, as a sentence; None if they can."""
-    # Late: the two functions above also serve programs that have neither policies nor array-api-compat.
+    # Late: the functions above also serve programs that have neither policies nor array-api-compat.
     from array_api_compat import is_torch_array
 
     from piflow_edge.policies import DXPolicy, GMPolicy

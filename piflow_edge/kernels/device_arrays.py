@@ -6,10 +6,8 @@ Nothing is copied, and no library is imported.
 import ctypes
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from piflow_edge.errors import EngineError, ShapeError
 
@@ -33,8 +31,8 @@ _LEGACY_STREAM = 1  # how DLPack and __cuda_array_interface__ call CUDA's stream
 
 
 @dataclass(frozen=True)
-class DeviceArray:
-    """A contiguous array in GPU memory.
+class DeviceView:
+    """A contiguous array in GPU memory, of whatever library.
 
     `owner` keeps the memory alive. `stream`: where its values are still being written, None for nowhere. CuPy, torch
     and Numba read it where it lies: `torch.as_tensor(array, device="cuda")`.
@@ -56,66 +54,6 @@ class DeviceArray:
         return math.prod(self.shape)
 
     @property
-    def device(self):
-        """Where new arrays like this one are made; see `gpu_arrays.Place`."""
-        from . import gpu_arrays  # late: it imports this module
-
-        place = gpu_arrays.place(self.ordinal)
-        return place if self.stream is None else place._replace(stream=self.stream)
-
-    def __array_namespace__(self, api_version: str | None = None):
-        from . import gpu_arrays
-
-        return gpu_arrays
-
-    def to_host(self) -> np.ndarray:
-        """The values as NumPy's; waits for them."""
-        from . import gpu_arrays
-
-        return gpu_arrays.to_host(self)
-
-    def reshaped(self, shape: tuple[int, ...]) -> "DeviceArray":
-        """The same memory in a shape of as many numbers."""
-        return replace(self, shape=shape)
-
-    def __getitem__(self, rows: slice) -> "DeviceArray":
-        """Rows in a row of the first axis, in the same memory."""
-        start, stop, step = rows.indices(self.shape[0])
-        if step != 1:
-            raise ShapeError("rows of an array on a GPU are taken one after the other")
-        row = math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
-        return replace(
-            self, pointer=self.pointer + start * row, shape=(max(0, stop - start), *self.shape[1:])
-        )
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __add__(self, other):
-        return _combined("+", self, other)
-
-    def __radd__(self, other):
-        return _combined("+", other, self)
-
-    def __sub__(self, other):
-        return _combined("-", self, other)
-
-    def __rsub__(self, other):
-        return _combined("-", other, self)
-
-    def __mul__(self, other):
-        return _combined("*", self, other)
-
-    def __rmul__(self, other):
-        return _combined("*", other, self)
-
-    def __truediv__(self, other):
-        return _combined("/", self, other)
-
-    def __pow__(self, power: int):
-        return _combined("*", self, self) if power == 2 else NotImplemented
-
-    @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         if self.dtype not in _TYPESTR_OF:  # bfloat16; then it has no such attribute
             raise AttributeError(f"__cuda_array_interface__ has no name for {self.dtype}")
@@ -128,14 +66,6 @@ class DeviceArray:
             "strides": None,
             "stream": stream,
         }
-
-
-def _combined(operation: str, a, b) -> DeviceArray:
-    from . import gpu_arrays  # late: it imports this module
-
-    if not all(isinstance(x, (DeviceArray, int, float)) for x in (a, b)):
-        return NotImplemented
-    return gpu_arrays.combined(operation, a, b)
 
 
 class _DLTensor(ctypes.Structure):
@@ -155,7 +85,7 @@ class _DLTensor(ctypes.Structure):
 
 def is_on_gpu(array: Any) -> bool:
     """Whether `array` lies in the memory of an NVIDIA GPU."""
-    if isinstance(array, DeviceArray):
+    if isinstance(array, DeviceView):
         return True
     if _is_torch(array):
         return array.is_cuda
@@ -174,7 +104,7 @@ def stream_of(array: Any) -> int:
     return 0 if stream in (None, _LEGACY_STREAM) else stream
 
 
-def view(name: str, array: Any, stream: int, formats: Collection[str] = tuple(FORMATS)) -> DeviceArray:
+def view(name: str, array: Any, stream: int, formats: Collection[str] = tuple(FORMATS)) -> DeviceView:
     """Where and what `array` is, ready to be read or written by work on `stream`.
 
     Raises:
@@ -183,13 +113,13 @@ def view(name: str, array: Any, stream: int, formats: Collection[str] = tuple(FO
     """
     if not is_on_gpu(array):
         raise EngineError(f"this takes arrays in GPU memory; {name} is a {type(array).__name__} elsewhere")
-    if isinstance(array, DeviceArray):
+    if isinstance(array, DeviceView):
         if array.stream not in (None, stream):
             nvidia.wait_for(array.stream)
         found, contiguous = array, True
     elif _is_torch(array):
         dtype = str(array.dtype).removeprefix("torch.")
-        found = DeviceArray(array.data_ptr(), dtype, tuple(array.shape), array.device.index, array)
+        found = DeviceView(array.data_ptr(), dtype, tuple(array.shape), array.device.index, array)
         contiguous = array.is_contiguous()
     elif hasattr(array, "__cuda_array_interface__"):
         found, contiguous = _from_interface(array, stream)
@@ -209,7 +139,7 @@ def _from_interface(array, stream):
     if theirs is not None and theirs not in (stream, stream or _LEGACY_STREAM):
         nvidia.wait_for(theirs)  # its values are still being written there
     pointer, _ = interface["data"]
-    found = DeviceArray(pointer, _TYPESTRS.get(typestr, typestr), shape, nvidia.ordinal_of(pointer), array)
+    found = DeviceView(pointer, _TYPESTRS.get(typestr, typestr), shape, nvidia.ordinal_of(pointer), array)
     size = int(typestr[2:])
     strides = interface.get("strides")
     return found, strides is None or _is_contiguous(shape, tuple(stride / size for stride in strides))
@@ -225,7 +155,7 @@ def _from_dlpack(array, stream):
     shape = tuple(tensor.shape[: tensor.ndim])
     contiguous = not tensor.strides or _is_contiguous(shape, tuple(tensor.strides[: tensor.ndim]))
     pointer = (tensor.data or 0) + tensor.byte_offset
-    return DeviceArray(pointer, dtype, shape, tensor.device_id, (array, capsule)), contiguous
+    return DeviceView(pointer, dtype, shape, tensor.device_id, (array, capsule)), contiguous
 
 
 def _is_contiguous(shape, strides) -> bool:

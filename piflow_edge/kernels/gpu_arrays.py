@@ -9,8 +9,10 @@ import builtins
 import ctypes
 import logging
 import math
+import sys
 import threading
 import weakref
+from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -19,8 +21,8 @@ import numpy as np
 
 from piflow_edge.errors import EngineError, ShapeError
 
-from . import cuda, nvidia
-from .device_arrays import ITEM_BYTES, DeviceArray, stream_of, view
+from . import nvidia
+from .device_arrays import ITEM_BYTES, DeviceView, stream_of, view
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,60 @@ class Place(NamedTuple):
 
     ordinal: int
     stream: int
+
+
+class DeviceArray(DeviceView):
+    """An array of ours: what `view` gives of other libraries' arrays, and arithmetic."""
+
+    @property
+    def device(self) -> Place:
+        """Where new arrays like this one are made."""
+        found = place(self.ordinal)
+        return found if self.stream is None else found._replace(stream=self.stream)
+
+    def __array_namespace__(self, api_version: str | None = None):
+        return sys.modules[__name__]
+
+    def reshaped(self, shape: tuple[int, ...]) -> "DeviceArray":
+        """The same memory in a shape of as many numbers."""
+        return replace(self, shape=shape)
+
+    def __getitem__(self, rows: slice) -> "DeviceArray":
+        """Rows in a row of the first axis, in the same memory."""
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise ShapeError("rows of an array on a GPU are taken one after the other")
+        row = math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        return replace(
+            self, pointer=self.pointer + start * row, shape=(builtins.max(0, stop - start), *self.shape[1:])
+        )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __add__(self, other):
+        return combined("+", self, other)
+
+    def __radd__(self, other):
+        return combined("+", other, self)
+
+    def __sub__(self, other):
+        return combined("-", self, other)
+
+    def __rsub__(self, other):
+        return combined("-", other, self)
+
+    def __mul__(self, other):
+        return combined("*", self, other)
+
+    def __rmul__(self, other):
+        return combined("*", other, self)
+
+    def __truediv__(self, other):
+        return combined("/", self, other)
+
+    def __pow__(self, power: int):
+        return combined("*", self, self) if power == 2 else NotImplemented
 
 
 # Most bytes of memory that nobody uses to keep for the next array: asking the driver for it waits for the GPU.
@@ -157,7 +213,7 @@ def place_of(device: str) -> Place | None:
     """
     if device.partition(":")[0] != "cuda":
         return None
-    if (reason := cuda.missing()) is not None:
+    if (reason := nvidia.missing()) is not None:
         log.warning("arrays cross the bus with every network call, and policies run on the CPU: %s", reason)
         return None
     return place(nvidia.ordinal_in(device))
@@ -294,6 +350,8 @@ def max(x: DeviceArray, *, axis: int, keepdims: bool = False) -> DeviceArray:
 
 def combined(operation: str, a: DeviceArray | float, b: DeviceArray | float) -> DeviceArray:
     """a + b, a - b, a * b or a / b, by its sign, with shapes broadcast; what `DeviceArray`'s operators are."""
+    if not all(isinstance(x, (DeviceArray, int, float)) for x in (a, b)):
+        return NotImplemented
     shapes = [getattr(x, "shape", ()) for x in (a, b)]
     try:
         shape = np.broadcast_shapes(*shapes)

@@ -102,6 +102,15 @@ def check_available() -> None:
     _driver()
 
 
+def missing() -> str | None:
+    """What this machine lacks for the CUDA kernels, and what to do; None if it has all."""
+    try:
+        check_available()
+    except EngineError as error:
+        return str(error)
+    return None
+
+
 def _done(result: tuple):
     """Unwrap what the bindings return: a status, then what was asked for."""
     status, *values = result

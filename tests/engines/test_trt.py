@@ -23,7 +23,7 @@ from piflow_edge.engines import EngineOptions, Graph, building, open_engine, trt
 from piflow_edge.engines.trt import TensorRTEngine
 from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError
 from piflow_edge.kernels import nvidia
-from piflow_edge.kernels.device_arrays import DeviceArray
+from piflow_edge.kernels.gpu_arrays import DeviceArray
 
 fake = ctypes.CDLL("libcuda.so.1")
 count = lambda what: fake.fake_count(["bytes", "streams", "graphs", "waits", "launches"].index(what))

@@ -363,7 +363,7 @@ def test_nvrtc_compiles_the_arithmetic(arch):
 
 
 def test_a_gpu_without_our_kernels_is_said_to_be_slow(monkeypatch, caplog):
-    monkeypatch.setattr(gpu_arrays.cuda, "missing", lambda: "it lacks NVRTC")
+    monkeypatch.setattr(gpu_arrays.nvidia, "missing", lambda: "it lacks NVRTC")
     gpu_arrays.place_of.cache_clear()
     assert gpu_arrays.place_of("cuda") is None and gpu_arrays.place_of("cpu") is None
     assert "cross the bus" in caplog.text and "lacks NVRTC" in caplog.text

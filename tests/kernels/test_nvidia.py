@@ -9,7 +9,8 @@ import ctypes
 import numpy as np
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
-from piflow_edge.kernels.device_arrays import DeviceArray, is_on_gpu, stream_of, view
+from piflow_edge.kernels.device_arrays import is_on_gpu, stream_of, view
+from piflow_edge.kernels.gpu_arrays import DeviceArray
 
 fake = ctypes.CDLL("libcuda.so.1")
 counts = lambda: [fake.fake_count(i) for i in range(3)]  # bytes, streams, graphs

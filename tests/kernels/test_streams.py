@@ -13,7 +13,7 @@ CODE = """
 import ctypes, sys
 import numpy as np
 from piflow_edge.kernels import device_arrays, gpu_arrays as xp, nvidia
-from piflow_edge.kernels.device_arrays import DeviceArray
+from piflow_edge.kernels.gpu_arrays import DeviceArray
 
 order, taken_out = int(sys.argv[1]), sys.argv[2]
 fake = ctypes.CDLL("libcuda.so.1")
