@@ -27,6 +27,7 @@ import piflow_edge as pf
 from benchmarks.networks import GUIDANCE_SCALE, LARGE, student_of, teacher_of, write_bundle
 from benchmarks.timing import answer, medians_of, parser
 from piflow_edge.commands.demo import shipped_teacher
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.distill.loop.checkpoint import load_checkpoint
 from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.sources import load_teacher, network_of
@@ -95,7 +96,7 @@ def contenders(teacher, student, bundle, engine, options):
     # As DiTPipeline draws it, so that all start from the same noise.
     noise = torch.randn((count, *teacher.sample_shape), generator=torch.Generator().manual_seed(0))
     ids = torch.from_numpy(labels)
-    exported = EngineTeacher(engine, GUIDANCE_SCALE, num_classes)
+    exported = EngineTeacher(engine, ClassLabels(tuple(map(str, range(num_classes))), "class_labels"))
     in_torch = GuidedTeacher(teacher, GuidanceConfig(GUIDANCE_SCALE))
 
     def student_in_torch():
@@ -104,7 +105,9 @@ def contenders(teacher, student, bundle, engine, options):
         return pf.rollout(pf.GMPolicy(*outputs, noise, 1.0), noise, 1.0, 0.0, 128)
 
     teachers = {
-        "ONNX Runtime": lambda: exported.sample(noise.numpy(), labels, steps),
+        "ONNX Runtime": lambda: exported.sample(
+            noise.numpy(), {"class_labels": labels}, steps, guidance_scale=GUIDANCE_SCALE
+        ),
         "PyTorch": lambda: in_torch.sample(noise, steps, labels=ids).numpy(),
     }
     if importlib.util.find_spec("diffusers"):

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from benchmarks.timing import answer, parser
 from piflow_edge.commands.demo import shipped_teacher
+from piflow_edge.distill.data.datasets import load_images
+from piflow_edge.distill.sources import load_teacher
 from piflow_edge.evaluation.comparison import evaluate
+from piflow_edge.export.teacher_graph import open_teacher
 
 
 def main(arguments=None):
@@ -18,7 +21,9 @@ def main(arguments=None):
     options.add_argument("--images", type=int, default=2000, help="for each contender")
     options = options.parse_args(arguments)
     bundles = sorted((options.demo / "bundles").iterdir())
-    answer(options, evaluate(bundles, shipped_teacher(), count=options.images).as_json())
+    data = load_images("digits")
+    teacher = open_teacher(load_teacher(shipped_teacher()), data)
+    answer(options, evaluate(bundles, data, teacher=teacher, count=options.images).as_json())
 
 
 if __name__ == "__main__":

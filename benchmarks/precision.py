@@ -25,11 +25,13 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import PRECISIONS
 from piflow_edge.distill.sources import StudentModel, load_student
 from piflow_edge.engines.ort_package import import_onnxruntime
-from piflow_edge.evaluation.comparison import default_features, evaluation_labels, machine
+from piflow_edge.evaluation.features import open_features
 from piflow_edge.evaluation.metrics import FeatureSet, frechet_distance
+from piflow_edge.evaluation.plan import plan_images
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.runtime.images import as_pil
 from piflow_edge.runtime.pictures import png_bytes, side_by_side
+from piflow_edge.system.hardware import machine
 
 
 def wide_student(width: int, depth: int) -> StudentModel:
@@ -86,7 +88,7 @@ def scored(folder: Path, count: int, picture: Path | None) -> dict:
     from piflow_edge.distill.data.datasets import load_images
 
     data = load_images("digits")
-    features, labels = default_features(data), evaluation_labels(data.labels, len(data.class_names), count)
+    features, labels = open_features("digits"), plan_images(data, count, steered=True).groups
     real = FeatureSet(features(data.batch(np.arange(len(data)))[0]))
     fid, psnr, rows, exact = {}, {}, {}, None
     for name in Bundle(folder).manifest.precisions:

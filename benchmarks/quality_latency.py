@@ -20,11 +20,11 @@ from piflow_edge.commands.demo import DIGITS_TEMPERATURE, shipped_teacher
 from piflow_edge.distill.data.datasets import load_images
 from piflow_edge.distill.loop.checkpoint import load_checkpoint
 from piflow_edge.distill.sources import load_teacher
-from piflow_edge.evaluation.comparison import evaluation_labels
-from piflow_edge.evaluation.contenders import images_of, teacher_sampler
+from piflow_edge.evaluation.contenders import images_of, teacher_contenders
 from piflow_edge.evaluation.features import open_features
 from piflow_edge.evaluation.metrics import FeatureSet, frechet_distance
-from piflow_edge.export.teacher_graph import export_teacher
+from piflow_edge.evaluation.plan import plan_images
+from piflow_edge.export.teacher_graph import export_teacher, open_teacher
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.pictures import png_bytes
@@ -37,15 +37,15 @@ class Judge:
 
     def __init__(self, count, seed=0):
         self.data, self.features = load_images("digits"), open_features("digits")
-        self.labels = evaluation_labels(self.data.labels, len(self.data.class_names), count)
+        self.plan = plan_images(self.data, count, steered=True)
         self.noise = philox_normal(seed, range(count), self.data.shape)
         real, _ = self.data.batch(np.arange(len(self.data)))
         self.real = FeatureSet(self.features(real), "the real images")
 
     def fid(self, sample, name):
-        """Of what `sample(noise, labels)` makes."""
-        pieces = [slice(start, start + 250) for start in range(0, len(self.labels), 250)]
-        made = np.concatenate([sample(self.noise[p], self.labels[p]) for p in pieces])
+        """Of what `sample(noise, conditioning)` makes."""
+        pieces = [slice(start, start + 250) for start in range(0, len(self.plan), 250)]
+        made = np.concatenate([sample(self.noise[p], self.plan.conditioning(p)) for p in pieces])
         return frechet_distance(FeatureSet(self.features(made), name), self.real)
 
 
@@ -56,8 +56,10 @@ def students(folders, judge, options):
             generator = pf.load(folder, precision=precision)
             nfe = generator.bundle.manifest.schedule.nfe
 
-            def sample(noise, labels, generator=generator, substeps=substeps):
-                made = generator(labels.tolist(), noise=noise, substeps=substeps, output="latent")
+            def sample(noise, conditioning, generator=generator, substeps=substeps):
+                made = generator(
+                    conditioning["labels"].tolist(), noise=noise, substeps=substeps, output="latent"
+                )
                 return images_of(generator, made.latents)
 
             key = (generator.bundle.name, precision, substeps)
@@ -123,10 +125,13 @@ def main(arguments=None):
                     "fid": quality[key]["fid"],
                 }
             )
-    follow = teacher_sampler(load_checkpoint(shipped_teacher(), kind="teacher"), scale)
+    opened = open_teacher(load_teacher(shipped_teacher()), judge.data)
     whole = found.rows[-1].median
-    for steps in options.teacher_steps:
-        fid = judge.fid(lambda noise, labels, steps=steps: follow(noise, labels, steps), f"teacher, {steps}")
+    contenders = teacher_contenders(opened, scale, options.teacher_steps)
+    for steps, contender in zip(options.teacher_steps, contenders, strict=True):
+        fid = judge.fid(
+            lambda noise, given, sample=contender.sample: sample(noise, given, []), contender.name
+        )
         # Its time is that of its steps, which all cost the same.
         teachers.append({"steps": steps, "ms": whole * steps / max(options.teacher_steps), "fid": fid})
     if options.plot:

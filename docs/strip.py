@@ -9,8 +9,10 @@ import click
 
 from piflow_edge.commands.demo import shipped_teacher
 from piflow_edge.distill.data.datasets import load_images
+from piflow_edge.distill.sources import load_teacher
 from piflow_edge.evaluation.comparison import evaluate
 from piflow_edge.evaluation.features import open_features
+from piflow_edge.export.teacher_graph import open_teacher
 from piflow_edge.runtime.images import as_pil, decode
 from piflow_edge.runtime.pictures import png_bytes, side_by_side
 from piflow_edge.system.files import write_atomic
@@ -28,11 +30,12 @@ from piflow_edge.system.files import write_atomic
 @click.option("--seed", default=0)
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 def main(students, teacher, data, features, teacher_steps, columns, seed, out):
+    real = load_images(data)
     evaluation = evaluate(
         list(students),
-        teacher or shipped_teacher(),
-        data=load_images(data),
-        features=features and open_features(features),
+        real,
+        features and open_features(features),
+        teacher=open_teacher(load_teacher(teacher or shipped_teacher()), real),
         count=100,
         seed=seed,
         teacher_steps=teacher_steps,
@@ -44,7 +47,7 @@ def main(students, teacher, data, features, teacher_steps, columns, seed, out):
         calls = scores[name].network_calls
         label = f"{'teacher' if name == wanted[0] else 'student'}, {calls} call{'s' * (calls > 1)}"
         rows[label] = as_pil(decode(evaluation.pictures.rows[name][:columns]))
-    write_atomic(out, png_bytes(side_by_side(rows, evaluation.pictures.classes[:columns])))
+    write_atomic(out, png_bytes(side_by_side(rows, evaluation.pictures.titles[:columns])))
     print(out)
 
 

@@ -1,20 +1,62 @@
-"""A teacher's network as one ONNX file, so that its guided steps can be timed where there is no PyTorch."""
+"""A teacher's network as a graph: opened to be compared with students, or as a file to be timed without PyTorch."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner
+from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.networks.flow_network import FlowNetwork
-from piflow_edge.engines import Graph, open_engine
-from piflow_edge.errors import CheckFailedError, CheckpointError
-from piflow_edge.export.to_onnx import export_network
+from piflow_edge.distill.sources import TeacherModel
+from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, Graph, open_engine
+from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
+from piflow_edge.export.to_onnx import GRAPH_NAMES, export_network, network_graph
 from piflow_edge.noise import philox_normal
+from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.system.files import write_atomic
 
 # Relative to the largest velocity; as of a bundle's fp32 outputs.
 _TOLERANCE = 1e-4
 _LEVELS = (1.0, 0.5, 0.05)
+
+
+def open_teacher(
+    model: TeacherModel, data: ImageData, *, options: EngineOptions = DEFAULT_OPTIONS
+) -> EngineTeacher:
+    """Open a teacher in the fastest engine here, to be compared with students that run in it too.
+
+    Args:
+        model: the teacher, wherever it came from.
+        data: what it is compared on; says what steers a network that does not name its classes.
+        options: threads and memory.
+
+    Raises:
+        DataError: the network knows another number of classes than the data.
+        CheckFailedError, EngineError: the network cannot be exported, or no engine runs it.
+    """
+    network, conditioner = model.network, _find_conditioner(model, data)
+    inputs = {spec.name: {"shape": list(spec.shape[1:]), "dtype": spec.dtype} for spec in conditioner.inputs}
+    engine = open_engine(network_graph(network, inputs), options=options)
+    if isinstance(conditioner, ClassLabels):
+        conditioner = ClassLabels(conditioner.names, GRAPH_NAMES["labels"])
+    return EngineTeacher(engine, conditioner, network.sample_shape)
+
+
+def _find_conditioner(model: TeacherModel, data: ImageData) -> Conditioner:
+    """Return what steers a teacher: its own classes if it names them, else what the data have."""
+    network = model.network
+    if model.class_names is not None:
+        return ClassLabels(tuple(model.class_names))
+    if network.num_classes not in (None, len(data.class_names)):
+        raise DataError(
+            f"the teacher knows {network.num_classes} classes; {data.name!r} has {len(data.class_names)}"
+        )
+    conditioner = data.conditioner
+    null = {name: value[None].cpu().numpy() for name, value in network.null.items()}
+    if set(null) == {spec.name for spec in conditioner.inputs} and isinstance(conditioner, Arrays):
+        return Arrays(conditioner.inputs, null)
+    return conditioner
 
 
 def export_teacher(network: FlowNetwork, file: Path) -> float:

@@ -43,9 +43,6 @@ KNOWN_IMPORTS = {
     "distill.teacher -> runtime",
     "doctor.examination -> kernels",
     "doctor.nvidia_findings -> kernels",
-    "evaluation.comparison -> distill",
-    "evaluation.contenders -> distill",
-    "evaluation.contenders -> export",
     "export.to_bundle -> package",
 }
 KNOWN_CIRCLES = {

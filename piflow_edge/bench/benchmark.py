@@ -34,7 +34,7 @@ from piflow_edge.system.files import sha256
 from piflow_edge.system.hardware import machine, power_state
 from piflow_edge.system.progress import progress
 
-from .cold_start import cold_start
+from .cold_start import build_example, cold_start
 
 FORMAT = 1  # of the JSON; `bench_compare` reads it
 _MIN_ROUNDS = 5
@@ -127,7 +127,7 @@ class Setting:
 class Row:
     """One setting's figures; times in ms.
 
-    `median`, `p90`, `p99`: of `rounds`, a call of the generator each: labels in, uint8 images out.
+    `median`, `p90`, `p99`: of `rounds`, a call of the generator each: conditioning in, uint8 images out.
     `images_per_second`: over all rounds. `split`: median of every stage; "other" is the rest of the call; on an NVIDIA
     GPU of rounds that wait for it at the end of every stage, which sum up to more than the median. `warmup`: the rounds
     before. `trained`: False for a student that runs with calls it was not trained for. `cold`: see `cold_start`;
@@ -258,7 +258,7 @@ def bench(
         **machine(),
         "bundles": {bundle.name: _identity(bundle) for bundle in opened},
         "teacher": None if teacher is None else _teacher_identity(teacher, scale),
-        "timed": "labels to uint8 images, in one process, all contenders in turn, each round in a new order",
+        "timed": "conditioning to uint8 images, in one process, all contenders in turn, each round in a new order",
         "split": "of these rounds; of a GPU's queue, of rounds of their own that wait at the end of every stage",
         "rounds": len(pulse) - config.warmup,
         "warmup": config.warmup,
@@ -278,12 +278,6 @@ def distilled_guidance(bundle: Bundle) -> float:
     return 1.0 if scale is None else scale
 
 
-def asked(bundle: Bundle, batch: int) -> dict:
-    """What a generator is asked for: the classes in turn, or so many images where there are no classes."""
-    classes = len(bundle.manifest.conditioning.class_names)
-    return {"labels": [i % classes for i in range(batch)]} if classes else {"count": batch}
-
-
 def _students(generator, config: BenchConfig) -> list[_Contender]:
     bundle, engine = generator.bundle, generator.engine
     trained = bundle.manifest.schedule
@@ -293,16 +287,17 @@ def _students(generator, config: BenchConfig) -> list[_Contender]:
         trained.schedule(
             nfe=nfe, total_substeps=steps
         )  # refuses what makes no sense before anything is timed
-        request = {**asked(bundle, batch), "nfe": nfe, "substeps": steps, "seed": config.seed}
+        request = {"nfe": nfe, "substeps": steps, "seed": config.seed}
         request["output"] = "numpy" if bundle.manifest.makes_images else "latent"
+        example = build_example(generator.conditioner, batch)
 
-        def draw(request=request, **how):
-            return generator(**request, **how).timings
+        def draw(request=request, example=example, **how):
+            return generator(**example, **request, **how).timings
 
         queued = engine.device.partition(":")[0] == "cuda"
         waiting = partial(draw, synchronize=True) if queued else None
         setting = Setting(bundle.name, engine.name, engine.device, generator.precision, nfe, steps, batch)
-        child = {**_child(bundle, setting, config), "request": request}
+        child = {**_child(bundle, setting, config), "request": request, "batch": batch}
         found.append(_Contender(setting, draw, child, nfe in generator.trained_nfes, waiting))
     return found
 
@@ -310,25 +305,27 @@ def _students(generator, config: BenchConfig) -> list[_Contender]:
 def _teachers(bundle, engine: str, device: str, config: BenchConfig, teacher: TeacherConfig, scale: float):
     from piflow_edge.runtime.images import decode
 
-    classes = len(bundle.manifest.conditioning.class_names)
-    if not classes:
-        raise BundleError(f"a teacher's graph takes class labels, and {bundle.name!r} has no classes")
-    graph = read_graph_file(teacher.file)
+    graph, conditioner = read_graph_file(teacher.file), bundle.manifest.conditioner
     guided = EngineTeacher(
-        open_engine(graph, engine=engine, device=device, options=config.options), scale, classes
+        open_engine(graph, engine=engine, device=device, options=config.options), conditioner
     )
     latent, shift = bundle.manifest.latent, bundle.manifest.schedule.shift
     # Another graph, or one for other images, is better known before minutes of measuring.
     count = config.batches[0]
-    guided.velocity(philox_normal(config.seed, range(count), latent.shape), 1.0, np.zeros(count, np.int64))
+    guided.velocity(
+        philox_normal(config.seed, range(count), latent.shape),
+        1.0,
+        conditioner.example(count),
+        guidance_scale=scale,
+    )
     for batch in config.batches:
-        labels = np.arange(batch) % classes
+        example = conditioner.example(batch)
 
-        def draw(labels=labels, batch=batch):
+        def draw(given=example, batch=batch):
             began = time.perf_counter()
             noise = philox_normal(config.seed, range(batch), latent.shape)
             drawn, before = time.perf_counter(), guided.network_seconds
-            states = guided.sample(noise, labels, teacher.steps, shift=shift)
+            states = guided.sample(noise, given, teacher.steps, guidance_scale=scale, shift=shift)
             sampled, calls = time.perf_counter(), guided.network_seconds - before
             decode(states, latent)
             done = time.perf_counter()
@@ -341,13 +338,13 @@ def _teachers(bundle, engine: str, device: str, config: BenchConfig, teacher: Te
         child = {
             **_child(bundle, setting, config),
             "teacher": str(teacher.file),
-            "labels": labels.tolist(),
+            "batch": batch,
             "seed": config.seed,
             "shape": latent.shape,
             "shift": shift,
             "steps": teacher.steps,
             "guidance": scale,
-            "null_label": classes,
+            "conditioner": conditioner.to_json(),
         }
         yield _Contender(setting, draw, child)
 

@@ -92,7 +92,14 @@ def _student(told):
     from piflow_edge.runtime.loading import load
 
     generator = load(told["bundle"], precision=told["precision"], **_place(told))
-    return lambda: generator(**told["request"])
+    example = build_example(generator.conditioner, told["batch"])
+    return lambda: generator(**example, **told["request"])
+
+
+def build_example(conditioner, batch: int) -> dict:
+    """Return what a generator is asked for: its conditioner's example, or so many images where nothing steers."""
+    example = conditioner.example(batch)
+    return {"arrays": example} if example else {"count": batch}
 
 
 def _place(told):
@@ -106,19 +113,19 @@ def _place(told):
 def _teacher(told):
     from pathlib import Path
 
-    import numpy as np
-
+    from piflow_edge.conditioning import conditioner_from_json
     from piflow_edge.engines import open_engine, read_graph_file
     from piflow_edge.noise import philox_normal
     from piflow_edge.runtime.teacher_engine import EngineTeacher
 
     engine = open_engine(read_graph_file(Path(told["teacher"])), **_place(told))
-    teacher = EngineTeacher(engine, told["guidance"], told["null_label"])
-    labels = np.array(told["labels"], np.int64)
+    conditioner = conditioner_from_json(told["conditioner"])
+    teacher = EngineTeacher(engine, conditioner)
     return lambda: teacher.sample(
-        philox_normal(told["seed"], range(len(labels)), told["shape"]),
-        labels,
+        philox_normal(told["seed"], range(told["batch"]), told["shape"]),
+        conditioner.example(told["batch"]),
         told["steps"],
+        guidance_scale=told["guidance"],
         shift=told["shift"],
     )
 

@@ -78,7 +78,7 @@ def run_demo(
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
-    from piflow_edge.export.teacher_graph import export_teacher
+    from piflow_edge.export.teacher_graph import export_teacher, open_teacher
     from piflow_edge.kernels.rollout import integrate
 
     teacher, data = load_teacher(shipped_teacher()), load_images("digits")
@@ -101,7 +101,8 @@ def run_demo(
         export_digits(student, bundles[-1])
     export_teacher(teacher.network, folder / "teacher.onnx")  # for piflow-edge bench --teacher
     say(f"sampling {config.images} digits from every contender and scoring them")
-    evaluation = evaluate(bundles, shipped_teacher(), count=config.images, seed=config.seed)
+    opened = open_teacher(teacher, data)
+    evaluation = evaluate(bundles, data, teacher=opened, count=config.images, seed=config.seed)
     notes = [
         f"A guided teacher of {evaluation.scores[0].network_calls} network calls, distilled with pi-Flow to "
         f"{', '.join(map(str, config.iterations))} calls per image.",

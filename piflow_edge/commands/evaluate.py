@@ -1,10 +1,11 @@
 """Commands that score students: `demo`, `evaluate`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from .options import FOLDER, IMAGE_SIZE, JSON, SEED, emit, say, show
+from .options import FOLDER, IMAGE_SIZE, JSON, SEED, TEACHER, TEACHER_STYLE, emit, say, show
 
 
 @click.command()
@@ -50,6 +51,16 @@ def open_inception(weights: Path):
     return InceptionFeatures(weights)
 
 
+def open_source(source: str | Path, style: str, students: Sequence[Path], data):
+    """Open the teacher that `source` names, whatever `distill` takes; PyTorch is imported only here."""
+    from piflow_edge.bundle.folder import Bundle
+    from piflow_edge.distill.sources import load_teacher
+    from piflow_edge.export.teacher_graph import open_teacher
+
+    shape = tuple(Bundle(students[0]).manifest.latent.shape) if students else data.shape
+    return open_teacher(load_teacher(source, sample_shape=shape, style=style), data)
+
+
 @click.command()
 @click.argument("students", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--data", default="digits", help="The real images: 'digits', an .npz, or a folder per class.")
@@ -58,8 +69,8 @@ def open_inception(weights: Path):
               "else digits for the digits.")  # fmt: skip
 @click.option("--value-range", type=click.Choice(["-1,1", "0,1", "0,255", "imagenet"]),
               help="Of the .onnx file's input; else what train-features wrote into it, else -1,1.")  # fmt: skip
-@click.option("--teacher", type=FOLDER,
-              help="Checkpoint of the teacher; else for digits the shipped one, for other data none.")  # fmt: skip
+@TEACHER
+@TEACHER_STYLE
 @click.option("--no-teacher", is_flag=True, help="Compare with the real images alone.")
 @click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per contender.")
 @click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
@@ -68,8 +79,8 @@ def open_inception(weights: Path):
 @SEED
 @JSON
 def evaluate(
-    students, data, size, features, value_range, teacher, no_teacher, images, teacher_steps, guidance, out, seed,
-    as_json,
+    students, data, size, features, value_range, source, teacher_style, no_teacher, images, teacher_steps, guidance,
+    out, seed, as_json,
 ):  # fmt: skip
     """Is it any good? Score bundles against their teacher and the real images, from the same noise.
 
@@ -88,19 +99,21 @@ def evaluate(
 
     from .demo import shipped_teacher
 
-    if no_teacher and teacher is not None:
+    if no_teacher and source is not None:
         raise click.UsageError("--teacher and --no-teacher exclude each other")
     if value_range is not None and features is None:
         raise click.UsageError("--value-range is that of a --features file; give one")
-    if teacher is None and data == "digits" and not no_teacher:
-        teacher = shipped_teacher()
+    real = load_images(data, size=size)
+    if source is None and data == "digits" and not no_teacher:
+        source = shipped_teacher()
+    extractor = None
+    if features is not None:
+        extractor = open_features(features, value_range=value_range, open_weights=open_inception)
     evaluation = evaluate(
         students,
-        teacher,
-        data=load_images(data, size=size),
-        features=None
-        if features is None
-        else open_features(features, value_range=value_range, open_weights=open_inception),
+        real,
+        extractor,
+        teacher=None if source is None else open_source(source, teacher_style, students, real),
         count=images,
         seed=seed,
         guidance_scale=guidance,

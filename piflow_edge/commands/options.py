@@ -73,6 +73,16 @@ AUTOENCODER = click.option(
     type=FOLDER,
     help="Folder of an AutoencoderKL or AutoencoderTiny of diffusers: train on its latents of the images.",
 )
+TEACHER = click.option(
+    "--teacher",
+    "source",
+    metavar="SOURCE",
+    help="Checkpoint of train-teacher, package.module:function, SiT file, diffusers folder or hub id; else for digits "
+    "the shipped teacher.",
+)
+TEACHER_STYLE = click.option(
+    "--teacher-style", type=click.Choice(["sit", "repa", "piflow"]), default="sit", help="Of a SiT file."
+)
 RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 PRECISION = click.option(
     "--mixed-precision",

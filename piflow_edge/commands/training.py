@@ -14,6 +14,8 @@ from .options import (
     PRECISION,
     RESUME,
     SEED,
+    TEACHER,
+    TEACHER_STYLE,
     calls,
     emit,
     is_main_process,
@@ -97,12 +99,8 @@ def train_teacher(
 
 
 @click.command()
-@click.option("--teacher", "source", metavar="SOURCE",
-              help="Checkpoint of train-teacher, package.module:function, SiT file, diffusers folder or hub id; "
-              "else the shipped digits teacher.")  # fmt: skip
-@click.option(
-    "--teacher-style", type=click.Choice(["sit", "repa", "piflow"]), default="sit", help="Of a SiT file."
-)
+@TEACHER
+@TEACHER_STYLE
 @DATA
 @IMAGE_SIZE
 @AUTOENCODER

@@ -16,7 +16,7 @@ import numpy as np
 from piflow_edge.engines import read_graph_file
 from piflow_edge.engines.ort import give_weights
 from piflow_edge.engines.ort_package import import_onnxruntime
-from piflow_edge.errors import EngineError, FeatureError, ShapeError
+from piflow_edge.errors import DataError, EngineError, FeatureError, ShapeError
 from piflow_edge.system.files import sha256
 from piflow_edge.system.pixels import (
     DESCRIPTION_KEY,
@@ -77,6 +77,24 @@ def open_features(
     raise FeatureError(
         f"features are 'digits', an .onnx file, or Inception-v3 weights as .pth, .pt or .safetensors; got {spec!r}"
     )
+
+
+def choose_features(name: str, shape: tuple[int, ...]) -> Features:
+    """Open the shipped classifier, for the digits.
+
+    Args:
+        name: of the data.
+        shape: (C, H, W) of its images.
+
+    Raises:
+        DataError: other images; nothing is shipped for them.
+    """
+    if name != DIGITS or tuple(shape) != (1, 8, 8):
+        raise DataError(
+            f"features are shipped for 'digits' alone; for {name!r} give --features: Inception-v3 weights (.pth) "
+            "for photographs, any extractor as .onnx, or one trained on these classes by: piflow-edge train-features"
+        )
+    return open_features(DIGITS)
 
 
 class OnnxFeatures:

@@ -220,28 +220,28 @@ def territory(
     )
 
 
-def class_diversities(features: FeatureSet | np.ndarray, labels: np.ndarray) -> dict[int, float]:
-    """For every class in `labels` (M,), the mean distance between the features of two of its images."""
+def class_diversities(features: FeatureSet | np.ndarray, groups: np.ndarray) -> dict[int, float]:
+    """Return, for every group in `groups` (M,), the mean distance between the features of two of its images."""
     features = FeatureSet.of(features)
-    if labels.shape != (len(features),):
-        raise ShapeError(f"one label per image; got {len(features)} images and labels {labels.shape}")
+    if groups.shape != (len(features),):
+        raise ShapeError(f"one group per image; got {len(features)} images and groups {groups.shape}")
     means = {}
-    for label in np.unique(labels).tolist():
-        members = FeatureSet(features.features[labels == label])
+    for group in np.unique(groups).tolist():
+        members = FeatureSet(features.features[groups == group])
         count = len(members)
         if count < 2:
-            raise ShapeError(f"diversity needs two images or more per class; class {label} has {count}")
-        means[label] = sum(float(d.sum()) for _, d in members.distances(members)) / (count * (count - 1))
+            raise ShapeError(f"diversity needs two images or more per class; class {group} has {count}")
+        means[group] = sum(float(d.sum()) for _, d in members.distances(members)) / (count * (count - 1))
     return means
 
 
-def class_diversity(features: FeatureSet | np.ndarray, labels: np.ndarray) -> float:
+def class_diversity(features: FeatureSet | np.ndarray, groups: np.ndarray) -> float:
     """Mean distance between the features of two images of one class, averaged over classes."""
-    return float(np.mean(list(class_diversities(features, labels).values())))
+    return float(np.mean(list(class_diversities(features, groups).values())))
 
 
 def paired_distance(a: FeatureSet | np.ndarray, b: FeatureSet | np.ndarray) -> float:
-    """Mean distance between the features of images made from the same noise and labels."""
+    """Mean distance between the features of images made from the same noise and conditioning."""
     a, b = FeatureSet.of(a).features, FeatureSet.of(b).features
     if a.shape != b.shape:
         raise ShapeError(f"pairs need equal shapes; got {a.shape} and {b.shape}")
@@ -249,7 +249,7 @@ def paired_distance(a: FeatureSet | np.ndarray, b: FeatureSet | np.ndarray) -> f
 
 
 def agreement(images: np.ndarray, reference: np.ndarray) -> float:
-    """Mean squared error per value between images made from the same noise and labels."""
+    """Mean squared error per value between images made from the same noise and conditioning."""
     if images.shape != reference.shape:
         raise ShapeError(f"agreement compares equal shapes; got {images.shape} and {reference.shape}")
     return float(np.mean((np.asarray(images, np.float64) - np.asarray(reference, np.float64)) ** 2))

@@ -13,7 +13,9 @@ from piflow_edge.runtime.images import as_pil, decode
 from piflow_edge.runtime.pictures import at_most, image_grid, png_bytes, side_by_side
 from piflow_edge.system.files import write_atomic
 
-from .comparison import REAL, Evaluation, Score
+from .comparison import Evaluation
+from .made_images import REAL
+from .scores import Score
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1400px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -99,15 +101,15 @@ _COLUMNS = [
         "MSE to teacher",
         "MSE",
         lambda s: f"{s.mse:.4f}",
-        "from the same noise and label; pixel values run from -1 to 1",
+        "from the same noise and conditioning; pixel values run from -1 to 1",
         True,
     ),
     _Column(
         "distance to teacher",
         "dist.",
         lambda s: f"{s.feature_distance:.3f}",
-        "on features, from the same noise and label, over the teacher's diversity: 0 for the same image, 1 for any "
-        "other of the class",
+        "on features, from the same noise and conditioning, over the teacher's diversity: 0 for the same image, 1 for "
+        "any other of the class",
         True,
     ),
     _Column(
@@ -142,7 +144,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, notes: lis
             f"<figure><figcaption>{html.escape(name)}</figcaption>"
             f'<img alt="{html.escape(name)}" src="data:image/png;base64,{source}"></figure>'
         )
-    write_atomic(folder / "all.png", png_bytes(side_by_side(rows, evaluation.pictures.classes)))
+    write_atomic(folder / "all.png", png_bytes(side_by_side(rows, evaluation.pictures.titles)))
     write_atomic(folder / "evaluation.json", (json.dumps(evaluation.as_json(), indent=2) + "\n").encode())
     legend = "".join(
         f"<li><b>{html.escape(column.heading)}</b>: {html.escape(column.meaning)}</li>"
@@ -158,8 +160,8 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, notes: lis
 {_figures_table(evaluation)}
 <ul>{legend}</ul>
 <h2>Pictures</h2>
-<p>Every row but the first starts from the same noise and labels, column by column:
-{html.escape(", ".join(evaluation.pictures.classes))}.</p>
+<p>Every row but the first starts from the same noise and conditioning, column by column:
+{html.escape(", ".join(evaluation.pictures.titles))}.</p>
 {"".join(figures)}
 <h2>Diversity, class by class</h2>
 <p>Mean feature distance between two images of the class{_ratio_note(evaluation)}.</p>

@@ -55,8 +55,8 @@ def score_of(
     name: str,
     features: np.ndarray,
     real: FeatureSet,
-    labels: np.ndarray,
-    class_names: Sequence[str],
+    groups: np.ndarray,
+    group_names: Sequence[str],
     *,
     network_calls: int,
     ms: float,
@@ -67,14 +67,14 @@ def score_of(
         name: the contender's.
         features: of its images, (N, D).
         real: features of the real images.
-        labels: of its images, (N,).
-        class_names: one per label, each another.
+        groups: of its images, (N,).
+        group_names: one per group, each another.
         network_calls, ms: per image.
     """
     features = FeatureSet(features, name)
     fid, kid = frechet_distance(features, real), kernel_distance(features, real)
     lie = territory(real, features, neighbours=NEIGHBOURS, density_neighbours=DENSITY_NEIGHBOURS)
-    diversity = {class_names[label]: value for label, value in class_diversities(features, labels).items()}
+    diversity = {group_names[group]: value for group, value in class_diversities(features, groups).items()}
     return Score(
         name,
         network_calls,
@@ -95,7 +95,7 @@ def beside_teacher(
 
     Args:
         score, teacher: of either, without these figures.
-        features, teacher_features: of the images of either, (N, D), from the same noise and labels.
+        features, teacher_features: of the images of either, (N, D), from the same noise and conditioning.
         mse: to the teacher's images, on pixels.
     """
     ratios = {
@@ -118,17 +118,12 @@ def _ratio(value: float, of: float) -> float:
     return 1.0 if value == of else value / max(of, 1e-12)
 
 
-def real_diversity(real: FeatureSet, labels: np.ndarray, names: list[str]) -> dict:
+def real_diversity(real: FeatureSet, groups: np.ndarray, names: list[str]) -> dict:
     """Of the real images, for the conditions; classes with a single one have none."""
-    counts = np.bincount(labels, minlength=len(names))
-    several = counts[labels] > 1
-    found = class_diversities(real.features[several], labels[several])
+    counts = np.bincount(groups, minlength=len(names))
+    several = counts[groups] > 1
+    found = class_diversities(real.features[several], groups[several])
     return {
         "real_diversity": float(np.mean(list(found.values()))),
-        "real_class_diversity": {name: found.get(label) for label, name in enumerate(names)},
+        "real_class_diversity": {name: found.get(group) for group, name in enumerate(names)},
     }
-
-
-def class_keys(names: Sequence[str]) -> list[str]:
-    """The classes' names, with their number where two are alike."""
-    return [f"{i} {name}" if list(names).count(name) > 1 else str(name) for i, name in enumerate(names)]

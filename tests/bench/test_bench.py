@@ -11,6 +11,7 @@ from PIL import Image
 
 from piflow_edge.bench.comparison_of_runs import PROCESS_NOISE, compare, process_noise, read_benchmark
 from piflow_edge.cli import main
+from piflow_edge.conditioning import Asked, ClassLabels, Unconditional
 from piflow_edge.errors import DataError, PiFlowError, ScheduleError
 from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.schedule import warp
@@ -93,12 +94,16 @@ def test_what_is_named_twice_is_measured_once():
     assert len(bench.bench([demo_bundle()], config).rows) == 1
 
 
+DIGITS = ClassLabels(tuple("0123456789"), "class_labels")
+
+
 class TestTeacher:
     noise = np.random.default_rng(0).standard_normal((2, 1, 2, 2), np.float32)
+    given = DIGITS.encode(Asked(labels=[4, 6]))
 
     def test_guidance_is_one_call_of_two_samples_per_image(self):
         engine = Line()
-        made = EngineTeacher(engine, 1.5, null_label=10).sample(self.noise, np.array([4, 6]), 5, shift=3.0)
+        made = EngineTeacher(engine, DIGITS).sample(self.noise, self.given, 5, guidance_scale=1.5, shift=3.0)
         assert engine.batches == [4] * 5
         # Away from the null class's 10, by half as much again as the class is.
         assert np.allclose(made[0], 4 + 0.5 * (4 - 10), atol=1e-4)
@@ -106,15 +111,16 @@ class TestTeacher:
 
     def test_without_guidance_a_call_is_of_one_sample(self):
         engine = Line()
-        made = EngineTeacher(engine, 1.0, None).sample(self.noise, np.array([4, 6]), 3)
+        made = EngineTeacher(engine, DIGITS).sample(self.noise, self.given, 3)
         assert engine.batches == [2] * 3 and np.allclose(made[1], 6, atol=1e-4)
 
     @pytest.mark.parametrize(
-        ("scale", "null", "words"), [(0.5, 10, "1 .none. or more"), (2.0, None, "no class")]
+        ("scale", "conditioner", "words"),
+        [(0.5, DIGITS, "1 .none. or more"), (2.0, Unconditional(), "no condition")],
     )
-    def test_guidance_that_makes_no_sense_is_refused(self, scale, null, words):
+    def test_guidance_that_makes_no_sense_is_refused(self, scale, conditioner, words):
         with pytest.raises(ScheduleError, match=words):
-            EngineTeacher(Line(), scale, null)
+            EngineTeacher(Line(), conditioner).check_guidance(scale)
 
     @needs_torch
     def test_it_is_the_guided_teacher_of_the_training(self):
@@ -131,7 +137,8 @@ class TestTeacher:
         expected = GuidedTeacher(Network(), GuidanceConfig(1.5), null={"labels": torch.tensor(10)}).sample(
             torch.from_numpy(self.noise), 7, shift=2.0, labels=torch.from_numpy(labels)
         )
-        found = EngineTeacher(Line(), 1.5, 10).sample(self.noise, labels, 7, shift=2.0)
+        teacher = EngineTeacher(Line(), DIGITS)
+        found = teacher.sample(self.noise, self.given, 7, guidance_scale=1.5, shift=2.0)
         assert np.allclose(found, expected.numpy(), atol=1e-5)
         assert warp(0.5, 2.0) != 0.5  # the shift matters in this comparison
 

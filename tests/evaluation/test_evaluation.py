@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 from PIL import Image
 
 from piflow_edge.cli import main
+from piflow_edge.distill.data.datasets import Latent, load_images
 from piflow_edge.errors import DataError, ShapeError
-from piflow_edge.evaluation import comparison as evaluation
-from piflow_edge.evaluation.comparison import evaluate, evaluation_labels, picture_columns
-from piflow_edge.evaluation.contenders import Contender, common_guidance, images_of, unique_names
+from piflow_edge.evaluation import comparison, made_images
+from piflow_edge.evaluation.comparison import evaluate
+from piflow_edge.evaluation.contenders import Contender, find_common_guidance, images_of, unique_names
+from piflow_edge.evaluation.plan import choose_columns, share_groups
 from piflow_edge.runtime.pictures import at_most, image_grid, side_by_side
 from tests.commands.test_cli import invoke
 from tests.conftest import HAS_TORCH
@@ -39,10 +42,10 @@ def test_a_student_given_twice_is_refused(tmp_path):
 
 
 def test_the_teacher_is_guided_as_the_students_were_taught():
-    assert common_guidance({"a": student(1.5), "b": student(1.5)}) == 1.5
-    assert common_guidance({}) == 1.0
+    assert find_common_guidance({"a": student(1.5), "b": student(1.5)}) == 1.5
+    assert find_common_guidance({}) == 1.0
     with pytest.raises(DataError, match="guided differently"):
-        common_guidance({"a": student(1.5), "b": student(2.0)})
+        find_common_guidance({"a": student(1.5), "b": student(2.0)})
 
 
 def test_a_decoder_s_images_are_what_is_compared():
@@ -63,44 +66,44 @@ def test_a_decoder_s_images_are_what_is_compared():
 class TestLabels:
     def test_of_classes_about_as_large_come_in_turn(self):
         real = np.repeat([0, 1, 2], [100, 110, 105])
-        assert evaluation_labels(real, 3, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+        assert share_groups(real, 3, 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
     def test_come_as_often_as_in_the_data_all_along(self):
         real = np.repeat([0, 1, 2], [600, 300, 100])
-        labels = evaluation_labels(real, 3, 1000)
+        labels = share_groups(real, 3, 1000)
         shares = np.array([2, 2, 2]) + 994 * np.array([0.6, 0.3, 0.1])
         assert np.abs(np.bincount(labels) - shares).max() < 1
         assert np.abs(np.bincount(labels[:500]) - shares / 2).max() < 2
 
     def test_of_a_rare_class_come_twice(self):
-        labels = evaluation_labels(np.repeat([0, 1], [100_000, 1]), 2, 100)
+        labels = share_groups(np.repeat([0, 1], [100_000, 1]), 2, 100)
         assert np.bincount(labels).tolist() == [98, 2]
 
     @pytest.mark.parametrize("count", [100, 101, 137, 999])
     def test_are_as_many_as_asked_for(self, count):
         real = np.repeat(np.arange(7), [5, 10, 17, 31, 3, 64, 1])
-        labels = evaluation_labels(real, 7, count)
+        labels = share_groups(real, 7, count)
         assert len(labels) == count and np.bincount(labels, minlength=7).min() >= 2
 
     def test_of_too_many_or_empty_classes_are_refused(self):
         with pytest.raises(DataError, match="120 for 60 classes; got 100"):
-            evaluation_labels(np.arange(60), 60, 100)
+            share_groups(np.arange(60), 60, 100)
         with pytest.raises(DataError, match="class 1 has none"):
-            evaluation_labels(np.array([0, 2]), 3, 100)
+            share_groups(np.array([0, 2]), 3, 100)
 
 
 class TestPictures:
     def test_show_every_class_in_turn_and_as_many_as_fit(self):
         labels = np.arange(200) % 10
-        assert picture_columns(labels, 8) == list(range(20))
-        assert picture_columns(labels, 128) == list(range(10))
-        assert labels[picture_columns(labels, 256)].tolist() == [0, 2, 4, 7, 9]
+        assert choose_columns(labels, 8) == list(range(20))
+        assert choose_columns(labels, 128) == list(range(10))
+        assert labels[choose_columns(labels, 256)].tolist() == [0, 2, 4, 7, 9]
         eight = np.arange(200) % 8
-        assert eight[picture_columns(eight, 32)].tolist() == [*range(8), *range(8)]
+        assert eight[choose_columns(eight, 32)].tolist() == [*range(8), *range(8)]
 
     def test_of_a_class_with_few_images_repeat_none(self):
         labels = np.array([0, 0, 0, 1, 1, 2])
-        columns = picture_columns(labels, 64)
+        columns = choose_columns(labels, 64)
         assert sorted(columns) == list(range(6))
 
     def test_side_by_side_keeps_the_grid_and_names_rows_and_columns(self):
@@ -237,7 +240,7 @@ class TestOnOwnData:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (["--data", "digits"], "the classes of 'digits' are 0, 1"),
+            (["--data", "digits"], "the data 'digits': there are 10 classes"),
             (["--features", "digits"], "8x8 grey digits"),
             (["--features", "faces"], "features are 'digits', an .onnx file, or"),
             (["--no-teacher", "--teacher", "x"], "exclude each other"),
@@ -294,9 +297,15 @@ class TestOnDigits:
         from rich.console import Console
 
         from piflow_edge.commands.demo import shipped_teacher
+        from piflow_edge.distill.sources import load_teacher
         from piflow_edge.evaluation.report import text_table
+        from piflow_edge.export.teacher_graph import open_teacher
 
-        answer = evaluate([shared_bundle], shipped_teacher(), count=100, teacher_steps=3, cut_steps=(1,))
+        digits = load_images("digits")
+        teacher = open_teacher(load_teacher(shipped_teacher()), digits)
+        answer = evaluate(
+            [shared_bundle], digits, teacher=teacher, count=100, teacher_steps=3, cut_steps=(1,)
+        )
         text = io.StringIO()
         Console(width=120, file=text).print(text_table(answer))
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
@@ -304,9 +313,9 @@ class TestOnDigits:
         assert len([line for line in lines if line.startswith((" teacher", " tiny"))]) == 3
 
     def test_noise_and_images_do_not_depend_on_the_pieces(self, shared_bundle, monkeypatch):
-        whole = evaluate([shared_bundle], count=100)
-        monkeypatch.setattr(evaluation, "_PIECE", 33)
-        pieces = evaluate([shared_bundle], count=100)
+        whole = evaluate([shared_bundle], load_images("digits"), count=100)
+        monkeypatch.setattr(made_images, "_PIECE", 33)
+        pieces = evaluate([shared_bundle], load_images("digits"), count=100)
         # ONNX Runtime sums in another order in a batch of another size.
         assert pieces.scores[0].fid == pytest.approx(whole.scores[0].fid, rel=1e-4)
         for name, row in whole.pictures.rows.items():
@@ -314,32 +323,28 @@ class TestOnDigits:
 
     def test_images_that_are_not_finite_are_refused_with_whose_they_are(self, shared_bundle, monkeypatch):
         def broken(name, generator):
-            def sample(noise, labels, seeds):
+            def sample(noise, conditioning, seeds):
                 images = noise.copy()
                 images[[index == 61 for _, index in seeds]] = np.nan
                 return images
 
             return [Contender(name, 1, sample)]
 
-        monkeypatch.setattr(evaluation, "student_contenders", broken)
+        monkeypatch.setattr(comparison, "student_contenders", broken)
         with pytest.raises(
             ShapeError, match="the images of tiny must be finite; NaN or infinity in image 61"
         ):
-            evaluate([shared_bundle], count=100)
+            evaluate([shared_bundle], load_images("digits"), count=100)
 
-    def test_latents_and_images_without_labels_are_refused(self):
-        from dataclasses import replace
-
-        from piflow_edge.distill.data.datasets import Latent, load_images
-
+    def test_latents_and_images_without_labels_are_refused(self, shared_bundle):
         digits = load_images("digits")
         with pytest.raises(DataError, match="'digits' holds latents"):
-            evaluate([], None, data=replace(digits, latent=Latent(1.0, 0.0)))
-        with pytest.raises(DataError, match="'digits' has no labels"):
-            evaluate([], None, data=replace(digits, labels=None))
+            evaluate([], replace(digits, latent=Latent(1.0, 0.0)))
+        with pytest.raises(DataError, match="the data have nothing"):
+            evaluate([shared_bundle], replace(digits, labels=None), count=100)
 
     def test_nothing_to_compare_and_a_handful_of_images_are_refused(self):
         with pytest.raises(DataError, match="nothing to compare"):
-            evaluate([], None)
+            evaluate([], load_images("digits"))
         with pytest.raises(DataError, match="fewer than 100"):
-            evaluate([], None, count=99)
+            evaluate([], load_images("digits"), count=99)

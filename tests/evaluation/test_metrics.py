@@ -188,7 +188,7 @@ def test_features_of_another_kind_or_shape_are_refused():
         territory(gaussian(0, 9), gaussian(0, 9, width=5))
     with pytest.raises(ShapeError, match="one vector per image"):
         FeatureSet(np.zeros(4))
-    with pytest.raises(ShapeError, match="one label per image"):
+    with pytest.raises(ShapeError, match="one group per image"):
         class_diversities(gaussian(0, 4), np.array([0, 0]))
 
 

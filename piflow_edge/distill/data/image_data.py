@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner, TensorSpec, Unconditional
 from piflow_edge.system.progress import progress
 
 # Bytes that are looked at at a time.
@@ -77,12 +78,29 @@ class ImageData:
         elif self.latent:
             x_0 -= self.latent.shift
             x_0 *= self.latent.scale
+        return x_0, self.conditioning(indices)
+
+    def conditioning(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Return what the items at `indices` (B,) are conditioned on, as `batch` does."""
         conditioning = {} if self.labels is None else {"labels": self.labels[indices]}
         for name, array in self.conditions.items():
             values = np.asarray(array[indices])
             floating = np.issubdtype(values.dtype, np.floating)
             conditioning[name] = values.astype(np.float32) if floating else values
-        return x_0, conditioning
+        return conditioning
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """What the items are conditioned on: classes, arrays by name, or nothing."""
+        if not self.conditions:
+            return Unconditional() if self.labels is None else ClassLabels(self.class_names)
+        given = self.conditioning(np.arange(1))
+        return Arrays(
+            tuple(
+                TensorSpec(name, str(array.dtype), ("batch", *array.shape[1:]))
+                for name, array in given.items()
+            )
+        )
 
     def settings(self) -> dict:
         """What a checkpoint records of the data, beside its name."""
