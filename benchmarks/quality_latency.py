@@ -15,7 +15,8 @@ import numpy as np
 
 import piflow_edge as pf
 from benchmarks.timing import answer, parser
-from piflow_edge.bench.benchmark import BenchConfig, TeacherConfig, bench
+from piflow_edge.bench.benchmark import bench
+from piflow_edge.bench.config import BenchConfig, TeacherConfig
 from piflow_edge.commands.demo import DIGITS_TEMPERATURE, shipped_teacher
 from piflow_edge.distill.data.datasets import load_images
 from piflow_edge.distill.loop.checkpoint import load_checkpoint

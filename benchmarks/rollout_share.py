@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks.networks import students_in
 from benchmarks.timing import answer, parser
-from piflow_edge.bench.benchmark import BenchConfig, bench
+from piflow_edge.bench.benchmark import bench
+from piflow_edge.bench.config import BenchConfig
 
 
 def main(arguments=None):

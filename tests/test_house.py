@@ -50,7 +50,7 @@ KNOWN_CIRCLES = {
 }
 
 MOST_FILES = 14  # beside __init__.py
-KNOWN_FULL_FOLDERS = {"benchmarks", "engines"}
+KNOWN_FULL_FOLDERS = {"benchmarks", "engines", "export"}
 # Two rooms may each have a module of these names, because each means the same there.
 SHARED_NAMES = {
     "images": "the commands about what runtime/images.py makes",

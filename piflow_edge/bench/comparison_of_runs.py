@@ -16,7 +16,7 @@ import numpy as np
 
 from piflow_edge.errors import DataError
 
-from .benchmark import FORMAT
+from .rows import FORMAT
 
 # Level of the interval: with 95 % every twentieth setting would have moved by chance.
 _LEVEL = 0.99

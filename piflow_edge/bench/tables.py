@@ -11,8 +11,8 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.errors import DataError
 from piflow_edge.system.plots import Series, bars, chart, number
 
-from .benchmark import Benchmark, Row
 from .comparison_of_runs import Comparison
+from .rows import Benchmark, Row
 
 Quality = Mapping[tuple[str, int], float]  # FID by contender's name and network calls
 # What evaluate adds to a contender's name; a bundle's own may hold commas.

@@ -91,9 +91,9 @@ def bench(
       piflow-edge bench demo/bundles/* --teacher demo/teacher.onnx --evaluation demo/report/evaluation.json --plot b.png
     """
     from piflow_edge.bench import tables as report
-    from piflow_edge.bench.benchmark import BenchConfig, TeacherConfig
     from piflow_edge.bench.benchmark import bench as measure
     from piflow_edge.bench.comparison_of_runs import compare, read_benchmark
+    from piflow_edge.bench.config import BenchConfig, TeacherConfig
     from piflow_edge.runtime.pictures import png_bytes
     from piflow_edge.system.files import write_atomic
 

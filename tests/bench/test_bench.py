@@ -43,7 +43,7 @@ def test_a_teacher_that_no_engine_has_built_is_an_error(monkeypatch, tmp_path):
         raise EngineNotBuiltError("there is no engine of the teacher")
 
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(bench, "_teachers", not_built)
+    monkeypatch.setattr(bench, "line_up_teacher", not_built)
     (tmp_path / "t.onnx").touch()
     with pytest.raises(EngineError, match="no engine that runs the students runs the teacher"):
         bench.bench(
@@ -64,7 +64,7 @@ def test_a_teacher_that_no_engine_has_built_is_an_error(monkeypatch, tmp_path):
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):
-    from piflow_edge.bench.benchmark import BenchConfig
+    from piflow_edge.bench.config import BenchConfig
 
     with pytest.raises(PiFlowError, match=words):
         BenchConfig(**settings)

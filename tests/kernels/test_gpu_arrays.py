@@ -239,7 +239,8 @@ again = generator(**arguments, output="float", h=0.5)
 there = expected(**arguments, output="float", h=0.5)
 np.testing.assert_allclose(again.images, there.images, rtol=0, atol=1e-4)
 
-from piflow_edge.bench.benchmark import BenchConfig, bench
+from piflow_edge.bench.benchmark import bench
+from piflow_edge.bench.config import BenchConfig
 calls, call = [], pf.Generator.__call__
 
 def noted(self, *arguments, synchronize=False, **more):
