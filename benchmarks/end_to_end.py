@@ -129,7 +129,7 @@ def contenders(teacher, student, bundle, engine, options):
     assert max(error.values()) < TOLERANCE, f"the teachers make different images: {error}"
 
     x_t, t = noise.numpy(), np.ones(count, np.float32)
-    once = {"x_t": x_t, "t": t, "class_labels": labels}
+    once = {"x_t": x_t, "t": t, "labels": labels}
     twice = {name: np.concatenate([value, value]) for name, value in once.items()}
     calls = {f"teacher in {name}": call for name, call in teachers.items()} | {
         "student in ONNX Runtime": lambda: generator(labels.tolist(), output="numpy"),

@@ -22,7 +22,7 @@ import numpy as np
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import PRECISIONS
+from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.distill.sources import StudentModel, load_student
 from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.evaluation.features import open_features

@@ -49,7 +49,7 @@ def network_call(engine, side, batch):
     inputs = {
         "x_t": np.random.default_rng(0).standard_normal((batch, CHANNELS, side, side), np.float32),
         "t": np.ones(batch, np.float32),
-        "class_labels": np.zeros(batch, np.int64),
+        "labels": np.zeros(batch, np.int64),
     }
     return lambda: engine.run(inputs)
 

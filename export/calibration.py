@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from piflow_edge.bundle.manifest import Manifest, ToleranceSpec
+from piflow_edge.bundle.manifest import STUDENT, Manifest
+from piflow_edge.bundle.sections import ToleranceSpec
 from piflow_edge.engines import Engine, Graph, open_engine
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
@@ -23,10 +24,15 @@ ENGINE = "ort-cpu"
 
 @dataclass
 class Conversion:
-    """A graph in another precision. `kept`: nodes left in float32 -> why."""
+    """A graph in another precision. `kept`: nodes left in float32 -> why, or "all"."""
 
     graph: Graph
-    kept: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] | str = field(default_factory=dict)
+
+
+def keep_fp32(network: str, graph: Graph, calibration: "Calibration | None") -> Conversion:
+    """The conversion to fp32, which graphs are exported in; see `Precision`."""
+    return Conversion(graph)
 
 
 class Calibration:
@@ -52,6 +58,13 @@ class Calibration:
             self._latents(engine, nfe, self.batches)
         self._outputs = [engine.run(batch) for batch in self.batches]
         self._drawn = self._latents(engine, manifest.schedule.nfe)
+
+    def inputs_of(self, network: str) -> list[Inputs]:
+        """What a network of the bundle is fed: of the decoder, one state of the last call."""
+        if network == STUDENT:
+            return self.batches
+        states = self.manifest.latent.restore(self.batches[-1]["x_t"][:1])
+        return [{self.manifest.networks[network].inputs[0].name: states.astype(np.float32)}]
 
     def errors(self, graph: Graph) -> dict[str, float]:
         """How far a converted student is off, by the names and measures of `ToleranceSpec`; `psnr` as a difference.
@@ -105,7 +118,7 @@ class Calibration:
         if self._decoder is None:
             return decode(latents, spec)
         name = self.manifest.decoder.inputs[0].name
-        unscaled = (latents / spec.scale + spec.shift).astype(np.float32)
+        unscaled = spec.restore(latents).astype(np.float32)
         # One at a time: large images would not fit otherwise.
         parts = [next(iter(self._decoder.run({name: one[None]}).values())) for one in unscaled]
         return decode(np.concatenate(parts))

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from piflow_edge.bundle.manifest import DecoderSpec, TensorSpec
+from piflow_edge.bundle.sections import NetworkSpec
+from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.export.to_onnx import OPSET, program_graph, quiet
 
@@ -49,12 +50,14 @@ def export_decoder(autoencoder: Autoencoder, shape: list[int]) -> bytes:
     return program_graph(program).model
 
 
-def decoder_spec(autoencoder: Autoencoder, shape: list[int], opset: int) -> DecoderSpec:
+def describe_decoder(autoencoder: Autoencoder, shape: list[int], opset: int) -> NetworkSpec:
     """The manifest's entry for latents of `shape` (C, H, W) and a graph of `opset`."""
     decoded = list(autoencoder.decode(torch.zeros(1, *shape)).shape[1:])
-    return DecoderSpec(
+    return NetworkSpec(
         autoencoder.kind,
-        [TensorSpec(DECODER_INPUTS[0], "float32", ["batch", *shape])],
-        [TensorSpec(DECODER_OUTPUTS[0], "float32", ["batch", *decoded])],
+        [TensorSpec(DECODER_INPUTS[0], "float32", ("batch", *shape))],
+        [TensorSpec(DECODER_OUTPUTS[0], "float32", ("batch", *decoded))],
+        {},
         opset,
+        {},
     )

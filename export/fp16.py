@@ -14,7 +14,7 @@ from onnx import TensorProto
 from piflow_edge.engines import Graph
 from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.export.calibration import Conversion, Inputs
+from piflow_edge.export.calibration import Calibration, Conversion, Inputs
 from piflow_edge.export.compact import compact
 from piflow_edge.export.half_measures import Measures, measure_half
 from piflow_edge.export.large import check, graph_of, model_of, types
@@ -62,6 +62,11 @@ def to_fp16(graph: Graph, batches: Sequence[Inputs], *, exact_outputs: bool = Tr
     half = graph_of(model)
     check(half)
     return Conversion(half, kept)
+
+
+def convert_network(network: str, graph: Graph, calibration: Calibration) -> Conversion:
+    """The conversion to fp16 of a bundle's network; see `Precision`."""
+    return to_fp16(graph, calibration.inputs_of(network))
 
 
 def delicate_nodes(model: onnx.ModelProto, batches: Sequence[Inputs]) -> dict[str, str]:

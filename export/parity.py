@@ -22,13 +22,12 @@ GOLDEN_IMAGES = 10
 def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.ndarray]:
     """Run the student in PyTorch, policies in float64, and record every layer; see `verification`."""
     spec, schedule = manifest.schedule, manifest.schedule.schedule()
-    classes = len(manifest.conditioning.class_names)
-    indices = range(min(GOLDEN_IMAGES, classes or GOLDEN_IMAGES))
-    conditioning = {"labels": np.arange(len(indices))} if classes else {}
+    indices = range(GOLDEN_IMAGES)
+    conditioning = manifest.conditioner.example(GOLDEN_IMAGES)
     given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
     shape = manifest.latent.shape
     x_t = philox_normal(GOLDEN_SEED, indices, shape)
-    golden = {"noise": x_t, **conditioning}
+    golden = {"noise": x_t, **{f"conditioning.{name}": array for name, array in conditioning.items()}}
     for i, segment in enumerate(schedule.segments):
         sigma = torch.full((len(x_t),), segment.sigma_src)
         parts = network(torch.from_numpy(x_t), sigma, **given)
@@ -57,7 +56,7 @@ def golden_images(latents: np.ndarray, manifest: Manifest, autoencoder: Autoenco
     """The images of golden latents, uint8 (B, H, W, C), from PyTorch where there is an autoencoder."""
     if autoencoder is None:
         return decode(latents, manifest.latent)
-    unscaled = torch.from_numpy(latents / manifest.latent.scale + manifest.latent.shift)
+    unscaled = torch.from_numpy(np.asarray(manifest.latent.restore(latents), np.float32))
     # One at a time: large images would not fit otherwise.
     return decode(torch.cat([autoencoder.decode(one) for one in unscaled.split(1)]).numpy())
 

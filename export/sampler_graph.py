@@ -11,6 +11,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from piflow_edge.bundle.manifest import Manifest
+from piflow_edge.bundle.sections import LatentSpec
+from piflow_edge.conditioning import TensorSpec
 from piflow_edge.export.decoder_graph import DECODER_INPUTS, DECODER_OUTPUTS
 from piflow_edge.export.rollout_graph import DOMAIN, dx_rollout, dx_weights, gm_rollout, gm_substeps, inline
 from piflow_edge.export.to_onnx import OPSET
@@ -20,7 +22,7 @@ from piflow_edge.schedule import Schedule, Segment, segment_sigmas
 # last segment, where it counts for nothing: a Scan's inputs are all of one length.
 _SAMPLER = """
 <ir_version: {ir_version}, opset_import: ["": {opset}, "{domain}": 1]>
-sampler (float[batch, {state}] noise{label_input}{renoise_input})
+sampler (float[batch, {state}] noise{conditioning}{renoise_input})
   => (float[batch, {state}] latents{images_output})
 {{
   batch = Shape <start = 0, end = 1> (noise)
@@ -59,7 +61,8 @@ _RENOISE = """
 _IMAGES = """
   unscaled = Div (latents, latent_scale)
   shifted = Add (unscaled, latent_shift)
-  decoded = {decoder} (shifted)
+{restore}
+  decoded = {decoder} (restored)
   one = Constant <value_float = 1.0> ()
   centred = Add (decoded, one)
   pixels = Mul (centred, half_range)
@@ -75,8 +78,8 @@ _IMAGES = """
 def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes | None = None) -> bytes:
     """A bundle's student, with all that is done around it, as one ONNX model with a dynamic batch.
 
-    Inputs: `noise` float32 (batch, C, H, W), with classes `class_labels` int64 (batch,), and where the schedule
-    re-noises `renoise` float32 (nfe - 1, batch, C, H, W); both kinds of noise are standard normal. Outputs:
+    Inputs: `noise` float32 (batch, C, H, W), the student's conditioning, and where the schedule re-noises `renoise`
+    float32 (nfe - 1, batch, C, H, W); both kinds of noise are standard normal. Outputs:
     `latents` float32 (batch, C, H, W) and, where the bundle makes images, `images` uint8 (batch, H, W, C).
 
     Args:
@@ -92,15 +95,15 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
     tables = _tables(manifest, nfe)
     state = ", ".join(map(str, manifest.latent.shape))
     rollout = {"gm": gm_rollout, "dx": dx_rollout}[manifest.policy.kind]()
-    inputs = [spec.name for spec in manifest.network.inputs]
+    inputs = [spec.name for spec in manifest.student.inputs]
     functions = [_as_function(network, "Student", inputs, manifest.policy.outputs), rollout]
     images_output = images = ""
     if manifest.makes_images:
-        shape = manifest.decoder.outputs[0].shape[1:] if manifest.decoder else manifest.latent.shape
-        channels, height, width = shape
+        channels, height, width = manifest.image_shape
         images_output = f", uint8[batch, {height}, {width}, {channels}] images"
         name = f"{DOMAIN}.Decoder" if manifest.decoder else "Identity"
-        images = _IMAGES.format(decoder=name, uint8=onnx.TensorProto.UINT8)
+        restore = _restore(manifest.latent)
+        images = _IMAGES.format(decoder=name, restore=restore, uint8=onnx.TensorProto.UINT8)
     if manifest.decoder:
         functions.append(
             _as_function(onnx.load_from_string(decoder), "Decoder", DECODER_INPUTS, DECODER_OUTPUTS)
@@ -115,7 +118,7 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
         images_output=images_output,
         images=images,
         inputs=", ".join(inputs),
-        label_input=", int64[batch] class_labels" if manifest.conditioning.kind == "class" else "",
+        conditioning="".join(f", {_graph_type(spec)} {spec.name}" for spec in manifest.conditioner.inputs),
         renoise_input=f", float[{nfe - 1}, batch, {state}] renoise" if renoises else "",
         num_tables=len(tables),
         table_inputs=", ".join(f"{_onnx_type(table)}[] {name}" for name, table in tables.items()),
@@ -132,6 +135,7 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
             "latent_shift": np.float32(manifest.latent.shift),
             "half_range": np.float32(127.5),
         }
+        constants |= _restore_constants(manifest.latent)
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()
     )
@@ -139,11 +143,42 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
     return inline(model).SerializeToString()
 
 
+def _restore(latent: LatentSpec) -> str:
+    """What follows scale and shift in `LatentSpec.restore`: per channel, then the unpacking."""
+    lines, name = [], "shifted"
+    if latent.mean:
+        lines = [
+            "  spread = Mul (shifted, channel_deviation)",
+            "  centred_states = Add (spread, channel_mean)",
+        ]
+        name = "centred_states"
+    if latent.packing > 1:
+        lines += [
+            f"  squares = Reshape ({name}, squares_shape)",
+            "  rows = Transpose <perm = [0, 1, 4, 2, 5, 3]> (squares)",
+            "  unpacked = Reshape (rows, unpacked_shape)",
+        ]
+        name = "unpacked"
+    return "\n".join([*lines, f"  restored = Identity ({name})"])
+
+
+def _restore_constants(latent: LatentSpec) -> dict[str, np.ndarray]:
+    constants: dict[str, np.ndarray] = {}
+    if latent.mean:
+        for name, values in (("mean", latent.mean), ("deviation", latent.deviation)):
+            constants[f"channel_{name}"] = np.array(values, np.float32).reshape(1, -1, 1, 1)
+    if latent.packing > 1:
+        side, (channels, height, width) = latent.packing, latent.shape
+        constants["squares_shape"] = np.array([0, channels // side**2, side, side, height, width])
+        constants["unpacked_shape"] = np.array([0, *latent.restored_shape])
+    return constants
+
+
 def _tables(manifest: Manifest, nfe: int) -> dict[str, np.ndarray]:
     """What each segment must know of time, one row a segment, under the names it has in the graph."""
     schedule = manifest.schedule.schedule(nfe=nfe)
     segments = schedule.segments
-    tables = {"time": _float32(segment.sigma_src * manifest.network.num_timesteps for segment in segments)}
+    tables = {"time": _float32(segment.sigma_src for segment in segments)}
     tables |= {"gm": _gm_tables, "dx": _dx_tables}[manifest.policy.kind](manifest, schedule)
     if any(segment.renoises for segment in segments):
         tables["draw"] = np.minimum(np.arange(nfe, dtype=np.int64), nfe - 2)
@@ -184,6 +219,12 @@ def _sigmas(segment: Segment, schedule: Schedule) -> np.ndarray:
 
 def _float32(values) -> np.ndarray:
     return np.array(list(values), np.float32)
+
+
+def _graph_type(spec: TensorSpec) -> str:
+    """An input's type in ONNX's text, such as "float[batch, tokens, 64]"."""
+    element = {"float32": "float"}.get(spec.dtype, spec.dtype)
+    return f"{element}[{', '.join(map(str, spec.shape))}]"
 
 
 def _onnx_type(table: np.ndarray) -> str:

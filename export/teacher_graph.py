@@ -60,7 +60,7 @@ def _find_conditioner(model: TeacherModel, data: ImageData) -> Conditioner:
 
 
 def export_teacher(network: FlowNetwork, file: Path) -> float:
-    """Write a class-conditional teacher as `x_t`, `t` (noise level), `class_labels` -> `u_t`, checked against PyTorch.
+    """Write a class-conditional teacher as `x_t`, `t` (noise level), `labels` -> `u_t`, checked against PyTorch.
 
     The label after the last class stands for no class: `EngineTeacher` guides with it, on two samples in one call.
 
@@ -83,7 +83,7 @@ def export_teacher(network: FlowNetwork, file: Path) -> float:
         x, sigma, ids = map(torch.from_numpy, (x_t, t, labels))
         expected = network.velocity(x, sigma, labels=ids).numpy()
         largest = np.abs(expected).max() or 1.0  # a network that was never trained answers 0
-        found = engine.run({"x_t": x_t, "t": t, "class_labels": labels})["u_t"]
+        found = engine.run({"x_t": x_t, "t": t, "labels": labels})["u_t"]
         worst = max(worst, float(np.abs(found - expected).max() / largest))
     if not worst <= _TOLERANCE:  # NaN does not pass
         raise CheckFailedError(

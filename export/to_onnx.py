@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import onnx
 import torch
 from torch import nn
 
+from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError, CheckpointError
@@ -18,12 +19,10 @@ from piflow_edge.export.large import check, graph_of
 # TensorRT 8.6 (JetPack 6.0) reads up to 17 in full and most of 18; torch's exporter writes 18 or newer.
 OPSET = 18
 
-# What the graph calls a conditioning input; others keep their name.
-GRAPH_NAMES = {"labels": "class_labels"}
 VELOCITY_OUTPUTS = ("u_t",)
 
-# Of a class-conditional network: name -> shape without the batch, and dtype.
-LABELS = {"labels": {"shape": [], "dtype": "int64"}}
+# What steers a class-conditional network.
+LABELS = (TensorSpec("labels", "int64", ("batch",)),)
 
 
 class _Positional(nn.Module):
@@ -37,7 +36,7 @@ class _Positional(nn.Module):
         return self.network(x_t, t, **dict(zip(self.names, conditioning, strict=True)))
 
 
-def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = LABELS) -> bytes:
+def export_network(network: FlowNetwork, conditioning: Sequence[TensorSpec] = LABELS) -> bytes:
     """`network_graph` as one file, for networks whose weights fit into it.
 
     Raises:
@@ -52,35 +51,36 @@ def export_network(network: FlowNetwork, conditioning: Mapping[str, Mapping] = L
     return graph.model
 
 
-def network_graph(network: FlowNetwork, conditioning: Mapping[str, Mapping] = LABELS) -> Graph:
+def network_graph(network: FlowNetwork, conditioning: Sequence[TensorSpec] = LABELS) -> Graph:
     """The network as an ONNX model with a dynamic batch.
 
-    Inputs: `x_t` float32 (batch, C, H, W), `t` float32 (batch,), the noise level, and the conditioning, of which
-    `labels` is called `class_labels`. Outputs: a policy's parts of a student, `u_t` of a teacher.
+    Inputs: `x_t` float32 (batch, C, H, W), `t` float32 (batch,), the noise level, and the conditioning under the names
+    of the network's arguments. Outputs: a policy's parts of a student, `u_t` of a teacher.
 
     Args:
         network: teacher or student.
-        conditioning: name -> `shape` without the batch axis and `dtype` of every conditioning input.
+        conditioning: what steers it.
 
     Raises:
         CheckFailedError: the exported graph is not valid ONNX.
     """
     # Two samples: torch.export takes an axis of one for a constant.
     given = tuple(
-        torch.zeros(2, *spec["shape"], dtype=getattr(torch, spec["dtype"])) for spec in conditioning.values()
+        torch.zeros(spec.size({"batch": 2}), dtype=getattr(torch, spec.dtype)) for spec in conditioning
     )
     example = (torch.zeros(2, *network.sample_shape), torch.ones(2))
     batch = torch.export.Dim("batch", min=1)
     axes = ({0: batch}, {0: batch})
     if given:  # torch.export trips over an empty tuple
         example, axes = (*example, given), (*axes, tuple({0: batch} for _ in given))
+    names = tuple(spec.name for spec in conditioning)
     with quiet():
         program = torch.onnx.export(
-            _Positional(network.eval(), tuple(conditioning)).eval(),
+            _Positional(network.eval(), names).eval(),
             example,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["x_t", "t", *(GRAPH_NAMES.get(name, name) for name in conditioning)],
+            input_names=["x_t", "t", *names],
             output_names=list(network.head.outputs if network.head else VELOCITY_OUTPUTS),
             dynamic_shapes=axes,
             verbose=False,

@@ -17,7 +17,8 @@ from piflow_edge.system.files import atomic_file, new_folder
 
 from .archive_layout import check_layout
 from .folder import Bundle
-from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, Manifest, parse_manifest
+from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, Manifest
+from .parsing import parse_manifest
 from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
 
 # The first moment a .zip can name: what is packed does not depend on when.

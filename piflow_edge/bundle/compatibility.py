@@ -9,15 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .folder import Bundle
+from .manifest import sampler_calls
+from .precisions import PRECISIONS
 
 # Lowest release of ONNX Runtime that implements an opset; every release reads all opsets back to 7.
 # Source: onnxruntime.ai/docs/reference/compatibility.html, "ONNX opset support", which ends at 1.20.
 _ONNXRUNTIME = {17: "1.12", 18: "1.14", 19: "1.15", 20: "1.17", 21: "1.18"}
 
-# What ONNX Runtime's quantizer writes where activations are quantized as they come. ONNX's, not TensorRT's: "N" in
-# the operator tables of onnx-tensorrt (docs/operators.md of 8.4 and of 10.15; those of TensorRT-RTX and 11 were not at
-# hand, and are taken to be the same).
-_DYNAMIC_INT8 = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+_TENSORRT_LACKS = tuple(
+    dict.fromkeys(name for precision in PRECISIONS.values() for name in precision.operators_tensorrt_lacks)
+)
 
 # GPUs by CUDA compute capability.
 _XAVIER, _TURING, _ORIN, _AMPERE, _ADA, _THOR, _BLACKWELL = "7.2", "7.5", "8.7", "8.6", "8.9", "11.0", "12.0"
@@ -118,14 +119,12 @@ RUNTIMES = (
 
 def compatibility(bundle: Bundle) -> list[Answer]:
     """For every precision of the bundle and every runtime we know of: does the network load there, and why not?"""
-    specs = [bundle.manifest.network, *([bundle.manifest.decoder] if bundle.manifest.decoder else [])]
-    opset = max(spec.opset for spec in specs)
+    names = [name for name in bundle.manifest.networks if sampler_calls(name) is None]
+    opset = max(bundle.manifest.networks[name].opset for name in names)
     answers = []
     for precision in bundle.manifest.precisions:
-        graphs = [bundle.read_network("student", precision).model]
-        if bundle.manifest.decoder is not None:
-            graphs.append(bundle.read_network("decoder", precision).model)
-        dynamic = [name for name in _DYNAMIC_INT8 if any(_has_node(graph, name) for graph in graphs)]
+        graphs = [bundle.read_network(name, precision).model for name in names]
+        dynamic = [name for name in _TENSORRT_LACKS if any(_has_node(graph, name) for graph in graphs)]
         answers.append(_onnxruntime(precision, opset))
         answers += [_tensorrt(runtime, precision, opset, dynamic) for runtime in RUNTIMES]
     return answers

@@ -18,7 +18,8 @@ from piflow_edge.errors import BundleError, EngineError
 from piflow_edge.system.files import sha256
 from piflow_edge.system.onnx_outline import Outline, check_outline, read_outline
 
-from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, parse_manifest
+from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, sampler_calls
+from .parsing import parse_manifest
 from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
 
 # Bytes that are read at a time to be hashed.
@@ -119,7 +120,7 @@ class Bundle:
         """The files of one network, in the bundle's first precision unless one is named.
 
         Args:
-            name: "student", "decoder", or "sampler.nfeN" for the whole sampler of N student calls.
+            name: of the manifest's `networks`.
             precision: one of the bundle's.
 
         Raises:
@@ -127,12 +128,10 @@ class Bundle:
                 network reaches for what is not in the bundle; see `check_graphs`.
         """
         precision = self.precision(precision)
-        self._check_network(name)
-        file = f"{name}.{precision}.onnx"
-        beside = [other for other in (f"{file}.data",) if other in self.manifest.files]
+        file, *beside = self.manifest.network_files(name, precision)
         source = f"{shlex.quote(str(self.folder))} --precision {precision}"
-        if name.startswith("sampler."):
-            source += f" --graph sampler --nfe {name.removeprefix('sampler.nfe')}"
+        if (calls := sampler_calls(name)) is not None:
+            source += f" --graph sampler --nfe {calls}"
         model, weights = self.read(file), {other: self.read(other) for other in beside}
         outline = self._read_outline(file, model, {other: len(content) for other, content in weights.items()})
         return NetworkFiles(model, weights, source, outline)
@@ -158,18 +157,6 @@ class Bundle:
         except EngineError as error:
             raise BundleError(f"{file} in {self.folder} is refused: {error}") from error
         return outline
-
-    def _check_network(self, name: str) -> None:
-        if name == "decoder" and self.manifest.decoder is None:
-            raise BundleError(f"bundle {self.name!r} has no decoder; export it with --autoencoder")
-        if name.startswith("sampler."):
-            nfe = name.removeprefix("sampler.nfe")
-            if nfe not in map(str, self.manifest.samplers):
-                has = ", ".join(map(str, self.manifest.samplers)) or "none"
-                raise BundleError(
-                    f"bundle {self.name!r} has no sampler graph of {nfe} calls, its graphs are: {has}; export it with "
-                    f"--sampler-graph {nfe}"
-                )
 
     def precision(self, precision: str | None) -> str:
         """The named precision, or the bundle's first for None; BundleError if the bundle has no such one."""

@@ -84,7 +84,8 @@ def export(
     from piflow_edge.bundle.signature import SigningKey
     from piflow_edge.distill.data.autoencoder import load_autoencoder
     from piflow_edge.distill.sources import load_student
-    from piflow_edge.export.to_bundle import NO_LICENSE, export_bundle
+    from piflow_edge.export.settings import NO_LICENSE
+    from piflow_edge.export.to_bundle import export_bundle
 
     try:
         license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
@@ -201,20 +202,6 @@ def print_schema(context, parameter, wanted):
         context.exit()
 
 
-def _kept(by_precision: dict) -> list[str]:
-    """One line for each graph of which nodes stay in float32; `--json` names them all."""
-    lines = []
-    for precision, graphs in by_precision.items():
-        for graph, nodes in graphs.items():
-            if nodes == "all":
-                lines.append(f"{precision}, {graph}: everything")
-            elif nodes:
-                node, reason = next(iter(nodes.items()))
-                count = f"{len(nodes)} nodes, such as" if len(nodes) > 1 else "one node:"
-                lines.append(f"{precision}, {graph}: {count} {node} ({reason})")
-    return lines
-
-
 @click.command()
 @BUNDLE
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=print_schema,
@@ -231,6 +218,7 @@ def inspect(bundle, as_json):
     from dataclasses import asdict
 
     from piflow_edge.bundle.compatibility import compatibility, gpu_names
+    from piflow_edge.bundle.description import describe_manifest, describe_networks
     from piflow_edge.bundle.folder import Bundle
 
     opened = Bundle(bundle)
@@ -243,34 +231,14 @@ def inspect(bundle, as_json):
         return
     from rich.table import Table
 
-    schedule, policy, latent = manifest.schedule, manifest.policy, manifest.latent
-    decoder, shape = manifest.decoder, lambda sizes: " x ".join(map(str, sizes))
-    scaled = f", scale {latent.scale}, shift {latent.shift}" if latent.kind == "latents" else ""
-    decoded = f"{decoder.kind}, to images of {shape(decoder.outputs[0].shape[1:])}" if decoder else "none"
-    sizes = {name: spec.size for name, spec in manifest.files.items()}
     table = Table(title=f"bundle {manifest.name}", show_header=False)
-    for key, value in {
-        "network calls per image": schedule.nfe,
-        "policy": {
-            "gm": lambda: f"Gaussian mixture, {policy.num_components} components",
-            "dx": lambda: f"DX {policy.mode}, {policy.num_nodes} nodes",
-        }[policy.kind](),
-        "schedule": f"shift {schedule.shift}, {schedule.total_substeps} substeps, h {schedule.h}, "
-        f"temperature {schedule.temperature}",
-        latent.kind: shape(latent.shape) + scaled,
-        "decoder": decoded,
-        "classes": ", ".join(manifest.conditioning.class_names) or "none",
-        "precisions": ", ".join(manifest.precisions),
-        "kept in fp32": "\n".join(_kept(manifest.provenance.get("kept_in_fp32", {}))) or "nothing",
-        "sampler graphs": ", ".join(f"NFE {nfe}" for nfe in manifest.samplers) or "none",
-        "ONNX opset": manifest.network.opset,
-        "parameters": f"{manifest.provenance.get('parameters', 0):,}",
-        "files": "\n".join(f"{name}  {size:,} bytes" for name, size in sizes.items()),
-        "licence": manifest.license,
-        "signed by": signature or "nobody",
-        "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
-    }.items():
-        table.add_row(key, str(value))
+    for key, value in describe_manifest(manifest).items():
+        table.add_row(key, value)
+    table.add_row("signed by", str(signature or "nobody"))
+    show(table)
+    table = Table("network", "inputs", "outputs", "opset", "files", title="networks")
+    for row in describe_networks(manifest):
+        table.add_row(*row)
     show(table)
     table = Table("precision", "runtime", "JetPack", "GPU, compute capability", "loads", "why",
                   title="where it runs, by the makers' documents")  # fmt: skip

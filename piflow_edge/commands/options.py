@@ -164,7 +164,7 @@ def calls(context, parameter, text: str | None) -> list[int]:
 
 
 def precisions(context, parameter, text: str) -> list[str]:
-    from piflow_edge.bundle.manifest import PRECISIONS  # late: it brings in NumPy
+    from piflow_edge.bundle.precisions import PRECISIONS  # late: it brings in NumPy
 
     names = text.split(",")
     if not set(names) <= set(PRECISIONS):

@@ -89,7 +89,7 @@ def unpack(file, out, trusted_keys, as_json):
 @TRUSTED_KEYS
 @JSON
 def triton(bundle, out, nfe, precision, max_batch, trusted_keys, as_json):
-    """Write the sampler graph as a model for NVIDIA Triton: noise and class_labels in, latents and images out.
+    """Write the sampler graph as a model for NVIDIA Triton: noise and labels in, latents and images out.
 
     The bundle must have the graph: export it with --sampler-graph.
 

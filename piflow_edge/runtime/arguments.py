@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.bundle.manifest import LatentSpec
+from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.kernels.normal import philox_normal
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from piflow_edge.arrays import Array
-from piflow_edge.bundle.manifest import LatentSpec
+from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.errors import ShapeError
 
 
@@ -47,8 +47,7 @@ def _on_host(array: Array) -> np.ndarray:
 
 
 def _pixels(latents: Array, spec: LatentSpec | None) -> Array:
-    plain = spec is None or (spec.scale == 1 and spec.shift == 0)
-    return latents if plain else latents / spec.scale + spec.shift
+    return latents if spec is None else spec.restore(latents)
 
 
 def as_pil(images: np.ndarray) -> list:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, open_engine
-from piflow_edge.errors import BundleError
 
 if TYPE_CHECKING:
     from piflow_edge.bundle.signature import TrustedKey
@@ -55,11 +54,6 @@ def load(
     from .graphs import read_graph
 
     opened = Bundle(bundle, trusted_keys=trusted_keys)
-    policy = opened.manifest.policy
-    if {spec.name for spec in opened.manifest.network.outputs} != set(policy.outputs):
-        raise BundleError(
-            f"a {policy.kind.upper()} student returns {', '.join(policy.outputs)}; {opened.name!r} does not"
-        )
     network = open_engine(
         read_graph(opened, "student", precision), engine=engine, device=device, options=options
     )

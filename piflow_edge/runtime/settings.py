@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.bundle.manifest import Manifest, ScheduleSpec
+from piflow_edge.bundle.manifest import Manifest
+from piflow_edge.bundle.sections import ScheduleSpec
 from piflow_edge.errors import ScheduleError, ShapeError, UsageError
 from piflow_edge.integrator import SOLVERS
 from piflow_edge.sampling import SETTING_NAMES, SamplingSettings

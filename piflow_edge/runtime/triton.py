@@ -10,11 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import Manifest
+from piflow_edge.bundle.manifest import Manifest, sampler_name
+from piflow_edge.conditioning import TensorSpec
 from piflow_edge.errors import BundleError
 from piflow_edge.system.files import new_folder, write_atomic
 
 _TENSOR = '{{\n    name: "{name}"\n    data_type: {kind}\n    dims: [ {dims} ]{more}\n  }}'
+_TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+    "bool": "TYPE_BOOL",
+}
 # Triton's shapes have one number or more beside the batch; the graph takes labels (batch,).
 _ONE_NUMBER = "\n    reshape: { shape: [ ] }"
 
@@ -45,7 +53,7 @@ def write_model(
     if max_batch < 1:
         raise BundleError(f"max_batch is 1 or more; got {max_batch}")
     nfe = bundle.manifest.schedule.nfe if nfe is None else nfe
-    graph = bundle.read_network(f"sampler.nfe{nfe}", precision).model
+    graph = bundle.read_network(sampler_name(nfe), precision).model
     if any(segment.renoises for segment in bundle.manifest.schedule.schedule(nfe=nfe).segments):
         raise BundleError(
             f"bundle {bundle.name!r} re-noises between calls: the graph takes that noise with the batch as its second "
@@ -73,16 +81,21 @@ def model_config(manifest: Manifest, name: str, max_batch: int) -> str:
     shape = manifest.latent.shape
     outputs = [_tensor("latents", "TYPE_FP32", shape)]
     if manifest.makes_images:
-        channels, height, width = manifest.decoder.outputs[0].shape[1:] if manifest.decoder else shape
+        channels, height, width = manifest.image_shape
         outputs.append(_tensor("images", "TYPE_UINT8", (height, width, channels)))
     inputs = [_tensor("noise", "TYPE_FP32", shape)]
-    if manifest.conditioning.kind == "class":
-        inputs.append(_tensor("class_labels", "TYPE_INT64", (1,), _ONE_NUMBER))
+    inputs += [_steering(spec) for spec in manifest.conditioner.inputs]
     return (
         "# Start the server with ORT_DISABLE_TELEMETRY=1 in its environment, or ONNX Runtime may send usage data.\n"
         f'name: "{name}"\nbackend: "onnxruntime"\ndefault_model_filename: "model.onnx"\nmax_batch_size: {max_batch}\n'
         f"input [\n  {', '.join(inputs)}\n]\noutput [\n  {', '.join(outputs)}\n]\ndynamic_batching {{ }}\n"
     )
+
+
+def _steering(spec: TensorSpec) -> str:
+    """An input that steers; named axes may have any length."""
+    dims = [-1 if isinstance(length, str) else length for length in spec.shape[1:]]
+    return _tensor(spec.name, _TYPES[spec.dtype], dims or (1,), "" if dims else _ONE_NUMBER)
 
 
 def _tensor(name: str, kind: str, dims: Sequence[int | str], more: str = "") -> str:

@@ -1,9 +1,9 @@
 """Does a bundle still compute what it did when it was exported? Compared layer by layer with its golden samples.
 
-`golden.npz` holds, for a few images: `noise` and, with classes, `labels`; for each student call i `x_t.i` (its input),
-`means.i`, `logweights.i`, `logstds.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels);
-and at the end `latents` and, where the bundle makes some, `images`. A layer is fed the golden input of that layer, so
-the first row that fails is the culprit.
+`golden.npz` holds, for a few images: `noise` and `conditioning.NAME` of every input that steers; for each student call
+i `x_t.i` (its input), `NAME.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels); and at
+the end `latents` and, where the bundle makes some, `images`. A layer is fed the golden input of that layer, so the
+first row that fails is the culprit.
 """
 
 import io
@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
+from piflow_edge.bundle.format4 import name_golden_as_format_5
+from piflow_edge.bundle.manifest import GOLDEN
 from piflow_edge.conditioning import take
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
@@ -27,7 +29,6 @@ from .graphs import read_graph
 
 log = logging.getLogger(__name__)
 
-GOLDEN = "golden.npz"
 # The golden images are numbers 0, 1, 2, ... of this seed.
 GOLDEN_SEED = 0
 # Images at a time that a network is checked with, beside all the golden ones.
@@ -76,7 +77,7 @@ def verify(generator: Generator) -> list[Row]:
     schedule = bundle.manifest.schedule.schedule()
     for i, segment in enumerate(schedule.segments):
         x_t = golden[f"x_t.{i}"]
-        theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in bundle.manifest.network.outputs}
+        theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in bundle.manifest.student.outputs}
         for size in sizes:
             ours = generator.student.outputs(x_t[:size], segment.sigma_src, steered[size])
             _check_finite(generator, ours, x_t[:size], segment.sigma_src, steered[size])
@@ -214,13 +215,15 @@ def check(rows: list[Row], name: str) -> None:
 def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
     """The bundle's golden samples, with every array that `verify` needs."""
     calls = range(bundle.manifest.schedule.nfe)
-    outputs = [spec.name for spec in bundle.manifest.network.outputs]
+    outputs = [spec.name for spec in bundle.manifest.student.outputs]
     wanted = {"noise", "latents"} | ({"images"} if bundle.manifest.makes_images else set())
-    wanted |= {"labels"} if bundle.manifest.conditioning.kind == "class" else set()
+    wanted |= {f"conditioning.{spec.name}" for spec in bundle.manifest.conditioner.inputs}
     wanted |= {f"{name}.{i}" for i in calls for name in ("x_t", "levels", "velocities", *outputs)}
     try:
         with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as archive:
             golden = {name: archive[name] for name in archive.files}
+        if bundle.manifest.format_version == 4:
+            golden = name_golden_as_format_5(golden)
     except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise BundleError(f"{GOLDEN} in {bundle.folder} cannot be read: {error}; export again") from error
     if golden.keys() != wanted:
@@ -232,7 +235,7 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
 
 def golden_conditioning(bundle: Bundle, golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What the golden images are steered by."""
-    return {spec.name: golden["labels"] for spec in bundle.manifest.conditioner.inputs}
+    return {spec.name: golden[f"conditioning.{spec.name}"] for spec in bundle.manifest.conditioner.inputs}
 
 
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:

@@ -30,7 +30,7 @@ class Line:
     def run(self, inputs):
         self.batches.append(len(inputs["x_t"]))
         per_sample = (-1, 1, 1, 1)
-        x_0 = inputs["class_labels"].reshape(per_sample).astype(np.float32)
+        x_0 = inputs["labels"].reshape(per_sample).astype(np.float32)
         return {"u_t": (inputs["x_t"] - x_0) / inputs["t"].reshape(per_sample)}
 
 
@@ -130,7 +130,7 @@ class TestTeacher:
 
         class Network:
             def velocity(self, x_t, sigma_t, labels):
-                inputs = {"x_t": x_t.numpy(), "t": sigma_t.numpy(), "class_labels": labels.numpy()}
+                inputs = {"x_t": x_t.numpy(), "t": sigma_t.numpy(), "labels": labels.numpy()}
                 return torch.from_numpy(Line().run(inputs)["u_t"])
 
         labels = np.array([4, 6])

@@ -96,13 +96,12 @@ def test_a_manifest_that_is_not_ours_is_refused(bundle, text):
 
 def edit(bundle, change):
     """Alter the manifest as somebody would who also mends its checksum."""
-    from piflow_edge.bundle.manifest import _canonical
-    from piflow_edge.system.files import sha256
+    from piflow_edge.bundle.manifest import sealed
 
     body = json.loads((bundle / "bundle.json").read_bytes())
     del body["sha256"]
     change(body)
-    (bundle / "bundle.json").write_bytes(_canonical({**body, "sha256": sha256(_canonical(body))}))
+    (bundle / "bundle.json").write_bytes(sealed(body))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,7 @@ def edit(bundle, change):
         (lambda body: body.update(colour="red"), "unknown key 'colour'"),
         (lambda body: body["policy"].update(colour="red"), "policy has the unknown key 'colour'"),
         (lambda body: body.pop("latent"), "must hold format_version, name, .*latent"),
-        (lambda body: body.update(format_version=99), "format version 99, this release reads 4"),
+        (lambda body: body.update(format_version=99), "format version 99, this release reads 5 and 4"),
         (lambda body: body["schedule"].update(nfe="two"), "nfe has a value of the wrong kind: 'two'"),
         (lambda body: body["schedule"].update(nfe=0), "unusable schedule: nfe"),
         (lambda body: body["policy"].update(kind="dx"), "unknown key 'num_components'"),
@@ -120,15 +119,39 @@ def edit(bundle, change):
         (lambda body: body["schedule"].update(temperature="warm"), "eps, temperature or latent scale"),
         (lambda body: body["latent"].update(scale=0.0), "eps, temperature or latent scale"),
         (
-            lambda body: body.update(precisions=["fp16"], tolerances={"fp16": body["tolerances"]["fp32"]}),
+            lambda body: body["networks"]["student"]["files"].update(fp32=["student.fp16.onnx"]),
             r"lacks student\.fp16\.onnx",
         ),
+        (
+            lambda body: body.update(precisions=["fp16"], tolerances={"fp16": body["tolerances"]["fp32"]}),
+            "must name files of student for each of its precisions",
+        ),
         (lambda body: body.update(tolerances={}), "tolerances for each of its precisions"),
-        (lambda body: body.update(samplers=[3]), r"lacks sampler\.nfe3\.fp32\.onnx"),
-        (lambda body: body.update(samplers=[True]), r"samplers\[0\] has a value of the wrong kind: True"),
+        (lambda body: body["networks"].pop("student"), "has no student"),
+        (
+            lambda body: body["networks"].update({"sampler.nfe0": body["networks"]["student"]}),
+            r"network of an unknown kind: 'sampler\.nfe0'",
+        ),
+        (
+            lambda body: body["precisions"].append(True),
+            r"precisions\[1\] has a value of the wrong kind: True",
+        ),
+        (lambda body: body["axes"].pop("batch"), "has an axis 'batch' in x_t of student, and no range of it"),
+        (lambda body: body["axes"]["batch"].update(min=0), "an axis 'batch' without a length"),
+        (lambda body: body["latent"].update(packing=2), "latents and a decoder that do not fit"),
+        (lambda body: body["latent"].update(mean=[0.0, 0.0]), "2 means and 0 deviations of 1 channels"),
+        (
+            lambda body: body["networks"]["student"]["feeds"].update(means=["decoder/latents"]),
+            "feeds means of student to 'decoder/latents'",
+        ),
+        (lambda body: body["conditioning"].update(kind="telepathy"), "unusable conditioning"),
+        (
+            lambda body: body["conditioning"].update(input="ids"),
+            "conditioning and network inputs that do not fit",
+        ),
         (
             lambda body: body["files"].update({"sampler.nfe3.fp32.onnx": body["files"]["LICENSE"]}),
-            r"has the file sampler\.nfe3\.fp32\.onnx, but no such sampler",
+            r"has the file sampler\.nfe3\.fp32\.onnx, but nothing that it belongs to",
         ),
         (lambda body: body["files"].update({"../x": body["files"]["LICENSE"]}), "outside its folder: '../x'"),
         (lambda body: body["files"].pop("golden.npz"), r"lacks golden\.npz"),
@@ -150,7 +173,7 @@ def test_a_check_that_failed_names_the_worst_case():
 
 
 def test_another_network_under_the_same_golden_samples_fails_verification(bundle, tmp_path):
-    from piflow_edge.bundle.manifest import FileSpec
+    from piflow_edge.bundle.sections import FileSpec
     from piflow_edge.distill.loop.checkpoint import Checkpoint
     from piflow_edge.distill.sources import network_of
     from piflow_edge.export.to_onnx import export_network

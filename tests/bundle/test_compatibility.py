@@ -15,7 +15,7 @@ QUANTIZED_AS_IT_COMES = b"\x22\x15DynamicQuantizeLinear"
 def bundle_of(opset, precision="fp32", graph=b"", decoder=None):
     """A bundle as far as compatibility asks."""
     manifest = SimpleNamespace(
-        network=SimpleNamespace(opset=opset), decoder=decoder and SimpleNamespace(opset=decoder),
+        networks={name: SimpleNamespace(opset=n) for name, n in (("student", opset), ("decoder", decoder)) if n},
         precisions=[precision],
     )  # fmt: skip
     return SimpleNamespace(

@@ -43,10 +43,10 @@ def test_what_export_writes_fits(request, kind):
         lambda body: body["schedule"].update(nfe="two"),
         lambda body: body["schedule"].update(h=None),
         lambda body: body["policy"].update(kind="dx"),
-        lambda body: body.update(samplers=[True]),
-        lambda body: body.update(decoder={}),
+        lambda body: body.update(precisions=[True]),
+        lambda body: body["networks"].update(decoder={}),
         lambda body: body["files"].update(LICENSE={"sha256": "0"}),
-        lambda body: body["conditioning"].update(class_names="0123456789"),
+        lambda body: body.update(conditioning="0123456789"),
     ],
 )
 def test_what_the_runtime_refuses_does_not_fit(shared_bundle, change):

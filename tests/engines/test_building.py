@@ -80,7 +80,7 @@ class TestOnABundle:
             and sampler == find_targets(latent, graph="sampler", nfe=2)[0]
         )
         shape = tuple(latent.manifest.latent.shape)
-        assert sampler.shapes(3) == {"noise": (3, *shape), "class_labels": (3,)}
+        assert sampler.shapes(3) == {"noise": (3, *shape), "labels": (3,)}
 
     def test_the_shapes_are_those_of_the_graph(self, latent_bundle):
         onnx = pytest.importorskip("onnx")

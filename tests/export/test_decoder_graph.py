@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import FileSpec
+from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.distill.data.autoencoder import encode, load_autoencoder
 from piflow_edge.distill.data.datasets import ImageData, Latent
 from piflow_edge.distill.imitation import ImitationConfig
@@ -27,7 +27,7 @@ from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
 from piflow_edge.engines import open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, DataError, NotFiniteError
-from piflow_edge.export import to_bundle
+from piflow_edge.export import bundle_graphs
 from piflow_edge.export.decoder_graph import export_decoder
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET
@@ -127,7 +127,7 @@ def test_a_generator_decodes(latent_bundle, kl, monkeypatch):
 def test_the_sampler_graph_makes_the_decoded_images(latent_bundle, kl, batch):
     noise, labels = pf.philox_normal(7, range(batch), (4, 8, 8)), np.arange(batch)
     found = open_engine(read_graph(Bundle(latent_bundle), "sampler.nfe2")).run(
-        {"noise": noise, "class_labels": labels}
+        {"noise": noise, "labels": labels}
     )
     expected = pf.load(latent_bundle)(labels, noise=noise, output="numpy")
     # Two float32 computations of 128 substeps, and a network of which each feeds the next.
@@ -203,7 +203,7 @@ def assert_alike_within(result, autoencoder, levels):
 
 
 def test_a_decoder_that_differs_from_pytorch_is_not_exported(tmp_path, kl, other_decoder, monkeypatch):
-    monkeypatch.setattr(to_bundle, "export_decoder", lambda autoencoder, shape: other_decoder)
+    monkeypatch.setattr(bundle_graphs, "export_decoder", lambda autoencoder, shape: other_decoder)
     student = make_student(latent=vars(kl.latent), in_channels=4)
     with pytest.raises(CheckFailedError, match="images differ by"):
         export_bundle(student, tmp_path / "out" / "bundle", autoencoder=kl)
@@ -238,7 +238,7 @@ def test_without_an_autoencoder_a_bundle_makes_latents(tmp_path, caplog):
     generator = pf.load(tmp_path / "bundle")
     latents = generator([1, 2], output="latent").latents
     found = open_engine(read_graph(generator.bundle, "sampler.nfe2")).run(
-        {"noise": pf.philox_normal(0, range(2), (4, 8, 8)), "class_labels": np.array([1, 2])}
+        {"noise": pf.philox_normal(0, range(2), (4, 8, 8)), "labels": np.array([1, 2])}
     )
     assert found.keys() == {"latents"}
     np.testing.assert_allclose(found["latents"], latents, rtol=0, atol=2e-5)

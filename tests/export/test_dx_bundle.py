@@ -5,10 +5,10 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import DXPolicySpec
 from piflow_edge.distill.networks.heads import DXHead
 from piflow_edge.engines import open_engine
 from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.policies import DXPolicySpec
 from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.verification import verify
 from tests.conftest import make_student
@@ -40,7 +40,7 @@ def test_its_sampler_graph_makes_what_the_runtime_makes(made, nfe):
     labels, noise = np.arange(5), pf.philox_normal(7, range(5), (1, 8, 8))
     expected = pf.load(folder)(labels, noise=noise, nfe=nfe, output="numpy")
     found = open_engine(read_graph(Bundle(folder), f"sampler.nfe{nfe}")).run(
-        {"noise": noise, "class_labels": labels}
+        {"noise": noise, "labels": labels}
     )
     np.testing.assert_allclose(found["latents"], expected.latents, rtol=0, atol=2e-5)
     assert np.abs(found["images"].astype(int) - expected.images).max() <= 1

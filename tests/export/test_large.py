@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import FileSpec
+from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError, CheckpointError

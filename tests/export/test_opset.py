@@ -29,7 +29,7 @@ def test_a_whole_bundle_in_opset_17(autoencoder_folder, tmp_path):
     rows = export_bundle(student, tmp_path / "bundle", opset=17, **settings)
     assert all(row.passed for row in rows)
     opened = Bundle(tmp_path / "bundle")
-    assert (opened.manifest.network.opset, opened.manifest.decoder.opset) == (17, 17)
+    assert (opened.manifest.student.opset, opened.manifest.decoder.opset) == (17, 17)
     for file in opened.manifest.files:
         if file.endswith(".onnx"):
             model = onnx.load(tmp_path / "bundle" / file)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -13,12 +14,12 @@ from PIL import Image
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import FileSpec
+from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
 from piflow_edge.engines.layers import first_non_finite, layer_values
 from piflow_edge.errors import BundleError, CheckFailedError
-from piflow_edge.export import to_bundle
 from piflow_edge.export.calibration import Calibration
 from piflow_edge.export.compact import compact
 from piflow_edge.export.fp16 import delicate_nodes
@@ -136,7 +137,7 @@ def test_the_first_layer_to_give_nan_is_named():
 BATCH = {
     "x_t": np.ones((1, 1, 8, 8), np.float32),
     "t": np.ones(1, np.float32),
-    "class_labels": np.zeros(1, np.int64),
+    "labels": np.zeros(1, np.int64),
 }
 
 
@@ -274,8 +275,8 @@ def test_compact_changes_names_and_size_alone(student):
 
 
 def test_a_precision_that_is_too_far_off_is_not_exported(tmp_path, monkeypatch):
-    strict = {**to_bundle.TOLERANCES, "fp16": to_bundle.FP32_TOLERANCES}
-    monkeypatch.setattr(to_bundle, "TOLERANCES", strict)
+    strict = replace(PRECISIONS["fp16"], tolerances=PRECISIONS["fp32"].tolerances)
+    monkeypatch.setitem(PRECISIONS, "fp16", strict)
     with pytest.raises(CheckFailedError, match=r"in fp16: network outputs differ by .* in means\.\d, batch"):
         export_bundle(make_student(), tmp_path / "out", precisions=("fp32", "fp16"))
     with pytest.raises(BundleError, match="got fp8"):

@@ -14,7 +14,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError
-from piflow_edge.export import to_bundle
+from piflow_edge.export import bundle_graphs
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET, export_network
@@ -46,7 +46,7 @@ def test_a_sampler_graph_makes_what_the_runtime_makes(folder, nfe, batch):
     noise = pf.philox_normal(7, range(batch), (1, 8, 8))
     expected = generator(labels, noise=noise, nfe=nfe, output="numpy")
     found = open_engine(read_graph(Bundle(folder), f"sampler.nfe{nfe}")).run(
-        {"noise": noise, "class_labels": labels}
+        {"noise": noise, "labels": labels}
     )
     np.testing.assert_allclose(found["latents"], expected.latents, **TOLERANCE)
     np.testing.assert_array_equal(found["images"], expected.images)
@@ -69,7 +69,7 @@ def test_every_schedule_is_followed(folder, schedule):
     )
     nfe = schedule["nfe"]
     noise, *fresh = np.random.default_rng(0).standard_normal((nfe, 4, 1, 8, 8), np.float32)
-    inputs = {"noise": noise, "class_labels": np.array([0, 3, 7, 3])}
+    inputs = {"noise": noise, "labels": np.array([0, 3, 7, 3])}
     if manifest.schedule.h != 0 and nfe > 1:
         inputs["renoise"] = np.stack(fresh)
     found = open_engine(Graph(export_sampler(opened.read_network("student").model, manifest, nfe))).run(
@@ -78,7 +78,7 @@ def test_every_schedule_is_followed(folder, schedule):
 
     generator = Generator(opened, open_engine(read_graph(opened)))
     expected = sample(
-        lambda x_t, sigma: generator.student.policy(x_t, sigma, {"class_labels": inputs["class_labels"]}),
+        lambda x_t, sigma: generator.student.policy(x_t, sigma, {"labels": inputs["labels"]}),
         noise,
         manifest.schedule.schedule(),
         SamplingSettings(temperature=0.3),
@@ -93,7 +93,7 @@ def test_colour_latents_and_their_scale_become_images(tmp_path):
     opened.manifest = replace(opened.manifest, latent=replace(opened.manifest.latent, scale=1.7, shift=0.2))
     noise, ids = pf.philox_normal(0, range(2), (3, 12, 12)), np.array([1, 2])
     graph = open_engine(Graph(export_sampler(opened.read_network("student").model, opened.manifest, 2)))
-    found = graph.run({"noise": noise, "class_labels": ids})
+    found = graph.run({"noise": noise, "labels": ids})
     assert found["images"].shape == (2, 12, 12, 3) and found["images"].dtype == np.uint8
     expected = decode(found["latents"], opened.manifest.latent)
     assert 0 < expected.mean() < 255
@@ -118,7 +118,7 @@ sys.exit(", ".join({"piflow_edge", "torch", "onnx"} & set(sys.modules)) or None)
 @pytest.mark.parametrize("nfe", [2, 3], ids=["trained", "other"])
 def test_onnxruntime_alone_makes_the_images(folder, tmp_path, nfe):
     noise, labels = pf.philox_normal(3, range(2), (1, 8, 8)), np.array([4, 9])
-    np.savez(tmp_path / "in.npz", noise=noise, class_labels=labels)
+    np.savez(tmp_path / "in.npz", noise=noise, labels=labels)
     graph = folder / f"sampler.nfe{nfe}.fp32.onnx"
     command = [sys.executable, "-I", "-c", BARE, graph, tmp_path / "in.npz", tmp_path / "out.npz"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -182,7 +182,7 @@ def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):
 
 def test_a_sampler_that_differs_from_the_runtime_is_not_exported(tmp_path, monkeypatch):
     other = export_network(network_of(make_student(seed=1)))
-    monkeypatch.setattr(to_bundle, "export_sampler", lambda student, *rest: export_sampler(other, *rest))
+    monkeypatch.setattr(bundle_graphs, "export_sampler", lambda student, *rest: export_sampler(other, *rest))
     with pytest.raises(CheckFailedError, match=r"sampler latents differ by .* in latents of nfe"):
         export_bundle(make_student(), tmp_path / "out", samplers=[1, 2])
     assert list(tmp_path.iterdir()) == []
@@ -195,8 +195,8 @@ const floats = (file) => new Float32Array(new Uint8Array(fs.readFileSync(file)).
 (async () => {
   const sampler = await ort.InferenceSession.create(process.argv[1]);
   const noise = new ort.Tensor("float32", floats(process.argv[2]), [3, 1, 8, 8]);
-  const class_labels = new ort.Tensor("int64", [0n, 1n, 2n], [3]);
-  const { latents, images } = await sampler.run({ noise, class_labels });
+  const labels = new ort.Tensor("int64", [0n, 1n, 2n], [3]);
+  const { latents, images } = await sampler.run({ noise, labels });
   fs.writeFileSync(process.argv[3], new Uint8Array(latents.data.buffer));
   fs.writeFileSync(process.argv[4], images.data);
 })();

@@ -9,7 +9,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, ScheduleError
-from piflow_edge.export import to_bundle
+from piflow_edge.export import bundle_graphs
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET, export_network, network_graph
 from piflow_edge.system import files
@@ -29,7 +29,7 @@ def test_the_graph_computes_what_pytorch_does(architecture, batch):
     t, labels = torch.linspace(1, 0.01, batch), torch.arange(batch)
     with torch.no_grad():
         expected = network(x_t, t, labels=labels)
-    found = engine.run({"x_t": x_t.numpy(), "t": t.numpy(), "class_labels": labels.numpy()})
+    found = engine.run({"x_t": x_t.numpy(), "t": t.numpy(), "labels": labels.numpy()})
     for name, value in zip(("means", "logweights", "logstds"), expected, strict=True):
         # Float32 sums of 16 to 64 terms in another order.
         np.testing.assert_allclose(found[name], value.numpy(), rtol=0, atol=1e-5, err_msg=name)
@@ -53,7 +53,7 @@ def test_a_student_that_gives_nan_is_not_exported(tmp_path):
 
 def test_a_graph_that_differs_from_pytorch_is_not_exported(tmp_path, monkeypatch):
     other = network_of(make_student(seed=1))
-    monkeypatch.setattr(to_bundle, "network_graph", lambda *given: network_graph(other))
+    monkeypatch.setattr(bundle_graphs, "network_graph", lambda *given: network_graph(other))
     with pytest.raises(CheckFailedError, match="network outputs differ"):
         export_bundle(make_student(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

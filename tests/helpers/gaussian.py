@@ -4,17 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from piflow_edge.bundle.manifest import (
-    FORMAT_VERSION,
-    ConditioningSpec,
-    DXPolicySpec,
-    GMPolicySpec,
-    LatentSpec,
-    Manifest,
-    NetworkSpec,
-    ScheduleSpec,
-    TensorSpec,
-)
+from piflow_edge.bundle.manifest import FORMAT_VERSION, Manifest
+from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec
+from piflow_edge.conditioning import ClassLabels, TensorSpec, Unconditional
+from piflow_edge.policies import DXPolicySpec, GMPolicySpec
 from piflow_edge.runtime.generator import Generator
 
 SIDE = 4
@@ -64,22 +57,23 @@ class GaussianEngine:
 def gaussian_generator(engine=None, *, nfe=4, class_names=("0", "1"), h=0.0, policy=None, **provenance):
     """A generator without files around `engine`."""
     engine = engine or GaussianEngine()
-    names = ["x_t", "t", *(["class_labels"] if class_names else [])]
+    conditioner = ClassLabels(class_names) if class_names else Unconditional()
+    inputs = [TensorSpec(name, "float32", ("batch",)) for name in ("x_t", "t")]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name="gaussian",
         policy=policy or GMPolicySpec("gm", 1, 1e-4),
         schedule=ScheduleSpec(nfe, 1.0, 1.0, 32, h, 1.0),
-        network=NetworkSpec([TensorSpec(name, "float32", ["batch"]) for name in names], [], 1.0, 20),
-        conditioning=ConditioningSpec("class" if class_names else "none", list(class_names)),
+        conditioning=conditioner.to_json(),
         latent=LatentSpec("pixels", [1, SIDE, SIDE], 1.0, 0.0),
-        decoder=None,
+        axes={"batch": AxisSpec(1, None, 1)},
+        networks={"student": NetworkSpec("", [*inputs, *conditioner.inputs], [], {}, 20, {})},
+        assets={},
         precisions=["fp32"],
-        samplers=[],
-        files={},
+        tolerances={},
         license="",
         provenance=provenance,
-        tolerances={},
+        files={},
     )
     bundle = SimpleNamespace(
         name="gaussian",

@@ -3,7 +3,8 @@
 import dataclasses
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import FileSpec, manifest_bytes
+from piflow_edge.bundle.manifest import manifest_bytes
+from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.system.files import sha256
 
 from .protobuf import entry, fields_of, message

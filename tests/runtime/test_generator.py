@@ -11,7 +11,8 @@ import piflow_edge as pf
 from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
 from piflow_edge.bench.benchmark import distilled_guidance
 from piflow_edge.bundle.folder import NetworkFiles
-from piflow_edge.bundle.manifest import DecoderSpec, TensorSpec
+from piflow_edge.bundle.sections import NetworkSpec
+from piflow_edge.conditioning import TensorSpec
 from piflow_edge.errors import EngineError, NotFiniteError, ShapeError
 from piflow_edge.kernels.rollout import integrate
 from piflow_edge.noise import philox_normal
@@ -265,7 +266,8 @@ def test_nan_is_an_error_and_no_black_image():
 def test_nan_of_the_decoder_is_an_error_too(output, odd):
     bundle, last = gaussian_generator().bundle, 0.5
     tensors = [[TensorSpec(name, "float32", ["batch", 1, SIDE, SIDE])] for name in ("latents", "images")]
-    bundle.manifest = replace(bundle.manifest, decoder=DecoderSpec("mirror", *tensors, 20))
+    networks = {**bundle.manifest.networks, "decoder": NetworkSpec("mirror", *tensors, {}, 20, {})}
+    bundle.manifest = replace(bundle.manifest, networks=networks)
 
     def run(inputs):
         images = inputs["latents"].copy()
@@ -293,10 +295,10 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
         return SimpleNamespace(name="fast", device="gpu", close=lambda: closed.append(name))
 
     latents = gaussian_generator().bundle.manifest
-    outputs = [SimpleNamespace(name=name) for name in latents.policy.outputs]
-    manifest = replace(latents, decoder="one", network=replace(latents.network, outputs=outputs))
     bundle = SimpleNamespace(
-        name="b", manifest=manifest, read_network=lambda name, precision: NetworkFiles(name.encode(), {}, "b")
+        name="b",
+        manifest=replace(latents, networks={**latents.networks, "decoder": "one"}),
+        read_network=lambda name, precision: NetworkFiles(name.encode(), {}, "b"),
     )
     monkeypatch.setattr("piflow_edge.bundle.folder.Bundle", lambda folder, trusted_keys: bundle)
     monkeypatch.setattr("piflow_edge.runtime.loading.open_engine", open_engine)

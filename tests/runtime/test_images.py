@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from piflow_edge import PiFlowError
-from piflow_edge.bundle.manifest import LatentSpec
+from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.runtime.images import as_pil, decode, drawn_mask, encode, open_image
 
 GREY, COLOUR = LatentSpec("pixels", [1, 4, 6], 1.0, 0.0), LatentSpec("pixels", [3, 4, 6], 0.5, 0.25)

@@ -33,7 +33,7 @@ def test_names_types_and_shapes_are_those_of_the_graph(latent_bundle, tmp_path):
         name: (KINDS[kind], [] if reshaped else [int(n) for n in dims.split(",")])
         for name, kind, dims, reshaped in TENSOR.findall(config)
     }
-    assert told == graph and set(told) == {"noise", "class_labels", "latents", "images"}
+    assert told == graph and set(told) == {"noise", "labels", "latents", "images"}
 
 
 def test_the_config_is_read_by_tritons_own_schema(latent_bundle, tmp_path):
@@ -42,7 +42,7 @@ def test_the_config_is_read_by_tritons_own_schema(latent_bundle, tmp_path):
 
     folder = write_model(Bundle(latent_bundle), tmp_path, nfe=2)
     config = text_format.Parse((folder / "config.pbtxt").read_text(), schema.ModelConfig())
-    assert [tensor.name for tensor in config.input] == ["noise", "class_labels"]
+    assert [tensor.name for tensor in config.input] == ["noise", "labels"]
     assert config.HasField("dynamic_batching") and config.input[1].HasField("reshape")
 
 

@@ -25,8 +25,8 @@ class Decoding:
 
     def inputs(self, latents: Any) -> dict[str, Any]:
         """What the decoder is fed for latents (B, C, H, W) as the student gives them: scaled back."""
-        spec, (given,) = self._manifest.latent, self._manifest.decoder.inputs
-        return {given.name: latents / spec.scale + spec.shift}
+        (given,) = self._manifest.decoder.inputs
+        return {given.name: self._manifest.latent.restore(latents)}
 
     def images(self, latents: Any, *, as_float: bool, clock: Stopwatch) -> np.ndarray:
         """uint8 (B, H, W, C), or float32 from 0 to 1, in the host's memory, of latents (B, C, H, W).

@@ -1,0 +1,84 @@
+"""The networks of a bundle: exported in float32, then converted to every precision, and named as files."""
+
+from dataclasses import replace
+
+from piflow_edge.bundle.manifest import DECODER, STUDENT, Manifest, sampler_calls
+from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.distill.data.autoencoder import Autoencoder
+from piflow_edge.distill.sources import StudentModel
+from piflow_edge.engines import Graph
+from piflow_edge.errors import BundleError
+from piflow_edge.export.calibration import Calibration, Conversion
+from piflow_edge.export.decoder_graph import export_decoder
+from piflow_edge.export.large import named
+from piflow_edge.export.opset import lowered
+from piflow_edge.export.sampler_graph import export_sampler
+from piflow_edge.export.to_onnx import OPSET, network_graph
+
+# Name of a network -> its graph.
+Graphs = dict[str, Graph]
+
+
+def export_networks(student: StudentModel, manifest: Manifest, autoencoder: Autoencoder | None) -> Graphs:
+    """Return the networks that PyTorch has, in float32; a sampler graph is made of them.
+
+    Raises:
+        BundleError: a sampler graph is wanted of a network that is too large for one.
+        CheckFailedError: an exported graph is not valid ONNX.
+    """
+    graphs = {STUDENT: network_graph(student.network, manifest.conditioner.inputs)}
+    if graphs[STUDENT].weights and manifest.samplers:
+        raise BundleError(
+            "a sampler graph is one file of less than 2 GiB, and the network alone is larger; leave --sampler-graph out"
+        )
+    if autoencoder is not None:
+        graphs[DECODER] = Graph(export_decoder(autoencoder, manifest.latent.restored_shape))
+    return graphs
+
+
+def convert_networks(
+    exact: Graphs, manifest: Manifest, calibration: Calibration | None
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Return the manifest with the files of every network in every precision, and those files.
+
+    What a precision leaves in float32 is recorded in the provenance. A network that it leaves as it is shares its file
+    with fp32.
+
+    Args:
+        exact: the fp32 networks, but for sampler graphs.
+        manifest: a draft, whose `networks` have no files.
+        calibration: what converters measure with; None where there is fp32 only.
+    """
+    files: dict[str, bytes] = {}
+    kept: dict[str, dict] = {}
+    listed: dict[str, dict[str, list[str]]] = {name: {} for name in manifest.networks}
+    for precision in manifest.precisions:
+        convert = PRECISIONS[precision].load_converter()
+        converted = {name: convert(name, graph, calibration) for name, graph in exact.items()}
+        kept[precision] = {
+            name: one.kept for name, one in converted.items() if one.graph is not exact[name] or one.kept
+        }
+        for name in manifest.networks:
+            graph, tag = _graph_of(name, converted, exact, manifest, precision)
+            if f"{name}.{tag}.onnx" not in files:
+                files |= _name_files(graph, f"{name}.{tag}.onnx", manifest.networks[name].opset)
+            listed[name][precision] = [file for file in files if file.startswith(f"{name}.{tag}.onnx")]
+    networks = {name: replace(spec, files=listed[name]) for name, spec in manifest.networks.items()}
+    provenance = {**manifest.provenance, "kept_in_fp32": kept}
+    return replace(manifest, networks=networks, provenance=provenance), files
+
+
+def _graph_of(
+    name: str, converted: dict[str, Conversion], exact: Graphs, manifest: Manifest, precision: str
+) -> tuple[Graph, str]:
+    """A network in a precision, and the precision that its file is named for."""
+    calls = sampler_calls(name)
+    if calls is None:
+        return converted[name].graph, "fp32" if converted[name].graph is exact[name] else precision
+    decoder = converted[DECODER].graph.model if DECODER in converted else None
+    return Graph(export_sampler(converted[STUDENT].graph.model, manifest, calls, decoder)), precision
+
+
+def _name_files(graph: Graph, file: str, opset: int) -> dict[str, bytes]:
+    files = named(graph, file)
+    return files if opset == OPSET else files | {file: lowered(files[file])}

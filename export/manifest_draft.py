@@ -1,0 +1,153 @@
+"""What a manifest says of a student before its files are written."""
+
+import logging
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+
+from piflow_edge.bundle.manifest import (
+    DECODER,
+    FORMAT_VERSION,
+    STUDENT,
+    Manifest,
+    sampler_name,
+    sampler_tensors,
+)
+from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec
+from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner, TensorSpec, Unconditional
+from piflow_edge.distill.data.autoencoder import Autoencoder
+from piflow_edge.distill.networks.heads import head_to_json
+from piflow_edge.distill.sources import StudentModel
+from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.errors import BundleError, DataError
+from piflow_edge.export.decoder_graph import describe_decoder
+from piflow_edge.export.settings import ExportSettings
+from piflow_edge.policies import POLICIES
+
+log = logging.getLogger(__name__)
+
+
+def draft_manifest(
+    student: StudentModel, name: str, settings: ExportSettings, autoencoder: Autoencoder | None
+) -> Manifest:
+    """Return the manifest of a student's bundle, without files.
+
+    Raises:
+        BundleError: a student that takes labels without names, or the other way round.
+        DataError: another autoencoder than the student's latents are of.
+        ScheduleError: a number of `settings.samplers` out of range.
+    """
+    check_autoencoder(student, autoencoder)
+    conditioner = find_conditioner(student)
+    network, head = student.network, student.network.head
+    latent = _latent(student)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        name=name,
+        policy=POLICIES[head.kind](**head_to_json(head), eps=settings.eps),
+        schedule=ScheduleSpec(
+            nfe=student.nfes[-1],  # of several it was trained for, the best
+            shift=student.shift,
+            final_step_size_scale=student.final_step_size_scale,
+            total_substeps=student.total_substeps,
+            h=0.0,
+            temperature=settings.temperature,
+        ),
+        conditioning=conditioner.to_json(),
+        latent=latent,
+        axes={"batch": AxisSpec(1, None, 1)},
+        networks={STUDENT: _describe_student(student, conditioner, settings.opset)},
+        assets={},
+        precisions=list(settings.precisions),
+        tolerances={precision: PRECISIONS[precision].tolerances for precision in settings.precisions},
+        license=settings.license_name,
+        provenance={
+            **student.provenance,
+            **({"autoencoder": autoencoder.sha256} if autoencoder else {}),
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "versions": _versions(),
+        },
+        files={},
+    )
+    if autoencoder is not None:
+        manifest.networks[DECODER] = describe_decoder(autoencoder, latent.restored_shape, settings.opset)
+    for nfe in settings.samplers:
+        schedule = manifest.schedule.schedule(nfe=nfe)
+        tensors = sampler_tensors(schedule, latent.shape, manifest.image_shape, conditioner.inputs)
+        manifest.networks[sampler_name(nfe)] = NetworkSpec("", *tensors, {}, settings.opset, {})
+    return manifest
+
+
+def find_conditioner(student: StudentModel) -> Conditioner:
+    """Return what steers a student.
+
+    Raises:
+        BundleError: it takes labels and there are no names of classes, or the other way round.
+    """
+    takes_labels = "labels" in student.conditioning
+    if takes_labels != bool(student.class_names):
+        takes, has = ("labels", "no names of classes") if takes_labels else ("no labels", "names of classes")
+        raise BundleError(f"the student takes {takes}, but there are {has}; distil it again")
+    specs = [
+        TensorSpec(name, spec["dtype"], ("batch", *spec["shape"]))
+        for name, spec in student.conditioning.items()
+    ]
+    if takes_labels and len(specs) > 1:
+        raise BundleError(
+            f"a bundle's student takes labels or arrays; this one takes {', '.join(spec.name for spec in specs)}"
+        )
+    if takes_labels:
+        return ClassLabels(tuple(student.class_names))
+    return Arrays(tuple(specs)) if specs else Unconditional()
+
+
+def check_autoencoder(student: StudentModel, autoencoder: Autoencoder | None) -> None:
+    """Raise DataError unless the student's latents are of this autoencoder, where there is one."""
+    latent = student.latent
+    if autoencoder is None:
+        if latent is not None:
+            log.warning("the bundle will make latents, not images: no autoencoder was given for its decoder")
+        return
+    if latent is None:
+        raise DataError("the student makes pixels, which need no decoder; leave --autoencoder out")
+    ours = vars(autoencoder.latent) | {"channels": autoencoder.latent_channels}
+    theirs = {**latent, "channels": student.network.sample_shape[0]}
+    # The hash of an autoencoder that precomputed the latents is not known.
+    odd = [key for key, value in theirs.items() if value is not None and value != ours[key]]
+    if odd:
+        raise DataError(
+            f"the student was trained on latents of another autoencoder: {odd[0]} was {theirs[odd[0]]}, this one's is "
+            f"{ours[odd[0]]}; give the one they were made with"
+        )
+
+
+def _describe_student(student: StudentModel, conditioner: Conditioner, opset: int) -> NetworkSpec:
+    network = student.network
+    inputs = [
+        TensorSpec("x_t", "float32", ("batch", *network.sample_shape)),
+        TensorSpec("t", "float32", ("batch",)),
+        *conditioner.inputs,
+    ]
+    outputs = [
+        TensorSpec(output, "float32", ("batch", *shape))
+        for output, shape in zip(
+            network.head.outputs, network.head.output_shapes(network.sample_shape), strict=True
+        )
+    ]
+    return NetworkSpec(type(network).__name__, inputs, outputs, {}, opset, {})
+
+
+def _latent(student: StudentModel) -> LatentSpec:
+    latent = LatentSpec("pixels", list(student.network.sample_shape), 1.0, 0.0)
+    if student.latent is None:
+        return latent
+    return replace(latent, kind="latents", scale=student.latent["scale"], shift=student.latent["shift"])
+
+
+def _versions() -> dict[str, str]:
+    return {
+        **{package: version(package) for package in ("piflow-edge", "torch", "onnx", "onnxscript")},
+        "onnxruntime": import_onnxruntime().__version__,
+        "python": platform.python_version(),
+    }

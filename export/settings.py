@@ -1,0 +1,57 @@
+"""How a student is exported."""
+
+import math
+import numbers
+from dataclasses import dataclass
+
+from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.errors import BundleError, ScheduleError
+from piflow_edge.export.opset import OPSETS
+from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.schedule import check_temperature
+
+NO_LICENSE = (
+    "No licence was stated for these weights. Ask whoever gave them to you what you may do with them.\n"
+)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What a bundle is to hold beside the student.
+
+    Args:
+        name: of the bundle; None is the folder's.
+        temperature: of GM policies at every call but the last, 0 or more, recorded as the bundle's default; "auto" is
+            the published rule min(0.1 (nfe - 1), 1), 1 leaves the policies as they were trained.
+        eps: floor inside the policy at run time.
+        samplers: calls per image for which the whole sampler is written as one graph too.
+        precisions: of `PRECISIONS`; the first is what the bundle runs in unless asked. The decoder of int8 is fp32.
+        opset: of all graphs: 18, or 17 for TensorRT 8.5 and 8.6.
+        license_text, license_name: content of LICENSE, and its short name for the manifest.
+
+    Raises:
+        ScheduleError: `temperature` or `eps` out of range.
+        BundleError: precisions or an opset that are not known.
+    """
+
+    name: str | None = None
+    temperature: float | str = "auto"
+    eps: float = 1e-4
+    samplers: tuple[int, ...] = ()
+    precisions: tuple[str, ...] = ("fp32",)
+    opset: int = OPSET
+    license_text: str = NO_LICENSE
+    license_name: str = "unstated"
+
+    def __post_init__(self):
+        object.__setattr__(self, "samplers", tuple(sorted(set(self.samplers))))
+        object.__setattr__(self, "precisions", tuple(dict.fromkeys(self.precisions)))
+        if not (isinstance(self.eps, numbers.Real) and 0 < self.eps < math.inf):
+            raise ScheduleError(f"eps is above 0, and finite; got {self.eps!r}")
+        check_temperature(self.temperature)
+        if not self.precisions or not set(self.precisions) <= set(PRECISIONS):
+            raise BundleError(
+                f"precisions are of {', '.join(PRECISIONS)}; got {', '.join(self.precisions) or 'none'}"
+            )
+        if self.opset not in OPSETS:
+            raise BundleError(f"opset is {' or '.join(map(str, OPSETS))}; got {self.opset!r}")

@@ -1,0 +1,74 @@
+"""A manifest in words, for people."""
+
+from piflow_edge.conditioning import TensorSpec
+
+from .manifest import Manifest
+from .sections import AxisSpec
+
+
+def describe_manifest(manifest: Manifest) -> dict[str, str]:
+    """Return what a bundle is, topic by topic."""
+    schedule, latent = manifest.schedule, manifest.latent
+    policy = {key: value for key, value in vars(manifest.policy).items() if key != "kind"}
+    scaled = f", scale {latent.scale}, shift {latent.shift}" if latent.kind == "latents" else ""
+    scaled += f", packed {latent.packing} x {latent.packing}" if latent.packing > 1 else ""
+    return {
+        "network calls per image": str(schedule.nfe),
+        "policy": f"{manifest.policy.kind}: {', '.join(f'{key} {value}' for key, value in policy.items())}",
+        "schedule": f"shift {schedule.shift}, {schedule.total_substeps} substeps, h {schedule.h}, "
+        f"temperature {schedule.temperature}",
+        latent.kind: _shape(latent.shape) + scaled,
+        "images": _shape(manifest.image_shape) if manifest.image_shape else "none, without a decoder",
+        "conditioning": manifest.conditioner.summarize(),
+        "axes": "\n".join(f"{name}: {_range(axis)}" for name, axis in manifest.axes.items()),
+        "assets": "\n".join(f"{name}: {file}" for name, file in manifest.assets.items()) or "none",
+        "precisions": ", ".join(manifest.precisions),
+        "kept in fp32": "\n".join(_kept(manifest.provenance.get("kept_in_fp32", {}))) or "nothing",
+        "parameters": f"{manifest.provenance.get('parameters', 0):,}",
+        "files": "\n".join(f"{name}  {spec.size:,} bytes" for name, spec in manifest.files.items()),
+        "licence": manifest.license,
+        "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
+    }
+
+
+def describe_networks(manifest: Manifest) -> list[tuple[str, str, str, str, str]]:
+    """Return for each network its name, inputs, outputs and what they feed, opset, and files of every precision."""
+    rows = []
+    for name, network in manifest.networks.items():
+        outputs = [
+            f"{spec} -> {', '.join(fed)}" if (fed := network.feeds.get(spec.name)) else str(spec)
+            for spec in network.outputs
+        ]
+        files = [f"{precision}: {', '.join(names)}" for precision, names in network.files.items()]
+        kind = f"{name}\n({network.kind})" if network.kind else name
+        rows.append((kind, _lines(network.inputs), "\n".join(outputs), str(network.opset), "\n".join(files)))
+    return rows
+
+
+def _lines(specs: list[TensorSpec]) -> str:
+    return "\n".join(map(str, specs))
+
+
+def _range(axis: AxisSpec) -> str:
+    if axis.max == axis.min:
+        return str(axis.min)
+    multiple = f", multiples of {axis.multiple_of}" if axis.multiple_of > 1 else ""
+    return f"{axis.min} and more{multiple}" if axis.max is None else f"{axis.min} to {axis.max}{multiple}"
+
+
+def _shape(sizes: list[int]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _kept(by_precision: dict) -> list[str]:
+    """One line for each graph of which nodes stay in float32; the manifest names them all."""
+    lines = []
+    for precision, graphs in by_precision.items():
+        for graph, nodes in graphs.items():
+            if nodes == "all":
+                lines.append(f"{precision}, {graph}: everything")
+            elif nodes:
+                node, reason = next(iter(nodes.items()))
+                count = f"{len(nodes)} nodes, such as" if len(nodes) > 1 else "one node:"
+                lines.append(f"{precision}, {graph}: {count} {node} ({reason})")
+    return lines

@@ -1,0 +1,64 @@
+"""What a graph can be exported in: the one registry of precisions.
+
+To add one, write an entry here, and the function that converts a graph where the entry says; see docs/extending.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from .sections import ToleranceSpec
+
+
+@dataclass(frozen=True)
+class Precision:
+    """All that a precision must say of itself.
+
+    `name`: in options and file names. `tolerances`: what `verify` allows, where a bundle is exported. `builder_types`:
+    number types that a weakly typed TensorRT must be allowed, of its own flags. `operators_tensorrt_lacks`: those that
+    its graphs are made of and TensorRT has not; "" where it takes them.
+    `converter`: "module:function" that is called with a network's name, its fp32 graph and a `Calibration`, and returns
+    a `Conversion`; a text, because it needs packages that a runtime does not.
+    """
+
+    name: str
+    tolerances: ToleranceSpec
+    converter: str
+    builder_types: tuple[str, ...] = ()
+    operators_tensorrt_lacks: tuple[str, ...] = ()
+
+    def load_converter(self) -> Callable[..., Any]:
+        """Import the function that `converter` names."""
+        module, _, function = self.converter.partition(":")
+        return getattr(import_module(module), function)
+
+
+# Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
+# network of a few blocks; the policy divides by noise levels down to 1/128; one grey level may round the other way.
+# A sampler graph is held to the runtime, which runs the same network.
+_FP32 = ToleranceSpec(outputs=1e-4, velocities=1e-4, latents=1e-3, samplers=1e-4, images=1, psnr=50.0)
+# What is promised of fp16 and int8 is the PSNR of whole images. The largest single errors are bounded loosely: rounding
+# of 11 or 7 bits adds up over the layers, and calls feed each other. Policies are float32 in every precision. Where a
+# rounding falls the other way, a sampler graph and the runtime part by as much.
+_FP16 = ToleranceSpec(outputs=0.02, velocities=1e-4, latents=0.05, samplers=0.05, images=4, psnr=40.0)
+_INT8 = ToleranceSpec(outputs=0.2, velocities=1e-4, latents=0.5, samplers=0.1, images=1, psnr=30.0)
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32", _FP32, "piflow_edge.export.calibration:keep_fp32"),
+        Precision("fp16", _FP16, "piflow_edge.export.fp16:convert_network", builder_types=("fp16",)),
+        # Scales activations as they come. Its operators are ONNX's, not TensorRT's: "N" in the operator tables of
+        # onnx-tensorrt (docs/operators.md of 8.4 and of 10.15; those of TensorRT-RTX and 11 were not at hand, and are
+        # taken to be the same).
+        Precision(
+            "int8",
+            _INT8,
+            "piflow_edge.export.int8:convert_network",
+            operators_tensorrt_lacks=("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"),
+        ),
+        # Scales activations by calibration.
+        Precision("int8-qdq", _INT8, "piflow_edge.export.int8:convert_network_qdq", builder_types=("int8",)),
+    )
+}

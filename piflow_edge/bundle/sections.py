@@ -1,0 +1,145 @@
+"""The sections of `bundle.json`: plain data, each of which says what its numbers mean."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import numpy as np
+from array_api_compat import device
+
+from piflow_edge.arrays import Array, array_namespace
+from piflow_edge.conditioning import TensorSpec
+from piflow_edge.schedule import Schedule, published_temperature
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """The schedule the student was trained for; see `Schedule`.
+
+    `temperature`: of a GM policy at every call but the last; 1 leaves it as it was trained, "auto" is the published
+    rule, which depends on the number of calls.
+    """
+
+    nfe: int
+    shift: float
+    final_step_size_scale: float
+    total_substeps: int
+    h: float | str
+    temperature: float | str
+
+    def schedule(self, **changes) -> Schedule:
+        """The schedule itself, with `changes` such as `nfe=2`."""
+        settings = asdict(self) | changes
+        del settings["temperature"]
+        return Schedule(**settings)
+
+    def temperature_of(self, nfe: int) -> float:
+        """The temperature, a number, for `nfe` calls per image."""
+        return published_temperature(nfe) if self.temperature == "auto" else self.temperature
+
+
+@dataclass(frozen=True)
+class AxisSpec:
+    """How long a named axis may be: from `min` to `max`, a multiple of `multiple_of`. No `max` is any length."""
+
+    min: int
+    max: int | None
+    multiple_of: int
+
+    def holds(self, length: int) -> bool:
+        """Return True if the axis may be this long."""
+        return (
+            self.min <= length and (self.max is None or length <= self.max) and length % self.multiple_of == 0
+        )
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """One graph. `kind`: class of the module it was exported from, for people.
+
+    `feeds`: output -> inputs of other networks that it goes to, each as "network/input". `opset`: ONNX's. `files`: of
+    every precision of the bundle: the .onnx file, and after it those that it keeps weights in. Networks, and
+    precisions, may share a file.
+    """
+
+    kind: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    feeds: dict[str, list[str]]
+    opset: int
+    files: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The state that is sampled: `shape` (C, H, W), as the student sees it.
+
+    `kind`: "pixels" are images, -1 black to 1 white; of "latents" a decoder makes images. `restore` says what `scale`,
+    `shift`, `mean`, `deviation` and `packing` are. `mean` and `deviation` have a number for every channel, or none.
+    """
+
+    kind: Literal["pixels", "latents"]
+    shape: list[int]
+    scale: float
+    shift: float
+    mean: list[float] = field(default_factory=list)
+    deviation: list[float] = field(default_factory=list)
+    packing: int = 1
+
+    @property
+    def is_plain(self) -> bool:
+        """True if `restore` changes nothing."""
+        return self.scale == 1 and self.shift == 0 and not self.mean and self.packing == 1
+
+    @property
+    def restored_shape(self) -> list[int]:
+        """(C, H, W) of what `restore` returns."""
+        channels, height, width = self.shape
+        return [channels // self.packing**2, height * self.packing, width * self.packing]
+
+    def restore(self, states: Array) -> Array:
+        """Return the pixels, or what the decoder takes, of states (B, C, H, W).
+
+        That is `states / scale + shift`, then times `deviation` plus `mean` of each channel. Last, each `packing` ** 2
+        channels become a square of one channel.
+        """
+        if self.is_plain:
+            return states
+        states = states / self.scale + self.shift
+        if self.mean:
+            deviation, mean = (self._of_channels(numbers, states) for numbers in (self.deviation, self.mean))
+            states = states * deviation + mean
+        return states if self.packing == 1 else self._unpack(states)
+
+    def _of_channels(self, numbers: list[float], like: Array) -> Array:
+        shaped = np.array(numbers, np.float32).reshape(1, -1, 1, 1)
+        return array_namespace(like).asarray(shaped, device=device(like))
+
+    def _unpack(self, states: Array) -> Array:
+        xp, side, (height, width) = array_namespace(states), self.packing, self.shape[1:]
+        squares = xp.reshape(states, (-1, side, side, height, width))
+        rows = xp.permute_dims(squares, (0, 3, 1, 4, 2))
+        return xp.reshape(rows, (len(states), *self.restored_shape))
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Checksum and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class ToleranceSpec:
+    """Largest error `verify` accepts, relative to the golden array's largest value; images in levels of 255.
+
+    `samplers`: of the latents that the sampler graphs make. `psnr`: least agreement in dB of whole images, or of
+    latents where there are none, with those drawn from the same noise in PyTorch.
+    """
+
+    outputs: float
+    velocities: float
+    latents: float
+    samplers: float
+    images: int
+    psnr: float
