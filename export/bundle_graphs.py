@@ -53,7 +53,7 @@ def convert_networks(
     kept: dict[str, dict] = {}
     listed: dict[str, dict[str, list[str]]] = {name: {} for name in manifest.networks}
     for precision in manifest.precisions:
-        convert = PRECISIONS[precision].load_converter()
+        convert = PRECISIONS[precision].load_converter(__package__)
         converted = {name: convert(name, graph, calibration) for name, graph in exact.items()}
         kept[precision] = {
             name: one.kept for name, one in converted.items() if one.graph is not exact[name] or one.kept

@@ -18,8 +18,8 @@ class Precision:
     `name`: in options and file names. `tolerances`: what `verify` allows, where a bundle is exported. `builder_types`:
     number types that a weakly typed TensorRT must be allowed, of its own flags. `operators_tensorrt_lacks`: those that
     its graphs are made of and TensorRT has not; "" where it takes them.
-    `converter`: "module:function" that is called with a network's name, its fp32 graph and a `Calibration`, and returns
-    a `Conversion`; a text, because it needs packages that a runtime does not.
+    `converter`: "module:function" in the room that exports. It is called with a network's name, its fp32 graph and a
+    `Calibration`, and returns a `Conversion`. A text, because it needs packages that a runtime does not.
     """
 
     name: str
@@ -28,10 +28,10 @@ class Precision:
     builder_types: tuple[str, ...] = ()
     operators_tensorrt_lacks: tuple[str, ...] = ()
 
-    def load_converter(self) -> Callable[..., Any]:
-        """Import the function that `converter` names."""
+    def load_converter(self, room: str) -> Callable[..., Any]:
+        """Import the function that `converter` names from the package `room`."""
         module, _, function = self.converter.partition(":")
-        return getattr(import_module(module), function)
+        return getattr(import_module(f"{room}.{module}"), function)
 
 
 # Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
@@ -47,18 +47,18 @@ _INT8 = ToleranceSpec(outputs=0.2, velocities=1e-4, latents=0.5, samplers=0.1, i
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision("fp32", _FP32, "piflow_edge.export.calibration:keep_fp32"),
-        Precision("fp16", _FP16, "piflow_edge.export.fp16:convert_network", builder_types=("fp16",)),
+        Precision("fp32", _FP32, "calibration:keep_fp32"),
+        Precision("fp16", _FP16, "fp16:convert_network", builder_types=("fp16",)),
         # Scales activations as they come. Its operators are ONNX's, not TensorRT's: "N" in the operator tables of
         # onnx-tensorrt (docs/operators.md of 8.4 and of 10.15; those of TensorRT-RTX and 11 were not at hand, and are
         # taken to be the same).
         Precision(
             "int8",
             _INT8,
-            "piflow_edge.export.int8:convert_network",
+            "int8:convert_network",
             operators_tensorrt_lacks=("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"),
         ),
         # Scales activations by calibration.
-        Precision("int8-qdq", _INT8, "piflow_edge.export.int8:convert_network_qdq", builder_types=("int8",)),
+        Precision("int8-qdq", _INT8, "int8:convert_network_qdq", builder_types=("int8",)),
     )
 }

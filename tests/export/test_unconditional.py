@@ -83,7 +83,11 @@ def test_labels_and_no_count_are_refused(folder, given):
     [
         ({"labels": {"shape": [], "dtype": "int64"}}, (), "takes labels, but there are no names"),
         ({}, ("a", "b"), "takes no labels, but there are names of classes"),
-        ({"text": {"shape": [4], "dtype": "float32"}}, (), "takes labels or nothing; this one takes text"),
+        (
+            {"labels": {"shape": [], "dtype": "int64"}, "text": {"shape": [4], "dtype": "float32"}},
+            ("a", "b"),
+            "takes labels or arrays; this one takes labels, text",
+        ),
     ],
 )
 def test_classes_and_conditioning_must_fit(tmp_path, conditioning, class_names, problem):
