@@ -96,7 +96,7 @@ def contenders(teacher, student, bundle, engine, options):
     # As DiTPipeline draws it, so that all start from the same noise.
     noise = torch.randn((count, *teacher.sample_shape), generator=torch.Generator().manual_seed(0))
     ids = torch.from_numpy(labels)
-    exported = EngineTeacher(engine, ClassLabels(tuple(map(str, range(num_classes))), "class_labels"))
+    exported = EngineTeacher(engine, ClassLabels(tuple(map(str, range(num_classes)))))
     in_torch = GuidedTeacher(teacher, GuidanceConfig(GUIDANCE_SCALE))
 
     def student_in_torch():
@@ -106,7 +106,7 @@ def contenders(teacher, student, bundle, engine, options):
 
     teachers = {
         "ONNX Runtime": lambda: exported.sample(
-            noise.numpy(), {"class_labels": labels}, steps, guidance_scale=GUIDANCE_SCALE
+            noise.numpy(), {"labels": labels}, steps, guidance_scale=GUIDANCE_SCALE
         ),
         "PyTorch": lambda: in_torch.sample(noise, steps, labels=ids).numpy(),
     }

@@ -22,7 +22,7 @@ from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import BundleError, DataError
 from piflow_edge.export.decoder_graph import describe_decoder
-from piflow_edge.export.settings import ExportSettings
+from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.policies import POLICIES
 
 log = logging.getLogger(__name__)

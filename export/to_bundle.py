@@ -26,9 +26,9 @@ from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export.bundle_graphs import convert_networks, export_networks
 from piflow_edge.export.calibration import ENGINE, Calibration
+from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.manifest_draft import draft_manifest
 from piflow_edge.export.parity import golden_file, golden_images, golden_samples
-from piflow_edge.export.settings import ExportSettings
 from piflow_edge.runtime.images import as_pil
 from piflow_edge.runtime.loading import load
 from piflow_edge.runtime.pictures import image_grid, png_bytes

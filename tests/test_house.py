@@ -43,7 +43,6 @@ KNOWN_IMPORTS = {
     "distill.teacher -> runtime",
     "doctor.examination -> kernels",
     "doctor.nvidia_findings -> kernels",
-    "export.to_bundle -> package",
 }
 KNOWN_CIRCLES = {
     "engines.ort_compile <-> engines.ort_cuda",

@@ -84,7 +84,7 @@ def export(
     from piflow_edge.bundle.signature import SigningKey
     from piflow_edge.distill.data.autoencoder import load_autoencoder
     from piflow_edge.distill.sources import load_student
-    from piflow_edge.export.settings import NO_LICENSE
+    from piflow_edge.export.export_settings import NO_LICENSE
     from piflow_edge.export.to_bundle import export_bundle
 
     try:

@@ -94,7 +94,7 @@ def test_what_is_named_twice_is_measured_once():
     assert len(bench.bench([demo_bundle()], config).rows) == 1
 
 
-DIGITS = ClassLabels(tuple("0123456789"), "class_labels")
+DIGITS = ClassLabels(tuple("0123456789"))
 
 
 class TestTeacher:

@@ -15,7 +15,18 @@ def seal(folder, name, data):
     manifest = Bundle(folder).manifest
     (folder / name).write_bytes(data)
     files = {**manifest.files, name: FileSpec(sha256(data), len(data))}
-    (folder / "bundle.json").write_bytes(manifest_bytes(dataclasses.replace(manifest, files=files)))
+    networks = {key: _list_beside(network, name) for key, network in manifest.networks.items()}
+    sealed = dataclasses.replace(manifest, files=files, networks=networks)
+    (folder / "bundle.json").write_bytes(manifest_bytes(sealed))
+
+
+def _list_beside(network, name):
+    """The network with a new file of weights beside the graph that it is named for."""
+    files = {
+        precision: [*listed, name] if f"{listed[0]}.data" == name and name not in listed else listed
+        for precision, listed in network.files.items()
+    }
+    return dataclasses.replace(network, files=files)
 
 
 def move_weight_out(model, location):
