@@ -1,15 +1,38 @@
-"""Bytes of a `bundle.json` -> manifest, of every format that this release reads."""
+"""Bytes of a `bundle.json` -> manifest, of every format that this release reads, if it holds together.
+
+What is checked: files, networks and what flows between them, numbers in range.
+"""
 
 import json
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from piflow_edge.errors import BundleError
+from piflow_edge.conditioning import TensorSpec
+from piflow_edge.errors import BundleError, PiFlowError
+from piflow_edge.schedule import is_temperature
 from piflow_edge.system.files import sha256
 
 from .format4 import read_format_4
-from .manifest import FORMAT_VERSION, MANIFEST, Manifest
-from .manifest_checks import check_manifest
+from .manifest import (
+    DECODER,
+    FORMAT_VERSION,
+    GOLDEN,
+    LICENSE,
+    MANIFEST,
+    PREVIEW,
+    SIGNATURE,
+    STUDENT,
+    Manifest,
+    sampler_calls,
+)
+from .sections import LatentSpec, NetworkSpec
 from .typed_json import read_typed, write_json
+
+Shape = tuple[int | str, ...]
+
+_ENCODER = re.compile(r"encoder\.[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
 def _read_format_5(body: dict, place: str) -> Manifest:
@@ -44,5 +67,143 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
     # Byte for byte: a changed space is an altered file too.
     if data != rewritten or digest != sha256(write_json(body)):
         raise BundleError(f"{place} does not match its own checksum; copy the bundle again or re-export")
-    check_manifest(manifest, place)
+    _check_manifest(manifest, place)
     return manifest
+
+
+def _check_manifest(manifest: Manifest, place: Path) -> None:
+    """Raise BundleError for the first thing that does not hold; `place` is named in it."""
+    for problem in _problems(manifest):
+        raise BundleError(f"{place} {problem}")
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    yield from _problems_of_files(manifest)
+    yield from _problems_of_axes(manifest)
+    yield from _problems_of_feeds(manifest)
+    if problem := _problem_of_images(manifest):
+        yield f"has latents and a decoder that do not fit each other: {problem}; export again"
+    yield from _problems_of_student(manifest)
+    yield from _problems_of_numbers(manifest)
+
+
+def _problems_of_files(manifest: Manifest) -> Iterator[str]:
+    for name in manifest.files:
+        if Path(name).name != name or name in (MANIFEST, SIGNATURE, ".", ".."):
+            yield f"lists a file outside its folder: {name!r}"
+    if STUDENT not in manifest.networks:
+        yield "has no student; export again"
+    for name, network in manifest.networks.items():
+        if name not in (STUDENT, DECODER) and sampler_calls(name) is None and not _ENCODER.fullmatch(name):
+            yield f"has a network of an unknown kind: {name!r}; it was altered or made by another release"
+        if list(network.files) != manifest.precisions or not all(network.files.values()):
+            yield f"must name files of {name} for each of its precisions, in their order; export again"
+    if not manifest.precisions or len(set(manifest.precisions)) < len(manifest.precisions):
+        yield "lacks a precision, or has one twice; export again"
+    if sorted(manifest.tolerances) != sorted(manifest.precisions):
+        yield "must state tolerances for each of its precisions; export again"
+    named = {
+        file for network in manifest.networks.values() for files in network.files.values() for file in files
+    }
+    named |= {*manifest.assets.values(), GOLDEN}
+    if lacking := sorted(named - manifest.files.keys()):
+        yield f"lacks {', '.join(lacking)}; copy the bundle again"
+    if unnamed := sorted(manifest.files.keys() - named - {LICENSE, PREVIEW}):
+        yield f"has the file {unnamed[0]}, but nothing that it belongs to; copy the bundle again"
+
+
+def _problems_of_axes(manifest: Manifest) -> Iterator[str]:
+    for name, axis in manifest.axes.items():
+        if axis.min < 1 or axis.multiple_of < 1 or (axis.max is not None and axis.max < axis.min):
+            yield f"has an axis {name!r} without a length; export again"
+    for name, network in manifest.networks.items():
+        for spec in (*network.inputs, *network.outputs):
+            for length in spec.shape:
+                if isinstance(length, str) and length not in manifest.axes:
+                    yield f"has an axis {length!r} in {spec.name} of {name}, and no range of it; export again"
+                if isinstance(length, int) and length < 1:
+                    yield f"has {spec.name} of {name} with an axis of {length}; export again"
+
+
+def _problems_of_feeds(manifest: Manifest) -> Iterator[str]:
+    for name, network in manifest.networks.items():
+        for output, targets in network.feeds.items():
+            for target in targets:
+                made, taken = _tensor(network.outputs, output), _input(manifest, target)
+                if made is None or taken is None or not _fit(made.shape, taken.shape):
+                    yield f"feeds {output} of {name} to {target!r}, which does not take it; export again"
+
+
+def _fit(made: Shape, taken: Shape) -> bool:
+    """Return True if an array of the one shape may be one of the other: where both have a number, it is the same."""
+    return len(made) == len(taken) and all(
+        a == b or isinstance(a, str) or isinstance(b, str) for a, b in zip(made, taken, strict=True)
+    )
+
+
+def _input(manifest: Manifest, target: str) -> TensorSpec | None:
+    name, _, tensor = target.partition("/")
+    return _tensor(manifest.networks[name].inputs, tensor) if name in manifest.networks else None
+
+
+def _tensor(specs: list[TensorSpec], name: str) -> TensorSpec | None:
+    return next((spec for spec in specs if spec.name == name), None)
+
+
+def _problem_of_images(manifest: Manifest) -> str | None:
+    latent, decoder = manifest.latent, manifest.decoder
+    if len(latent.shape) != 3 or min(latent.shape) < 1:
+        return f"states of the shape {latent.shape}"
+    if latent.packing < 1 or latent.shape[0] % latent.packing**2:
+        return f"a packing of {latent.packing} in {latent.shape[0]} channels"
+    if len(latent.mean) != len(latent.deviation) or len(latent.mean) not in (0, latent.shape[0]):
+        return (
+            f"{len(latent.mean)} means and {len(latent.deviation)} deviations of {latent.shape[0]} channels"
+        )
+    if latent.kind == "pixels" and (decoder or latent.mean or latent.packing > 1):
+        return "pixels, and a decoder or what latents have"
+    if latent.kind == "pixels":
+        return _problem_of_channels(latent.shape[0])
+    return None if decoder is None else _problem_of_decoder(latent, decoder)
+
+
+def _problem_of_decoder(latent: LatentSpec, decoder: NetworkSpec) -> str | None:
+    inputs, outputs = ([spec.shape for spec in specs] for specs in (decoder.inputs, decoder.outputs))
+    if inputs != [("batch", *latent.restored_shape)]:
+        return f"a decoder of {inputs}, and latents of {latent.restored_shape}"
+    if len(outputs) != 1 or len(outputs[0]) != 4 or not all(isinstance(n, int) for n in outputs[0][1:]):
+        return f"a decoder that makes {outputs}"
+    return _problem_of_channels(outputs[0][1])
+
+
+def _problem_of_channels(channels: int | str) -> str | None:
+    return None if channels in (1, 3) else f"images of {channels} channels"
+
+
+def _problems_of_student(manifest: Manifest) -> Iterator[str]:
+    try:
+        steering = manifest.conditioner.inputs
+    except PiFlowError as error:
+        yield f"has unusable conditioning: {error}"
+        return
+    student, policy = manifest.student, manifest.policy
+    state = ("batch", *manifest.latent.shape)
+    expected = [TensorSpec("x_t", "float32", state), TensorSpec("t", "float32", ("batch",)), *steering]
+    if student.inputs != expected:
+        yield "has conditioning and network inputs that do not fit; export again"
+    if {spec.name for spec in student.outputs} != set(policy.outputs):
+        outputs = ", ".join(policy.outputs)
+        yield f"has a {policy.kind.upper()} policy, whose student returns {outputs}, and another student; export again"
+
+
+def _problems_of_numbers(manifest: Manifest) -> Iterator[str]:
+    try:
+        for nfe in (manifest.schedule.nfe, *manifest.samplers):
+            manifest.schedule.schedule(nfe=nfe)
+    except PiFlowError as error:
+        yield f"has an unusable schedule: {error}"
+    latent = manifest.latent
+    numbers = (latent.scale, latent.shift, *latent.mean, *latent.deviation)
+    finite = all(map(math.isfinite, numbers)) and latent.scale != 0 and 0 not in latent.deviation
+    if not (manifest.policy.eps > 0 and finite and is_temperature(manifest.schedule.temperature)):
+        yield "has an eps, temperature or latent scale out of range; export again"
