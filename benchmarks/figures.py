@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.tables import table
-from piflow_edge.system.plots import number
+from piflow_edge.bench.tables import format_number
 
 Results = Mapping[str, Mapping]
 
@@ -79,7 +79,7 @@ def gain(found: Mapping) -> Iterator[tuple[str, str]]:
         calls, samples = line["speedup / ratio of calls"], line["speedup / ratio of sample runs"]
         yield (
             f"one-call student against its guided {found['steps']}-step teacher, both on {OURS}: {line['network']} of "
-            f"{line['parameters'] / 1e6:.1f} M weights, {number(line['ms'][ONE_CALL])} ms a call",
+            f"{line['parameters'] / 1e6:.1f} M weights, {format_number(line['ms'][ONE_CALL])} ms a call",
             f"{line['speedup'][OURS]:.0f} ×: {calls:.2f} × the ratio of calls, {samples:.2f} × that of samples run; "
             + "; ".join(rivals),
         )
@@ -131,9 +131,10 @@ def rollout(ms: Mapping[str, float]) -> str:
         best[kind] = min(value, best.get(kind, value))
     ours = best.pop("kernel")
     others = "; ".join(
-        f"{RIVALS[name]} {number(value)} ms ({number(value / ours)} ×)" for name, value in best.items()
+        f"{RIVALS[name]} {format_number(value)} ms ({format_number(value / ours)} ×)"
+        for name, value in best.items()
     )
-    return f"{number(ours)} ms; {others}"
+    return f"{format_number(ours)} ms; {others}"
 
 
 def precisions(found: Results) -> str:

@@ -17,6 +17,7 @@ import piflow_edge as pf
 from benchmarks.timing import answer, parser
 from piflow_edge.bench.benchmark import bench
 from piflow_edge.bench.config import BenchConfig, TeacherConfig
+from piflow_edge.bench.plots import Series, draw_chart
 from piflow_edge.commands.demo import DIGITS_TEMPERATURE, shipped_teacher
 from piflow_edge.distill.data.datasets import load_images
 from piflow_edge.distill.loop.checkpoint import load_checkpoint
@@ -30,7 +31,6 @@ from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.files import write_atomic
-from piflow_edge.system.plots import Series, chart
 
 
 class Judge:
@@ -77,7 +77,7 @@ def picture(lines, teachers):
         series.append(Series(f"student, {precision}", points, [] if series else labels))
     points = [(line["ms"], line["fid"]) for line in teachers]
     series.append(Series("teacher", points, [f"{line['steps']} steps" for line in teachers], line=True))
-    return chart(
+    return draw_chart(
         series,
         title="calls x substeps",
         x_label="ms per image, one at a time",

@@ -16,11 +16,11 @@ import numpy as np
 from benchmarks.networks import LARGE, student_of, teacher_of
 from benchmarks.timing import answer, growth, parser, rounds_of
 from piflow_edge import GMPolicy, rollout
+from piflow_edge.bench.plots import Series, draw_chart
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.export.to_onnx import export_network
 from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.files import write_atomic
-from piflow_edge.system.plots import Series, chart
 
 # Held while another one grows.
 MIDDLE = {"side": 64, "batch": 1, "components": 8, "substeps": 128}
@@ -83,7 +83,7 @@ def picture(lines):
     ]
     largest = max(size for one in lines for size, _ in relative(one))
     series.append(Series("in proportion", [(1, 1), (largest, largest)], line=True))
-    return chart(
+    return draw_chart(
         series,
         title="fitted exponents",
         x_label="times its smallest size, of a side in pixels",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from piflow_edge.system.plots import number
+from piflow_edge.bench.tables import format_number
 
 Cell = str | float | int | None
 
@@ -15,7 +15,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def cell(value: Cell) -> str:
     if value is None:
         return "–"
-    return value if isinstance(value, str) else number(value)
+    return value if isinstance(value, str) else format_number(value)
 
 
 def percent(value: float) -> str:
@@ -23,7 +23,7 @@ def percent(value: float) -> str:
 
 
 def times(value: float) -> str:
-    return f"{number(value)} ×"
+    return f"{format_number(value)} ×"
 
 
 def verdict(holds: bool) -> str:
@@ -52,18 +52,18 @@ def startup(found: Mapping) -> str:
     budgets = [("import of the package over NumPy's", times(ratio), "≤ 1.5 ×", verdict(ratio <= 1.5))]
     if "first image" in found["ms"]:
         first, held = found["ms"]["first image"], found.get("memory_mb", {})
-        budgets.append(("first image", f"{number(first)} ms", "≤ 1000 ms", verdict(first <= 1000)))
+        budgets.append(("first image", f"{format_number(first)} ms", "≤ 1000 ms", verdict(first <= 1000)))
         for name, memory in held.items():
             if memory:
                 ours = name == "first image"
                 limit = ("≤ 150 MB", verdict(memory["resident"] <= 150)) if ours else (None, None)
-                budgets.append((f"held after: {name}", f"{number(memory['resident'])} MB", *limit))
+                budgets.append((f"held after: {name}", f"{format_number(memory['resident'])} MB", *limit))
     return text + "\n\n" + table(["", "measured", "budget", ""], budgets)
 
 
 def installed_size(found: Mapping) -> str:
     rows = [
-        (name, size["mb"], ", ".join(f"{part} {number(mb)}" for part, mb in size["largest"].items()))
+        (name, size["mb"], ", ".join(f"{part} {format_number(mb)}" for part, mb in size["largest"].items()))
         for name, size in found["sizes"].items()
     ]
     text = table(["environment", "MB", "of these the largest"], rows)
@@ -109,7 +109,7 @@ def scaling(found: Mapping) -> str:
     rows = [
         (one["what"], "pixels" if one["axis"] == "side" else one["axis"],
          f"{one['sizes'][0]} to {one['sizes'][-1]}" + (" a side" if one["axis"] == "side" else ""),
-         f"{number(one['ms'][0])} to {number(one['ms'][-1])}", one["fixed"], f"{one['exponent']:.2f}",
+         f"{format_number(one['ms'][0])} to {format_number(one['ms'][-1])}", one["fixed"], f"{one['exponent']:.2f}",
          None if one["low"] is None else f"{one['low']:.2f} to {one['high']:.2f}", percent(one["off"]),
          ", ".join(f"{exponent:.2f}" for exponent in one["local"]))
         for one in found["lines"]

@@ -68,7 +68,7 @@ def counts(context, parameter, text: str | None) -> list[int] | None:
               help="Of the teacher; else the first bundle's.")  # fmt: skip
 @click.option("--csv", "csv_file", type=FILE, callback=writable, help="Also write a table here.")
 @click.option("--plot", type=FILE, callback=writable,
-              help="Also write a PNG here: latency against quality, or where time goes.")  # fmt: skip
+              help="Write a PNG here: latency against quality, or where time goes. Needs matplotlib.")  # fmt: skip
 @click.option(
     "--evaluation", type=FILE, help="evaluation.json of evaluate --out, with the quality for --plot."
 )
@@ -90,15 +90,18 @@ def bench(
       piflow-edge bench demo/bundles/digits-nfe1 --batch 1,8 --compare before.json
       piflow-edge bench demo/bundles/* --teacher demo/teacher.onnx --evaluation demo/report/evaluation.json --plot b.png
     """
-    from piflow_edge.bench import tables as report
+    from piflow_edge.bench import quality_plot, tables
     from piflow_edge.bench.benchmark import bench as measure
     from piflow_edge.bench.comparison_of_runs import compare, read_benchmark
     from piflow_edge.bench.config import BenchConfig, TeacherConfig
+    from piflow_edge.bench.plots import require_matplotlib
     from piflow_edge.runtime.pictures import png_bytes
     from piflow_edge.system.files import write_atomic
 
     if plot is not None and plot.suffix.lower() != ".png":
         raise click.UsageError(f"a plot is written as PNG; give --plot a name that ends in .png; got {plot}")
+    if plot is not None:
+        require_matplotlib()  # better known before minutes of measuring
     if plot is not None and plot == csv_file:
         raise click.UsageError(f"--csv and --plot cannot both be {plot}; give them two names")
     if evaluation is not None and plot is None:
@@ -109,9 +112,9 @@ def bench(
     # What cannot be read is better known before minutes of measuring.
     settings = engine_settings(engine=None, **placement)
     before = None if old is None else read_benchmark(old)
-    quality = None if evaluation is None else report.read_quality(evaluation)
+    quality = None if evaluation is None else quality_plot.read_quality(evaluation)
     if quality is not None:
-        report.check_quality(quality, bundles, nfes, precisions, substeps)
+        quality_plot.check_quality(quality, bundles, nfes, precisions, substeps)
     found = measure(
         bundles,
         BenchConfig(
@@ -134,17 +137,17 @@ def bench(
     if as_json:
         emit(answer if change is None else {**answer, "comparison": change.as_json()})
     else:
-        show(report.text_table(found))
-        click.echo(report.conditions_text(found))
+        show(tables.text_table(found))
+        click.echo(tables.conditions_text(found))
     if change is not None:
-        say(report.comparison_text(change))
+        say(tables.comparison_text(change))
         if not as_json:
-            show(report.comparison_table(change))
+            show(tables.comparison_table(change))
     # Last, so that a disk that is full by now takes nothing of what was measured.
     if csv_file is not None:
-        write_atomic(csv_file, report.csv_text(found).encode())
+        write_atomic(csv_file, tables.csv_text(found).encode())
     if plot is not None:
-        write_atomic(plot, png_bytes(report.picture(found, quality)))
+        write_atomic(plot, png_bytes(quality_plot.draw_benchmark(found, quality)))
 
 
 @click.command()

@@ -163,9 +163,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, notes: lis
 <p>Every row but the first starts from the same noise and conditioning, column by column:
 {html.escape(", ".join(evaluation.pictures.titles))}.</p>
 {"".join(figures)}
-<h2>Diversity, class by class</h2>
-<p>Mean feature distance between two images of the class{_ratio_note(evaluation)}.</p>
-{_classes_table(evaluation)}
+{_classes_section(evaluation)}
 <h2>Conditions</h2>
 <pre>{html.escape(json.dumps(evaluation.conditions, indent=2))}</pre>
 </body></html>
@@ -202,6 +200,15 @@ def _figures_table(evaluation: Evaluation) -> str:
         [("", "")] + [(column.heading, column.meaning) for column in columns],
         [[score.name, *(column.cell(score) for column in columns)] for score in evaluation.scores],
     )
+
+
+def _classes_section(evaluation: Evaluation) -> str:
+    """Write the diversity of every class, where there are several."""
+    if len(evaluation.conditions["real_class_diversity"]) < 2:
+        return ""
+    return f"""<h2>Diversity, class by class</h2>
+<p>Mean feature distance between two images of the class{_ratio_note(evaluation)}.</p>
+{_classes_table(evaluation)}"""
 
 
 def _classes_table(evaluation: Evaluation) -> str:

@@ -144,7 +144,7 @@ class TestTeacher:
 
 
 def test_names_may_hold_commas(tmp_path):
-    from piflow_edge.bench.tables import read_quality
+    from piflow_edge.bench.quality_plot import read_quality
 
     names = ["a, b", "c", "a, b, 2 calls", "c, 1 call", "teacher, 1 step", "d, 3 calls more"]
     scores = [{"name": name, "network_calls": i, "fid": 1} for i, name in enumerate(names)]

@@ -4,6 +4,10 @@ The weights are named as torchvision names them, so its files load, without torc
 FIDs are measured with is another one, trained in TensorFlow with 1,008 outputs and ported by pytorch-fid: it pools
 differently in six places, and is told by the shape of its last layer.
 
+Why not torchvision's own or pytorch-fid's: the wheel of torchvision 0.28.0 on a package index cannot be imported
+beside a CPU build of torch 2.13 ("operator torchvision::nms does not exist"), pytorch-fid imports torchvision, and its
+constructor downloads the weights that are to be read from a file here. What theirs compute is recorded in the tests.
+
 Source: Szegedy et al., Rethinking the Inception architecture, arXiv:1512.00567.
 """
 
