@@ -30,18 +30,18 @@ def run(kind, options):
     from piflow_edge.distill.loop.training import TrainingConfig
     from piflow_edge.distill.networks.dit import DiTConfig
     from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head
-    from piflow_edge.distill.networks.heads import GMHead
     from piflow_edge.distill.networks.lora import LoRAConfig
     from piflow_edge.distill.sources import TeacherModel
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
+    from piflow_edge.policies import GMPolicySpec
 
     if kind == "imports":
         save({"x": torch.zeros(1)})
         return
     config = DiTConfig(4, 32, 2, options.hidden_size, options.depth, options.hidden_size // 64, 10)
     teacher = DiTNetwork(config).requires_grad_(False)
-    lora, head = LoRAConfig(options.rank, float(options.rank)), GMHead(8)
+    lora, head = LoRAConfig(options.rank, float(options.rank)), GMPolicySpec(8)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((16, *config.sample_shape)).astype(np.float32)
     data = ImageData("noise", images, np.arange(16) % 10, tuple("0123456789"))

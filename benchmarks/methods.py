@@ -23,11 +23,11 @@ from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.loop.checkpoint import load_checkpoint, load_weights
 from piflow_edge.distill.loop.training import IterationRandom, TrainingConfig, train
 from piflow_edge.distill.networks.flow_network import FlowNetwork
-from piflow_edge.distill.networks.heads import DXHead, GMHead
 from piflow_edge.distill.sources import TeacherModel, network_of
 from piflow_edge.distill.student import distill, policy_of
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
 from piflow_edge.kernels.rollout import rollout
+from piflow_edge.policies import DXPolicySpec, GMPolicySpec, PolicySpec
 from piflow_edge.schedule import Schedule
 from piflow_edge.system.files import write_atomic
 
@@ -104,7 +104,7 @@ class PiFlow:
 
     one_network_for_all = False
 
-    def __init__(self, setting: Setting, head: GMHead | DXHead):
+    def __init__(self, setting: Setting, head: PolicySpec):
         self.setting, self.head = setting, head
         self.work = Work(teacher=ImitationConfig().num_intermediate_states)
         self.settings = {"head": head.kind, **asdict(head), **without(asdict(ImitationConfig()), "nfe")}
@@ -284,8 +284,8 @@ class MeanFlow(Baseline):
 
 
 DISTILLED = {
-    "gm": ("pi-Flow GM", lambda setting: PiFlow(setting, GMHead(8))),
-    "dx": ("pi-Flow DX", lambda setting: PiFlow(setting, DXHead(10))),
+    "gm": ("pi-Flow GM", lambda setting: PiFlow(setting, GMPolicySpec(8))),
+    "dx": ("pi-Flow DX", lambda setting: PiFlow(setting, DXPolicySpec(10))),
     "regression": ("direct regression", Regression),
     "consistency": ("consistency", Consistency),
     "meanflow": ("MeanFlow", MeanFlow),

@@ -7,8 +7,8 @@ import torch
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.networks.flow_network import DiTNetwork, FlowNetwork, attach_policy_head, describe
-from piflow_edge.distill.networks.heads import DXHead, GMHead
 from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.policies import DXPolicySpec, GMPolicySpec, PolicySpec
 
 GUIDANCE_SCALE = 1.5
 # Takes 10 ms a call or more on two cores of a server: 256 tokens, 8 million weights. As many classes as ImageNet, for
@@ -30,9 +30,9 @@ def teacher_of(config: DiTConfig, seed: int = 0) -> DiTNetwork:
     return network.eval().requires_grad_(False)
 
 
-def student_of(teacher: DiTNetwork, head: GMHead | DXHead | None = None) -> FlowNetwork:
+def student_of(teacher: DiTNetwork, head: PolicySpec | None = None) -> FlowNetwork:
     """A student that starts as `teacher`; a Gaussian mixture of 8 unless another head is given."""
-    return attach_policy_head(teacher, head or GMHead(8)).eval().requires_grad_(False)
+    return attach_policy_head(teacher, head or GMPolicySpec(8)).eval().requires_grad_(False)
 
 
 def write_bundle(student: FlowNetwork, folder: Path, *, nfe: int = 1, substeps: int = 128) -> Path:
@@ -54,5 +54,5 @@ def students_in(folder: Path, *, small: bool = False) -> dict[str, Path]:
     teacher = teacher_of(DiTConfig(hidden_size=16, depth=1, num_heads=2) if small else LARGE)
     return {
         "DiT, GM of 8": write_bundle(student_of(teacher), folder / "gm"),
-        "DiT, DX of 10": write_bundle(student_of(teacher, DXHead(10)), folder / "dx"),
+        "DiT, DX of 10": write_bundle(student_of(teacher, DXPolicySpec(10)), folder / "dx"),
     }

@@ -40,14 +40,14 @@ def wide_student(width: int, depth: int) -> StudentModel:
 
     from piflow_edge.distill.networks.dit import DiTConfig
     from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head
-    from piflow_edge.distill.networks.heads import GMHead
+    from piflow_edge.policies import GMPolicySpec
 
     torch.manual_seed(0)
     teacher = DiTNetwork(DiTConfig(3, 32, 2, width, depth, num_heads=width // 64))
     for name, layer in teacher.module.named_modules():
         if name.endswith("modulation") or name == "head.out":  # zero in a fresh DiT
             torch.nn.init.normal_(layer.weight, std=0.5 / width**0.5)
-    return StudentModel(attach_policy_head(teacher, GMHead(8)), class_names=tuple("0123456789"))
+    return StudentModel(attach_policy_head(teacher, GMPolicySpec(8)), class_names=tuple("0123456789"))
 
 
 def sizes(folder: Path) -> dict:

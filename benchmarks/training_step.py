@@ -28,10 +28,10 @@ from piflow_edge.distill.loop.state import State
 from piflow_edge.distill.loop.training import TrainingConfig, gradients, learning_rate
 from piflow_edge.distill.networks.dit import Block
 from piflow_edge.distill.networks.flow_network import attach_policy_head
-from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import load_teacher
 from piflow_edge.distill.student import student_loss
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
+from piflow_edge.policies import GMPolicySpec
 
 EMA_DECAY = 0.999
 
@@ -107,7 +107,7 @@ class Straightforward:
 
     def __init__(self, teacher, data, config, training):
         self.teacher = textbook(teacher)
-        self.student = textbook(attach_policy_head(teacher, GMHead(NUM_COMPONENTS)))
+        self.student = textbook(attach_policy_head(teacher, GMPolicySpec(NUM_COMPONENTS)))
         self.ema = [p.detach().clone() for p in self.student.parameters()]
         self.optimizer = torch.optim.Adam(
             self.student.parameters(), lr=training.learning_rate, betas=(0.9, 0.95)
@@ -170,7 +170,7 @@ class Ours:
     """The steps of `train`, without its checkpoints and log."""
 
     def __init__(self, teacher, data, config, training):
-        head, teacher = GMHead(NUM_COMPONENTS), copy.deepcopy(teacher)
+        head, teacher = GMPolicySpec(NUM_COMPONENTS), copy.deepcopy(teacher)
         network = attach_policy_head(teacher, head)
         processes = Processes(training.mixed_precision)
         processes.place(teacher)

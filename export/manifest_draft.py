@@ -17,13 +17,11 @@ from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec
 from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner, TensorSpec, Unconditional
 from piflow_edge.distill.data.autoencoder import Autoencoder
-from piflow_edge.distill.networks.heads import head_to_json
 from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import BundleError, DataError
 from piflow_edge.export.decoder_graph import describe_decoder
 from piflow_edge.export.export_settings import ExportSettings
-from piflow_edge.policies import POLICIES
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ def draft_manifest(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=name,
-        policy=POLICIES[head.kind](**head_to_json(head), eps=settings.eps),
+        policy=replace(head, eps=settings.eps),
         schedule=ScheduleSpec(
             nfe=student.nfes[-1],  # of several it was trained for, the best
             shift=student.shift,

@@ -10,7 +10,6 @@ from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
-from piflow_edge.policies import GMPolicy
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import GOLDEN_SEED
 
@@ -41,7 +40,7 @@ def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.nda
         levels = segment.sigma_src + np.array([0.0, 0.5, 0.9]) * (segment.sigma_dst - segment.sigma_src)
         golden[f"levels.{i}"] = levels
         golden[f"velocities.{i}"] = np.stack([policy.velocity(x_src, level) for level in levels.tolist()])
-        if isinstance(policy, GMPolicy) and i < schedule.nfe - 1:
+        if i < schedule.nfe - 1:
             policy = policy.tempered(spec.temperature_of(schedule.nfe))
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
         x_dst = rollout(policy, x_src, *ends, shift=schedule.shift)

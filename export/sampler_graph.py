@@ -14,9 +14,9 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.export.decoder_graph import DECODER_INPUTS, DECODER_OUTPUTS
-from piflow_edge.export.rollout_graph import DOMAIN, dx_rollout, dx_weights, gm_rollout, gm_substeps, inline
+from piflow_edge.export.rollout_graph import DOMAIN, ROLLOUT, build_rollout, inline
 from piflow_edge.export.to_onnx import OPSET
-from piflow_edge.schedule import Schedule, Segment, segment_sigmas
+from piflow_edge.schedule import segment_sigmas
 
 # Without re-noising the lines in `renoise` are left out, and so is the input. Its last row is read again after the
 # last segment, where it counts for nothing: a Scan's inputs are all of one length.
@@ -32,23 +32,11 @@ sampler (float[batch, {state}] noise{conditioning}{renoise_input})
   ) => (float[] x_next) {{
     t = Expand (time, batch)
     {outputs} = {domain}.Student ({inputs})
-    {rollout}
+    {x_dst} = {domain}.{rollout} ({outputs}, x_t, {rollout_tables})
     {renoise}
   }}> (noise, {tables})
 {images}}}
 """
-
-_ROLLOUTS = {
-    "gm": """
-    substeps = Slice (padded_substeps, zero, count, zero)
-    {x_dst} = {domain}.GMRollout (
-      means, logweights, logstds, x_t, sigma_src, sigma_dst, temperature, substeps
-    )
-""",
-    "dx": """
-    {x_dst} = {domain}.DXRollout (grid, x_t, weights)
-""",
-}
 
 _RENOISE = """
     fresh = Gather (renoise, draw)
@@ -89,12 +77,13 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
         decoder: the network that makes images of latents, as `export_decoder` writes it.
 
     Raises:
-        ScheduleError: substeps below the policy's floor; see `gm_substeps`.
+        ScheduleError: substeps below the policy's floor; see `PolicyKind.rollout_tables`.
     """
     network = onnx.load_from_string(student)
-    tables = _tables(manifest, nfe)
+    times, rollout_tables = _time_tables(manifest, nfe), _rollout_tables(manifest, nfe)
+    tables = times | rollout_tables
     state = ", ".join(map(str, manifest.latent.shape))
-    rollout = {"gm": gm_rollout, "dx": dx_rollout}[manifest.policy.kind]()
+    rollout = build_rollout(manifest.policy, rollout_tables)
     inputs = [spec.name for spec in manifest.student.inputs]
     functions = [_as_function(network, "Student", inputs, manifest.policy.outputs), rollout]
     images_output = images = ""
@@ -109,7 +98,6 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
             _as_function(onnx.load_from_string(decoder), "Decoder", DECODER_INPUTS, DECODER_OUTPUTS)
         )
     renoises = "draw" in tables
-    x_dst = "x_dst" if renoises else "x_next"
     text = _SAMPLER.format(
         ir_version=network.ir_version,
         opset=OPSET,
@@ -124,7 +112,9 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
         table_inputs=", ".join(f"{_onnx_type(table)}[] {name}" for name, table in tables.items()),
         tables=", ".join(f"{name}_of_segments" for name in tables),
         outputs=", ".join(manifest.policy.outputs),
-        rollout=_ROLLOUTS[manifest.policy.kind].format(domain=DOMAIN, x_dst=x_dst),
+        rollout=ROLLOUT,
+        rollout_tables=", ".join(rollout_tables),
+        x_dst="x_dst" if renoises else "x_next",
         renoise=_RENOISE if renoises else "",
     )
     model = onnx.parser.parse_model(text)
@@ -174,12 +164,10 @@ def _restore_constants(latent: LatentSpec) -> dict[str, np.ndarray]:
     return constants
 
 
-def _tables(manifest: Manifest, nfe: int) -> dict[str, np.ndarray]:
+def _time_tables(manifest: Manifest, nfe: int) -> dict[str, np.ndarray]:
     """What each segment must know of time, one row a segment, under the names it has in the graph."""
-    schedule = manifest.schedule.schedule(nfe=nfe)
-    segments = schedule.segments
+    segments = manifest.schedule.schedule(nfe=nfe).segments
     tables = {"time": _float32(segment.sigma_src for segment in segments)}
-    tables |= {"gm": _gm_tables, "dx": _dx_tables}[manifest.policy.kind](manifest, schedule)
     if any(segment.renoises for segment in segments):
         tables["draw"] = np.minimum(np.arange(nfe, dtype=np.int64), nfe - 2)
         kept, added = zip(*(segment.renoise_scales for segment in segments), strict=True)
@@ -187,34 +175,13 @@ def _tables(manifest: Manifest, nfe: int) -> dict[str, np.ndarray]:
     return tables
 
 
-def _gm_tables(manifest: Manifest, schedule: Schedule) -> dict[str, np.ndarray]:
-    segments, eps, nfe = schedule.segments, manifest.policy.eps, schedule.nfe
-    longest = max(segment.substeps for segment in segments)
-    padded = np.zeros((nfe, longest, 4, 1, 1), np.float32)
-    for row, segment in zip(padded, segments, strict=True):
-        row[: segment.substeps] = gm_substeps(_sigmas(segment, schedule), eps)
-    temperature = min(max(manifest.schedule.temperature_of(nfe), eps), 1.0)  # as GMPolicy.tempered
-    return {
-        "sigma_src": _float32(segment.sigma_src for segment in segments),
-        "sigma_dst": _float32(segment.sigma_dst for segment in segments),
-        "temperature": _float32([temperature] * (nfe - 1) + [1.0]),
-        "padded_substeps": padded,
-        "count": np.array([[segment.substeps] for segment in segments], np.int64),
-    }
-
-
-def _dx_tables(manifest: Manifest, schedule: Schedule) -> dict[str, np.ndarray]:
-    spec = manifest.policy
-    values = np.zeros((1, spec.num_nodes + 1, 1, 1, 1))  # which do not matter
-    rows = []
-    for segment in schedule.segments:
-        policy = spec.policy({"grid": values[:, 1:]}, values[:, 0], segment.sigma_src)
-        rows.append(dx_weights(policy, _sigmas(segment, schedule)))
-    return {"weights": np.stack(rows)}
-
-
-def _sigmas(segment: Segment, schedule: Schedule) -> np.ndarray:
-    return segment_sigmas(segment.sigma_src, segment.sigma_dst, segment.substeps, schedule.shift)
+def _rollout_tables(manifest: Manifest, nfe: int) -> dict[str, np.ndarray]:
+    schedule, temperature = manifest.schedule.schedule(nfe=nfe), manifest.schedule.temperature_of(nfe)
+    sigmas = [
+        segment_sigmas(segment.sigma_src, segment.sigma_dst, segment.substeps, schedule.shift)
+        for segment in schedule.segments
+    ]
+    return manifest.policy.rollout_tables(sigmas, [temperature] * (nfe - 1) + [1.0])
 
 
 def _float32(values) -> np.ndarray:

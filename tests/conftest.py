@@ -102,7 +102,7 @@ def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), l
     from piflow_edge.distill.loop.checkpoint import Checkpoint
     from piflow_edge.distill.networks.dit import DiTConfig
     from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head, describe
-    from piflow_edge.distill.networks.heads import GMHead
+    from piflow_edge.policies import GMPolicySpec
 
     torch.manual_seed(seed)
     sizes = dict(hidden_size=16, depth=1, num_heads=2, num_classes=len(class_names)) | architecture
@@ -110,7 +110,7 @@ def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), l
     last = teacher.module.head
     torch.nn.init.normal_(last.out.weight, std=0.2)  # adaLN-zero starts at 0, where bugs hide
     torch.nn.init.normal_(last.modulation.weight, std=0.2)
-    student = attach_policy_head(teacher, head or GMHead(3), seed=seed)
+    student = attach_policy_head(teacher, head or GMPolicySpec(3), seed=seed)
     settings = {
         "imitation": dict(nfe=nfe, shift=1.0, final_step_size_scale=1.0, total_substeps=128),
         "guidance": {"scale": 1.5, "interval": None, "orthogonal": 0.0},

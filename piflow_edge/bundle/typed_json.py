@@ -5,7 +5,7 @@ import types
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from piflow_edge.errors import BundleError
+from piflow_edge.errors import BundleError, PiFlowError
 
 
 def write_json(body: dict) -> bytes:
@@ -56,7 +56,11 @@ def _read_dataclass(kind: type, value: Any, where: str) -> Any:
         )
         raise BundleError(f"{where} {problem}; it was altered or made by another release")
     hints = get_type_hints(kind)
-    return kind(**{name: read_typed(hints[name], value[name], f"{where}: {name}") for name in names})
+    values = {name: read_typed(hints[name], value[name], f"{where}: {name}") for name in names}
+    try:
+        return kind(**values)
+    except PiFlowError as error:  # a number out of range
+        raise BundleError(f"{where}: {error}") from error
 
 
 def _read_union(options: tuple, value: Any, where: str) -> Any:

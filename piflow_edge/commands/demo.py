@@ -74,12 +74,12 @@ def run_demo(
     from piflow_edge.distill.data.datasets import load_images
     from piflow_edge.distill.imitation import ImitationConfig
     from piflow_edge.distill.loop.training import TrainingConfig
-    from piflow_edge.distill.networks.heads import GMHead
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
     from piflow_edge.export.teacher_graph import export_teacher, open_teacher
     from piflow_edge.kernels.rollout import integrate
+    from piflow_edge.policies import GMPolicySpec
 
     teacher, data = load_teacher(shipped_teacher()), load_images("digits")
     bundles = []
@@ -92,7 +92,7 @@ def run_demo(
             TrainingConfig(iterations=iterations, seed=config.seed),
             folder / "students" / f"nfe{nfe}",
             guidance=GuidanceConfig(GUIDANCE_SCALE),
-            head=GMHead(NUM_COMPONENTS),
+            head=GMPolicySpec(NUM_COMPONENTS),
             resume=True,
             integrate=integrate,
         )

@@ -10,6 +10,19 @@ import click
 from piflow_edge.engines import ENGINE_NAMES, EngineOptions
 
 
+class PolicyName(click.Choice):
+    """One of the registered policies, imported when the choices are needed, so that other commands stay quick."""
+
+    def __init__(self):
+        self.case_sensitive = True
+
+    @property
+    def choices(self):
+        from piflow_edge.policies import POLICY_NAMES
+
+        return tuple(POLICY_NAMES)
+
+
 def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
     if text is None:
         return None

@@ -16,6 +16,7 @@ from .options import (
     SEED,
     TEACHER,
     TEACHER_STYLE,
+    PolicyName,
     calls,
     emit,
     is_main_process,
@@ -107,7 +108,7 @@ def train_teacher(
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--nfe", callback=calls, default="1", metavar="NFE,...",
               help="Network calls per image to train for; 1,2,4 trains one student for each of them.")  # fmt: skip
-@click.option("--policy", type=click.Choice(["gm", "dx", "dx-polynomial"]), default="gm", help="Gaussian mixture, "
+@click.option("--policy", type=PolicyName(), default="gm", help="Gaussian mixture, "
               "grid of x_0 predictions, or polynomial.")  # fmt: skip
 @click.option("--components", type=click.IntRange(min=1), default=8, help="K of a Gaussian mixture.")
 @click.option("--nodes", type=click.IntRange(min=1), default=10, help="N of a DX policy.")
@@ -170,12 +171,12 @@ def distill(
     """
     from piflow_edge.distill.imitation import ImitationConfig
     from piflow_edge.distill.loop.training import RunConfig, TrainingConfig
-    from piflow_edge.distill.networks.heads import DXHead, GMHead
     from piflow_edge.distill.networks.lora import LoRAConfig
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
     from piflow_edge.kernels.rollout import integrate
+    from piflow_edge.policies import name_policy_spec
     from piflow_edge.schedule import resolution_shift
 
     from .demo import shipped_teacher
@@ -202,7 +203,6 @@ def distill(
         decay_iterations=decay_iterations,
         data_free=data_free,
     )
-    grid = DXHead(nodes, mode="polynomial" if policy == "dx-polynomial" else "grid")
     distill(
         load_teacher(source or shipped_teacher(), sample_shape=images.shape, style=teacher_style),
         images,
@@ -216,7 +216,7 @@ def distill(
         ),
         out,
         guidance=GuidanceConfig(guidance, guidance_interval, orthogonal_guidance),
-        head=GMHead(components) if policy == "gm" else grid,
+        head=name_policy_spec(policy, num_components=components, num_nodes=nodes),
         lora=LoRAConfig(rank, float(rank), tuple(lora_targets.split(","))) if rank else None,
         run=RunConfig(**run),
         resume=resume,

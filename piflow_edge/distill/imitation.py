@@ -16,7 +16,7 @@ from torch import Tensor
 
 from piflow_edge.errors import ScheduleError
 from piflow_edge.integrator import Integrate, integrate
-from piflow_edge.policies import GMPolicy, Policy
+from piflow_edge.policies import Policy
 from piflow_edge.schedule import count_substeps, substep_sigmas, warp
 
 # Floor under raw times and window lengths in training; the authors' value (`train_eps` of the recorded cases).
@@ -306,9 +306,9 @@ def average_velocity(
 def _followed(policy: Policy, config: ImitationConfig, random: Random) -> Policy:
     """The policy as it is followed: no gradient, and one draw of component dropout for the whole segment."""
     followed = policy.detached()
-    if isinstance(followed, GMPolicy) and 0 < config.gm_dropout < 1:
-        batch, num_components = followed.logweights.shape[:2]
-        uniforms = torch.from_numpy(random.uniform((batch, num_components))).to(followed.logweights.device)
+    if followed.num_parts and 0 < config.gm_dropout < 1:
+        shape = (len(followed.x_src), followed.num_parts)
+        uniforms = torch.from_numpy(random.uniform(shape)).to(followed.x_src.device)
         followed = followed.dropped(uniforms, config.gm_dropout)
     return followed
 

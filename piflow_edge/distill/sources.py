@@ -15,9 +15,9 @@ from typing import Any
 from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, load_weights, state_dict
 from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.networks.flow_network import Convention, DiTNetwork, FlowNetwork, attach_policy_head
-from piflow_edge.distill.networks.heads import head_from_json
 from piflow_edge.distill.networks.lora import LoRAConfig, fold_lora
 from piflow_edge.errors import CheckpointError, PiFlowError
+from piflow_edge.policies import policy_spec_from_json
 from piflow_edge.schedule import Schedule
 
 _WEIGHT_FILES = {".pt", ".pth", ".safetensors"}
@@ -94,8 +94,8 @@ def load_student(source: str | Path, *, config: str | Path | None = None) -> Stu
             "package.module:function", a function without arguments that returns a `StudentModel`.
         config: of a state dict: JSON with `network` (`family`, and what `networks.describe` says of it: for "dit" the
             fields of `DiTConfig` under `config`; or `entry`, a function that returns the teacher's `FlowNetwork`),
-            `head` (`kind` "gm" or "dx" and its fields), `nfe`, and where they are not the defaults the other fields of
-            `StudentModel`.
+            `head` (`kind`, one of `POLICIES`, and its fields), `nfe`, and where they are not the defaults the other
+            fields of `StudentModel`.
 
     Raises:
         CheckpointError: nothing there, or nothing that can be used.
@@ -156,7 +156,7 @@ def _student_from_state_dict(path: Path, config: str | Path | None) -> StudentMo
     recorded = {key: value for key, value in settings.items() if key not in ("network", "class_names")}
     try:
         description = {"family": "module", "convention": asdict(Convention()), **settings.pop("network")}
-        network = attach_policy_head(build(description), head_from_json(settings.pop("head")))
+        network = attach_policy_head(build(description), policy_spec_from_json(settings.pop("head")))
         network.module.load_state_dict(weights)
         fields = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
         provenance = {"source": path.name, "settings": {"imitation": recorded}}
@@ -226,7 +226,7 @@ def network_of(checkpoint: Checkpoint) -> FlowNetwork:
     lora = LoRAConfig(**description["lora"]) if description["lora"] else None
     network = _base(description["base"], description["sample_shape"]) if lora else build(description)
     if description["head"]:
-        network = attach_policy_head(network, head_from_json(description["head"]), lora=lora)
+        network = attach_policy_head(network, policy_spec_from_json(description["head"]), lora=lora)
     load_weights(network, checkpoint.group("ema"), trained_only=lora is not None)
     if lora:
         fold_lora(network)

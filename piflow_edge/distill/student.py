@@ -12,12 +12,11 @@ from piflow_edge.distill.data.datasets import ImageData, check_same_latents
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.loop.training import DEFAULT_RUN, Loss, RunConfig, TrainingConfig, check_fit, train
 from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher, attach_policy_head
-from piflow_edge.distill.networks.heads import DXHead, Head, head_to_json
 from piflow_edge.distill.networks.lora import LoRAConfig
 from piflow_edge.errors import CheckFailedError, DataError
 from piflow_edge.integrator import Integrate, integrate
 from piflow_edge.noise import philox_normal
-from piflow_edge.policies import Policy
+from piflow_edge.policies import Policy, PolicySpec
 from piflow_edge.runtime.images import decode
 from piflow_edge.sampling import sample
 from piflow_edge.schedule import Schedule
@@ -26,13 +25,10 @@ from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
 from .sources import TeacherModel
 from .teacher import GuidanceConfig, GuidedTeacher, preview_inputs
 
-# Floor inside the policy in training, where the settings do not say; the authors' class defaults.
-_POLICY_EPS = {"gm": 1e-6, "dx": 1e-4}
-
 
 def policy_of(
     network: nn.Module,
-    head: Head,
+    head: PolicySpec,
     x_src: Tensor,
     sigma_src: np.ndarray,
     conditioning: Mapping[str, Tensor],
@@ -47,11 +43,12 @@ def policy_of(
         eps: floor inside the policy; None is the authors' for training.
     """
     outputs = network(x_src, torch.from_numpy(sigma_src).to(x_src), **conditioning)
-    return head.policy(outputs, x_src, sigma_src, _POLICY_EPS[head.kind] if eps is None else eps)
+    kind = replace(head, eps=head.training_eps if eps is None else eps)
+    return kind.policy(dict(zip(kind.outputs, outputs, strict=True)), x_src, sigma_src)
 
 
 def student_loss(
-    guided: GuidedTeacher, head: Head, imitation: ImitationConfig, integrate: Integrate = integrate
+    guided: GuidedTeacher, head: PolicySpec, imitation: ImitationConfig, integrate: Integrate = integrate
 ) -> Loss:
     """The imitation loss of a student, for `train`; `integrate` as in `distill`."""
 
@@ -85,7 +82,7 @@ def distill(
     folder: Path,
     *,
     guidance: GuidanceConfig,
-    head: Head,
+    head: PolicySpec,
     lora: LoRAConfig | None = None,
     null: Mapping[str, Tensor] | None = None,
     run: RunConfig = DEFAULT_RUN,
@@ -122,9 +119,7 @@ def distill(
     if "settings" in teacher.provenance:  # of a teacher that was trained here
         check_same_latents(teacher.provenance["settings"], data)
     check_fit(teacher.network, data)
-    if isinstance(head, DXHead):
-        longest = imitation.segment_length(min(imitation.nfes))
-        head = replace(head, segment_size=longest, shift=imitation.shift)
+    head = head.fit_to_segments(imitation.segment_length(min(imitation.nfes)), imitation.shift)
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
     guided = GuidedTeacher(student if lora else teacher.network, guidance, null=null)
     _, conditioning = data.batch(np.arange(2) % len(data))
@@ -146,7 +141,7 @@ def distill(
     settings = {
         "imitation": asdict(imitation),
         "guidance": asdict(guidance),
-        "head": head_to_json(head),
+        "head": asdict(head),
         "data": data.name,
         "teacher": teacher.provenance,
         "conditioning": {

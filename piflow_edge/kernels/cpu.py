@@ -17,7 +17,7 @@ from array_api_compat import is_torch_array
 
 from piflow_edge.arrays import Array
 from piflow_edge.errors import EngineError, ShapeError
-from piflow_edge.policies import DXPolicy, GMPolicy
+from piflow_edge.policies import MixtureRollout, Policy, Rollout, VelocityField, WeightedSum
 from piflow_edge.system.hardware import available_cores
 
 log = logging.getLogger(__name__)
@@ -94,16 +94,20 @@ def warn_once(reason: str) -> None:
     log.warning("noise and rollouts are slower than they could be: %s", reason)
 
 
-def obstacle(policy, x_start: Array) -> str | None:
+def find_problem(policy: VelocityField) -> Rollout | None:
+    """Return what a kernel needs to integrate a policy; None for velocity fields that no kernel knows."""
+    describe = getattr(policy, "for_kernel", None)
+    return None if describe is None else describe()
+
+
+def obstacle(policy: VelocityField, x_start: Array) -> str | None:
     """Why the compiled kernels cannot carry `x_start` along `policy`, as a sentence; None if they can."""
     if (reason := missing()) is not None:
         return reason
-    if isinstance(policy, GMPolicy):
-        arrays = (policy.means, policy.logweights, policy.x_0_variance, policy.x_src)
-    elif isinstance(policy, DXPolicy):
-        arrays = (policy.grid, policy.x_src)
-    else:
+    problem = find_problem(policy)
+    if problem is None:
         return f"the compiled kernels know GMPolicy and DXPolicy; got {type(policy).__name__}"
+    arrays = problem.arrays
     if all(map(is_torch_array, (*arrays, x_start))):
         if any(array.device.type != "cpu" for array in (*arrays, x_start)):
             return "the compiled kernels run on the CPU; a tensor lies on another device"
@@ -120,7 +124,7 @@ def obstacle(policy, x_start: Array) -> str | None:
 
 
 def rollout(
-    policy: GMPolicy | DXPolicy,
+    policy: Policy,
     x_start: Array,
     sigmas: np.ndarray,
     *,
@@ -143,9 +147,8 @@ def rollout(
         raise ShapeError(
             f"the state must have the policy's shape {tuple(policy.x_src.shape)}; got {tuple(x_start.shape)}"
         )
-    run = _dx_rollout if isinstance(policy, DXPolicy) else _gm_rollout
-    options = _Options(num_threads or available_cores(), isa and isa.encode())
-    x_dst = run(policy, _host(x_start), sigmas, options)
+    problem, options = find_problem(policy), _Options(num_threads or available_cores(), isa and isa.encode())
+    x_dst = _ROUTINES[type(problem)](problem, _host(x_start), sigmas, options)
     if isinstance(x_start, np.ndarray):
         return x_dst
     import torch  # a torch tensor came in: it is loaded already
@@ -175,30 +178,34 @@ def normal(
     return normals
 
 
-def _gm_rollout(policy, x_start, sigmas, options):
+def _gm_rollout(mixture: MixtureRollout, x_start, sigmas, options):
     batch, num_channels, *size = x_start.shape
-    means, logweights, x_src = _host(policy.means), _host(policy.logweights), _host(policy.x_src)
-    variance = _per_sample(_host(policy.x_0_variance).reshape(batch), (batch,))
-    sigma_src = _per_sample(policy.sigma_src, (batch,))
+    means, logweights, x_src = _host(mixture.means), _host(mixture.logweights), _host(mixture.x_src)
+    variance = _per_sample(_host(mixture.variance).reshape(batch), (batch,))
+    sigma_src = _per_sample(mixture.sigma_src, (batch,))
     # One column per sample, also where all share their levels.
     sigmas = _per_sample(sigmas.reshape(len(sigmas), -1), (len(sigmas), batch))
     x_dst = np.empty(x_start.shape, np.float32)
     sizes = (batch, means.shape[1], num_channels, math.prod(size), len(sigmas) - 1)
     arrays = (means, logweights, x_src, x_start, x_dst, sigma_src, variance, sigmas)
-    problem = _GM(*sizes, *(array.ctypes.data for array in arrays), policy.eps)
+    problem = _GM(*sizes, *(array.ctypes.data for array in arrays), mixture.eps)
     _check(library().piflow_gm_rollout(ctypes.byref(problem), ctypes.byref(options)))
     return x_dst
 
 
-def _dx_rollout(policy, x_start, sigmas, options):
-    grid, x_src = _host(policy.grid), _host(policy.x_src)
+def _dx_rollout(weighted: WeightedSum, x_start, sigmas, options):
+    grid, x_src = _host(weighted.grid), _host(weighted.x_src)
     batch, num_nodes = grid.shape[:2]
-    weights = _per_sample(policy.rollout_weights(sigmas), (batch, 2 + num_nodes))
+    weights = _per_sample(weighted.compute_weights(sigmas), (batch, 2 + num_nodes))
     x_dst = np.empty(x_start.shape, np.float32)
     arrays = (grid, x_src, x_start, x_dst, weights)
     problem = _DX(batch, num_nodes, x_start[0].size, *(array.ctypes.data for array in arrays))
     _check(library().piflow_dx_rollout(ctypes.byref(problem), ctypes.byref(options)))
     return x_dst
+
+
+# What `Policy.for_kernel` returns -> the routine that integrates it.
+_ROUTINES = {MixtureRollout: _gm_rollout, WeightedSum: _dx_rollout}
 
 
 def _per_sample(values, shape) -> np.ndarray:

@@ -183,16 +183,12 @@ def obstacle(policy, x_start: Array) -> str | None:
     # Late: the functions above also serve programs that have neither policies nor array-api-compat.
     from array_api_compat import is_torch_array
 
-    from piflow_edge.policies import DXPolicy, GMPolicy
+    from .cpu import dtype_name, find_problem, needs_gradient
 
-    from .cpu import dtype_name, needs_gradient
-
-    if isinstance(policy, GMPolicy):
-        arrays = (policy.means, policy.logweights, policy.x_0_variance, policy.x_src)
-    elif isinstance(policy, DXPolicy):
-        arrays = (policy.grid, policy.x_src)
-    else:
+    problem = find_problem(policy)
+    if problem is None:
         return f"the CUDA kernels know GMPolicy and DXPolicy; got {type(policy).__name__}"
+    arrays = problem.arrays
     for array in (*arrays, x_start):
         if not is_on_gpu(array):
             return f"the CUDA kernels take arrays in GPU memory; got a {type(array).__name__} elsewhere"
@@ -214,6 +210,10 @@ def rollout(policy, x_start: Array, sigmas: np.ndarray) -> Array:
     """
     from array_api_compat import array_namespace, device  # late: see `obstacle`
 
+    from piflow_edge.policies import MixtureRollout, WeightedSum
+
+    from .cpu import find_problem
+
     xp = array_namespace(x_start)
 
     def ready(array):
@@ -221,12 +221,14 @@ def rollout(policy, x_start: Array, sigmas: np.ndarray) -> Array:
         return xp.reshape(xp.reshape(array, (-1,)), array.shape)  # copied only if it is not contiguous
 
     x_dst = xp.empty(x_start.shape, dtype=xp.float32, device=device(x_start))
-    x_start, x_src = ready(x_start), ready(policy.x_src)
-    if hasattr(policy, "grid"):
-        dx_rollout(ready(policy.grid), x_src, x_start, x_dst, policy.rollout_weights(sigmas))
-    else:
-        mixture = (ready(policy.means), ready(policy.logweights), ready(policy.x_0_variance))
-        gm_rollout(*mixture, x_src, x_start, x_dst, sigmas, policy.sigma_src, eps=policy.eps)
+    problem = find_problem(policy)
+    *arrays, x_src = map(ready, problem.arrays)
+    states = (x_src, ready(x_start), x_dst)
+    routines = {
+        MixtureRollout: lambda: gm_rollout(*arrays, *states, sigmas, problem.sigma_src, eps=problem.eps),
+        WeightedSum: lambda: dx_rollout(*arrays, *states, problem.compute_weights(sigmas)),
+    }
+    routines[type(problem)]()
     return x_dst
 
 

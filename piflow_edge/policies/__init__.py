@@ -4,23 +4,49 @@ The formulas are those of the section on policies in Chen et al., pi-Flow, arXiv
 array library.
 """
 
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Union, get_args
+
 from .dx import DXPolicy, DXPolicySpec
 from .gm import GMPolicy, GMPolicySpec
-from .policy import VelocityField
+from .policy import MixtureRollout, Policy, PolicyKind, Rollout, VelocityField, WeightedSum
 
-# Kind -> the class of its fixed numbers, which says all that a kind must say of itself.
-POLICIES = {"gm": GMPolicySpec, "dx": DXPolicySpec}
+# The registry: one class for each kind of policy.
+PolicySpec = Union[GMPolicySpec, DXPolicySpec]  # noqa: UP007
 
-Policy = GMPolicy | DXPolicy
-PolicySpec = GMPolicySpec | DXPolicySpec
+POLICIES: dict[str, type[PolicySpec]] = {spec().kind: spec for spec in get_args(PolicySpec)}
+# Name on the command line -> kind, and the fields that the name fixes.
+POLICY_NAMES = {name: (spec, fixed) for spec in POLICIES.values() for name, fixed in spec.names.items()}
+
+
+def policy_spec_from_json(description: Mapping[str, Any]) -> PolicySpec:
+    """Return the kind that `dataclasses.asdict` described."""
+    settings = dict(description)
+    return POLICIES[settings.pop("kind")](**settings)
+
+
+def name_policy_spec(name: str, **settings: Any) -> PolicySpec:
+    """Return the kind of one of `POLICY_NAMES`, with those of the `settings` that it has."""
+    spec, fixed = POLICY_NAMES[name]
+    own = {field.name for field in fields(spec)}
+    return spec(**{key: value for key, value in settings.items() if key in own} | dict(fixed))
+
 
 __all__ = [
     "POLICIES",
+    "POLICY_NAMES",
     "DXPolicy",
     "DXPolicySpec",
     "GMPolicy",
     "GMPolicySpec",
+    "MixtureRollout",
     "Policy",
+    "PolicyKind",
     "PolicySpec",
+    "Rollout",
     "VelocityField",
+    "WeightedSum",
+    "name_policy_spec",
+    "policy_spec_from_json",
 ]

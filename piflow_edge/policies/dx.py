@@ -1,26 +1,31 @@
 """Policy "dx": x_0 as a grid over the segment or a polynomial in raw time, so that a rollout is one weighted sum."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from array_api_compat import device
 
 from piflow_edge.arrays import Array, array_namespace
-from piflow_edge.errors import ScheduleError
+from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.schedule import unwarp
 
 from .policy import (
+    Policy,
+    PolicyKind,
+    Rollout,
+    ToVelocity,
+    WeightedSum,
     as_noise_levels,
     as_real,
     as_state,
     cached_for_all_modes,
+    check_count,
     check_shape,
     convert_to_x_0,
     depends_on_mode,
-    detach_fields,
     spread_per_sample,
 )
 
@@ -63,7 +68,7 @@ def _rollout_weights(nodes: _DXNodes, shape: tuple[int, ...], levels: bytes) -> 
     return np.concatenate([np.stack([left[0], x_src_weight], axis=-1), grid_weights], axis=-1)
 
 
-class DXPolicy:
+class DXPolicy(Policy):
     """A grid of x_0 predictions over the segment, or a polynomial in raw time through it.
 
     Args:
@@ -158,32 +163,37 @@ class DXPolicy:
             x_dst = x_dst + spread_per_sample(weight, x_start, xp) * self.grid[:, node, ...]
         return x_dst
 
-    def tempered(self, temperature: float) -> "DXPolicy":
-        """Return the policy as it is: it is one path, which no temperature sharpens."""
-        return self
-
-    def detached(self) -> "DXPolicy":
-        """The policy cut off from torch's graph, sharing its memory."""
-        policy = object.__new__(DXPolicy)
-        policy.__dict__.update(detach_fields(self))
-        return policy
+    def for_kernel(self) -> Rollout | None:
+        """What a compiled kernel needs to integrate this policy."""
+        return WeightedSum(self.grid, self.x_src, self.rollout_weights)
 
 
 @dataclass(frozen=True)
-class DXPolicySpec:
-    """A DX policy's fixed numbers. `num_nodes`: N. The others as in `DXPolicy`, fixed since training."""
+class DXPolicySpec(PolicyKind):
+    """A DX policy's fixed numbers. `num_nodes`: N, 1 or more. The others as in `DXPolicy`, fixed since training.
 
-    kind: Literal["dx"]
-    num_nodes: int
-    segment_size: float
-    shift: float
-    mode: Literal["grid", "polynomial"]
-    eps: float
+    Planes: N * C, node by node; node 0 is the one at the segment's end. A polynomial's coefficients from the first
+    order on are written in units of x_0, not as velocities, so that they can start at zero.
+    """
+
+    kind: Literal["dx"] = field(default="dx", kw_only=True)
+    num_nodes: int = 10
+    segment_size: float = 1.0
+    shift: float = 1.0
+    mode: Literal["grid", "polynomial"] = "grid"
+    eps: float = 1e-4
 
     outputs: ClassVar[tuple[str, ...]] = ("grid",)
+    training_eps: ClassVar[float] = 1e-4  # the authors' default
+    names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dx": {}, "dx-polynomial": {"mode": "polynomial"}}
+
+    def __post_init__(self):
+        check_count("num_nodes", self.num_nodes)
+        if self.mode not in ("grid", "polynomial"):
+            raise ShapeError(f"mode of a DX policy is 'grid' or 'polynomial'; got {self.mode!r}")
 
     def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> DXPolicy:
-        """The policy that the network's output at `x_src` (B, C, H, W) stands for."""
+        """See `PolicyKind.policy`."""
         settings = {
             "segment_size": self.segment_size,
             "shift": self.shift,
@@ -191,3 +201,58 @@ class DXPolicySpec:
             "eps": self.eps,
         }
         return DXPolicy(outputs["grid"], x_src, sigma_src, **settings)
+
+    def fit_to_segments(self, longest: float, shift: float) -> "DXPolicySpec":
+        """Lay the nodes over the longest segment; see `PolicyKind.fit_to_segments`."""
+        return replace(self, segment_size=longest, shift=shift)
+
+    def num_planes(self, channels: int) -> int:
+        """See `PolicyKind.num_planes`."""
+        return self.num_nodes * channels
+
+    def output_shapes(self, sample_shape: tuple[int, ...]) -> list[list[int]]:
+        """See `PolicyKind.output_shapes`."""
+        return [[self.num_nodes, *sample_shape]]
+
+    def split(self, planes: Any, to_velocity: ToVelocity, x_0_to_velocity: ToVelocity) -> tuple[Any, ...]:
+        """(B, M, *S) -> grid (B, N, C, *S)."""
+        nodes = planes.unflatten(1, (self.num_nodes, -1))
+        if self.mode == "grid":
+            return (to_velocity(nodes),)
+        parts = [to_velocity(nodes[:, :1]), x_0_to_velocity(nodes[:, 1:])]
+        return (array_namespace(planes).concat(parts, axis=1),)
+
+    def widen(self, weight: Any, bias: Any, draw_normal: Callable[..., Any]) -> tuple[Any, Any]:
+        """Every node: the teacher's output; of a polynomial only the constant. See `PolicyKind.widen`."""
+        xp = array_namespace(weight)
+        alike = self.num_nodes if self.mode == "grid" else 1
+        zeros = (self.num_nodes - alike) * len(weight)
+        weight = weight.repeat(alike, *(1,) * (weight.ndim - 1))
+        return (
+            xp.concat([weight, weight.new_zeros(zeros, *weight.shape[1:])]),
+            xp.concat([bias.repeat(alike, 1), bias.new_zeros(zeros, bias.shape[1])]),
+        )
+
+    def rollout_tables(
+        self, sigmas: Sequence[np.ndarray], temperatures: Sequence[float]
+    ) -> dict[str, np.ndarray]:
+        """See `PolicyKind.rollout_tables`: the weights of the source and of each node, float32 (segments, 1 + N)."""
+        rows = []
+        for levels in sigmas:
+            nodes = self._lay_nodes(float(levels[0]))
+            start, src, *weights = _rollout_weights(nodes, levels.shape, levels.tobytes())
+            rows.append([start + src, *weights])  # the rollout starts at the source
+        return {"weights": np.array(rows, np.float32)}
+
+    def write_rollout(
+        self, op: Any, outputs: Mapping[str, Any], x_src: Any, tables: Mapping[str, Any]
+    ) -> Any:
+        """Write one weighted sum; see `PolicyKind.write_rollout`."""
+        src, nodes = op.Split(tables["weights"], [1, self.num_nodes], axis=0, _outputs=2)
+        grid = op.Reshape(outputs["grid"], [0, 0, -1])  # (B, N, values)
+        weighted = op.Mul(op.Reshape(nodes, [-1, 1]), grid)
+        total = op.Reshape(op.ReduceSum(weighted, [1], keepdims=0), op.Shape(x_src))
+        return op.Add(op.Mul(src, x_src), total)
+
+    def _lay_nodes(self, sigma_src: float) -> _DXNodes:
+        return _DXNodes(sigma_src, self.num_nodes, self.segment_size, self.shift, self.mode, self.eps)

@@ -1,8 +1,9 @@
 """Policy "gm": a Gaussian mixture at every position, carried to other states and noise levels by Bayes' rule."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -10,10 +11,16 @@ from piflow_edge.arrays import Array, array_namespace
 from piflow_edge.errors import ScheduleError
 
 from .policy import (
+    MixtureRollout,
+    Policy,
+    PolicyKind,
+    Rollout,
+    ToVelocity,
     as_noise_levels,
     as_real,
     as_state,
     cached_for_all_modes,
+    check_count,
     check_eps,
     check_shape,
     compute_softmax,
@@ -23,8 +30,12 @@ from .policy import (
     spread_per_sample,
 )
 
+# Spread of the components around the teacher's velocity, and their standard deviation, when a student starts; the
+# authors' values (arXiv:2510.14974, released configurations).
+MEAN_SPREAD, INITIAL_STD = 0.05, 0.05
 
-class GMPolicy:
+
+class GMPolicy(Policy):
     """A Gaussian mixture for every position: the posterior mean of x_0 given the state, in closed form.
 
     The student says, at `(x_src, sigma_src)`, how x_0 is distributed; Bayes' rule carries that to any other state
@@ -148,8 +159,19 @@ class GMPolicy:
         """The policy cut off from torch's graph, sharing its memory."""
         return self._with(**detach_fields(self))
 
-    def _with(self, **changes) -> "GMPolicy":
-        policy = object.__new__(GMPolicy)
+    @property
+    def num_parts(self) -> int:
+        """Components, of which `dropped` can leave some out."""
+        return self.means.shape[1]
+
+    def for_kernel(self) -> Rollout | None:
+        """What a compiled kernel needs to integrate this policy."""
+        return MixtureRollout(
+            self.means, self.logweights, self.x_0_variance, self.x_src, self.sigma_src, self.eps
+        )
+
+    def _with(self, **changes):
+        policy = object.__new__(type(self))
         policy.__dict__.update(vars(self))
         policy.__dict__.pop("_scaled_logweights", None)
         policy.__dict__.update(changes)
@@ -162,15 +184,159 @@ class GMPolicy:
 
 
 @dataclass(frozen=True)
-class GMPolicySpec:
-    """A GM policy's fixed numbers. `num_components`: K. `eps`: its floor; see `GMPolicy`."""
+class GMPolicySpec(PolicyKind):
+    """A GM policy's fixed numbers. `num_components`: K, 1 or more. `eps`: its floor; see `GMPolicy`.
 
-    kind: Literal["gm"]
-    num_components: int
-    eps: float
+    Planes: K * C means, component by component; K log-weights; one whose mean over positions is the log-std.
+    """
+
+    kind: Literal["gm"] = field(default="gm", kw_only=True)
+    num_components: int = 8
+    eps: float = 1e-4
 
     outputs: ClassVar[tuple[str, ...]] = ("means", "logweights", "logstds")
+    training_eps: ClassVar[float] = 1e-6  # the authors' default
+    names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gm": {}}
+
+    def __post_init__(self):
+        check_count("num_components", self.num_components)
 
     def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> GMPolicy:
-        """The policy that the network's outputs at `x_src` (B, C, H, W) stand for."""
+        """See `PolicyKind.policy`."""
         return GMPolicy(*(outputs[name] for name in self.outputs), x_src, sigma_src, eps=self.eps)
+
+    def num_planes(self, channels: int) -> int:
+        """See `PolicyKind.num_planes`."""
+        return self.num_components * (channels + 1) + 1
+
+    def output_shapes(self, sample_shape: tuple[int, ...]) -> list[list[int]]:
+        """See `PolicyKind.output_shapes`."""
+        channels, *size = sample_shape
+        K = self.num_components
+        return [[K, channels, *size], [K, 1, *size], [1, 1, *(1 for _ in size)]]
+
+    def split(self, planes: Any, to_velocity: ToVelocity, x_0_to_velocity: ToVelocity) -> tuple[Any, ...]:
+        """(B, M, *S) -> means (B, K, C, *S), log-weights (B, K, 1, *S), log-std (B, 1, 1, *1)."""
+        K = self.num_components
+        means, logweights, logstds = planes.split([planes.shape[1] - K - 1, K, 1], dim=1)
+        space = list(range(2, planes.ndim))
+        return (
+            to_velocity(means.unflatten(1, (K, -1))),
+            logweights.unsqueeze(2).log_softmax(dim=1),
+            logstds.mean(space, keepdim=True).unsqueeze(2),
+        )
+
+    def widen(self, weight: Any, bias: Any, draw_normal: Callable[..., Any]) -> tuple[Any, Any]:
+        """Every component: the teacher's output, plus a small constant of its own. See `PolicyKind.widen`.
+
+        The constant is alike at all places of a patch, so that the patch grid does not show. Weights are equal and
+        the spread narrow: the policy's velocity is the teacher's.
+        """
+        channels, places = bias.shape
+        K, xp = self.num_components, array_namespace(weight)
+        offsets = MEAN_SPREAD * draw_normal(K, channels, 1)
+        means_bias = (bias + offsets.to(bias)).reshape(K * channels, places)
+        others = self.num_planes(channels) - K * channels
+        rest = weight.new_zeros(others, *weight.shape[1:])
+        rest_bias = bias.new_zeros(others, places)
+        rest_bias[K:] = math.log(INITIAL_STD)
+        weight = xp.concat([weight.repeat(K, *(1,) * (weight.ndim - 1)), rest])
+        return weight, xp.concat([means_bias, rest_bias])
+
+    def rollout_tables(
+        self, sigmas: Sequence[np.ndarray], temperatures: Sequence[float]
+    ) -> dict[str, np.ndarray]:
+        """See `PolicyKind.rollout_tables`; the substeps of shorter segments are padded."""
+        substeps = [compute_substep_table(levels, self.eps) for levels in sigmas]
+        padded = np.zeros((len(sigmas), max(map(len, substeps)), 4, 1, 1), np.float32)
+        for row, table in zip(padded, substeps, strict=True):
+            row[: len(table)] = table
+        clipped = [min(max(temperature, self.eps), 1.0) for temperature in temperatures]  # as in `tempered`
+        return {
+            "sigma_src": np.array([levels[0] for levels in sigmas], np.float32),
+            "sigma_dst": np.array([levels[-1] for levels in sigmas], np.float32),
+            "temperature": np.array(clipped, np.float32),
+            "padded_substeps": padded,
+            "count": np.array([[len(table)] for table in substeps], np.int64),
+        }
+
+    def write_rollout(
+        self, op: Any, outputs: Mapping[str, Any], x_src: Any, tables: Mapping[str, Any]
+    ) -> Any:
+        """Write Euler substeps in the coordinates of `kernels/gm_rollout.h`; see `PolicyKind.write_rollout`.
+
+        Float32 suffices in them at every noise level. With g the policy's velocity at the source and s its noise level,
+        the state is kept as its distance from the straight line along g, in units of s,
+
+            x_t = x_src + (sigma_t - s) g + s y,
+
+        and components as offsets d_k from g. `noise` is where the line meets sigma 1. With V = exp(2 logstds), with Z,
+        Y and N as in `compute_substep_table`, and with D = 1 + V Z, a substep is
+
+            f = -(Y y + N noise) / D        w = softmax_k(logweights_k + d_k . f - Z/D |d_k|^2 / 2)
+            y <- y + step (y + V f + sum_k w_k d_k / D)
+
+        Offsets are kept in two layouts: ONNX Runtime sums over the last axis but one ten times as fast as over the
+        first. Sums are not products with a row of ones, which would be faster still, because a GPU may round those to
+        TF32.
+        """
+        sigma_src, temperature = tables["sigma_src"], tables["temperature"]
+        velocities = op.Reshape(outputs["means"], [0, 0, 0, -1])  # (B, K, C, pixels)
+        logweights = op.Div(op.Reshape(outputs["logweights"], [0, 0, -1]), temperature)
+        V = op.Mul(op.Exp(op.Mul(op.Reshape(outputs["logstds"], [0, 1, 1]), 2.0)), temperature)
+        x = op.Reshape(x_src, [0, 0, -1])
+
+        g, offsets = write_source_velocity(op, velocities, logweights)
+        offsets_of_c = op.Transpose(offsets, perm=[0, 2, 1, 3])
+        half_squares = op.Mul(op.ReduceSum(op.Mul(offsets, offsets), [2], keepdims=0), 0.5)
+        noise = op.Add(x, op.Mul(op.Sub(1.0, sigma_src), g))
+        substeps = op.Slice(tables["padded_substeps"], [0], tables["count"], [0])
+        Z, Y, N, step = op.Split(substeps, axis=1, num_outputs=4, _outputs=4)
+        D = op.Add(op.Mul(V, Z), 1.0)
+        rows = (op.Neg(op.Div(Y, D)), op.Neg(op.Div(N, D)), op.Div(Z, D), step, op.Div(step, D))
+
+        def take_substep(op, y, of_y, of_noise, of_squares, step, of_mean):
+            f = op.Add(op.Mul(of_y, y), op.Mul(of_noise, noise))
+            evidence = op.ReduceSum(op.Mul(offsets, op.Unsqueeze(f, [1])), [2], keepdims=0)
+            logits = op.Add(op.Sub(logweights, op.Mul(of_squares, half_squares)), evidence)
+            weights = op.Unsqueeze(op.Softmax(logits, axis=1), [1])
+            mean = op.ReduceSum(op.Mul(weights, offsets_of_c), [2], keepdims=0)
+            moved = op.Add(y, op.Mul(step, op.Add(y, op.Mul(V, f))))
+            return op.Add(moved, op.Mul(of_mean, mean))
+
+        y_dst = op.scan(take_substep, op.Sub(x, x), *rows)
+        on_line = op.Add(x, op.Mul(op.Sub(tables["sigma_dst"], sigma_src), g))
+        return op.Reshape(op.Add(on_line, op.Mul(sigma_src, y_dst)), op.Shape(x_src))
+
+
+def write_source_velocity(op: Any, velocities: Any, logweights: Any) -> tuple[Any, Any]:
+    """Write a mixture's velocity at the source, (B, C, pixels), and its components' offsets from it."""
+    weights = op.Unsqueeze(op.Softmax(logweights, axis=1), [2])
+    velocity = op.ReduceSum(op.Mul(weights, velocities), [1], keepdims=0)
+    return velocity, op.Sub(velocities, op.Unsqueeze(velocity, [1]))
+
+
+def compute_substep_table(sigmas: np.ndarray, eps: float) -> np.ndarray:
+    """Return what a graph must know of each substep: Z, Y, N and its length relative to sigma.
+
+    Args:
+        sigmas: noise levels of the rollout, from the policy's source down, float64 (S + 1,).
+        eps: floor of the policy.
+
+    Returns:
+        float32, (S, 4, 1, 1).
+
+    Raises:
+        ScheduleError: a substep begins below `eps`, where the policy's formula is another one.
+    """
+    s, sigma, sigma_next = sigmas[0], sigmas[:-1], sigmas[1:]
+    if not np.all(sigma >= eps):
+        raise ScheduleError(
+            f"a rollout in the graph takes noise levels down to the policy's eps, {eps}; got one of {sigma.min():.3g}; "
+            "use fewer substeps or a larger shift"
+        )
+    N = (s - sigma) / sigma
+    Z = s * N * (1 / s + 1 / sigma - 2)
+    Y = s**2 * (1 - sigma) / sigma**2
+    step = (sigma_next - sigma) / sigma
+    return np.stack([Z, Y, N, step], axis=1)[..., None, None].astype(np.float32)

@@ -1,11 +1,14 @@
-"""What all policies have in common: the protocol that they follow, and the checks and helpers that they share.
+"""What all policies have in common: what a kind must say of itself, and the checks and helpers that they share.
 
 Noise levels are host numbers (a float, or one float64 per sample); states, means and grids stay in the library,
 device and precision they came in, float32 at least.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from array_api_compat import device, is_numpy_namespace, is_torch_namespace, to_device
@@ -20,6 +23,174 @@ class VelocityField(Protocol):
     def velocity(self, x_t: Array, sigma_t) -> Array:
         """u_t = dx/dsigma at state `x_t` and noise level `sigma_t`, a float or (B,); shape of `x_t`."""
         ...
+
+
+@dataclass(frozen=True)
+class MixtureRollout:
+    """What the compiled kernels need for Euler steps on a Gaussian mixture; see `GMPolicy`.
+
+    `variance`: of the components in x_0, one per sample.
+    """
+
+    means: Array
+    logweights: Array
+    variance: Array
+    x_src: Array
+    sigma_src: float | np.ndarray
+    eps: float
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What a kernel reads where it lies."""
+        return self.means, self.logweights, self.variance, self.x_src
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """What the compiled kernels need for a rollout that is one weighted sum.
+
+    `grid`: (B, N, C, H, W). `compute_weights`: noise levels -> weights of the start, of `x_src` and of the N entries of
+    `grid`, float64 (2 + N,) or (B, 2 + N).
+    """
+
+    grid: Array
+    x_src: Array
+    compute_weights: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What a kernel reads where it lies."""
+        return self.grid, self.x_src
+
+
+Rollout = MixtureRollout | WeightedSum
+Self = TypeVar("Self")
+
+
+class Policy(ABC):
+    """A velocity field that was made from one student output. What means nothing to a kind keeps its default here."""
+
+    x_src: Array
+    sigma_src: float | np.ndarray
+    eps: float
+    # `(x_start, sigmas) -> x_dst`: the end of Euler steps without taking them, for kinds that can.
+    closed_form: Callable[[Array, np.ndarray], Array] | None = None
+    # Parts of the policy, of which `dropped` can leave some out.
+    num_parts: int = 0
+
+    @abstractmethod
+    def velocity(self, x_t: Array, sigma_t) -> Array:
+        """u_t = dx/dsigma at state `x_t` and noise level `sigma_t`, a float or (B,); shape of `x_t`."""
+
+    def tempered(self: Self, temperature: float) -> Self:
+        """The policy with less spread, for temperatures below 1."""
+        return self
+
+    def dropped(self: Self, uniforms: Array, p: float) -> Self:
+        """The policy without the parts whose uniform number, (B, `num_parts`), lies below `p`."""
+        return self
+
+    def detached(self: Self) -> Self:
+        """The policy cut off from torch's graph, sharing its memory."""
+        policy = object.__new__(type(self))
+        policy.__dict__.update(detach_fields(self))
+        return policy
+
+    def for_kernel(self) -> Rollout | None:
+        """What a compiled kernel needs to integrate this policy; None if there is no kernel for it."""
+        return None
+
+
+# Predictions (B, G, C, *S), the network's own or x_0, as velocities of the same shape.
+ToVelocity = Callable[[Any], Any]
+
+
+class PolicyKind(ABC):
+    """All that a kind of policy says of itself. Its fields are the numbers that stay as they were in training.
+
+    A kind is a frozen dataclass whose first field is `kind`, its name in JSON and on the command line, and whose other
+    fields have defaults. `docs/extending.md` says how to add one.
+
+    Tensors of training are torch's, but nothing here imports torch: only methods of the tensors are called.
+    """
+
+    kind: Any
+    eps: float
+    # Names of the network's outputs, in order.
+    outputs: ClassVar[tuple[str, ...]]
+    # Floor inside the policy in training, where the settings do not say.
+    training_eps: ClassVar[float]
+    # What `--policy` calls it -> fields that this name fixes.
+    names: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    @abstractmethod
+    def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> Policy:
+        """Return the policy that the network's outputs at `x_src` (B, C, H, W) stand for."""
+
+    def fit_to_segments(self: Self, longest: float, shift: float) -> Self:
+        """Return the kind for a student whose longest segment spans so much raw time, under this shift."""
+        return self
+
+    @abstractmethod
+    def num_planes(self, channels: int) -> int:
+        """Planes of the state's size that the network must write for a state of `channels` channels."""
+
+    @abstractmethod
+    def output_shapes(self, sample_shape: tuple[int, ...]) -> list[list[int]]:
+        """Shapes of `outputs` without the batch axis, for states (C, *S)."""
+
+    @abstractmethod
+    def split(self, planes: Any, to_velocity: ToVelocity, x_0_to_velocity: ToVelocity) -> tuple[Any, ...]:
+        """Return the outputs that planes (B, M, *S) stand for.
+
+        Args:
+            planes: torch tensor, what the network writes.
+            to_velocity: for planes that are predictions of the network's own kind.
+            x_0_to_velocity: for planes that are x_0.
+        """
+
+    @abstractmethod
+    def widen(self, weight: Any, bias: Any, draw_normal: Callable[..., Any]) -> tuple[Any, Any]:
+        """Return weights of an output layer with which the policy's velocity is the teacher's.
+
+        Args:
+            weight, bias: of the teacher's output layer, torch tensors (C, P, ...) and (C, P), P the places of a patch.
+            draw_normal: `(*shape) -> ` a tensor of standard normal numbers.
+
+        Returns:
+            Weight (M, P, ...) and bias (M, P).
+        """
+
+    @abstractmethod
+    def rollout_tables(
+        self, sigmas: Sequence[np.ndarray], temperatures: Sequence[float]
+    ) -> dict[str, np.ndarray]:
+        """Return what the rollout in a graph must know of time: tables with one row for each segment.
+
+        Args:
+            sigmas: the noise levels of each segment, from the policy's source down, float64 (S + 1,).
+            temperatures: the policy's, of each segment; 1 leaves it.
+
+        Returns:
+            Name -> float32 or int64 (segments, ...).
+
+        Raises:
+            ScheduleError: noise levels that the graph cannot take.
+        """
+
+    @abstractmethod
+    def write_rollout(
+        self, op: Any, outputs: Mapping[str, Any], x_src: Any, tables: Mapping[str, Any]
+    ) -> Any:
+        """Write the rollout of one segment into an ONNX graph, and return its end.
+
+        Args:
+            op: writes nodes: `op.Add(a, b)`, as onnxscript's builder does, and `op.scan`; see
+                `export/rollout_graph.py`.
+            outputs: the network's outputs, float32.
+            x_src: the state at the policy's source, float32 (B, C, *S).
+            tables: this segment's row of each of `rollout_tables`.
+        """
 
 
 def cached_for_all_modes(compute):
@@ -70,6 +241,12 @@ def check_eps(eps: float) -> None:
     """Raise ScheduleError unless `eps` is above 0."""
     if not eps > 0:
         raise ScheduleError(f"eps is above 0; got {eps!r}")
+
+
+def check_count(name: str, count: int) -> None:
+    """Raise ShapeError unless `count` is 1 or more."""
+    if count < 1:
+        raise ShapeError(f"{name} is 1 or more; got {count}")
 
 
 def check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
 """Any network as a teacher, and a student that starts as it: conventions, policy heads, adapters on the weights."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ from piflow_edge.distill.networks.flow_network import (
     ModuleNetwork,
     attach_policy_head,
 )
-from piflow_edge.distill.networks.heads import DXHead, GMHead, head_from_json, head_to_json
 from piflow_edge.distill.networks.lora import LoRAConfig, fold_lora
 from piflow_edge.distill.student import check_start, policy_of
 from piflow_edge.errors import CheckFailedError, ScheduleError, ShapeError
+from piflow_edge.policies import DXPolicySpec, GMPolicySpec, policy_spec_from_json
 
 SIGMA = torch.tensor([0.9, 0.5, 0.2])
-HEADS = [GMHead(4), DXHead(5), DXHead(3, mode="polynomial")]
+HEADS = [GMPolicySpec(4), DXPolicySpec(5), DXPolicySpec(3, mode="polynomial")]
 head_id = lambda head: f"{head.kind}-{getattr(head, 'mode', 'mixture')}"  # noqa: E731
 
 
@@ -135,7 +135,7 @@ def example(network, batch=3):
 def test_a_student_starts_as_its_teacher(make, head, monkeypatch):
     teacher = make()
     # Without the components' offsets it is the teacher; with them, near it.
-    monkeypatch.setattr("piflow_edge.distill.networks.heads._MEAN_SPREAD", 0.0)
+    monkeypatch.setattr("piflow_edge.policies.gm.MEAN_SPREAD", 0.0)
     student = attach_policy_head(teacher, head)
     x_t, conditioning = example(teacher)
     sigma = SIGMA.double().numpy()
@@ -148,8 +148,8 @@ def test_a_student_starts_as_its_teacher(make, head, monkeypatch):
 @pytest.mark.parametrize("head", HEADS, ids=head_id)
 def test_the_rollout_of_a_new_student_is_one_step_of_its_teacher(head, monkeypatch):
     # A policy that starts with one x_0 for the whole segment walks straight towards it.
-    monkeypatch.setattr("piflow_edge.distill.networks.heads._MEAN_SPREAD", 0.0)
-    monkeypatch.setattr("piflow_edge.distill.networks.heads._INITIAL_STD", 1e-6)
+    monkeypatch.setattr("piflow_edge.policies.gm.MEAN_SPREAD", 0.0)
+    monkeypatch.setattr("piflow_edge.policies.gm.INITIAL_STD", 1e-6)
     teacher = dit()
     student = attach_policy_head(teacher, head)
     x_t, conditioning = example(teacher)
@@ -162,17 +162,17 @@ def test_the_rollout_of_a_new_student_is_one_step_of_its_teacher(head, monkeypat
 def test_the_teacher_is_left_as_it_was():
     teacher = dit().requires_grad_(False)
     before = teacher.fingerprint()
-    attach_policy_head(teacher, GMHead(3))
+    attach_policy_head(teacher, GMPolicySpec(3))
     assert teacher.fingerprint() == before and teacher.head is None
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_a_wrong_output_layer_or_order_is_named():
     with pytest.raises(ShapeError, match="1 rows, which are no patches of 3 planes"):
-        attach_policy_head(patches(output_layer=None), GMHead(2))
+        attach_policy_head(patches(output_layer=None), GMPolicySpec(2))
     # Rows in the wrong order have the right number: only the numbers tell.
     teacher = patches(told=True)
-    student = attach_policy_head(teacher, GMHead(2))
+    student = attach_policy_head(teacher, GMPolicySpec(2))
     _, conditioning = example(teacher, batch=2)
     numpy = {name: value.numpy() for name, value in conditioning.items()}
     with pytest.raises(CheckFailedError, match=r"should start as its teacher.*channel_major=True the order"):
@@ -187,17 +187,17 @@ def test_a_module_that_does_not_read_its_number_of_planes_is_told_to():
     network = ModuleNetwork(Fixed(), (3, 4, 6), output_layer="final", names={"labels": "y"})
     x_t, conditioning = example(network)
     with pytest.raises(ShapeError, match=r"should write 9 planes .* it wrote \(3, 4, 6\).*out_channels"):
-        attach_policy_head(network, GMHead(2))(x_t, SIGMA, **conditioning)
+        attach_policy_head(network, GMPolicySpec(2))(x_t, SIGMA, **conditioning)
 
 
 def test_a_head_is_attached_to_a_teacher_once():
     with pytest.raises(ShapeError, match="has one already"):
-        attach_policy_head(attach_policy_head(dit(), GMHead(2)), GMHead(2))
+        attach_policy_head(attach_policy_head(dit(), GMPolicySpec(2)), GMPolicySpec(2))
 
 
 @pytest.mark.parametrize("head", HEADS, ids=head_id)
 def test_a_head_comes_back_from_json(head):
-    assert head_from_json(head_to_json(head)) == head
+    assert policy_spec_from_json(asdict(head)) == head
 
 
 def same(found, expected):
@@ -210,7 +210,7 @@ def test_a_lora_student_and_its_teacher_are_one_set_of_weights(make):
     teacher, alone = make(), make()
     x_t, conditioning = example(teacher)
     expected = alone.velocity(x_t, SIGMA, **conditioning)
-    student = attach_policy_head(teacher, GMHead(3), lora=LoRAConfig(rank=2))
+    student = attach_policy_head(teacher, GMPolicySpec(3), lora=LoRAConfig(rank=2))
     assert student.module is teacher.module
     trained = {name for name, p in student.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name or ".policy." in name for name in trained)
@@ -240,11 +240,11 @@ def test_lora_targets_that_are_not_there_are_named():
     with pytest.raises(
         ShapeError, match="no linear layer's name ends in any of to_q; give ends of names such as"
     ):
-        attach_policy_head(dit(), GMHead(2), lora=LoRAConfig(targets=("to_q",)))
+        attach_policy_head(dit(), GMPolicySpec(2), lora=LoRAConfig(targets=("to_q",)))
 
 
 def test_a_student_of_its_own_weights_has_no_teacher_inside():
-    student = attach_policy_head(dit(), GMHead(2))
+    student = attach_policy_head(dit(), GMPolicySpec(2))
     x_t, conditioning = example(student)
     with pytest.raises(ShapeError, match="a trunk of its own"):
         student.velocity(x_t, SIGMA, **conditioning)
@@ -256,12 +256,12 @@ def test_the_module_stays_in_evaluation_mode():
 
 
 def test_half_precision_weights_give_policies_in_float32():
-    network = attach_policy_head(dit(), GMHead(2)).to(torch.bfloat16)
+    network = attach_policy_head(dit(), GMPolicySpec(2)).to(torch.bfloat16)
     x_t, conditioning = example(network)
     assert {part.dtype for part in network(x_t, SIGMA, **conditioning)} == {torch.float32}
 
 
 def test_nodes_of_a_dx_head_span_the_longest_segment():
-    assert replace(DXHead(4), segment_size=0.5).segment_size == 0.5
+    assert replace(DXPolicySpec(4), segment_size=0.5).segment_size == 0.5
     with pytest.raises(ShapeError, match="num_nodes is 1 or more"):
-        DXHead(0)
+        DXPolicySpec(0)

@@ -27,10 +27,10 @@ from piflow_edge.distill.loop.randomness import IterationRandom
 from piflow_edge.distill.loop.training import RunConfig, TrainingConfig
 from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.networks.flow_network import DiTNetwork, describe
-from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import teacher_from_checkpoint
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
+from piflow_edge.policies import GMPolicySpec
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills and forks processes")
 
@@ -90,7 +90,7 @@ def job(folder, *, config=CONFIG, run=LOGGED, broken=False, resume=False, teache
         config,
         folder,
         guidance=GuidanceConfig(1.5),
-        head=GMHead(3),
+        head=GMPolicySpec(3),
         run=run,
         resume=resume,
     )

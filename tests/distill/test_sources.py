@@ -15,13 +15,13 @@ from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, sav
 from piflow_edge.distill.loop.training import TrainingConfig
 from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.networks.flow_network import Convention, DiTNetwork, attach_policy_head, describe
-from piflow_edge.distill.networks.heads import DXHead, GMHead
 from piflow_edge.distill.networks.lora import LoRAConfig
 from piflow_edge.distill.networks.sit import load_sit
 from piflow_edge.distill.sources import load_student, load_teacher, network_of
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
 from piflow_edge.errors import CheckpointError, ScheduleError, ShapeError
+from piflow_edge.policies import DXPolicySpec, GMPolicySpec
 from tests.helpers.golden_cases import GOLDEN, cases
 
 CHECKPOINTS = GOLDEN / "checkpoints"
@@ -176,7 +176,7 @@ def _conditioning(name, batch=2):
 FAMILIES = ["dit", "sd3", "flux", "qwen"]
 
 
-@pytest.mark.parametrize("head", [GMHead(3), DXHead(2)], ids=["gm", "dx"])
+@pytest.mark.parametrize("head", [GMPolicySpec(3), DXPolicySpec(2)], ids=["gm", "dx"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_of_a_diffusers_transformer_starts_as_it(name, head, monkeypatch):
     monkeypatch.setattr("piflow_edge.distill.networks.heads._MEAN_SPREAD", 0.0)
@@ -219,7 +219,7 @@ def _as_the_authors_saved(name, head):
     return network
 
 
-@pytest.mark.parametrize(("name", "head"), [("dxflux", DXHead(5)), ("gmqwen", GMHead(4))])
+@pytest.mark.parametrize(("name", "head"), [("dxflux", DXPolicySpec(5)), ("gmqwen", GMPolicySpec(4))])
 def test_the_authors_students_give_the_recorded_outputs(name, head):
     network, case = _as_the_authors_saved(name, head), golden(name)
     names = ("encoder_hidden_states", "pooled_projections", "guidance", "encoder_hidden_states_mask")
@@ -280,7 +280,7 @@ def short_run(source, data, folder, **options):
     return distill(
         load_teacher(source, sample_shape=data.shape), data, ImitationConfig(nfe=2, total_substeps=16),
         TrainingConfig(iterations=3, batch_size=4), folder,
-        **{"guidance": GuidanceConfig(1.5), "head": GMHead(2), **options},
+        **{"guidance": GuidanceConfig(1.5), "head": GMPolicySpec(2), **options},
     )  # fmt: skip
 
 
@@ -397,11 +397,11 @@ def test_outside_its_interval_guidance_asks_the_network_once(interval, asked):
 
 
 def test_several_numbers_of_calls_are_trained_in_one_student(teacher_folder, data, tmp_path):
-    options = dict(guidance=GuidanceConfig(), head=DXHead(3))
+    options = dict(guidance=GuidanceConfig(), head=DXPolicySpec(3))
     trained = distill(
         load_teacher(teacher_folder), data, ImitationConfig(nfe=(4, 1, 2), total_substeps=16),
         TrainingConfig(iterations=2, batch_size=8), tmp_path / "student", **options,
     )  # fmt: skip
     assert trained.settings["imitation"]["nfe"] == (1, 2, 4)
-    assert trained.network["head"] == {"kind": "dx", **asdict(DXHead(3, segment_size=1.0))}
+    assert trained.network["head"] == {"kind": "dx", **asdict(DXPolicySpec(3, segment_size=1.0))}
     assert ImitationConfig(nfe=(2, 2)).nfe == 2

@@ -21,7 +21,6 @@ from piflow_edge.distill.loop.randomness import IterationRandom
 from piflow_edge.distill.loop.training import RunConfig, TrainingConfig, train
 from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head
-from piflow_edge.distill.networks.heads import DXHead, GMHead
 from piflow_edge.distill.sources import network_of, teacher_from_checkpoint
 from piflow_edge.distill.student import distill, policy_of
 from piflow_edge.distill.teacher import (
@@ -40,6 +39,7 @@ from piflow_edge.errors import (
     PiFlowError,
     ShapeError,
 )
+from piflow_edge.policies import DXPolicySpec, GMPolicySpec
 
 TINY = DiTConfig(sample_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=2)
 SHORT = TrainingConfig(iterations=6, batch_size=8, warmup=2)
@@ -60,7 +60,7 @@ def teacher(data, tmp_path_factory):
     return train_teacher(data, TINY, FlowMatchingConfig(), config, tmp_path_factory.mktemp("teacher"))
 
 
-def run(teacher, data, folder, *, config=SHORT, imitation=None, head=GMHead(3), resume=False, **how):  # noqa: B008
+def run(teacher, data, folder, *, config=SHORT, imitation=None, head=GMPolicySpec(3), resume=False, **how):  # noqa: B008
     imitation = imitation or ImitationConfig(nfe=2, total_substeps=16)
     return distill(
         teacher_from_checkpoint(teacher),
@@ -85,7 +85,7 @@ def test_a_teacher_learns_its_classes(teacher, data):
 
 def test_a_student_starts_as_its_teacher(teacher):
     network = network_of(teacher)
-    student = attach_policy_head(network, GMHead(4))
+    student = attach_policy_head(network, GMPolicySpec(4))
     x_t, labels = torch.randn(5, 1, 4, 4), torch.tensor([0, 1, 0, 1, 2])
     sigma = np.array([1.0, 0.8, 0.5, 0.3, 0.1])
     with torch.no_grad():
@@ -105,12 +105,12 @@ def test_a_student_starts_as_its_teacher(teacher):
 @pytest.mark.parametrize(
     ("head", "options"),
     [
-        (GMHead(3), {}),
-        (GMHead(3), {"data_free": True}),
-        (GMHead(3), {"decay_iterations": 50, "gm_dropout": 0.2, "window_substeps": 4}),
-        (DXHead(4), {}),
-        (DXHead(3, mode="polynomial"), {}),
-        (GMHead(3), {"nfe": (1, 2)}),
+        (GMPolicySpec(3), {}),
+        (GMPolicySpec(3), {"data_free": True}),
+        (GMPolicySpec(3), {"decay_iterations": 50, "gm_dropout": 0.2, "window_substeps": 4}),
+        (DXPolicySpec(4), {}),
+        (DXPolicySpec(3, mode="polynomial"), {}),
+        (GMPolicySpec(3), {"nfe": (1, 2)}),
     ],
     ids=["gm", "data-free", "mixing, dropout, windows", "dx", "polynomial", "several nfe"],
 )

@@ -197,13 +197,13 @@ def assert_alike(expected, found, precision):
 def exported(request, tmp_path_factory):
     """A bundle in every precision, with its sampler graph."""
     pytest.importorskip("torch", reason="making a bundle needs the 'train' extra")
-    from piflow_edge.distill.networks.heads import DXHead
     from piflow_edge.export.to_bundle import export_bundle
+    from piflow_edge.policies import DXPolicySpec
 
     heads = {
         "gm": None,
-        "dx": DXHead(4, segment_size=0.5, shift=2.0),
-        "polynomial": DXHead(3, segment_size=0.5, shift=2.0, mode="polynomial"),
+        "dx": DXPolicySpec(4, segment_size=0.5, shift=2.0),
+        "polynomial": DXPolicySpec(3, segment_size=0.5, shift=2.0, mode="polynomial"),
     }
     folder = tmp_path_factory.mktemp("reference") / request.param
     precisions = ("fp32",) if request.param == "polynomial" else ("fp32", "fp16", "int8", "int8-qdq")

@@ -21,7 +21,6 @@ from piflow_edge.distill.data.datasets import ImageData, Latent
 from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.loop.training import TrainingConfig
 from piflow_edge.distill.networks.dit import DiTConfig
-from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import teacher_from_checkpoint
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
@@ -31,6 +30,7 @@ from piflow_edge.export import bundle_graphs
 from piflow_edge.export.decoder_graph import export_decoder
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.verification import verify
 from piflow_edge.system.files import sha256
@@ -84,7 +84,7 @@ def test_from_images_to_a_bundle_that_makes_images(tmp_path):
         SHORT,
         tmp_path / "student",
         guidance=GuidanceConfig(1.5),
-        head=GMHead(2),
+        head=GMPolicySpec(2),
     )
     assert student.settings["latent"] == vars(autoencoder.latent)
     rows = export_bundle(student, tmp_path / "bundle", autoencoder=autoencoder)
@@ -284,6 +284,6 @@ def test_a_student_of_other_latents_than_its_teacher_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"scale was 0\.5, is 0\.25"):
         distill(
             teacher_from_checkpoint(teacher), replace(data, latent=Latent(0.25, 0.0)), ImitationConfig(nfe=1), SHORT,
-            tmp_path / "student", guidance=GuidanceConfig(), head=GMHead(2),
+            tmp_path / "student", guidance=GuidanceConfig(), head=GMPolicySpec(2),
         )  # fmt: skip
     assert not (tmp_path / "student").exists()

@@ -5,7 +5,6 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.distill.networks.heads import DXHead
 from piflow_edge.engines import open_engine
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import DXPolicySpec
@@ -14,8 +13,8 @@ from piflow_edge.runtime.verification import verify
 from tests.conftest import make_student
 
 HEADS = {
-    "grid": DXHead(4, segment_size=0.5, shift=2.0),
-    "polynomial": DXHead(3, segment_size=0.5, shift=2.0, mode="polynomial"),
+    "grid": DXPolicySpec(4, segment_size=0.5, shift=2.0),
+    "polynomial": DXPolicySpec(3, segment_size=0.5, shift=2.0, mode="polynomial"),
 }
 
 
@@ -31,7 +30,7 @@ def test_a_dx_bundle_reproduces_pytorch_in_every_layer(made):
     assert [row.layer for row in rows] == [row.layer for row in verify(pf.load(folder))]
     assert all(row.passed for row in rows) and rows[0].error > 0
     spec = Bundle(folder).manifest.policy
-    assert spec == DXPolicySpec("dx", head.num_nodes, 0.5, 2.0, head.mode, 1e-4)
+    assert spec == DXPolicySpec(head.num_nodes, 0.5, 2.0, head.mode, 1e-4)
 
 
 @pytest.mark.parametrize("nfe", [2, 3])

@@ -6,17 +6,21 @@ from onnx import helper
 from piflow_edge import DXPolicy, GMPolicy, Schedule
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import ScheduleError
-from piflow_edge.export.rollout_graph import DOMAIN, dx_rollout, dx_weights, gm_rollout, gm_substeps, inline
+from piflow_edge.export.rollout_graph import DOMAIN, build_rollout, inline
 from piflow_edge.export.to_onnx import OPSET
 from piflow_edge.kernels.rollout import integrate
+from piflow_edge.policies import DXPolicySpec, GMPolicySpec
 from piflow_edge.schedule import segment_sigmas
 
 
-def run(function, **inputs):
-    """One call of an ONNX function, as a model of nothing else."""
-    inputs = {name: np.asarray(value, np.float32) for name, value in inputs.items()}
+def run(kind, arrays, sigmas, temperature=1.0):
+    """One call of the ONNX function for a kind of policy, as a model of nothing else."""
+    tables = kind.rollout_tables([sigmas], [temperature])
+    function = build_rollout(kind, tables)
+    inputs = {name: np.asarray(value, np.float32) for name, value in arrays.items()}
+    inputs |= {name: np.asarray(table[0]) for name, table in tables.items()}
     floats = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, value.shape)
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for name, value in inputs.items()
     ]
     end = helper.make_tensor_value_info("x_dst", onnx.TensorProto.FLOAT, inputs["x_src"].shape)
@@ -40,14 +44,7 @@ def gm_error(arrays, sigmas, temperature, eps=1e-4):
     """Greatest difference between the graph and the same rollout in float64."""
     exact = GMPolicy(*arrays.values(), sigmas[0], eps=eps).tempered(temperature)
     expected = integrate(exact, arrays["x_src"], sigmas, kernel="reference")
-    found = run(
-        gm_rollout(),
-        **arrays,
-        sigma_src=sigmas[0],
-        sigma_dst=sigmas[-1],
-        temperature=temperature,
-        substeps=gm_substeps(sigmas, eps),
-    )
+    found = run(GMPolicySpec(arrays["means"].shape[1], eps), arrays, sigmas, temperature)
     return np.abs(found - expected).max()
 
 
@@ -73,7 +70,7 @@ def test_a_gm_rollout_is_steady_down_to_the_floor():
 
 def test_a_rollout_below_the_floor_is_refused():
     with pytest.raises(ScheduleError, match=r"down to the policy's eps, 0\.01; got one of 0\.005"):
-        gm_substeps(np.array([1.0, 0.005, 0.0]), 0.01)
+        GMPolicySpec(3, eps=0.01).rollout_tables([np.array([1.0, 0.005, 0.0])], [1.0])
 
 
 @pytest.mark.parametrize("state", [(1, 8, 8), (2, 3, 4, 5)], ids=["grey", "video"])
@@ -85,6 +82,6 @@ def test_a_dx_rollout_is_that_of_the_policy(state, mode, num_nodes):
     policy = DXPolicy(grid, x_src, 0.8, segment_size=0.6, shift=1.7, mode=mode)
     sigmas = segment_sigmas(0.8, 0.1, 77, 3.2)
     expected = integrate(policy, x_src, sigmas, kernel="reference")
-    found = run(dx_rollout(), grid=grid, x_src=x_src, weights=dx_weights(policy, sigmas))
+    found = run(DXPolicySpec(num_nodes, 0.6, 1.7, mode), {"grid": grid, "x_src": x_src}, sigmas)
     # One weighted sum of seven float32 numbers of up to 4.
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6)

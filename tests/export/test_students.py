@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.networks.flow_network import attach_policy_head
-from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import StudentModel, load_student, network_of, student_from_checkpoint
 from piflow_edge.errors import CheckpointError
+from piflow_edge.policies import GMPolicySpec
 from tests.conftest import make_student
 from tests.export.test_unconditional import teacher
 
@@ -36,7 +36,7 @@ PLAIN = {
 
 def plain():
     """An entry point."""
-    return StudentModel(attach_policy_head(teacher(), GMHead(3)), nfe=(1, 2), total_substeps=16)
+    return StudentModel(attach_policy_head(teacher(), GMPolicySpec(3)), nfe=(1, 2), total_substeps=16)
 
 
 def not_a_student():
@@ -70,7 +70,7 @@ def test_a_state_dict_is_the_student_it_was_of(files, kind):
 
 
 def test_a_state_dict_of_any_module(tmp_path):
-    network = attach_policy_head(teacher(), GMHead(3), seed=5)
+    network = attach_policy_head(teacher(), GMPolicySpec(3), seed=5)
     torch.save(network.module.state_dict(), tmp_path / "weights.pth")
     (tmp_path / "student.json").write_text(json.dumps(PLAIN))
     found = load_student(tmp_path / "weights.pth", config=tmp_path / "student.json")

@@ -10,10 +10,10 @@ import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.networks.flow_network import ModuleNetwork, attach_policy_head, describe
-from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.engines import open_engine
 from piflow_edge.errors import BundleError, LabelError
 from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import read_graph
 
 
@@ -35,7 +35,7 @@ def teacher():
 
 
 def make_plain_student(**changes):
-    student = attach_policy_head(teacher(), GMHead(3))
+    student = attach_policy_head(teacher(), GMPolicySpec(3))
     settings = {
         "imitation": dict(nfe=2, shift=1.0, final_step_size_scale=1.0, total_substeps=16),
         "conditioning": {},

@@ -62,7 +62,7 @@ def gaussian_generator(engine=None, *, nfe=4, class_names=("0", "1"), h=0.0, pol
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name="gaussian",
-        policy=policy or GMPolicySpec("gm", 1, 1e-4),
+        policy=policy or GMPolicySpec(1, 1e-4),
         schedule=ScheduleSpec(nfe, 1.0, 1.0, 32, h, 1.0),
         conditioning=conditioner.to_json(),
         latent=LatentSpec("pixels", [1, SIDE, SIDE], 1.0, 0.0),
@@ -85,4 +85,4 @@ def gaussian_generator(engine=None, *, nfe=4, class_names=("0", "1"), h=0.0, pol
 
 
 def dx_spec(num_nodes=3, segment_size=0.25):
-    return DXPolicySpec("dx", num_nodes, segment_size, 1.0, "grid", 1e-4)
+    return DXPolicySpec(num_nodes, segment_size, 1.0, "grid", 1e-4)

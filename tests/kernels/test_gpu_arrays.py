@@ -337,14 +337,14 @@ with pf.load(sys.argv[1], engine="ort-cpu") as plain, pf.load(sys.argv[1], engin
 def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
     pytest.importorskip("diffusers", reason="autoencoders need the 'diffusers' extra")
     from piflow_edge.distill.data.autoencoder import load_autoencoder
-    from piflow_edge.distill.networks.heads import GMHead
     from piflow_edge.export.to_bundle import export_bundle
+    from piflow_edge.policies import GMPolicySpec
     from tests.conftest import make_autoencoder, make_student
 
     # A mixture that the pretended driver has compiled: 3 components of 2 channels.
     folder = make_autoencoder("AutoencoderTiny", tmp_path / "autoencoder", latent_channels=2)
     autoencoder = load_autoencoder(folder)
-    student = make_student(head=GMHead(3), latent=vars(autoencoder.latent), in_channels=2)
+    student = make_student(head=GMPolicySpec(3), latent=vars(autoencoder.latent), in_channels=2)
     export_bundle(student, tmp_path / "bundle", autoencoder=autoencoder)
     run(GENERATOR, tmp_path / "bundle")
     pytest.importorskip("filelock")

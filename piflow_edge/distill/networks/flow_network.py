@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.errors import ScheduleError, ShapeError
+from piflow_edge.policies import PolicySpec
 
 from .dit import DiT, DiTConfig
-from .heads import Head, PolicyProjection, head_to_json, widened
+from .heads import PolicyProjection, widened
 from .lora import LoRAConfig, adapters_off, inject_lora
 
 # Floors where a prediction is divided by the noise level, or by 1 minus it: a network that predicts noise says
@@ -109,7 +110,7 @@ class FlowNetwork(nn.Module):
         self.output_layer, self.channel_major = output_layer, channel_major
         self.planes = planes or self.sample_shape[0]
         self.null = dict(null or {})
-        self.head: Head | None = None
+        self.head: PolicySpec | None = None
         self.lora: LoRAConfig | None = None
         self.origin: dict[str, Any] | None = None  # where it was read from; see `sources`
         self.eval()
@@ -292,7 +293,7 @@ class ModuleNetwork(FlowNetwork):
 
 
 def attach_policy_head(
-    network: FlowNetwork, head: Head, *, lora: LoRAConfig | None = None, seed: int = 0
+    network: FlowNetwork, head: PolicySpec, *, lora: LoRAConfig | None = None, seed: int = 0
 ) -> FlowNetwork:
     """A student that starts as its teacher: the output layer widened to a policy, everything else as it was.
 
@@ -332,7 +333,7 @@ def describe(network: FlowNetwork) -> dict[str, Any]:
         "family": network.family,
         **network.describe(),
         "sample_shape": list(network.sample_shape),
-        "head": head_to_json(network.head) if network.head else None,
+        "head": asdict(network.head) if network.head else None,
         "lora": asdict(network.lora) if network.lora else None,
         "base": network.origin if network.lora else None,
     }
