@@ -18,7 +18,7 @@ from piflow_edge.integrator import Integrate, integrate
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import Policy, PolicySpec
 from piflow_edge.runtime.images import decode
-from piflow_edge.sampling import sample
+from piflow_edge.sampling import Hooks, sample
 from piflow_edge.schedule import Schedule
 
 from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
@@ -136,7 +136,7 @@ def distill(
             levels = np.full(len(x_src), sigma_src)
             return policy_of(network, head, x_src, levels, {"labels": labels}, eps=imitation.policy_eps)
 
-        return decode(sample(call, noise, schedule, integrate=integrate).cpu().numpy())
+        return decode(sample(call, noise, schedule, hooks=Hooks(integrate=integrate)).cpu().numpy())
 
     settings = {
         "imitation": asdict(imitation),
