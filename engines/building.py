@@ -155,7 +155,10 @@ def build(
         say(f"{target.name} ({target.file}): building for {key.gpu}, batches {key.profile}; {reason}")
         with Watch(settings.ordinal) as watch:
             data = _made(planned, settings)
-        return data, {**watch.facts(), "needed": vars(planned.memory)}
+        facts = {**watch.facts(), "needed": vars(planned.memory)}
+        if settings.engine == "tensorrt":
+            facts["inspection"] = _inspect(data, target, settings, say)
+        return data, facts
 
     entry, built = engine_cache.get_or_build(
         key, make, usable=lambda data: _opens(data, target, settings), rebuild=rebuild
@@ -178,6 +181,16 @@ def _made(planned: Plan, settings: BuildSettings) -> bytes:
         settings.engine, target.graph, target.precision, planned.profile, device=settings.device,
         workspace=settings.workspace, timing_cache=times,
     )  # fmt: skip
+
+
+def _inspect(
+    data: bytes, target: Target, settings: BuildSettings, say: Callable[[str], None]
+) -> dict[str, Any]:
+    found = trt_build.inspect_plan(data, target.graph, target.precision, settings.ordinal)
+    say(f"{target.name} ({target.file}): {found.describe()}")
+    for complaint in found.complaints:
+        log.warning("%s (%s) in %s: %s", target.name, target.file, target.precision, complaint)
+    return vars(found)
 
 
 def _opens(data: bytes, target: Target, settings: BuildSettings) -> bool:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from piflow_edge.engines import Graph, engine_cache, trt_versions
+from piflow_edge.engines import Graph, engine_cache, trt_inspection, trt_versions
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
 from piflow_edge.system.files import sha256, write_atomic
@@ -51,7 +51,8 @@ def build_plan(
         if not trt_versions.parse(parser, graph):
             raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {_reasons(parser, logger)}")
         config = builder.create_builder_config()
-        trt_versions.set_precision(row, trt, config, network, precision)
+        trt_versions.set_precision(row, trt, config, network, graph, precision)
+        trt_versions.tell_layers(trt, config)
         trt_versions.share_profiles(row, trt, config)
         if own_kernels:
             trt_versions.use_own_kernels(trt, config)
@@ -70,6 +71,22 @@ def build_plan(
         if timing_cache is not None:
             _store(timing_cache, config)
         return bytes(plan)
+
+
+def inspect_plan(plan: bytes, graph: Graph, precision: str, ordinal: int) -> trt_inspection.Inspection:
+    """What was built: see `trt_inspection`. `plan`: of `build_plan`, of the same graph and precision.
+
+    Raises:
+        EngineError: TensorRT cannot open it.
+    """
+    trt = trt_versions.tensorrt()
+    logger = trt_versions.logger(trt)
+    with nvidia.current(ordinal):
+        runtime = trt.Runtime(logger)
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise EngineError(f"TensorRT cannot open what it built: {'; '.join(logger.errors)}")
+        return trt_inspection.inspect_engine(trt, engine, len(plan), graph, precision)
 
 
 def _made(make, logger, what: str):

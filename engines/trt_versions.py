@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from piflow_edge.engines import Graph
+from piflow_edge.engines import Graph, trt_pins
 from piflow_edge.errors import EngineError, MissingExtraError
 from piflow_edge.kernels import nvidia
 
@@ -133,34 +133,26 @@ def builder_flags(row: Api, precision: str) -> tuple[str, ...]:
     return {"fp16": ("FP16", "OBEY_PRECISION_CONSTRAINTS"), "int8-qdq": ("INT8",)}.get(precision, ())
 
 
-def set_precision(row: Api, trt, config, network, precision: str) -> None:
+def set_precision(row: Api, trt, config, network, graph: Graph, precision: str) -> None:
     """Let the builder use the types that the graph has, and no others."""
     # float32 is float32: TF32, on by default, has 11 bits. Who wants fewer than 24 takes fp16.
     config.clear_flag(trt.BuilderFlag.TF32)
     for name in builder_flags(row, precision):
         config.set_flag(getattr(trt.BuilderFlag, name))
     if not row.strongly_typed and precision == "fp16":
-        _pin_float32(trt, network)
-
-
-def _pin_float32(trt, network) -> None:
-    # With the flag for fp16 a builder before 10 lowers every layer, also what the export kept in float32 since it would
-    # overflow or round too far: norms, the time embedding, the policy's numbers.
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type in (trt.LayerType.CONSTANT, trt.LayerType.SHAPE):
-            continue
-        wide = [n for n in range(layer.num_outputs) if layer.get_output(n).dtype == trt.DataType.FLOAT]
-        if wide:
-            layer.precision = trt.DataType.FLOAT
-        for n in wide:
-            layer.set_output_type(n, trt.DataType.FLOAT)
+        inputs = (network.get_input(n) for n in range(network.num_inputs))
+        trt_pins.pin_float32(trt, network, graph, {tensor.name: format_of(tensor.dtype) for tensor in inputs})
 
 
 def share_profiles(row: Api, trt, config) -> None:
     """Let several contexts of the engine use its one profile at a time, where the release can."""
     if row.profile_sharing == "asked":
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)
+
+
+def tell_layers(trt, config) -> None:
+    """Let the engine's inspector tell in which types its layers compute. Costs some bytes, and no time."""
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
 
 
 def use_own_kernels(trt, config) -> None:

@@ -342,6 +342,9 @@ def test_from_a_bundle_to_images_by_the_commands_a_user_gives(driver, latent_bun
     assert [e["graph"] for e in first] == ["student", "decoder"]
     assert all(e["built"] for e in first) and not any(e["built"] for e in second)
     assert first[0]["miss"].startswith("no tensorrt engine") and "another onnx" in first[1]["miss"]
+    inspection = first[0]["build"]["inspection"]
+    assert inspection["layers"]["float32"] > 1 and not inspection["complaints"]
+    assert inspection["engine_bytes"] == first[0]["engine_bytes"]
     assert first[0]["build"]["seconds"] > 0 and first[0]["build"]["peak_host_bytes"] > 1 << 20
     assert first[0]["key"]["gpu"] == "Pretended GPU" and first[0]["key"]["compute_capability"] == "8.7"
     assert (

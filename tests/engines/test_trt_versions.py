@@ -111,9 +111,10 @@ def test_types_come_from_the_graph_where_a_release_can_and_else_from_flags(relea
         assert plan["typed"] and not plan["flags"] and not plan["pinned"]
         return
     assert set(plan["flags"]) == {"FP16", "OBEY_PRECISION_CONSTRAINTS"}
-    # What the graph has in float32 stays so; "narrow" is in float16 there, and "axes" is a constant.
-    assert {"scaled", "wide", "u", "w"} <= set(plan["pinned"])
-    assert not {"narrow", "axes"} & set(plan["pinned"])
+    # What the graph has in float32 stays so; "narrow" is in float16 there, "axes" is a constant, and "wide" a cast:
+    # with one pinned TensorRT 8.6 built no engine on an H100.
+    assert {"scaled", "u", "w"} <= set(plan["pinned"])
+    assert not {"narrow", "wide", "axes"} & set(plan["pinned"])
     assert built("fp32")["pinned"] == [] and built("int8-qdq")["flags"] == ["INT8"]
 
 

@@ -18,7 +18,9 @@ from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
+from piflow_edge.engines.graph_types import find_wide_nodes
 from piflow_edge.engines.layers import first_non_finite, layer_values
+from piflow_edge.engines.onnx_file import read_model
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export.calibration import Calibration
 from piflow_edge.export.compact import compact
@@ -66,6 +68,14 @@ def test_fp16_keeps_the_time_embedding_and_the_outputs_in_float32(folder):
     values = [*model.graph.input, *model.graph.output]
     dtypes = {value.name: value.type.tensor_type.elem_type for value in values}
     assert set(dtypes.values()) == {TensorProto.FLOAT, TensorProto.INT64}
+
+
+def test_the_graph_in_fp16_says_what_was_kept_in_float32(folder):
+    """TensorRT before 10 pins by it; the list in the manifest is for people."""
+    kept = Bundle(folder).manifest.provenance["kept_in_fp32"]["fp16"]["student"]
+    model = read_model(read_graph(Bundle(folder), "student", "fp16"))
+    inputs = {name: "float32" if name in ("x_t", "t") else "int64" for name in model.graph.inputs}
+    assert set(find_wide_nodes(model, inputs)) == set(kept)
 
 
 @pytest.mark.parametrize("precision", ALL)

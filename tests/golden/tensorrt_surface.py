@@ -5,6 +5,7 @@ Run: python tests/golden/tensorrt_surface.py WHEEL...
 Each wheel is one of tensorrt (8.5), tensorrt-bindings (8.6) or tensorrt-cu12-bindings (10 and 11), for the Python that
 runs this; a wheel of another release is added to what is there. The compiled module is imported with empty libraries in
 the place of libnvinfer and its like, then asked for its classes, their members, and the parameters in its docstrings.
+Of 8.5.3.1, whose wheel is NVIDIA's index's alone, the inspector and its enums were taken to be those of 8.6.1.
 tensorrt_surface.json holds class -> member -> what it is -> releases. `pretended_tensorrt.py` is made of it.
 """
 
@@ -21,11 +22,12 @@ from pathlib import Path
 OUT = Path(__file__).with_suffix(".json")
 CLASSES = (
     "Builder", "IBuilderConfig", "INetworkDefinition", "OnnxParser", "Runtime", "ICudaEngine", "IExecutionContext",
-    "IOptimizationProfile", "ITimingCache", "ITensor", "ILayer", "ILogger", "Logger", "IHostMemory",
+    "IOptimizationProfile", "ITimingCache", "ITensor", "ILayer", "ILogger", "Logger", "IHostMemory", "EngineInspector",
 )  # fmt: skip
 ENUMS = (
     "BuilderFlag", "NetworkDefinitionCreationFlag", "MemoryPoolType", "DataType", "TensorIOMode", "LayerType",
-    "ExecutionContextAllocationStrategy", "TacticSource", "PreviewFeature",
+    "ExecutionContextAllocationStrategy", "TacticSource", "PreviewFeature", "LayerInformationFormat",
+    "ProfilingVerbosity",
 )  # fmt: skip
 
 

@@ -159,18 +159,48 @@ class Builder:
             return None
         if config._times is not None:
             config._times._content += b"kernel;"
+        for layer in network._layers:
+            to = layer._casts_to
+            if to and any(dtype != to for dtype in layer._pinned):
+                self._logger.log(
+                    _ERROR, "castLayer.cpp::validate: Assertion mOutputTypes.at(0).value() == params.toType"
+                )
+                return None
+            if layer._type.name == "SHAPE" and layer._pinned:
+                self._logger.log(_ERROR, "a shape is of no other type")
+                return None
         (profile,) = config._profiles
         plan = {
             "release": release, "typed": typed, "tactics": config._tactics,
             "shares": not release.startswith("8") or "PROFILE_SHARING_0806" in config._features,
             "flags": sorted(config._flags), "pools": config._pools,
             "pinned": [layer._name for layer in network._layers if layer._pinned], "profile": profile._shapes,
+            "layers": [_told_of(layer, typed, config) for layer in network._layers],
             "onnx": base64.b64encode(network._onnx).decode(),
         }  # fmt: skip
         return _Bytes(json.dumps(plan).encode())
 
 
+def _told_of(layer, typed, config):
+    """What the inspector will tell of a layer: the graph's types, or what flags and pins leave of them."""
+    lowers = not typed and "FP16" in config._flags and not layer._pinned
+    names = {"FLOAT": "FP32", "HALF": "FP16", "INT8": "Int8"}
+
+    def tensor(graph_type):
+        if not typed and graph_type in ("FLOAT", "HALF"):
+            graph_type = layer._casts_to or ("HALF" if lowers else "FLOAT")
+        return {"Format/Datatype": f"Row major linear {names.get(graph_type, graph_type)} format"}
+
+    kind = "gemm" if layer._type.name == "MATRIX_MULTIPLY" else layer._type.name.lower()
+    ins, outs = ([tensor(one) for one in types] for types in (layer._reads, layer._makes))
+    return {"Name": layer._name, "LayerType": kind, "Inputs": ins, "Outputs": outs}
+
+
 class IBuilderConfig:
+    profiling_verbosity = property(
+        lambda self: self._verbosity, lambda self, value: setattr(self, "_verbosity", value.name)
+    )
+
     def set_flag(self, flag):
         self._flags.add(flag.name)
 
@@ -231,12 +261,14 @@ class INetworkDefinition:
 
 
 class ITensor:
+    is_shape_tensor = property(lambda self: False)
     name = property(lambda self: self._name)
     shape = property(lambda self: self._shape)
     dtype = property(lambda self: self._dtype)
 
 
 class ILayer:
+    name = property(lambda self: self._name)
     type = property(lambda self: self._type)
     num_outputs = property(lambda self: len(self._outputs))
     precision = property(lambda self: self._precision, lambda self, dtype: self._pinned.append(dtype.name))
@@ -274,13 +306,32 @@ class OnnxParser:
             self._errors += [f"no importer for {name}" for name in unknown]
             return False
         model = onnx.shape_inference.infer_shapes(model)
-        types_of = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+        values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+        types_of = {v.name: v.type.tensor_type.elem_type for v in values}
+        types_of |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
 
-        def made(name, shape, elem_type):
+        def graph_type(name):
+            return {10: "HALF", 6: "INT32", 7: "INT64", 3: "INT8", 2: "INT8"}.get(
+                types_of.get(name, 1), "FLOAT"
+            )
+
+        def made(
+            name, shape, elem_type=1
+        ):  # a parser infers no types: all but inputs read FLOAT until the build
             tensor = trt.ITensor.__new__(trt.ITensor)
             dtype = {10: "HALF", 6: "INT32", 7: "INT64"}.get(elem_type, "FLOAT")
             tensor._name, tensor._shape, tensor._dtype = name, shape, trt.DataType[_known(trt, dtype)]
             return tensor
+
+        def layer_of(kind, name, node, outputs):
+            layer = trt.ILayer.__new__(trt.ILayer)
+            layer._type = trt.LayerType.__members__.get(kind, trt.LayerType.IDENTITY)  # 8.5 has no CAST
+            layer._name, layer._pinned, layer._casts_to = name, [], None
+            layer._outputs = [made(output, []) for output in outputs]
+            layer._reads = [graph_type(name) for name in node.input if name]
+            layer._makes = [graph_type(name) for name in node.output]
+            network._layers.append(layer)
+            return layer
 
         network._inputs = [
             made(
@@ -291,12 +342,19 @@ class OnnxParser:
             for v in model.graph.input
         ]
         network._layers = []
-        for node in model.graph.node:
-            layer = trt.ILayer.__new__(trt.ILayer)
-            layer._name, layer._pinned = node.output[0], []
-            layer._type = trt.LayerType.CONSTANT if node.op_type == "Constant" else trt.LayerType.ELEMENTWISE
-            layer._outputs = [made(name, [], types_of.get(name, 1)) for name in node.output]
-            network._layers.append(layer)
+        kinds = {"MatMul": "MATRIX_MULTIPLY", "Cast": "CAST", "Constant": "CONSTANT", "Shape": "SHAPE"}
+        for count, node in enumerate(model.graph.node):
+            if node.op_type == "Gather":  # one of those that a parser makes several layers of
+                layer_of(
+                    "SHUFFLE",
+                    f"(Unnamed Layer* {count}) [Shuffle]",
+                    node,
+                    [f"(Unnamed Layer* {count})_output"],
+                )
+            kind = kinds.get(node.op_type, "ELEMENTWISE")
+            layer = layer_of(kind, node.name or node.output[0], node, node.output)
+            if node.op_type == "Cast":
+                layer._casts_to = graph_type(node.output[0])
         network._onnx = model.SerializeToString()
         return True
 
@@ -333,7 +391,18 @@ class Runtime:
         return engine
 
 
+class EngineInspector:
+    def get_engine_information(self, format):
+        assert format.name == "JSON"
+        return json.dumps({"Layers": self._layers, "Bindings": []})
+
+
 class ICudaEngine:
+    def create_engine_inspector(self):
+        inspector = self._trt.EngineInspector.__new__(self._trt.EngineInspector)
+        inspector._layers = self._plan["layers"]
+        return inspector
+
     num_io_tensors = property(lambda self: len(self._io))
     device_memory_size = property(lambda self: 1000)
     device_memory_size_v2 = property(lambda self: 1000)
@@ -438,6 +507,6 @@ except OSError:
 BEHAVIOURS = {
     "ILogger": Logger, "Builder": Builder, "IBuilderConfig": IBuilderConfig, "ITimingCache": ITimingCache,
     "IOptimizationProfile": IOptimizationProfile, "INetworkDefinition": INetworkDefinition, "ITensor": ITensor,
-    "ILayer": ILayer, "OnnxParser": OnnxParser, "Runtime": Runtime, "ICudaEngine": ICudaEngine,
-    "IExecutionContext": IExecutionContext,
+    "EngineInspector": EngineInspector, "ILayer": ILayer, "OnnxParser": OnnxParser, "Runtime": Runtime,
+    "ICudaEngine": ICudaEngine, "IExecutionContext": IExecutionContext,
 }  # fmt: skip
