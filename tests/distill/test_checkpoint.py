@@ -79,7 +79,7 @@ def test_weights_of_another_architecture_are_refused():
 
 def test_the_other_kind_is_refused(tmp_path):
     save_checkpoint(tmp_path, make_student())
-    with pytest.raises(CheckpointError, match="holds a student; this needs a teacher"):
+    with pytest.raises(CheckpointError, match=r"student; .*teacher"):
         load_checkpoint(tmp_path, kind="teacher")
 
 

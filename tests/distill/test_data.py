@@ -88,12 +88,12 @@ class TestSize:
 
     def test_pictures_of_several_sizes_need_one(self, folder):
         Image.new("L", (5, 7)).save(folder / "cats" / "odd.png")
-        with pytest.raises(DataError, match=r"cats/0\.png is 6 x 6, cats/odd\.png is 7 x 5; give --size"):
+        with pytest.raises(DataError, match=r"cats/0\.png .*6 x 6, cats/odd\.png .*7 x 5; .*--size"):
             load_images(str(folder))
         assert load_images(str(folder), size=6).shape == (3, 6, 6)
 
     def test_anything_but_a_folder_has_the_size_it_has(self):
-        with pytest.raises(DataError, match="only the images of a folder"):
+        with pytest.raises(DataError, match="folder"):
             load_images("digits", size=16)
 
 
@@ -201,19 +201,19 @@ class TestBroken:
     def test_more_than_half_of_all_is_an_error(self, folder):
         for i in range(5):
             (folder / "cats" / f"x{i}.png").write_bytes(b"?")
-        with pytest.raises(DataError, match=r"more than half .* \(5 of 9\):\n  cats/x0\.png: not an image"):
+        with pytest.raises(DataError, match=r"5 of 9.*\n  cats/x0\.png"):
             load_images(str(folder))
 
     def test_a_class_that_loses_all_is_an_error(self, folder):
         for i in range(2):
             (folder / "dogs" / f"{i}.png").write_bytes(b"?")
-        with pytest.raises(DataError, match=r"none of the images in .*dogs can be used:\n  dogs/0\.png"):
+        with pytest.raises(DataError, match=r"dogs .*\n  dogs/0\.png"):
             load_images(str(folder))
 
     def test_a_class_without_images_is_an_error(self, folder):
         for file in (folder / "dogs").iterdir():
             file.unlink()
-        with pytest.raises(DataError, match="dogs holds no images"):
+        with pytest.raises(DataError, match="dogs"):
             load_images(str(folder))
 
     def test_a_folder_without_folders_is_an_error(self, tmp_path):
@@ -225,7 +225,7 @@ class TestBroken:
             raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr(type(folder), "iterdir", refuse)
-        with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        with pytest.raises(DataError, match="Permission denied"):
             load_images(str(folder))
 
 
@@ -315,12 +315,12 @@ PIXELS = np.zeros((2, 3, 3), np.uint8)
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        (dict(images=PIXELS), "must hold 'images' or 'latents', and 'labels' or"),
+        (dict(images=PIXELS), r"'images' or 'latents', .*'labels'"),
         (dict(images=np.zeros((2, 3, 3)), labels=[0, 1]), "must be uint8"),
         (dict(images=PIXELS, labels=[0]), "one class id"),
         (dict(images=PIXELS, labels=[0.5, 1.0]), "one class id"),
         (dict(images=PIXELS, labels=[0, 5], class_names=["a", "b"]), "only 2"),
-        (dict(images=PIXELS, cond_text=np.zeros((3, 2))), "one row for each of 2 images; got float64"),
+        (dict(images=PIXELS, cond_text=np.zeros((3, 2))), r"2 images; .*float64"),
         (dict(images=PIXELS, cond_text=np.array(["a", "b"])), "must hold numbers"),
         (dict(images=PIXELS, cond_text=np.array([[0, 1], [np.nan, 1]])), "cond_text .* stands in item 1;"),
         (dict(images=PIXELS, cond_labels=np.array([0, 1])), "named 'labels'"),
@@ -378,7 +378,7 @@ class TestInPlace:
         whole = bytearray(path.read_bytes())
         whole[whole.find(arrays["images"].tobytes()) + 100] ^= 1
         path.write_bytes(whole)
-        with pytest.raises(DataError, match=r"cannot be read as .npz: Bad CRC"):
+        with pytest.raises(DataError, match="Bad CRC"):
             load_images(str(path))
 
 
@@ -419,11 +419,11 @@ def test_the_fingerprint_tells_data_apart(change):
 @pytest.mark.parametrize(
     ("was", "now", "words"),
     [
-        (None, Latent(1.0, 0.0), "on pixels; 'a' gives latents; leave --autoencoder out"),
-        (Latent(1.0, 0.0), None, "on latents; 'a' gives pixels; give the same --autoencoder"),
-        (Latent(1.0, 0.0), Latent(2.0, 0.0), r"scale was 1\.0, is 2\.0"),
-        (Latent(1.0, 0.0), Latent(1.0, 0.5), r"shift was 0\.0, is 0\.5"),
-        (Latent(1.0, 0.0, "aa"), Latent(1.0, 0.0, "bb"), "autoencoder was aa, is bb"),
+        (None, Latent(1.0, 0.0), r"pixels; 'a' .*--autoencoder"),
+        (Latent(1.0, 0.0), None, r"latents; 'a' .*--autoencoder"),
+        (Latent(1.0, 0.0), Latent(2.0, 0.0), r"scale .*1\.0, .*2\.0"),
+        (Latent(1.0, 0.0), Latent(1.0, 0.5), r"shift .*0\.0, .*0\.5"),
+        (Latent(1.0, 0.0, "aa"), Latent(1.0, 0.0, "bb"), r"autoencoder .*aa, .*bb"),
     ],
 )
 def test_a_teacher_of_other_latents_is_refused(was, now, words):

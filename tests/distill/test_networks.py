@@ -60,9 +60,9 @@ def test_every_convention_gives_the_same_velocity(predicts, reversed_time, num_t
 
 
 def test_an_unknown_convention_is_refused():
-    with pytest.raises(ScheduleError, match="predicts 'velocity', 'x_0' or 'noise'; got 'score'"):
+    with pytest.raises(ScheduleError, match=r"'velocity', 'x_0' or 'noise'; .*'score'"):
         Convention("score")
-    with pytest.raises(ScheduleError, match="num_timesteps is above 0"):
+    with pytest.raises(ScheduleError, match=r"num_timesteps .*0"):
         Convention(num_timesteps=0)
 
 
@@ -168,14 +168,14 @@ def test_the_teacher_is_left_as_it_was():
 
 
 def test_a_wrong_output_layer_or_order_is_named():
-    with pytest.raises(ShapeError, match="1 rows, which are no patches of 3 planes"):
+    with pytest.raises(ShapeError, match=r"1 rows.* 3 planes"):
         attach_policy_head(patches(output_layer=None), GMPolicySpec(2))
     # Rows in the wrong order have the right number: only the numbers tell.
     teacher = patches(told=True)
     student = attach_policy_head(teacher, GMPolicySpec(2))
     _, conditioning = example(teacher, batch=2)
     numpy = {name: value.numpy() for name, value in conditioning.items()}
-    with pytest.raises(CheckFailedError, match=r"should start as its teacher.*channel_major=True the order"):
+    with pytest.raises(CheckFailedError, match=r"teacher.*channel_major=True"):
         check_start(student, teacher, numpy)
 
 
@@ -186,7 +186,7 @@ def test_a_module_that_does_not_read_its_number_of_planes_is_told_to():
 
     network = ModuleNetwork(Fixed(), (3, 4, 6), output_layer="final", names={"labels": "y"})
     x_t, conditioning = example(network)
-    with pytest.raises(ShapeError, match=r"should write 9 planes .* it wrote \(3, 4, 6\).*out_channels"):
+    with pytest.raises(ShapeError, match=r"9 planes .*\(3, 4, 6\).*out_channels"):
         attach_policy_head(network, GMPolicySpec(2))(x_t, SIGMA, **conditioning)
 
 
@@ -237,9 +237,7 @@ def test_a_lora_student_and_its_teacher_are_one_set_of_weights(make):
 
 def test_lora_targets_that_are_not_there_are_named():
     pytest.importorskip("peft", reason="LoRA needs the 'diffusers' extra")
-    with pytest.raises(
-        ShapeError, match="no linear layer's name ends in any of to_q; give ends of names such as"
-    ):
+    with pytest.raises(ShapeError, match=r"to_q; .*such as"):
         attach_policy_head(dit(), GMPolicySpec(2), lora=LoRAConfig(targets=("to_q",)))
 
 
@@ -263,5 +261,5 @@ def test_half_precision_weights_give_policies_in_float32():
 
 def test_nodes_of_a_dx_head_span_the_longest_segment():
     assert replace(DXPolicySpec(4), segment_size=0.5).segment_size == 0.5
-    with pytest.raises(ShapeError, match="num_nodes is 1 or more"):
+    with pytest.raises(ShapeError, match=r"num_nodes .*1"):
         DXPolicySpec(0)

@@ -118,18 +118,16 @@ def test_a_sit_file_gives_its_velocity_in_our_time(sit, tmp_path, style):
 
 def test_files_that_are_no_sit_are_refused(sit, tmp_path):
     weights = sit.state_dict()
-    with pytest.raises(CheckpointError, match="width 16 is none of the published sizes; give num_heads"):
+    with pytest.raises(CheckpointError, match=r"width 16 .*num_heads"):
         load_sit(weights, sample_size=4)
-    with pytest.raises(
-        CheckpointError, match=r"position table \(1, 4, 16\) .* 4 x 4 grid; is sample_size right"
-    ):
+    with pytest.raises(CheckpointError, match=r"\(1, 4, 16\) .* 4 x 4 .*sample_size"):
         load_sit(weights, sample_size=8, num_heads=2)
-    with pytest.raises(CheckpointError, match=r"'pos_embed.proj.weight' for one|not known here"):
+    with pytest.raises(CheckpointError, match=r"pos_embed\.proj\.weight|not known"):
         load_sit(CHECKPOINTS / "teacher_dit" / "model.pth", sample_size=8, num_heads=2)
     with pytest.raises(CheckpointError, match=r"it lacks 'patch_embed\.weight'"):
         load_sit({}, sample_size=4)
     (tmp_path / "x.pt").write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+    with pytest.raises(CheckpointError, match="checkpoint"):
         load_sit(tmp_path / "x.pt", sample_size=4)
 
 
@@ -238,12 +236,12 @@ def test_a_transformer_that_is_not_known_is_refused(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="needs the 'diffusers' extra")
     from piflow_edge.distill.networks.diffusers_networks import load_diffusers, wrap_diffusers
 
-    with pytest.raises(ShapeError, match="UNet2DModel is not known here, only DiTTransformer2DModel"):
+    with pytest.raises(ShapeError, match=r"UNet2DModel .*DiTTransformer2DModel"):
         wrap_diffusers(diffusers.UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",),
                                              up_block_types=("UpBlock2D",), norm_num_groups=8))  # fmt: skip
     with pytest.raises(ShapeError, match="runs at any size"):
         wrap_diffusers(_module("flux"))
-    with pytest.raises(CheckpointError, match="cannot load a transformer"):
+    with pytest.raises(CheckpointError, match="transformer"):
         load_diffusers(str(tmp_path))
 
 
@@ -308,14 +306,14 @@ def test_a_lora_student_wants_the_teacher_it_had(teacher_folder, data, tmp_path)
     checkpoint = load_checkpoint(teacher_folder)
     checkpoint.tensors["ema.module.head.out.bias"] += 1
     save_checkpoint(teacher_folder, checkpoint)
-    with pytest.raises(CheckpointError, match=r"the weights at .*teacher have changed"):
+    with pytest.raises(CheckpointError, match=r"teacher .*changed"):
         network_of(trained)
 
 
 def test_a_source_that_is_none_is_named():
-    with pytest.raises(CheckpointError, match="must return a FlowNetwork; it returned a OrderedDict"):
+    with pytest.raises(CheckpointError, match=r"FlowNetwork; .*OrderedDict"):
         load_teacher("collections:OrderedDict")
-    with pytest.raises(CheckpointError, match="must return a StudentModel; it returned a OrderedDict"):
+    with pytest.raises(CheckpointError, match=r"StudentModel; .*OrderedDict"):
         load_student("collections:OrderedDict")
 
 
@@ -339,12 +337,12 @@ def users_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("entry", "words", "cause"),
     [
-        ("users_teachers:wide", r"without arguments, and it takes wide\(width, depth=2\); name", TypeError),
+        ("users_teachers:wide", r"wide\(width, depth=2\); name", TypeError),
         ("users_teachers:misspelt", "failed: AttributeError: 'list' .*teachers.py, line 2", AttributeError),
         ("users_teachers:adds", r"failed: TypeError: .*teachers.py, line 3\)", TypeError),
         ("users_teachers:raises", "failed: RuntimeError: no such shape", RuntimeError),
-        ("users_teachers:number", "must be a function; 'number' is a int", None),
-        ("users_teachers:missing", "must be a function; 'missing' is not there", None),
+        ("users_teachers:number", r"function; .*'number' is a int", None),
+        ("users_teachers:missing", r"function; .*'missing' is not there", None),
         ("users_broken:f", "importing users_broken failed: .*'no_such_library'.*broken.py, line 1", ImportError),
         ("no.such.module:make", "no module 'no' to import here; .*PYTHONPATH", ImportError),
         ("C:\\teacher", "neither that nor a file here", None),
@@ -365,7 +363,7 @@ def test_an_error_of_ours_in_a_function_of_the_user_s_stays(users_module):
 def test_guidance_wants_to_know_what_no_condition_is(data):
     network = python_teacher()
     network.null = {}
-    with pytest.raises(ScheduleError, match="give the null condition, or scale 1"):
+    with pytest.raises(ScheduleError, match=r"null condition.* 1"):
         GuidedTeacher(network, GuidanceConfig(2.0))
     x_t, conditioning = torch.randn(2, 1, 4, 4), {"labels": torch.tensor([0, 1]), "other": torch.ones(2, 3)}
 

@@ -73,8 +73,8 @@ def test_a_provider_whose_libraries_are_missing_does_not_pass_for_the_cpu():
     ("content", "reason"),
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "with SIGILL"),
-        ("raise OSError('no libm here')", "cannot be imported: no libm here"),
-        ("", "cannot be imported: module 'onnxruntime' has no attribute"),  # half of it was removed
+        ("raise OSError('no libm here')", "no libm here"),
+        ("", "module 'onnxruntime' has no attribute"),  # half of it was removed
     ],
 )
 def test_an_onnxruntime_that_does_not_load_is_told_and_the_rest_too(tmp_path, monkeypatch, content, reason):

@@ -84,9 +84,7 @@ def test_a_tensorrt_that_does_not_load_is_not_taken_for_one_that_is_missing(tmp_
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    with pytest.raises(
-        MissingExtraError, match=r"does not load \(libnvinfer.so.10: cannot open\); get it with: pip"
-    ):
+    with pytest.raises(MissingExtraError, match=r"libnvinfer\.so\.10.*pip"):
         trt_versions.tensorrt()
 
 
@@ -141,15 +139,13 @@ def test_weights_in_files_beside_the_model_are_read(release, tmp_path):
 def test_what_the_parser_cannot_read_is_told(release):
     model = small_model()
     model.graph.node[-1].op_type = "DynamicQuantizeLinear"
-    with pytest.raises(EngineError, match="cannot read the graph: no importer for DynamicQuantizeLinear"):
+    with pytest.raises(EngineError, match="DynamicQuantizeLinear"):
         built(graph=Graph(model.SerializeToString()))
 
 
 @every(["10.3.0"])
 def test_a_bundle_that_says_other_inputs_than_the_graph_has_is_refused(release):
-    with pytest.raises(
-        EngineError, match="the graph's inputs are x_t, t, class_labels; the bundle says noise"
-    ):
+    with pytest.raises(EngineError, match=r"x_t, t, class_labels; .*noise"):
         trt_build.build_plan(Graph(small_model().SerializeToString()), "fp32", {"noise": ((1,),) * 3},
                              ordinal=0, workspace=None, timing_cache=None)  # fmt: skip
 

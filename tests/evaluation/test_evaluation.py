@@ -86,9 +86,9 @@ class TestLabels:
         assert len(labels) == count and np.bincount(labels, minlength=7).min() >= 2
 
     def test_of_too_many_or_empty_classes_are_refused(self):
-        with pytest.raises(DataError, match="120 for 60 classes; got 100"):
+        with pytest.raises(DataError, match=r"120 .*60 classes; .*100"):
             share_groups(np.arange(60), 60, 100)
-        with pytest.raises(DataError, match="class 1 has none"):
+        with pytest.raises(DataError, match="class 1"):
             share_groups(np.array([0, 2]), 3, 100)
 
 
@@ -331,9 +331,7 @@ class TestOnDigits:
             return [Contender(name, 1, sample)]
 
         monkeypatch.setattr(comparison, "student_contenders", broken)
-        with pytest.raises(
-            ShapeError, match="the images of tiny must be finite; NaN or infinity in image 61"
-        ):
+        with pytest.raises(ShapeError, match=r"tiny .*finite; .*image 61"):
             evaluate([shared_bundle], load_images("digits"), count=100)
 
     def test_latents_and_images_without_labels_are_refused(self, shared_bundle):

@@ -86,7 +86,7 @@ class TestOnnx:
         np.testing.assert_array_equal(found[:, 0], found[:, 2])
         one = OnnxFeatures(extractor(tmp_path / "one.onnx", shape=("batch", 1, 4, 4)))
         assert one(grey).shape == (5, 16)
-        with pytest.raises(FeatureError, match="takes images of 1 channels; got 3"):
+        with pytest.raises(FeatureError, match=r"1 channels; .*3"):
             one(images)
 
     def test_a_fixed_batch_and_half_precision(self, tmp_path, images):
@@ -96,7 +96,7 @@ class TestOnnx:
     def test_pooled_maps_are_vectors_and_others_are_refused(self, tmp_path, images):
         pooled = OnnxFeatures(extractor(tmp_path / "p.onnx", op="GlobalAveragePool"))(images)
         np.testing.assert_allclose(pooled, images.mean((2, 3)), atol=1e-6)
-        with pytest.raises(FeatureError, match="one vector per image"):
+        with pytest.raises(FeatureError, match="vector per image"):
             OnnxFeatures(extractor(tmp_path / "m.onnx", op="Relu"))(images)
 
     @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ class TestOnnx:
             ({"shape": ("batch", 48)}, "one input, float"),
             ({"dtype": "INT64"}, "one input, float"),
             ({"outputs": ("a", "b")}, "name one 'features'"),
-            ({"metadata": {"piflow_edge.value_range": "warm"}}, "a range of values is one of"),
+            ({"metadata": {"piflow_edge.value_range": "warm"}}, "range of values"),
         ],
     )
     def test_what_is_no_extractor_is_refused(self, tmp_path, settings, words):
@@ -137,7 +137,7 @@ def test_what_is_not_there_is_refused(spec):
 
 
 def test_only_an_onnx_file_s_range_can_be_chosen():
-    with pytest.raises(FeatureError, match="only an ONNX file's range"):
+    with pytest.raises(FeatureError, match=r"ONNX .*range"):
         open_features("digits", value_range="0,1")
 
 
@@ -203,7 +203,7 @@ class TestInception:
         from piflow_edge.distill.networks.inception import InceptionFeatures
 
         save_file({"conv.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
-        with pytest.raises(FeatureError, match=r"no Inception-v3: Conv2d_1a_3x3\.conv\.weight .* is absent"):
+        with pytest.raises(FeatureError, match=r"Conv2d_1a_3x3\.conv\.weight .*absent"):
             InceptionFeatures(tmp_path / "w.safetensors")
         torch.save([torch.zeros(3)], tmp_path / "w.pth")
         with pytest.raises(FeatureError, match="no state dict"):
@@ -257,11 +257,11 @@ class TestTrained:
         from piflow_edge.distill.data.datasets import Latent
         from piflow_edge.distill.networks.classifier import train_classifier
 
-        with pytest.raises(PiFlowError, match="two classes or more"):
+        with pytest.raises(PiFlowError, match="two classes"):
             train_classifier(replace(reds, labels=np.zeros(120, np.int64)))
-        with pytest.raises(PiFlowError, match="8x8 pixels or more"):
+        with pytest.raises(PiFlowError, match="8x8"):
             train_classifier(replace(reds, images=reds.images[..., :6, :6]))
-        with pytest.raises(PiFlowError, match="with labels; 'reds' holds none"):
+        with pytest.raises(PiFlowError, match="labels; 'reds'"):
             train_classifier(replace(reds, labels=None))
         with pytest.raises(PiFlowError, match="'reds' holds latents"):
             train_classifier(replace(reds, latent=Latent(1.0, 0.0)))

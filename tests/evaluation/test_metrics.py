@@ -184,9 +184,9 @@ def test_too_few_images_are_refused():
 
 
 def test_features_of_another_kind_or_shape_are_refused():
-    with pytest.raises(ShapeError, match="6 and 5 values"):
+    with pytest.raises(ShapeError, match="6 and 5"):
         territory(gaussian(0, 9), gaussian(0, 9, width=5))
-    with pytest.raises(ShapeError, match="one vector per image"):
+    with pytest.raises(ShapeError, match="vector per image"):
         FeatureSet(np.zeros(4))
     with pytest.raises(ShapeError, match="one group per image"):
         class_diversities(gaussian(0, 4), np.array([0, 0]))
@@ -195,8 +195,8 @@ def test_features_of_another_kind_or_shape_are_refused():
 def test_features_that_are_not_finite_are_refused_with_the_images_they_are_of():
     features = gaussian(0, 20)
     features[3, 1], features[17, 0] = np.nan, np.inf
-    with pytest.raises(ShapeError, match=r"features of the teacher must be finite.* images 3, 17 \(from 0\)"):
+    with pytest.raises(ShapeError, match=r"teacher .*finite.* 3, 17 "):
         FeatureSet(features, "the teacher")
     features[:] = np.nan
-    with pytest.raises(ShapeError, match="images 0, 1, 2, 3, 4 and 15 more"):
+    with pytest.raises(ShapeError, match="0, 1, 2, 3, 4 and 15 more"):
         FeatureSet(features)

@@ -172,11 +172,9 @@ def test_a_decoder_that_gives_nan_is_told_and_the_layer(latent_bundle, tmp_path)
     spec = vars(FileSpec(sha256(data), len(data)))
     edit(altered, lambda body: body["files"].update({"decoder.fp32.onnx": spec}))
     with pf.load(altered) as generator:
-        with pytest.raises(
-            NotFiniteError, match="the decoder of bundle 'latent' in fp32 on ort-cpu made NaN"
-        ):
+        with pytest.raises(NotFiniteError, match=r"decoder .*'latent' .*fp32 .*ort-cpu .*NaN"):
             generator([1])
-        with pytest.raises(CheckFailedError, match=r"NaN or infinity in its decoder; .*: \w+ \(Conv with "):
+        with pytest.raises(CheckFailedError, match=r"NaN .*decoder; .*: \w+ \(Conv with "):
             verify(generator)
 
 
@@ -213,11 +211,11 @@ def test_a_decoder_that_differs_from_pytorch_is_not_exported(tmp_path, kl, other
 @pytest.mark.parametrize(
     ("latent", "channels", "words"),
     [
-        (None, 4, "makes pixels, which need no decoder; leave --autoencoder out"),
+        (None, 4, r"pixels.*--autoencoder"),
         (dict(autoencoder="ab12"), 4, "another autoencoder: autoencoder was ab12"),
-        (dict(scale=0.5), 4, r"another autoencoder: scale was 0\.5, this one's is 0\.3611"),
+        (dict(scale=0.5), 4, r"another autoencoder: scale .*0\.5, .*0\.3611"),
         (dict(shift=0.0), 4, r"another autoencoder: shift was 0\.0"),
-        (dict(), 3, "another autoencoder: channels was 3, this one's is 4"),
+        (dict(), 3, r"another autoencoder: channels .*3, .*4"),
     ],
 )
 def test_another_autoencoder_is_refused(tmp_path, kl, latent, channels, words):
@@ -242,20 +240,20 @@ def test_without_an_autoencoder_a_bundle_makes_latents(tmp_path, caplog):
     )
     assert found.keys() == {"latents"}
     np.testing.assert_allclose(found["latents"], latents, rtol=0, atol=2e-5)
-    with pytest.raises(BundleError, match="makes latents and has no decoder; ask for output='latent'"):
+    with pytest.raises(BundleError, match=r"no decoder; .*output='latent'"):
         generator([1])
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda body: body.update(decoder=None), r"has the file decoder\.fp32\.onnx, but no such decoder"),
+        (lambda body: body.update(decoder=None), r"decoder\.fp32\.onnx, .*no such decoder"),
         (lambda body: body["files"].pop("decoder.fp32.onnx"), r"lacks decoder\.fp32\.onnx"),
-        (lambda body: body["decoder"].update(colour="red"), "decoder has the unknown key 'colour'"),
+        (lambda body: body["decoder"].update(colour="red"), r"decoder .*'colour'"),
         (lambda body: body["decoder"]["outputs"][0].update(shape=["batch", 5, 16, 16]), "do not fit"),
         (lambda body: body["latent"].update(shape=[4, 8, 9]), "do not fit"),
         (lambda body: body["latent"].update(kind="pixels"), "do not fit"),
-        (lambda body: body.update(decoder="tiny"), "decoder must hold kind, inputs, outputs, opset"),
+        (lambda body: body.update(decoder="tiny"), r"decoder .*kind, inputs, outputs, opset"),
     ],
 )
 def test_a_manifest_whose_decoder_makes_no_sense_is_refused(latent_bundle, tmp_path, change, words):
@@ -281,7 +279,7 @@ def test_a_student_of_other_latents_than_its_teacher_is_refused(tmp_path):
     data = ImageData("set", latents, np.zeros(4, int), ("a",), latent=Latent(0.5, 0.0))
     size = DiTConfig(in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=1)
     teacher = train_teacher(data, size, FlowMatchingConfig(), SHORT, tmp_path / "teacher")
-    with pytest.raises(DataError, match=r"scale was 0\.5, is 0\.25"):
+    with pytest.raises(DataError, match=r"scale .*0\.5.* 0\.25"):
         distill(
             teacher_from_checkpoint(teacher), replace(data, latent=Latent(0.25, 0.0)), ImitationConfig(nfe=1), SHORT,
             tmp_path / "student", guidance=GuidanceConfig(), head=GMPolicySpec(2),

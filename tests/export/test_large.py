@@ -65,16 +65,16 @@ def test_a_changed_weight_is_noticed_before_it_is_used(folder, bundle, tmp_path)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(BundleError, match=r"student\.fp32\.onnx\.data in .* does not match its checksum"):
+    with pytest.raises(BundleError, match=r"student\.fp32\.onnx\.data .*checksum"):
         pf.load(altered)
     file.write_bytes(data + b"x")
-    with pytest.raises(BundleError, match=r"student\.fp32\.onnx\.data in .* does not match its checksum"):
+    with pytest.raises(BundleError, match=r"student\.fp32\.onnx\.data .*checksum"):
         pf.load(altered)
     # A file of weights that belongs to no graph.
     (bundle / "student.fp16.onnx.data").write_bytes(b"x")
     spec = vars(FileSpec(sha256(b"x"), 1))
     edit(bundle, lambda body: body["files"].update({"student.fp16.onnx.data": spec}))
-    with pytest.raises(BundleError, match=r"has the file student\.fp16\.onnx\.data, but no such student"):
+    with pytest.raises(BundleError, match=r"student\.fp16\.onnx\.data, .*no such student"):
         pf.load(bundle)
 
 
@@ -86,7 +86,7 @@ def test_it_is_packed_and_unpacked(folder, tmp_path):
 
 def test_a_sampler_graph_of_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(large, "LARGEST_MODEL", 0)
-    with pytest.raises(BundleError, match="a sampler graph is one file"):
+    with pytest.raises(BundleError, match=r"sampler graph .*one file"):
         export_bundle(make_student(), tmp_path / "out", samplers=[1])
     assert list(tmp_path.iterdir()) == []
 

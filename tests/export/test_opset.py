@@ -50,7 +50,7 @@ def test_reductions_get_their_axes_as_an_attribute():
 @pytest.mark.parametrize(
     ("node", "problem"),
     [
-        (helper.make_node("Mish", ["x"], ["y"], name="mish"), r"mish \(Mish\) is an operator of opset 18"),
+        (helper.make_node("Mish", ["x"], ["y"], name="mish"), r"mish \(Mish\) .*opset 18"),
         (helper.make_node("Split", ["x"], ["y", "z"], name="s", num_outputs=3), r"s \(Split\) uses num_outputs"),
         (helper.make_node("ReduceMax", ["x", "t"], ["y"], name="r"), r"r \(ReduceMax\) reduces axes that"),
     ],
@@ -61,6 +61,6 @@ def test_what_opset_17_lacks_is_named(node, problem):
 
 
 def test_other_opsets_are_refused(tmp_path):
-    with pytest.raises(BundleError, match="opset is 17 or 18; got 16"):
+    with pytest.raises(BundleError, match=r"17 or 18; .*16"):
         export_bundle(make_student(), tmp_path / "out", opset=16)
     assert list(tmp_path.iterdir()) == []

@@ -182,7 +182,7 @@ def test_a_layer_that_is_left_out_stays_in_float32(student, kind, static):
 
 
 def test_a_student_that_cannot_be_quantised_is_refused(student):
-    with pytest.raises(CheckFailedError, match="no layer of the student can be quantised"):
+    with pytest.raises(CheckFailedError, match=r"no layer .*quantised"):
         to_int8(Graph(student), [BATCH], static=False, accepts=lambda graph: 2.0)
 
 
@@ -227,9 +227,7 @@ def with_nan(folder, tmp_path):
 
 def test_verify_names_the_layer_that_gives_nan(with_nan):
     assert all(row.passed for row in verify(pf.load(with_nan)))
-    with pytest.raises(
-        CheckFailedError, match=r"in fp16 gives NaN or infinity in \w+ at .*: \w+ \(Gather with .*class_embed"
-    ):
+    with pytest.raises(CheckFailedError, match=r"fp16 .*NaN .*: \w+ \(Gather with .*class_embed"):
         verify(pf.load(with_nan, precision="fp16"))
     assert "class_embed" in run("verify", with_nan, "--precision", "fp16", code=1).stderr
 
@@ -287,7 +285,7 @@ def test_compact_changes_names_and_size_alone(student):
 def test_a_precision_that_is_too_far_off_is_not_exported(tmp_path, monkeypatch):
     strict = replace(PRECISIONS["fp16"], tolerances=PRECISIONS["fp32"].tolerances)
     monkeypatch.setitem(PRECISIONS, "fp16", strict)
-    with pytest.raises(CheckFailedError, match=r"in fp16: network outputs differ by .* in means\.\d, batch"):
+    with pytest.raises(CheckFailedError, match=r"fp16: network outputs .* means\.\d, batch"):
         export_bundle(make_student(), tmp_path / "out", precisions=("fp32", "fp16"))
     with pytest.raises(BundleError, match="got fp8"):
         export_bundle(make_student(), tmp_path / "out", precisions=("fp8",))

@@ -69,7 +69,7 @@ def test_a_gm_rollout_is_steady_down_to_the_floor():
 
 
 def test_a_rollout_below_the_floor_is_refused():
-    with pytest.raises(ScheduleError, match=r"down to the policy's eps, 0\.01; got one of 0\.005"):
+    with pytest.raises(ScheduleError, match=r"eps, 0\.01; .*0\.005"):
         GMPolicySpec(3, eps=0.01).rollout_tables([np.array([1.0, 0.005, 0.0])], [1.0])
 
 

@@ -176,14 +176,14 @@ def test_a_bundle_holds_its_sampler_graphs_and_verifies_them(folder):
     rows = {row.layer: row for row in verify(pf.load(folder))}
     assert rows["sampler latents"].passed and rows["sampler latents"].error > 0
     assert rows["sampler images"].passed
-    with pytest.raises(BundleError, match="no sampler graph of 4 calls, its graphs are: 1, 2, 3"):
+    with pytest.raises(BundleError, match=r"sampler graph of 4 .*1, 2, 3"):
         read_graph(opened, "sampler.nfe4")
 
 
 def test_a_sampler_that_differs_from_the_runtime_is_not_exported(tmp_path, monkeypatch):
     other = export_network(network_of(make_student(seed=1)))
     monkeypatch.setattr(bundle_graphs, "export_sampler", lambda student, *rest: export_sampler(other, *rest))
-    with pytest.raises(CheckFailedError, match=r"sampler latents differ by .* in latents of nfe"):
+    with pytest.raises(CheckFailedError, match=r"sampler latents .* nfe"):
         export_bundle(make_student(), tmp_path / "out", samplers=[1, 2])
     assert list(tmp_path.iterdir()) == []
 

@@ -114,7 +114,7 @@ def test_the_command_line_exports_what_a_function_returns(tmp_path):
         (lambda c: c["network"]["config"].update(depth=2), "(?s)are not those of .*blocks.1"),
         (lambda c: c["network"]["config"].update(wings=2), "architecture cannot be read: .*wings"),
         (lambda c: c["head"].update(kind="vae"), "cannot be used: KeyError"),
-        (lambda c: c.update(class_names=["a", "b"]), "knows 10 classes, but class_names has 2"),
+        (lambda c: c.update(class_names=["a", "b"]), r"10 classes, .*2"),
         (lambda c: c.update(nfe=0), "schedule is unusable"),
     ],
 )
@@ -129,10 +129,10 @@ def test_a_configuration_that_does_not_fit_is_refused(files, change, problem):
 @pytest.mark.parametrize(
     ("source", "config", "problem"),
     [
-        ("weights.safetensors", None, "weights and nothing else; give its configuration"),
+        ("weights.safetensors", None, "configuration"),
         ("weights.safetensors", "weights.pt", "configuration .* cannot be read"),
-        ("nowhere.pt", "student.json", "cannot be read as a checkpoint"),
-        ("student.json", None, "a student is a folder with checkpoint.json, a state dict"),
+        ("nowhere.pt", "student.json", "checkpoint"),
+        ("student.json", None, r"checkpoint\.json, a state dict"),
     ],
 )
 def test_files_that_are_no_student_are_refused(files, source, config, problem):
@@ -145,7 +145,7 @@ def test_files_that_are_no_student_are_refused(files, source, config, problem):
 )
 def test_a_file_of_something_else_than_weights_is_refused(files, content):
     torch.save(content, files / "other.pt")
-    with pytest.raises(CheckpointError, match="a state dict is names and tensors"):
+    with pytest.raises(CheckpointError, match=r"state dict .*tensors"):
         load_student(files / "other.pt", config=files / "student.json")
 
 
@@ -154,19 +154,19 @@ def test_a_file_of_something_else_than_weights_is_refused(files, content):
     [
         (
             "tests.export.test_students:not_a_student",
-            "must return a StudentModel; it returned a ModuleNetwork",
+            r"StudentModel; .*ModuleNetwork",
         ),
-        ("tests.export.test_students:nobody", "must be a function; 'nobody' is not there in "),
+        ("tests.export.test_students:nobody", r"function; .*'nobody' is not there in "),
         ("no_such_module:f", "no_such_module"),
     ],
 )
 def test_functions_that_return_no_student_are_refused(entry, problem):
     with pytest.raises(CheckpointError, match=problem):
         load_student(entry)
-    with pytest.raises(CheckpointError, match="a configuration is for a state dict"):
+    with pytest.raises(CheckpointError, match=r"configuration .*state dict"):
         load_student(entry, config="student.json")
 
 
 def test_a_teacher_is_no_student():
-    with pytest.raises(CheckpointError, match="a student has a policy head"):
+    with pytest.raises(CheckpointError, match="policy head"):
         StudentModel(teacher())

@@ -46,7 +46,7 @@ def test_the_graph_states_its_opset_and_carries_no_paths():
 def test_a_student_that_gives_nan_is_not_exported(tmp_path):
     student = make_student()
     student.tensors["ema.module.head.out.bias"][3] = float("nan")  # of the first log-weight
-    with pytest.raises(CheckFailedError, match=r"NaN or infinity in logweights\.0"):
+    with pytest.raises(CheckFailedError, match=r"NaN .*logweights\.0"):
         export_bundle(student, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -61,9 +61,9 @@ def test_a_graph_that_differs_from_pytorch_is_not_exported(tmp_path, monkeypatch
 
 def test_the_published_temperature_is_recorded_unless_another_is_given(shared_bundle, tmp_path):
     assert Bundle(shared_bundle).manifest.schedule.temperature == "auto"
-    with pytest.raises(ScheduleError, match="temperature is 0 or more, and finite, or 'auto'; got 'warm'"):
+    with pytest.raises(ScheduleError, match=r"temperature .*'auto'; .*'warm'"):
         export_bundle(make_student(), tmp_path / "odd", temperature="warm")
-    with pytest.raises(ScheduleError, match="eps is above 0, and finite; got 0"):
+    with pytest.raises(ScheduleError, match=r"eps .*above 0.*; got 0"):
         export_bundle(make_student(), tmp_path / "odd", eps=0)
     assert not (tmp_path / "odd").exists()
 

@@ -11,7 +11,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.networks.flow_network import ModuleNetwork, attach_policy_head, describe
 from piflow_edge.engines import open_engine
-from piflow_edge.errors import BundleError, LabelError
+from piflow_edge.errors import BundleError, ConditioningError
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import read_graph
@@ -74,15 +74,15 @@ def test_its_sampler_graph_takes_noise_alone(folder):
 
 @pytest.mark.parametrize("given", [dict(labels=[1]), dict(), dict(count=0), dict(count=2, labels=[1, 2])])
 def test_labels_and_no_count_are_refused(folder, given):
-    with pytest.raises(LabelError, match="has no classes: it wants count"):
+    with pytest.raises(ConditioningError, match="count"):
         pf.load(folder)(**given)
 
 
 @pytest.mark.parametrize(
     ("conditioning", "class_names", "problem"),
     [
-        ({"labels": {"shape": [], "dtype": "int64"}}, (), "takes labels, but there are no names"),
-        ({}, ("a", "b"), "takes no labels, but there are names of classes"),
+        ({"labels": {"shape": [], "dtype": "int64"}}, (), r"labels.*names"),
+        ({}, ("a", "b"), r"no labels.*names"),
         (
             {"labels": {"shape": [], "dtype": "int64"}, "text": {"shape": [4], "dtype": "float32"}},
             ("a", "b"),

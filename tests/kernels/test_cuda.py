@@ -306,11 +306,11 @@ def test_an_unknown_gpu_is_named_with_the_compilers_words():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(means=np.zeros((2, 5, 3, 5, 6), np.float32)), "means must have the shape"),
-        (dict(means=np.zeros((2,), np.float32)), "means must have the shape"),
-        (dict(logweights=np.zeros((2, 4, 1, 5, 7), np.float32)), "logweights must have the shape"),
-        (dict(x_src=np.zeros((1, 3, 5, 7), np.float32)), "x_src must have the shape"),
-        (dict(x_start=np.zeros((2, 3, 5, 7))), "x_start must be float32, float16, bfloat16"),
+        (dict(means=np.zeros((2, 5, 3, 5, 6), np.float32)), r"means .*shape"),
+        (dict(means=np.zeros((2,), np.float32)), r"means .*shape"),
+        (dict(logweights=np.zeros((2, 4, 1, 5, 7), np.float32)), r"logweights .*shape"),
+        (dict(x_src=np.zeros((1, 3, 5, 7), np.float32)), r"x_src .*shape"),
+        (dict(x_start=np.zeros((2, 3, 5, 7))), r"x_start .*float32, float16, bfloat16"),
         (dict(x_start=np.zeros((2, 3, 5, 7), np.int32)), "x_start must be"),
         (dict(variance=np.ones(3, np.float32)), "one number per sample"),
         (dict(x_dst=np.zeros((2, 3, 5, 7), np.float16)), "x_dst must be float32"),
@@ -344,7 +344,7 @@ def test_weights_of_another_policy_are_refused(gpu_on_host):
 def test_arrays_in_host_memory_are_refused():
     case = gm_case(6)
     arrays = gm_inputs(GMPolicy(**case), case["x_src"])
-    with pytest.raises(EngineError, match="GPU memory; means is a ndarray elsewhere"):
+    with pytest.raises(EngineError, match=r"GPU memory; means .*ndarray"):
         cuda.gm_rollout(**arrays, x_dst=np.zeros_like(case["x_src"]), sigmas=levels(1.0), sigma_src=1.0)
     with pytest.raises(EngineError, match="GPU memory"):
         integrate(GMPolicy(**case), case["x_src"], levels(1.0), kernel="cuda")
@@ -355,7 +355,7 @@ def test_arrays_on_two_gpus_are_refused(gpu_on_host, monkeypatch):
     x_dst = np.zeros_like(case["x_src"])
     monkeypatch.setattr(nvidia, "ordinal_of", lambda pointer: int(pointer == x_dst.ctypes.data))
     arrays = gm_inputs(GMPolicy(**case), case["x_src"]) | dict(x_dst=x_dst)
-    with pytest.raises(EngineError, match="x_dst is on 1, means on 0"):
+    with pytest.raises(EngineError, match=r"x_dst .*1, means .*0"):
         cuda.gm_rollout(**{k: OnHost(v) for k, v in arrays.items()}, sigmas=levels(1.0), sigma_src=1.0)
 
 
@@ -411,7 +411,7 @@ def test_dlpack_arrays_are_read_where_they_lie():
     assert column.pointer == array.ctypes.data + 4
     with pytest.raises(PiFlowError, match="C-contiguous"):
         device_arrays.view("x", DLPackOnHost(array.T), 0)
-    with pytest.raises(PiFlowError, match="must be float32, float16, bfloat16 on a GPU; got int64"):
+    with pytest.raises(PiFlowError, match=r"float32, float16, bfloat16 .*int64"):
         device_arrays.view("x", DLPackOnHost(np.zeros(3, np.int64)), 0)
 
 
@@ -495,7 +495,7 @@ def test_tensors_on_a_gpu_reach_the_kernel_in_one_launch(torch_on_host, gpu_on_h
     ("change", "words"),
     [
         (lambda policy, x: (policy, x.double()), "state is in float64"),
-        (lambda policy, x: (SimpleNamespace(velocity=None), x), "GMPolicy and DXPolicy; got SimpleNamespace"),
+        (lambda policy, x: (SimpleNamespace(velocity=None), x), r"GMPolicy and DXPolicy; .*SimpleNamespace"),
         (lambda policy, x: (policy, x.clone().requires_grad_()), "no gradients"),
     ],
 )
@@ -505,7 +505,7 @@ def test_what_the_kernels_cannot_carry_is_an_error_by_name(torch_on_host, gpu_on
     with pytest.raises(EngineError, match=f"kernel 'cuda' cannot run: .*{words}"):
         integrate(policy, x_start, levels(1.0), kernel="cuda")
     double = GMPolicy(**{k: v.double() if hasattr(v, "double") else v for k, v in case.items()})
-    with pytest.raises(EngineError, match="policy is in float64"):
+    with pytest.raises(EngineError, match="float64"):
         integrate(double, case["x_src"], levels(1.0), kernel="cuda")
     assert not gpu_on_host.launches
 
@@ -534,7 +534,7 @@ def test_auto_says_once_what_is_missing_on_a_gpu_and_goes_on(torch_on_host, monk
     assert torch_on_host.equal(x_end[1], integrate(policy, policy.x_src, levels(1.0), kernel="reference"))
     assert [record.message for record in caplog.records if "pip install that" in record.message]
     assert len(caplog.records) == 1
-    with pytest.raises(EngineError, match="kernel 'cuda' cannot run: it needs this: pip install that"):
+    with pytest.raises(EngineError, match=r"'cuda' .*: pip install that"):
         integrate(policy, policy.x_src, levels(1.0), kernel="cuda")
 
 

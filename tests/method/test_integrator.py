@@ -121,9 +121,9 @@ def test_multistep_in_up_to_four_substeps_asks_once(substeps):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (dict(solver="rk4"), "solver is one of euler, multistep; got 'rk4'"),
+        (dict(solver="rk4"), r"solver .*'rk4'"),
         (dict(solver="multistep", kernel="cpu"), "Euler steps only"),
-        (dict(solver="multistep", sigma_dst=np.array([0.0, 0.5])), "the same for all samples"),
+        (dict(solver="multistep", sigma_dst=np.array([0.0, 0.5])), "all samples"),
     ],
 )
 def test_a_solver_that_cannot_run_is_refused(arguments, words):

@@ -94,7 +94,7 @@ def test_the_series_are_the_functions_as_far_as_float64_goes():
 
 def test_a_kernel_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.setattr("piflow_edge.kernels.normal.cpu.missing", lambda: "it was not compiled")
-    with pytest.raises(PiFlowError, match="it was not compiled"):
+    with pytest.raises(PiFlowError, match="not compiled"):
         philox_normal(0, [0], (2,), kernel="cpu")
     with pytest.raises(PiFlowError, match="auto, reference or cpu"):
         philox_normal(0, [0], (2,), kernel="gpu")

@@ -139,8 +139,8 @@ def test_grid_nodes_are_hit_exactly():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(logweights=np.zeros((2, 3, 4, 5, 6), np.float32)), "logweights must have the shape"),
-        (dict(logstds=np.zeros(2, np.float32)), "logstds must have the shape"),
+        (dict(logweights=np.zeros((2, 3, 4, 5, 6), np.float32)), r"logweights .*shape"),
+        (dict(logstds=np.zeros(2, np.float32)), r"logstds .*shape"),
         (dict(means=np.zeros((2, 3, 4, 5, 6), np.int64)), "floating point"),
         (dict(sigma_src=1.5), r"\[0, 1\]"),
         (dict(sigma_src=float("nan")), r"\[0, 1\]"),

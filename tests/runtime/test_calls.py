@@ -59,7 +59,7 @@ def test_settings_may_be_given_whole_one_by_one_or_both():
         found = generator([1], seed=3, output="latent", **given)
         np.testing.assert_array_equal(found.latents, expected.latents)
         assert found.recipe == expected.recipe
-    with pytest.raises(PiFlowError, match=r"settings is a SamplingSettings, .*; got \{'nfe': 2\}"):
+    with pytest.raises(PiFlowError, match=r"SamplingSettings, .*\{'nfe': 2\}"):
         generator([1], settings={"nfe": 2})
 
 
@@ -138,7 +138,7 @@ def test_a_generator_is_described_in_a_line():
 
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
 def test_a_generator_says_what_to_do_instead_of_copying_it(copied):
-    with pytest.raises(UsageError, match=r"load the bundle again .* threads .* share"):
+    with pytest.raises(UsageError, match=r"load .*again .* threads .*"):
         copied(gaussian_generator())
 
 
@@ -173,5 +173,5 @@ def test_a_result_is_saved_as_one_picture_one_for_each_or_an_array(tmp_path):
     file = io.BytesIO()
     result.write(file)
     assert file.getvalue() == (tmp_path / "both.png").read_bytes()
-    with pytest.raises(PiFlowError, match=r"pictures go into a file that ends in \.png"):
+    with pytest.raises(PiFlowError, match=r"\.png"):
         result.save(tmp_path / "both.npy")

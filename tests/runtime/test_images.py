@@ -44,7 +44,7 @@ def test_pictures_are_brought_to_the_bundle_s_colours():
         (np.zeros((1, 4, 7)), GREY, "are finite"),
         (np.full((1, 4, 6), np.nan), GREY, "are finite"),
         (np.full((1, 4, 6), 1e300), GREY, "are finite in float32"),
-        ("cat.png", GREY, "as PIL.Image.open reads it, not its path; got 'cat.png'"),
+        ("cat.png", GREY, r"path; .*'cat\.png'"),
         ([[1], [1, 2]], GREY, "one array"),
         ([Image.new("L", (6, 4)), Image.new("L", (4, 6))], GREY, "one size"),
         (Image.new("RGB", (48, 32)), LATENTS, r"no encoder.*\(latents - 0.1\) \* 0.36"),
@@ -67,7 +67,7 @@ def test_a_latent_is_kept_only_where_all_its_pixels_are():
 
 
 def test_a_mask_of_0_and_1_does_not_pass_for_one_that_draws_nothing():
-    with pytest.raises(PiFlowError, match="give it as bool"):
+    with pytest.raises(PiFlowError, match="bool"):
         drawn_mask(np.eye(2, 3, dtype=np.uint8), (2, 3))
     assert not drawn_mask(np.zeros((2, 3), np.uint8), (2, 3)).any()
 
@@ -81,7 +81,7 @@ def test_a_mask_of_another_size_is_refused(mask):
 
 
 def test_a_mask_is_not_a_path():
-    with pytest.raises(PiFlowError, match=r"not its path; got .*m\.png"):
+    with pytest.raises(PiFlowError, match=r"path; got .*m\.png"):
         drawn_mask(Path("m.png"), (2, 3))
 
 

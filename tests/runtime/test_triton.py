@@ -75,7 +75,7 @@ def test_export_writes_the_models_itself(tmp_path):
 
 
 def test_what_cannot_be_served_is_refused(latent_bundle, shared_bundle, tmp_path):
-    with pytest.raises(BundleError, match="no sampler graph of 2 calls"):
+    with pytest.raises(BundleError, match="sampler graph of 2 "):
         write_model(Bundle(shared_bundle), tmp_path)
     with pytest.raises(BundleError, match="got precision 'fp8'"):
         write_model(Bundle(latent_bundle), tmp_path, nfe=2, precision="fp8")

@@ -109,7 +109,7 @@ def test_onnx_runtime_would_read_a_file_of_the_current_folder(tmp_path, monkeypa
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": np.zeros(4, np.float32)})
     if np.array_equal(found, secret):
-        refuse(data, "only weights of the main graph", {"secret.bin": 16})
+        refuse(data, "main graph", {"secret.bin": 16})
 
 
 def test_a_file_that_came_along_serves_weights_of_the_main_graph():
@@ -123,16 +123,16 @@ def test_a_file_that_came_along_serves_weights_of_the_main_graph():
 
 @pytest.mark.parametrize("place", ["Constant", "subgraph", "function's node", "sparse attribute"])
 def test_it_does_not_serve_any_other(place):
-    refuse(PLACES[place], "only weights of the main graph", {"secret.bin": 1 << 20})
+    refuse(PLACES[place], "main graph", {"secret.bin": 1 << 20})
 
 
 @pytest.mark.parametrize(
     ("weight", "words"),
     [
-        (outside("weights", offset=1), "at 1, 16 bytes, in a file of 16"),
-        (outside("weights", dims=(4, 2)), "at 0, 32 bytes, in a file of 16"),
+        (outside("weights", offset=1), r"1, 16 bytes.* 16"),
+        (outside("weights", dims=(4, 2)), r"0, 32 bytes.* 16"),
         (outside("weights", dims=(4, 2), length=16), "32 bytes takes 16"),
-        (outside("weights", dims=(1 << 40, 1 << 40)), "in a file of 16"),
+        (outside("weights", dims=(1 << 40, 1 << 40)), "of 16"),
         (outside("weights", dims=(2**64 - 1,)), "the shape"),
         (outside("weights", offset=-1), "offset is '-1'"),
         (outside("weights", offset="0x0"), "offset is '0x0'"),
@@ -196,8 +196,8 @@ def test_a_weight_that_can_be_read_in_two_ways_is_refused(weight, words):
         (model(WEIGHT, constant((24, SECRET))), "field 24"),
         (message((0, 1)), "field 0"),
         # A known field of another wire type is an unknown one to protobuf.
-        (message((7, 5)), "a number stands where a message"),
-        (message((1, b"8")), "bytes stands where a number"),
+        (message((7, 5)), r"number .*message"),
+        (message((1, b"8")), r"bytes .*number"),
         (b"\x3b\x3c", "wire type 3"),
         # ONNX Runtime's own format begins so, whatever follows.
         (message((2, b"\x00\x00ORTM" + bytes(64))), "own format"),
@@ -243,7 +243,7 @@ def test_operators_of_the_standard_of_onnx_runtime_and_of_the_file_itself_pass()
         (b"\xff" * 11, "more than 64 bits"),
         (b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", "where 0 are left"),
         (model((5, SECRET))[:-1], "are left"),
-        (model(WEIGHT, constant((6, subgraph(WEIGHT, depth=8)))), "nested more than 8 deep"),
+        (model(WEIGHT, constant((6, subgraph(WEIGHT, depth=8)))), "8 deep"),
         (message((7, b"\x0a\x00" * (2 << 20))), "more than 1048576 parts"),
         (model(WEIGHT, (1, node("x" * 10**7, [], []))), "10000000 characters: 'xxx"),
         (model((5, outside("x" * 10**7))), "10000000 characters: 'xxx"),
@@ -309,7 +309,7 @@ def test_a_graph_file_may_keep_weights_in_a_file_beside_it_only(tmp_path):
         "./w.bin",
     ):
         (folder / "m.onnx").write_bytes(model((5, outside(location))))
-        with pytest.raises(EngineError, match="did not come with"):
+        with pytest.raises(EngineError, match="did not come"):
             read_graph_file(folder / "m.onnx")
     with pytest.raises(EngineError, match="cannot be read"):
         read_graph_file(folder / "none.onnx")
