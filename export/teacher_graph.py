@@ -11,7 +11,7 @@ from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.distill.sources import TeacherModel
 from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, Graph, open_engine
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
-from piflow_edge.export.to_onnx import GRAPH_NAMES, export_network, network_graph
+from piflow_edge.export.to_onnx import export_network, network_graph
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.system.files import write_atomic
@@ -36,10 +36,7 @@ def open_teacher(
         CheckFailedError, EngineError: the network cannot be exported, or no engine runs it.
     """
     network, conditioner = model.network, _find_conditioner(model, data)
-    inputs = {spec.name: {"shape": list(spec.shape[1:]), "dtype": spec.dtype} for spec in conditioner.inputs}
-    engine = open_engine(network_graph(network, inputs), options=options)
-    if isinstance(conditioner, ClassLabels):
-        conditioner = ClassLabels(conditioner.names, GRAPH_NAMES["labels"])
+    engine = open_engine(network_graph(network, conditioner.inputs), options=options)
     return EngineTeacher(engine, conditioner, network.sample_shape)
 
 
@@ -54,7 +51,7 @@ def _find_conditioner(model: TeacherModel, data: ImageData) -> Conditioner:
         )
     conditioner = data.conditioner
     null = {name: value[None].cpu().numpy() for name, value in network.null.items()}
-    if set(null) == {spec.name for spec in conditioner.inputs} and isinstance(conditioner, Arrays):
+    if conditioner.null(1) is None and null and null.keys() == {spec.name for spec in conditioner.inputs}:
         return Arrays(conditioner.inputs, null)
     return conditioner
 
