@@ -7,7 +7,7 @@ and `device` say what runs. Modules load when asked for.
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -112,6 +112,9 @@ def read_graph_file(path: Path) -> Graph:
     return graph
 
 
+_ANYWHERE = nullcontext()
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How a backend uses the machine. What it has no use for, it leaves alone.
@@ -149,12 +152,12 @@ class EngineOptions:
         """Threads to compute with, the calling one included."""
         return self.num_threads or len(self.cpu_affinity or ()) or available_cores()
 
-    @contextmanager
-    def on_cores(self) -> Iterator[None]:
+    def on_cores(self) -> AbstractContextManager[None]:
         """Keep the calling thread, and threads that it starts, on `cpu_affinity` for a while."""
-        if self.cpu_affinity is None:
-            yield
-            return
+        return _ANYWHERE if self.cpu_affinity is None else self._on_chosen_cores()
+
+    @contextmanager
+    def _on_chosen_cores(self) -> Iterator[None]:
         before = os.sched_getaffinity(0)  # 0: of this thread
         os.sched_setaffinity(0, self.cpu_affinity)
         try:

@@ -44,6 +44,6 @@ def array_namespace(*arrays: Any) -> Namespace:
     The latter's for NumPy imports all that NumPy loads late, f2py and testing too: a third of the time to the first
     image.
     """
-    if _NUMPY_IS_ONE and all(type(array) is np.ndarray for array in arrays):
+    if _NUMPY_IS_ONE and set(map(type, arrays)) == {np.ndarray}:
         return np
     return array_api_compat.array_namespace(*arrays)

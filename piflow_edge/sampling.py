@@ -44,9 +44,11 @@ class SamplingSettings:
 
     def fill(self, **defaults: Any) -> "SamplingSettings":
         """Return these settings with `defaults` for those that are None."""
-        return replace(
-            self, **{name: value for name, value in defaults.items() if getattr(self, name) is None}
-        )
+        missing = {}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                missing[name] = value
+        return replace(self, **missing) if missing else self
 
 
 SETTING_NAMES = tuple(field.name for field in fields(SamplingSettings))

@@ -30,6 +30,10 @@ class Asked:
     count: int | None = None
 
 
+# The fields beside `count`, of which a kind understands some.
+_GIVEN = tuple(field.name for field in fields(Asked) if field.name != "count")
+
+
 class Conditioner(Protocol):
     """Knows what the conditioning of one model means; the rest of the project only hands the arrays on.
 
@@ -121,11 +125,11 @@ def build_asked(conditioner: Conditioner, subject: Any = None, **named: Any) -> 
 
 def refuse_others(conditioner: Conditioner, asked: Asked, *understood: str) -> None:
     """Raise ConditioningError if `asked` holds anything but these fields and `count`, or a `count` below 1."""
-    for field in fields(asked):
-        value = getattr(asked, field.name)
-        if value is not None and field.name not in (*understood, "count"):
+    for name in _GIVEN:
+        value = getattr(asked, name)
+        if value is not None and name not in understood:
             raise ConditioningError(
-                f"{field.name} have no meaning here; {conditioner.summarize()}; got {_short(value)}"
+                f"{name} have no meaning here; {conditioner.summarize()}; got {_short(value)}"
             )
     count = asked.count
     if count is not None and (

@@ -107,7 +107,9 @@ class ClassLabels:
     def _ids(self, labels: Any) -> list[int]:
         if isinstance(labels, (numbers.Number, str, bytes)):
             labels = [labels]
-        ids = [i for label in np.atleast_1d(np.asarray(labels, object)).tolist() for i in self._ids_of(label)]
+        elif not isinstance(labels, list):
+            labels = np.atleast_1d(np.asarray(labels, object)).ravel().tolist()
+        ids = [i for label in labels for i in self._ids_of(label)]
         if not ids:
             raise LabelError(f"give one label or more; {self.summarize()}")
         return ids
@@ -118,7 +120,7 @@ class ClassLabels:
             if label in self.names:
                 return [self.names.index(label)]
             return [i for part in label.split(",") for i in self._read_part(part.strip())]
-        if isinstance(label, numbers.Integral) and not isinstance(label, bool):
+        if type(label) is int or (isinstance(label, numbers.Integral) and not isinstance(label, bool)):
             return [self._known_id(int(label), label)]
         raise self._refusal(label)
 

@@ -23,6 +23,7 @@ from piflow_edge.system.hardware import available_cores
 log = logging.getLogger(__name__)
 
 ABI_VERSION = 2
+_SINGLE = np.dtype(np.float32)
 _HALF_OR_SINGLE = ("float32", "float16", "bfloat16")
 _LIBRARY_NAMES = {"win32": "piflow_kernels.dll", "darwin": "libpiflow_kernels.dylib"}
 
@@ -108,6 +109,8 @@ def obstacle(policy: VelocityField, x_start: Array) -> str | None:
     if problem is None:
         return f"the compiled kernels know GMPolicy and DXPolicy; got {type(policy).__name__}"
     arrays = problem.arrays
+    if _are_plain(arrays, x_start):
+        return None  # the usual case, in a tenth of the time
     if all(map(is_torch_array, (*arrays, x_start))):
         if any(array.device.type != "cpu" for array in (*arrays, x_start)):
             return "the compiled kernels run on the CPU; a tensor lies on another device"
@@ -121,6 +124,11 @@ def obstacle(policy: VelocityField, x_start: Array) -> str | None:
     if dtype_name(x_start) not in _HALF_OR_SINGLE:
         return f"the compiled kernels compute in float32; the state is in {dtype_name(x_start)}"
     return None
+
+
+def _are_plain(arrays: tuple[Array, ...], x_start: Array) -> bool:
+    kinds = {(type(array), array.dtype) for array in (*arrays, x_start)}
+    return kinds == {(np.ndarray, _SINGLE)}
 
 
 def rollout(
@@ -172,7 +180,7 @@ def normal(
     indices = np.ascontiguousarray(indices, np.uint64)
     normals = np.empty((len(indices), size), np.float32)
     if normals.size:
-        problem = _Noise(len(indices), size, seed, indices.ctypes.data, draw, normals.ctypes.data)
+        problem = _Noise(len(indices), size, seed, *_addresses(indices), draw, *_addresses(normals))
         options = _Options(num_threads or available_cores(), isa and isa.encode())
         _check(library().piflow_normal(ctypes.byref(problem), ctypes.byref(options)))
     return normals
@@ -188,7 +196,7 @@ def _gm_rollout(mixture: MixtureRollout, x_start, sigmas, options):
     x_dst = np.empty(x_start.shape, np.float32)
     sizes = (batch, means.shape[1], num_channels, math.prod(size), len(sigmas) - 1)
     arrays = (means, logweights, x_src, x_start, x_dst, sigma_src, variance, sigmas)
-    problem = _GM(*sizes, *(array.ctypes.data for array in arrays), mixture.eps)
+    problem = _GM(*sizes, *_addresses(*arrays), mixture.eps)
     _check(library().piflow_gm_rollout(ctypes.byref(problem), ctypes.byref(options)))
     return x_dst
 
@@ -199,13 +207,17 @@ def _dx_rollout(weighted: WeightedSum, x_start, sigmas, options):
     weights = _per_sample(weighted.compute_weights(sigmas), (batch, 2 + num_nodes))
     x_dst = np.empty(x_start.shape, np.float32)
     arrays = (grid, x_src, x_start, x_dst, weights)
-    problem = _DX(batch, num_nodes, x_start[0].size, *(array.ctypes.data for array in arrays))
+    problem = _DX(batch, num_nodes, x_start[0].size, *_addresses(*arrays))
     _check(library().piflow_dx_rollout(ctypes.byref(problem), ctypes.byref(options)))
     return x_dst
 
 
 # What `Policy.for_kernel` returns -> the routine that integrates it.
 _ROUTINES = {MixtureRollout: _gm_rollout, WeightedSum: _dx_rollout}
+
+
+def _addresses(*arrays: np.ndarray) -> list[int]:
+    return [array.__array_interface__["data"][0] for array in arrays]  # half the time of array.ctypes
 
 
 def _per_sample(values, shape) -> np.ndarray:
@@ -227,7 +239,7 @@ def _check(status: int) -> None:
 
 def _host(array: Array) -> np.ndarray:
     """`array` as contiguous, aligned float32 in host memory: itself, if it is that already."""
-    if is_torch_array(array):
+    if not isinstance(array, np.ndarray):
         array = array.detach().float().numpy()
     if array.dtype == np.float32 and array.flags.c_contiguous and array.flags.aligned:
         return array  # 10 times as fast as asking np.require

@@ -66,10 +66,8 @@ class GMPolicy(Policy):
         check_shape("means", means, (batch, num_components, *state))
         check_shape("logweights", logweights, (batch, num_components, 1, *state[1:]))
         check_shape("logstds", logstds, (batch, 1, 1, *ones))
-        means, logweights, logstds, x_src = (
-            as_real(name, a, xp)
-            for name, a in dict(means=means, logweights=logweights, logstds=logstds, x_src=x_src).items()
-        )
+        means, x_src = as_real("means", means, xp), as_real("x_src", x_src, xp)
+        logweights, logstds = as_real("logweights", logweights, xp), as_real("logstds", logstds, xp)
         sigma = as_noise_levels(sigma_src, batch)
         check_eps(eps)
         self.means, self.x_src, self.sigma_src, self.eps = means, x_src, sigma, eps
@@ -203,7 +201,7 @@ class GMPolicySpec(PolicyKind):
 
     def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> GMPolicy:
         """See `PolicyKind.policy`."""
-        return GMPolicy(*(outputs[name] for name in self.outputs), x_src, sigma_src, eps=self.eps)
+        return GMPolicy(*map(outputs.__getitem__, self.outputs), x_src, sigma_src, eps=self.eps)
 
     def num_planes(self, channels: int) -> int:
         """See `PolicyKind.num_planes`."""

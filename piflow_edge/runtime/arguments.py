@@ -18,6 +18,8 @@ Seeds = list[tuple[int, int]]
 
 def read_seeds(seed: Any, count: int) -> Seeds:
     """Return (seed, index) of each of `count` images: of one seed, of a seed each, or as given."""
+    if type(seed) is int and 0 <= seed < 2**64:
+        return [(seed, i) for i in range(count)]
     given = [(seed, i) for i in range(count)] if isinstance(seed, numbers.Integral) else seed
     try:
         if isinstance(seed, bool):
@@ -81,8 +83,10 @@ def read_start_and_mask(
 
 def check_whole(name: str, value: Any, least: int) -> None:
     """Raise ScheduleError unless the setting is a whole number of `least` or more, or None."""
+    if value is None:
+        return
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if value is not None and not (whole and value >= least):
+    if not (whole and value >= least):
         raise ScheduleError(f"{name} is a whole number, {least} or more; got {value!r}")
 
 

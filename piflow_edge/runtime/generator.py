@@ -192,8 +192,7 @@ class Generator:
                     [self.decoding.images(piece, as_float=as_float, clock=clock) for piece in drawn]
                 )
             if output == "pil":
-                with clock.stage("decode"):
-                    images = as_pil(images)
+                images = clock.run("decode", as_pil, images)
         recipe = describe_request(self.conditioner, request, self._run)
         clock.add("total", began)
         seeds = None if request.noise is not None else request.seeds

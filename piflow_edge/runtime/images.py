@@ -24,7 +24,7 @@ def decode_there(latents: Array, spec: LatentSpec | None = None) -> Array:
 
         pixels = gpu_arrays.round(gpu_arrays.clip((pixels + 1) * 127.5, 0, 255))
         return gpu_arrays.astype(gpu_arrays.permute_dims(pixels, (0, 2, 3, 1)), "uint8")
-    pixels = np.clip((pixels + 1) * 127.5, 0, 255)
+    pixels = np.minimum(np.maximum((pixels + 1) * 127.5, 0), 255)  # np.clip takes twice as long on small ones
     return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -56,8 +55,8 @@ def test_images_of_one_seed_get_a_file_each(tmp_path):
     done = run(tmp_path, "sample", "digits", "--like", "both.png", "--out", "each")
     assert done.returncode == 0, done.stderr
     assert sorted(file.name for file in (tmp_path / "each").iterdir()) == ["5-0-1.png", "5-0.png"]
-    assert pf.read_recipe(tmp_path / "each" / "5-0.png").labels == [3]
-    assert pf.read_recipe(tmp_path / "each" / "5-0-1.png").labels == [7]
+    assert pf.read_recipe(tmp_path / "each" / "5-0.png").conditioning == [{"label": 3}]
+    assert pf.read_recipe(tmp_path / "each" / "5-0-1.png").conditioning == [{"label": 7}]
 
 
 def test_a_file_that_cannot_be_written_is_named_as_it_was_given(tmp_path):
@@ -71,9 +70,9 @@ def test_a_file_that_cannot_be_written_is_named_as_it_was_given(tmp_path):
 def test_one_image_that_can_be_seen_is_written_as_it_is(tmp_path, side, expected):
     from PIL import Image
 
-    from piflow_edge.commands.images import _pictures
+    from piflow_edge.runtime.pictures import save_images
 
     image, recipe = Image.new("L", (side, side)), pf.load(pf.demo_bundle())([3], output="latent").recipe
-    (file,) = _pictures(tmp_path / "a.png", SimpleNamespace(images=[image], recipe=recipe))
+    (file,) = save_images(tmp_path / "a.png", [image], recipe)
     with Image.open(file) as written:
         assert written.size == expected

@@ -241,6 +241,7 @@ np.testing.assert_allclose(again.images, there.images, rtol=0, atol=1e-4)
 
 from piflow_edge.bench.benchmark import bench
 from piflow_edge.bench.config import BenchConfig
+from piflow_edge.conditioning import Asked
 calls, call = [], pf.Generator.__call__
 
 def noted(self, *arguments, synchronize=False, **more):
@@ -257,6 +258,7 @@ pf.Generator.__call__ = call
 seen = []
 generator(**arguments, callback=lambda done: seen.append((type(done.x_t), type(done.x_0))))
 assert seen == [(np.ndarray, np.ndarray)] * 2
+STEERED = generator.conditioner.encode(Asked(labels=[1, 2, 3]))
 network = generator.engine.run(generator.student.inputs(xp.asarray(theirs.latents, device=place), 0.5, STEERED))
 assert all(value.stream == place.stream for value in network.values())
 decode = generator.decoder.run

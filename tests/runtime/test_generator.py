@@ -14,8 +14,8 @@ from piflow_edge.bundle.folder import NetworkFiles
 from piflow_edge.bundle.sections import NetworkSpec
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.errors import EngineError, NotFiniteError, ShapeError
+from piflow_edge.kernels.normal import philox_normal
 from piflow_edge.kernels.rollout import integrate
-from piflow_edge.noise import philox_normal
 from piflow_edge.runtime import arguments
 from piflow_edge.runtime.drawing.batching import pieces
 from piflow_edge.runtime.generator import Generator
@@ -296,7 +296,7 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
     bundle = SimpleNamespace(
         name="b",
         manifest=replace(latents, networks={**latents.networks, "decoder": "one"}),
-        read_network=lambda name, precision: NetworkFiles(name.encode(), {}, "b"),
+        read_network=lambda name, precision: NetworkFiles(name.encode(), {}, "b", None),
     )
     monkeypatch.setattr("piflow_edge.bundle.folder.Bundle", lambda folder, trusted_keys: bundle)
     monkeypatch.setattr("piflow_edge.runtime.loading.open_engine", open_engine)

@@ -12,6 +12,8 @@ def pieces(count: int, size: int, engine: Engine) -> Iterator[slice]:
     """Cuts for as few calls of up to `size` samples as the engine allows, all of about one size: of 10 for an engine of
     4 to 8 it takes 5 and 5, where 8 would leave 2."""
     most = max(engine.min_batch, min(size, engine.max_batch or size))
+    if count <= most:
+        return iter((slice(0, count),))
     calls = max(1, -(-count // most))
     starts = (-(-count * call // calls) for call in range(calls + 1))
     return (slice(start, stop) for start, stop in pairwise(starts))

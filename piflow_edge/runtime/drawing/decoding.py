@@ -1,5 +1,6 @@
 """From latents to images, where the latents lie: through the bundle's decoder, if it has one."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,19 +37,18 @@ class Decoding:
         """
         made = decode_float_there if as_float else decode_there
         if self._decoder is None:
-            with clock.stage("decode"):
-                shown = made(latents, self._manifest.latent)
-            return on_host(shown, clock)
+            return on_host(clock.run("decode", made, latents, self._manifest.latent), clock)
         *_, height, width = self._manifest.decoder.outputs[0].shape
         size = max(1, _DECODED_PIXELS // (height * width))
         images = []
         for piece in pieces(len(latents), size, self._decoder):
-            with clock.stage("decode"):
-                (decoded,) = self._decoder.run(self.inputs(latents[piece])).values()
-                check_finite(decoded, "the decoder", self._manifest, self._precision, self._decoder)
-                shown = made(decoded)
-            images.append(on_host(shown, clock))
+            images.append(on_host(clock.run("decode", self._decode, latents[piece], made), clock))
         return joined(images)
+
+    def _decode(self, latents: Any, made: Callable[..., Any]) -> Any:
+        (decoded,) = self._decoder.run(self.inputs(latents)).values()
+        check_finite(decoded, "the decoder", self._manifest, self._precision, self._decoder)
+        return made(decoded)
 
 
 def check_finite(made: Any, network: str, manifest: Manifest, precision: str, engine: Engine) -> None:
@@ -64,5 +64,4 @@ def on_host(array: Any, clock: Stopwatch) -> np.ndarray:
     """The array in the host's memory."""
     if isinstance(array, np.ndarray):
         return array
-    with clock.stage("transfer"):
-        return gpu_arrays.to_host(array)
+    return clock.run("transfer", gpu_arrays.to_host, array)

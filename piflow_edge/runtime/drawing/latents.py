@@ -64,17 +64,13 @@ def draw_latents(
     def place(array: np.ndarray) -> Array:
         if where.place is None:
             return array
-        with clock.stage("transfer"):
-            return gpu_arrays.asarray(array, device=where.place)
+        return clock.run("transfer", gpu_arrays.asarray, array, device=where.place)
 
     def renoise(draw: int) -> Array:
-        with clock.stage("noise"):
-            added = request.draw_noise(piece, draw, where.num_threads)
-        return place(added)
+        return place(clock.run("noise", request.draw_noise, piece, draw, where.num_threads))
 
-    with clock.stage("noise"):
-        noise = request.draw_noise(piece, 0, where.num_threads)
-        x_src, kept = request.start_from(noise, piece)
+    noise = clock.run("noise", request.draw_noise, piece, 0, where.num_threads)
+    x_src, kept = request.start_from(noise, piece)
     return draw(
         partial(student.policy, conditioning=take(request.conditioning, piece)),
         place(x_src),

@@ -1,8 +1,7 @@
 """How long each stage of a generator's call takes."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 # In the order in which they come; "total" is of the call.
@@ -25,12 +24,12 @@ class Stopwatch:
             self._wait()
         self.ms[stage] += 1000 * (time.perf_counter() - began)
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """What is done in the block is a stage."""
+    def run(self, stage: str, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        """Call the function, and return what it returns; the call is a stage."""
         began = time.perf_counter()
-        yield
-        self.add(name, began)
+        result = function(*arguments, **more)
+        self.add(stage, began)
+        return result
 
     def wrap(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function; each of its calls is a stage."""
