@@ -41,8 +41,6 @@ KNOWN_IMPORTS = {
     "distill.loop.journal -> runtime",
     "distill.student -> runtime",
     "distill.teacher -> runtime",
-    "doctor.examination -> kernels",
-    "doctor.nvidia_findings -> kernels",
 }
 KNOWN_CIRCLES = {
     "engines.ort_compile <-> engines.ort_cuda",

@@ -17,9 +17,8 @@ import numpy as np
 from piflow_edge.bundle.folder import demo_bundle
 from piflow_edge.engines import ort, ort_package, placement
 from piflow_edge.errors import BundleError, EngineError, MissingExtraError, PiFlowError
-from piflow_edge.kernels import cpu
-from piflow_edge.kernels.rollout import integrate
 from piflow_edge.policies import DXPolicy, GMPolicy
+from piflow_edge.runtime.drawing.acceleration import integrate, isas, missing
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.hardware import jetson_release, nvidia_gpus, power_state, read_text, versions
 
@@ -209,8 +208,8 @@ def identity_model() -> bytes:
 
 def kernel_finding() -> Finding:
     """Whether the compiled CPU kernels are there, with which instruction sets, or why not."""
-    if (reason := cpu.missing()) is None:
-        return Finding("cpu kernel", OK, f"compiled; this processor runs {', '.join(cpu.isas())}")
+    if (reason := missing()) is None:
+        return Finding("cpu kernel", OK, f"compiled; this processor runs {', '.join(isas())}")
     what, _, command = reason.partition("; ")
     return Finding("cpu kernel", WARNING, f"{what}: NumPy does the work, more slowly", command)
 
@@ -259,7 +258,7 @@ def cache_finding(folder: Path) -> Finding:
 def rollout_finding() -> Finding:
     """Policies and rollout on this machine, as they would run, against the formulas in float64."""
     errors = {kind: _rollout_error(kind) for kind in ("gm", "dx")}
-    kernel = "the compiled kernel" if cpu.missing() is None else "NumPy"
+    kernel = "the compiled kernel" if missing() is None else "NumPy"
     worst = max(errors.values(), key=lambda error: np.inf if np.isnan(error) else error)
     detail = f"rollouts by {kernel} are within {worst:.1e} of the formulas in float64"
     if worst <= _SELF_TEST_TOLERANCE:  # NaN does not pass

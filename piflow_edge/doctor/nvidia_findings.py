@@ -9,8 +9,7 @@ from pathlib import Path
 from piflow_edge.engines import trt_versions
 from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import EngineError
-from piflow_edge.kernels import nvidia
-from piflow_edge.kernels.nvidia import driver_cuda_version
+from piflow_edge.runtime.drawing.acceleration import PIP_COMMAND, PIP_COMMAND_12, driver_cuda_version
 from piflow_edge.system.hardware import jetson_release, nvidia_gpus, read_text, told_by, versions
 
 from .findings import OK, PROBLEM, WARNING, Finding, dotted, major
@@ -139,7 +138,7 @@ def tensorrt_finding(installed: dict[str, str], driver_cuda: tuple[int, int]) ->
 def compiler_finding(installed: dict[str, str], driver_cuda: tuple[int, int]) -> Finding:
     """Whether what compiles the CUDA kernel is there, and of a CUDA that the driver, (major, minor), can load."""
     compilers = [n for n in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12") if n in installed]
-    command = nvidia.PIP_COMMAND_12 if driver_cuda[0] == 12 else nvidia.PIP_COMMAND
+    command = PIP_COMMAND_12 if driver_cuda[0] == 12 else PIP_COMMAND
     if "cuda-bindings" not in installed or not compilers:
         return Finding("cuda kernel", WARNING, "cuda-bindings or NVRTC is not installed", command)
     newest = max(major(installed[name]) for name in compilers)

@@ -2,7 +2,6 @@
 
 import importlib
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires
@@ -14,7 +13,8 @@ from .findings import OK, PROBLEM, WARNING, Finding
 # Versions that pyproject.toml promises and CI runs.
 _PYTHON = ((3, 10), (3, 13))
 # What nothing works without, and the modules that it brings.
-_NEEDED = {"numpy": "numpy", "pillow": "PIL", "rich": "rich", "array-api-compat": "array_api_compat"}
+_NEEDED = {"numpy": "numpy", "pillow": "PIL", "rich": "rich", "array-api-compat": "array_api_compat",
+           "packaging": "packaging"}  # fmt: skip
 
 
 def obstacles() -> list[Finding]:
@@ -54,33 +54,31 @@ def package_findings(installed: dict[str, str]) -> list[Finding]:
     except PackageNotFoundError:
         fix = "pip install -e '.[cpu]'"
         return [Finding("packages", PROBLEM, "piflow-edge runs from its source and is not installed", fix)]
-    findings = []
-    for line in wanted:
-        requirement, _, marker = (part.strip() for part in line.partition(";"))
-        name = re.match(r"[\w-]+", requirement)[0].lower()
-        optional = "extra ==" in marker
-        here = versions([name]).get(name)
-        command = f"pip install '{requirement}'"
-        if here is None and not optional:
-            findings.append(Finding("packages", PROBLEM, f"{name} is not installed", command))
-        for operator, bound in re.findall(r"(>=|<=)([\d.]+)", requirement) if here else ():
-            if operator == ">=" and _numbers(here) < _numbers(bound):
-                findings.append(
-                    Finding(
-                        "packages", PROBLEM, f"{name} {here} is here, and {bound} or newer is needed", command
-                    )
-                )
-            # 2.13.1 is still 2.13.
-            elif operator == "<=" and _numbers(here)[:2] > _numbers(bound)[:2]:
-                findings.append(
-                    Finding(
-                        "packages", WARNING, f"{name} {here} is newer than {bound}, the last tested", command
-                    )
-                )
+    # Late: without it, `obstacles` still says so.
+    from packaging.requirements import Requirement
+
+    findings = [finding for line in wanted for finding in _requirement_findings(Requirement(line))]
     listed = Finding("packages", OK, ", ".join(f"{name} {number}" for name, number in installed.items()))
     return [listed, *dict.fromkeys(findings)]
 
 
-def _numbers(release: str) -> tuple[int, ...]:
-    """(2, 13, 0) of "2.13.0+cpu"."""
-    return tuple(int(part) for part in re.match(r"[\d.]*", release)[0].split(".") if part)
+def _requirement_findings(requirement) -> list[Finding]:
+    """What is wrong with one package that piflow-edge asks for; one of an extra may be absent."""
+    from packaging.version import Version
+
+    name, bounds = requirement.name.lower(), requirement.specifier
+    here = versions([name]).get(name)
+    command = f"pip install '{requirement.name}{bounds}'"
+    if here is None:
+        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        return [] if optional else [Finding("packages", PROBLEM, f"{name} is not installed", command)]
+    findings = []
+    for bound in bounds:
+        if bound.operator == ">=" and Version(here) < Version(bound.version):
+            detail = f"{name} {here} is here, and {bound.version} or newer is needed"
+            findings.append(Finding("packages", PROBLEM, detail, command))
+        # 2.13.1 is still 2.13.
+        elif bound.operator == "<=" and Version(here).release[:2] > Version(bound.version).release[:2]:
+            detail = f"{name} {here} is newer than {bound.version}, the last tested"
+            findings.append(Finding("packages", WARNING, detail, command))
+    return findings

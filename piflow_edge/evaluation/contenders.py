@@ -134,7 +134,7 @@ def images_of(generator: Generator, latents: np.ndarray) -> np.ndarray:
     """Return images float32 (B, C, H, W) of latents; pixels as they are, else what a decoder makes in 8 bits."""
     manifest = generator.bundle.manifest
     if manifest.decoder is None:
-        return latents / manifest.latent.scale + manifest.latent.shift
+        return manifest.latent.restore(latents)
     return generator.decode(latents).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.cli import main
 from piflow_edge.distill.data.datasets import Latent, load_images
 from piflow_edge.errors import DataError, ShapeError
@@ -50,7 +51,7 @@ def test_the_teacher_is_guided_as_the_students_were_taught():
 
 def test_a_decoder_s_images_are_what_is_compared():
     """Pixels come as the student leaves them, latents as the images that are decoded from them."""
-    latent = SimpleNamespace(scale=2.0, shift=0.5)
+    latent = LatentSpec("pixels", [2, 1, 1], scale=2.0, shift=0.5)
     latents = np.array([-3.0, 1.0], np.float32).reshape(1, 2, 1, 1)
 
     def generator(decoder):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
+from filelock import FileLock
 
 from piflow_edge.errors import DataError
 from piflow_edge.system.files import write_atomic
@@ -98,7 +99,7 @@ def cached(
     if kept is None:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _one_at_a_time(place.with_suffix(".lock")) as alone:
+            with _hold_lock(place.with_suffix(".lock")) as alone:
                 if alone:  # what a killed process left
                     for stale in place.parent.glob(f".{place.name}.*"):
                         stale.unlink()
@@ -151,17 +152,15 @@ def _build(place: Path, build: Callable[[ArrayWriter], dict], restore: Callable[
 
 
 @contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[bool]:
-    """Hold the lock at `path`, let go when this process ends however it does; False where there are no locks."""
+def _hold_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock at `path`, released when this process ends however it does; False where there are no locks."""
+    lock = FileLock(path)
     try:
-        import fcntl
-    except ImportError:  # Windows: all build, the last one stays
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks: all build, the last one stays
         yield False
         return
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            alone = True
-        except OSError:  # a file system without locks: as above
-            alone = False
-        yield alone
+    try:
+        yield True
+    finally:
+        lock.release()
