@@ -26,12 +26,34 @@ from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
 _PIECE = 1 << 20
 
 
+# The name of the bundle that comes with the package.
+SHIPPED = "digits"
+
+
 def demo_bundle() -> Path:
     """The bundle that comes with the package: digits in one network call, fp32, 8x8 grey images, classes "0" to "9".
 
-    On the command line it is called `digits`. Made by `make assets`.
+    `pf.load` and the command line call it `digits`. Made by `make assets`.
     """
-    return Path(__file__).parents[1] / "assets" / "digits"
+    return Path(__file__).parents[1] / "assets" / SHIPPED
+
+
+def find_bundle(bundle: str | os.PathLike[str]) -> Path:
+    """Return the folder of a bundle that is given by its path, or `digits`, the one that comes with the package.
+
+    Raises:
+        BundleError: `digits` is a folder here as well.
+    """
+    if not isinstance(bundle, (str, os.PathLike)):
+        raise BundleError(f"a bundle is a folder, given by its path; got {bundle!r}")
+    if bundle != SHIPPED:
+        return Path(bundle)
+    if Path(SHIPPED).exists():
+        raise BundleError(
+            f"{SHIPPED!r} is the bundle that comes with piflow-edge, and there is one here too, which is "
+            f".{os.sep}{SHIPPED}; for the other, change the folder"
+        )
+    return demo_bundle()
 
 
 @dataclass(frozen=True)

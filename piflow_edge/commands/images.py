@@ -29,7 +29,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--array", "arrays", multiple=True, metavar="NAME=FILE",
               help="Input of the network as .npy, for a bundle that takes arrays; can be given again.")  # fmt: skip
 @click.option("--count", type=COUNT, help="Images of each label or entry of --array; else in all.")
-@click.option("--like", type=FILE, help="Make the images of this PNG file again, by the settings it holds.")
+@click.option("--like", type=FILE, help="Make the images of this picture again, by the settings it holds.")
 @click.option("--out", type=click.Path(path_type=Path, allow_dash=True), required=True,
               help="File, a folder for one file each, or - for stdout.")  # fmt: skip
 @click.option("--output", type=click.Choice(["png", "uint8", "float", "latent"]), default="png",
@@ -62,9 +62,9 @@ def sample(
 ):  # fmt: skip
     """Draw images from a bundle.
 
-    BUNDLE is a folder, or digits, the bundle that comes with piflow-edge. A PNG file holds the image, or
-    several side by side, small ones enlarged; a folder gets one PNG per image. Each holds the settings that make it
-    again: see --like.
+    BUNDLE is a folder, or digits, the bundle that comes with piflow-edge. A file, PNG, WebP or JPEG by its suffix,
+    holds the image, or several side by side, small ones enlarged; a folder gets one PNG per image. Each holds the
+    settings that make it again: see --like.
 
     \b
     Example:
@@ -74,8 +74,7 @@ def sample(
     """
     from piflow_edge.runtime.recipe import read_recipe
 
-    suffix = ".png" if output == "png" else ".npy"
-    _check_out(out, output, suffix, as_json)
+    _check_out(out, output, as_json)
     recipe = None
     if like is not None:
         _refuse_beside_like(context)
@@ -104,13 +103,16 @@ def sample(
         _report(result, result.save(out), as_json)
 
 
-def _check_out(out: Path, output: str, suffix: str, as_json: bool) -> None:
+def _check_out(out: Path, output: str, as_json: bool) -> None:
+    from piflow_edge.runtime.pictures import PICTURE_SUFFIXES
+
+    suffixes = PICTURE_SUFFIXES if output == "png" else (".npy",)
     if str(out) == "-":
         if as_json:
             raise click.UsageError("--out - and --json both write to stdout; leave one of both out")
-    elif out.suffix.lower() not in ("", suffix):
+    elif out.suffix.lower() not in ("", *suffixes):
         raise click.UsageError(
-            f"with --output {output}, give --out a name that ends in {suffix}, or a folder; got {out}"
+            f"with --output {output}, give --out a name that ends in {' or '.join(suffixes)}, or a folder; got {out}"
         )
 
 

@@ -39,12 +39,9 @@ def bundle_path(given: str | tuple[str, ...] | None) -> Path | tuple[Path, ...] 
         return given and tuple(map(bundle_path, given))
     if given != "digits":
         return Path(given)
-    if Path(given).exists():
-        raise click.UsageError("'digits' is the bundle that comes with piflow-edge, and there is one here too, which "
-                               "is ./digits; for the other, change the folder")  # fmt: skip
-    from piflow_edge.bundle.folder import demo_bundle  # late: it brings NumPy
+    from piflow_edge.bundle.folder import find_bundle  # late: it brings NumPy
 
-    return demo_bundle()
+    return find_bundle(given)
 
 
 def temperature(context, parameter, text: str | None) -> float | str | None:

@@ -29,7 +29,7 @@ def load(
     """Open an exported student.
 
     Args:
-        bundle: the bundle's folder.
+        bundle: the bundle's folder, or "digits", the bundle that comes with the package.
         engine: "auto", the fastest that can run here, or the name of a backend; see `engines.open_engine`.
         precision: one of the bundle's ("fp32"); None is its first.
         device: what the backend runs on, such as "cpu", "cuda" or "cuda:1"; None is its best.
@@ -39,7 +39,7 @@ def load(
             which is checked where the `sign` extra is installed.
 
     Returns:
-        A generator: call it with labels to make images. Its `engine.choice` says why that engine runs. `close`, or
+        A generator: call it to make images. Its `engine.choice` says why that engine runs. `close`, or
         a `with` block, frees its memory.
 
     Raises:
@@ -48,12 +48,12 @@ def load(
         EngineError: the engine cannot run here.
         MissingExtraError: the engine's package is not installed, or `trusted_keys` are given and `cryptography` is not.
     """
-    from piflow_edge.bundle.folder import Bundle
+    from piflow_edge.bundle.folder import Bundle, find_bundle
 
     from .generator import Generator
     from .graphs import read_graph
 
-    opened = Bundle(bundle, trusted_keys=trusted_keys)
+    opened = Bundle(find_bundle(bundle), trusted_keys=trusted_keys)
     network = open_engine(
         read_graph(opened, "student", precision), engine=engine, device=device, options=options
     )

@@ -14,14 +14,18 @@ from piflow_edge.errors import ShapeError
 from piflow_edge.system.files import atomic_file, write_atomic
 
 from .images import as_pil
-from .recipe import CHUNK, Recipe
+from .recipe import CHUNK, EXIF_START, EXIF_TAG, Recipe
 
+# What pictures are written as; the first where nobody says.
+PICTURE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _GAP = 2
 # Shorter sides are enlarged up to about this many pixels, whole pixels each, so that 8x8 digits can be seen.
 VISIBLE = 64
 # Longer sides are shrunk to this many where pictures are only to be compared.
 _LARGEST = 256
 _TEXT_SIZE = 14
+# A segment of a JPEG file has no more than 65,533 bytes.
+_LONGEST_EXIF = 65_000
 # Images per row where all of a call are shown at once.
 _COLUMNS = 10
 
@@ -83,24 +87,48 @@ def show_images(images: Any) -> bytes:
     return png_bytes(image_grid([images[i : i + _COLUMNS] for i in range(0, len(images), _COLUMNS)]))
 
 
+def encode_picture(image: Image.Image, suffix: str, recipe: Recipe | None = None) -> bytes:
+    """Return the image as a file of that suffix: PNG, WebP without loss, or JPEG; see `png_bytes`."""
+    if suffix == ".png":
+        return png_bytes(image, recipe)
+    file, exif = io.BytesIO(), Image.Exif()
+    if recipe is not None:
+        exif[EXIF_TAG] = EXIF_START + recipe.as_json()
+    is_webp = suffix == ".webp"
+    if max(image.size) > (16_383 if is_webp else 65_535) or (
+        not is_webp and len(exif.tobytes()) > _LONGEST_EXIF
+    ):
+        raise ShapeError(
+            f"so many images, or their recipe, do not fit into one file that ends in {suffix}; write a .png, or a "
+            "folder with one file for each"
+        )
+    if is_webp:
+        image.convert("RGB").save(file, "WEBP", lossless=True, exif=exif)
+    else:
+        image.save(file, "JPEG", quality=95, subsampling=0, exif=exif)
+    return file.getvalue()
+
+
 def write_images(file: BinaryIO, images: Any, recipe: Recipe) -> None:
     """Write PIL images into an open file, as one picture that holds its recipe; arrays as .npy."""
-    file.write(_one_picture(images, recipe)) if _are_pictures(images) else np.save(file, images)
+    file.write(_one_picture(images, ".png", recipe)) if _are_pictures(images) else np.save(file, images)
 
 
 def save_images(path: Path, images: Any, recipe: Recipe) -> list[Path]:
     """Write PIL images, or an array of one entry per image, into one file or, without a suffix, one for each."""
     are_pictures = _are_pictures(images)
-    suffix = ".png" if are_pictures else ".npy"
-    if path.suffix.lower() not in ("", suffix):
+    suffixes, suffix = PICTURE_SUFFIXES if are_pictures else (".npy",), path.suffix.lower()
+    if suffix not in ("", *suffixes):
         kind = "pictures" if are_pictures else "arrays"
-        raise ShapeError(f"{kind} go into a file that ends in {suffix}, or into a folder; got {path}")
+        raise ShapeError(
+            f"{kind} go into a file that ends in {' or '.join(suffixes)}, or into a folder; got {path}"
+        )
     (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
-    files = [path] if path.suffix else _file_names(path, recipe, suffix)
+    files = [path] if suffix else _file_names(path, recipe, suffixes[0])
     if not are_pictures:
         _save_arrays(files, [images] if path.suffix else images)
     elif path.suffix:
-        write_atomic(path, _one_picture(images, recipe))
+        write_atomic(path, _one_picture(images, suffix, recipe))
     else:
         for i, (file, image) in enumerate(zip(files, images, strict=True)):
             write_atomic(file, png_bytes(image, recipe.of(i)))
@@ -111,10 +139,10 @@ def _are_pictures(images: Any) -> bool:
     return not isinstance(images, np.ndarray)
 
 
-def _one_picture(images: Any, recipe: Recipe) -> bytes:
+def _one_picture(images: Any, suffix: str, recipe: Recipe) -> bytes:
     # One that can be seen as it is gets no margin: it may be the image that the next call starts from.
     alone = len(images) == 1 and max(images[0].size) >= VISIBLE
-    return png_bytes(images[0] if alone else image_grid([images]), recipe)
+    return encode_picture(images[0] if alone else image_grid([images]), suffix, recipe)
 
 
 def _save_arrays(files: Sequence[Path], arrays: Any) -> None:

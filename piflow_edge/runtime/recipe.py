@@ -16,6 +16,8 @@ from piflow_edge.system.files import sha256
 
 # Key of the text chunk in a PNG file, and the longest such text that is read: some 10,000 images.
 CHUNK = "piflow-edge"
+# Elsewhere it stands in EXIF's ImageDescription, behind this text.
+EXIF_TAG, EXIF_START = 0x010E, "piflow-edge "
 RECIPE_VERSION = 2
 _LONGEST = 1 << 20
 
@@ -93,18 +95,19 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """The recipe in a PNG file that `png_bytes` wrote. Safe on files of unknown origin: pixels are not decoded.
+    """The recipe in a PNG, WebP or JPEG file that this package wrote. Safe on files of unknown origin: pixels are not
+    decoded.
 
     Raises:
-        RecipeError: not a PNG, without a recipe, or with an unusable one.
+        RecipeError: not such a picture, without a recipe, or with an unusable one.
     """
     from PIL import Image  # only needed where pictures are read
 
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(CHUNK)
+        with Image.open(path, formats=["PNG", "WEBP", "JPEG"]) as image:
+            text = image.info.get(CHUNK) if image.format == "PNG" else _read_exif(image)
     except OSError as error:
-        reason = error.strerror or "it is not a PNG"
+        reason = error.strerror or "it is no PNG, WebP or JPEG"
         raise RecipeError(f"{os.fspath(path)} cannot be read: {reason}") from error
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RecipeError(f"{os.fspath(path)} cannot be read: {error}") from error
@@ -114,6 +117,12 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
             f"{os.fspath(path)} {state}; piflow-edge sample writes one, other programs drop it when they save"
         )
     return parse_recipe(text)
+
+
+def _read_exif(image: Any) -> str | None:
+    text = image.getexif().get(EXIF_TAG)
+    is_ours = isinstance(text, str) and text.startswith(EXIF_START)
+    return text.removeprefix(EXIF_START) if is_ours else None
 
 
 def _update_version_1(body: dict[str, Any]) -> dict[str, Any]:

@@ -54,9 +54,9 @@ class Result:
         """Write what was made, and return the files.
 
         Args:
-            path: of a file: a picture with all images side by side, small ones enlarged, or for arrays one .npy. A name
-                without a suffix is a folder, which gets one file per image. A picture holds its recipe; see
-                `read_recipe`.
+            path: of a file: a picture with all images side by side, small ones enlarged, as PNG, WebP without loss, or
+                JPEG by its suffix; or for arrays one .npy. A name without a suffix is a folder, which gets one file per
+                image. A picture holds its recipe; see `read_recipe`.
         """
         from .pictures import save_images  # Pillow is only needed where pictures are written
 

@@ -207,7 +207,7 @@ class TestOnABundle:
 
     @pytest.mark.parametrize(
         "arguments",
-        [["--labels", "²"], ["--labels", ""], ["--labels", "1", "--out", "x.jpg"], ["--engine", "gpu"]],
+        [["--labels", "²"], ["--labels", ""], ["--labels", "1", "--out", "x.gif"], ["--engine", "gpu"]],
     )
     def test_arguments_that_make_no_sense_exit_with_2(self, shared_bundle, tmp_path, arguments):
         done = run("sample", shared_bundle, "--labels", 1, "--out", tmp_path / "x.png", *arguments, code=2)

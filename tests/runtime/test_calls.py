@@ -175,3 +175,36 @@ def test_a_result_is_saved_as_one_picture_one_for_each_or_an_array(tmp_path):
     assert file.getvalue() == (tmp_path / "both.png").read_bytes()
     with pytest.raises(PiFlowError, match=r"\.png"):
         result.save(tmp_path / "both.npy")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg", ".JPEG"])
+def test_every_kind_of_picture_holds_its_recipe(tmp_path, suffix):
+    result = gaussian_generator()([0, 1], seed=5)
+    (file,) = result.save(tmp_path / f"both{suffix}")
+    assert pf.read_recipe(file) == result.recipe
+    with Image.open(file) as picture, Image.open(io.BytesIO(result._repr_png_())) as expected:
+        shown, wanted = (np.asarray(image.convert("RGB"), np.float32) for image in (picture, expected))
+    lossless = suffix in (".png", ".webp")
+    np.testing.assert_allclose(shown, wanted, rtol=0, atol=0 if lossless else 40)  # JPEG rings at sharp edges
+    picture = Image.fromarray(shown.astype(np.uint8))
+    picture.save(tmp_path / f"plain{suffix}")
+    with pytest.raises(PiFlowError, match="holds no recipe"):
+        pf.read_recipe(tmp_path / f"plain{suffix}")
+
+
+@pytest.mark.parametrize(("suffix", "count"), [(".jpg", 1000), (".webp", 300)])
+def test_what_one_file_of_a_kind_cannot_hold_is_said(tmp_path, suffix, count):
+    with pytest.raises(PiFlowError, match=rf"so many images, .* {suffix}; .* folder"):
+        gaussian_generator(nfe=1)([0] * count).save(tmp_path / f"many{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_bundle_is_loaded_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pf.load("digits", engine="reference") as generator:
+        assert generator.bundle.folder == pf.demo_bundle()
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(PiFlowError, match=r"there is one here too, which is \.[/\\]digits"):
+        pf.load("digits")
+    with pytest.raises(PiFlowError, match="got 3"):
+        pf.load(3)

@@ -114,8 +114,8 @@ def test_files_without_a_usable_recipe_are_refused(tmp_path):
             read_recipe(png(tmp_path / "odd.png", **chunks))
     assert CHUNK == "piflow-edge"
     (tmp_path / "text.png").write_text("no picture")
-    Image.new("L", (4, 4)).save(tmp_path / "a.jpg")
-    for name in ("text.png", "a.jpg", "missing.png", "."):
+    Image.new("L", (4, 4)).save(tmp_path / "a.bmp")
+    for name in ("text.png", "a.bmp", "missing.png", "."):
         with pytest.raises(PiFlowError, match="cannot be read"):
             read_recipe(tmp_path / name)
     with pytest.raises(PiFlowError, match="is not JSON"):
