@@ -167,7 +167,7 @@ class Schedule:
     Args:
         nfe: student calls per image, 1 or more.
         shift: s of `warp`, above 0.
-        final_step_size_scale: length of the last segment in raw time relative to the others, in (0, 1].
+        final_step_size_scale: length of the last segment in raw time relative to the others, above 0.
         total_substeps: Euler steps over all of raw time, shared out to the segments by length.
         h: strength of re-noising between segments, 0 (none, deterministic) or more, or "inf" (all noise is
             drawn afresh).
@@ -191,8 +191,8 @@ class Schedule:
                 raise ScheduleError(f"{name} is a whole number, 1 or more; got {name}={value!r}")
         _check_shift(self.shift)
         scale = self.final_step_size_scale
-        if not (isinstance(scale, numbers.Real) and 0 < scale <= 1):
-            raise ScheduleError(f"final_step_size_scale lies in (0, 1]; got {self.final_step_size_scale!r}")
+        if not (isinstance(scale, numbers.Real) and 0 < scale < math.inf):  # NaN fails too
+            raise ScheduleError(f"final_step_size_scale is a number above 0; got {scale!r}")
         try:
             h = float(self.h)  # "inf" becomes infinity
         except (TypeError, ValueError):

@@ -123,7 +123,7 @@ def train_teacher(
 )
 @click.option("--dynamic-shift", type=(int, int, float, float), metavar="BASE MAX BASE_LOG MAX_LOG",
               help="Shift by resolution instead: two sequence lengths, and their shifts' logarithms.")  # fmt: skip
-@click.option("--final-step-size-scale", type=click.FloatRange(0, 1, min_open=True), default=1.0,
+@click.option("--final-step-size-scale", type=click.FloatRange(min=0, min_open=True), default=1.0,
               help="Length of the last segment relative to the others.")  # fmt: skip
 @click.option(
     "--substeps", type=click.IntRange(min=1), default=128, help="Euler steps of the policy, in all."

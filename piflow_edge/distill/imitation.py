@@ -47,7 +47,7 @@ class ImitationConfig:
         nfe: student calls per image the student is trained for, 1 or more; several numbers for one student that can
             do with any of them.
         shift: shift between raw time and noise level, above 0.
-        final_step_size_scale: length of the last segment relative to the others, in (0, 1].
+        final_step_size_scale: length of the last segment relative to the others, above 0.
         total_substeps: Euler steps of the policy over all of raw time.
         num_intermediate_states: points of each segment at which the teacher corrects.
         window_substeps: substeps over which the policy's mean velocity is compared; 0 compares it at the point.
@@ -82,8 +82,8 @@ class ImitationConfig:
                 raise ScheduleError(f"{name} is 1 or more; got {getattr(self, name)}")
         if not self.shift > 0:
             raise ScheduleError(f"shift is above 0; got {self.shift}")
-        if not 0 < self.final_step_size_scale <= 1:
-            raise ScheduleError(f"final_step_size_scale lies in (0, 1]; got {self.final_step_size_scale}")
+        if not 0 < self.final_step_size_scale < np.inf:
+            raise ScheduleError(f"final_step_size_scale is above 0; got {self.final_step_size_scale}")
 
     @property
     def nfes(self) -> tuple[int, ...]:
@@ -93,6 +93,10 @@ class ImitationConfig:
     def segment_length(self, nfe):
         """Raw time of every segment but the last, for `nfe` calls, a number or an array."""
         return 1 / (nfe - 1 + self.final_step_size_scale)
+
+    def longest_segment(self, nfe: int) -> float:
+        """Raw time that the longest segment, which may be the last, needs for `nfe` calls."""
+        return self.segment_length(nfe) * max(self.final_step_size_scale, 1.0)
 
     def teacher_ratio(self, iteration: int) -> float:
         """Share of each segment that is walked with the teacher's velocity, at this iteration."""

@@ -119,7 +119,7 @@ def distill(
     if "settings" in teacher.provenance:  # of a teacher that was trained here
         check_same_latents(teacher.provenance["settings"], data)
     check_fit(teacher.network, data)
-    head = head.fit_to_segments(imitation.segment_length(min(imitation.nfes)), imitation.shift)
+    head = head.fit_to_segments(imitation.longest_segment(min(imitation.nfes)), imitation.shift)
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
     guided = GuidedTeacher(student if lora else teacher.network, guidance, null=null)
     _, conditioning = data.batch(np.arange(2) % len(data))

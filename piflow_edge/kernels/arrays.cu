@@ -8,7 +8,7 @@ using Index = long long;
 constexpr int kAxes = 6;
 
 // As in gpu_arrays.py, which fills these in field by field.
-enum Operation { kCopy, kAdd, kSubtract, kMultiply, kDivide, kMaximum, kMinimum, kExp, kRound };
+enum Operation { kCopy, kAdd, kSubtract, kMultiply, kDivide, kMaximum, kMinimum, kExp, kRound, kLog };
 enum Reduction { kSum, kMax };
 
 struct Operand {
@@ -48,6 +48,7 @@ PIFLOW_FN float compute(Index operation, float a, float b) {
     case kMaximum: return a < b ? b : a;  // so that NaN in `a` stays
     case kMinimum: return a > b ? b : a;
     case kExp: return expf(a);
+    case kLog: return logf(a);
     case kRound: return rintf(a);
     default: return a;
   }

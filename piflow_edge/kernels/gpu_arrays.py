@@ -24,7 +24,7 @@ from piflow_edge.errors import EngineError, ShapeError
 from . import nvidia
 from .device_arrays import ITEM_BYTES, DeviceView, stream_of, view
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 SOURCE = nvidia.SOURCE.with_name("arrays.cu")
 
@@ -36,7 +36,7 @@ RECORDS_GRADIENTS = False
 _THREADS = 128
 _AXES = 6
 # As in arrays.cu.
-_COPY, _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _MAXIMUM, _MINIMUM, _EXP, _ROUND = range(9)
+_COPY, _ADD, _SUBTRACT, _MULTIPLY, _DIVIDE, _MAXIMUM, _MINIMUM, _EXP, _ROUND, _LOG = range(10)
 _SUM, _MAX = range(2)
 
 
@@ -214,7 +214,7 @@ def place_of(device: str) -> Place | None:
     if device.partition(":")[0] != "cuda":
         return None
     if (reason := nvidia.missing()) is not None:
-        log.warning("arrays cross the bus with every network call, and policies run on the CPU: %s", reason)
+        _log.warning("arrays cross the bus with every network call, and policies run on the CPU: %s", reason)
         return None
     return place(nvidia.ordinal_in(device))
 
@@ -325,6 +325,11 @@ def astype(x: DeviceArray, dtype: str) -> DeviceArray:
 def exp(x: DeviceArray) -> DeviceArray:
     """e to the power of x."""
     return _launched(_EXP, x.shape, x)
+
+
+def log(x: DeviceArray) -> DeviceArray:
+    """Natural logarithm of x."""
+    return _launched(_LOG, x.shape, x)
 
 
 def round(x: DeviceArray) -> DeviceArray:

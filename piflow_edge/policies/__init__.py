@@ -10,10 +10,11 @@ from typing import Any, Union, get_args
 
 from .dx import DXPolicy, DXPolicySpec
 from .gm import GMPolicy, GMPolicySpec
+from .gmk import GMKPolicy, GMKPolicySpec
 from .policy import MixtureRollout, Policy, PolicyKind, Rollout, VelocityField, WeightedSum
 
 # The registry: one class for each kind of policy.
-PolicySpec = Union[GMPolicySpec, DXPolicySpec]  # noqa: UP007
+PolicySpec = Union[GMPolicySpec, DXPolicySpec, GMKPolicySpec]  # noqa: UP007
 
 POLICIES: dict[str, type[PolicySpec]] = {spec().kind: spec for spec in get_args(PolicySpec)}
 # Name on the command line -> kind, and the fields that the name fixes.
@@ -38,6 +39,8 @@ __all__ = [
     "POLICY_NAMES",
     "DXPolicy",
     "DXPolicySpec",
+    "GMKPolicy",
+    "GMKPolicySpec",
     "GMPolicy",
     "GMPolicySpec",
     "MixtureRollout",

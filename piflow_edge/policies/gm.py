@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from piflow_edge.arrays import Array, array_namespace
+from piflow_edge.arrays import Array, Namespace, array_namespace
 from piflow_edge.errors import ScheduleError
 
 from .policy import (
@@ -56,6 +56,9 @@ class GMPolicy(Policy):
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `GMFlowPolicy` in Lakonik/piFlow.
     """
 
+    # Whether `logstds` are (B, K, 1, 1, 1): one for each component.
+    std_per_component: ClassVar[bool] = False
+
     def __init__(
         self, means: Array, logweights: Array, logstds: Array, x_src: Array, sigma_src, *, eps: float = 1e-4
     ):
@@ -65,7 +68,7 @@ class GMPolicy(Policy):
         ones = (1,) * (len(state) - 1)
         check_shape("means", means, (batch, num_components, *state))
         check_shape("logweights", logweights, (batch, num_components, 1, *state[1:]))
-        check_shape("logstds", logstds, (batch, 1, 1, *ones))
+        check_shape("logstds", logstds, (batch, num_components if self.std_per_component else 1, 1, *ones))
         means, x_src = as_real("means", means, xp), as_real("x_src", x_src, xp)
         logweights, logstds = as_real("logweights", logweights, xp), as_real("logstds", logstds, xp)
         sigma = as_noise_levels(sigma_src, batch)
@@ -116,14 +119,16 @@ class GMPolicy(Policy):
             spread_per_sample((1 - floor_t) / floor_t**2, x_t, xp) * x_t
             - spread_per_sample((1 - floor_src) / floor_src**2, x_t, xp) * self.x_src
         )
-        nu = xp.expand_dims(nu, axis=1)
-        zeta = spread_per_sample(zeta, self.x_0_means, xp)
+        x_0 = self._x_0_mean(xp.expand_dims(nu, axis=1), spread_per_sample(zeta, self.x_0_means, xp), xp)
+        return (x_t - xp.squeeze(x_0, axis=1)) / spread_per_sample(floor_t, x_t, xp)
+
+    def _x_0_mean(self, nu: Array, zeta: Array | float, xp: Namespace) -> Array:
+        """E[x_0 | x_t], (B, 1, C, H, W), by Bayes' rule: the mixture times exp(nu . x_0 - zeta |x_0|^2 / 2)."""
         denominator = xp.clip(self.x_0_variance * zeta + 1, min=self.eps)
         evidence = xp.sum(self.x_0_means * nu, axis=2, keepdims=True) - zeta * self._half_squares
         weights = compute_softmax(self._scaled_logweights + evidence / denominator, xp)
         mean = xp.sum(weights * self.x_0_means, axis=1, keepdims=True)
-        x_0 = xp.squeeze((self.x_0_variance * nu + mean) / denominator, axis=1)
-        return (x_t - x_0) / spread_per_sample(floor_t, x_t, xp)
+        return (self.x_0_variance * nu + mean) / denominator
 
     def tempered(self, temperature: float) -> "GMPolicy":
         """The policy with a sharper mixture: weights to the power 1/T, variance times T. No change for T >= 1.

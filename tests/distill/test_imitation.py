@@ -10,6 +10,7 @@ from piflow_edge.distill.imitation import (
     average_velocity,
     datafree_imitation_loss,
     imitation_loss,
+    source_segments,
 )
 from piflow_edge.distill.teacher import guide
 from tests.helpers.golden_cases import case_id, cases
@@ -199,3 +200,14 @@ def test_only_the_policy_velocity_carries_a_gradient():
     (config.loss_scale * 0.5 * policy.velocity(x_a.clone(), sigma_a).square().mean()).backward()
     for name, leaf in leaves.items():
         torch.testing.assert_close(found[name], leaf.grad, rtol=1e-12, atol=0)
+
+
+def test_a_last_segment_may_be_the_longest():
+    config = ImitationConfig(nfe=4, final_step_size_scale=1.5)
+    raw_t_src, length = source_segments(config, np.linspace(0, 1, 1000, endpoint=False), 4)
+    base = 1 / 4.5
+    starts, counts = np.unique(np.round(raw_t_src, 12), return_counts=True)
+    np.testing.assert_allclose(starts, [1.5 * base, 2.5 * base, 3.5 * base, 1.0])
+    np.testing.assert_allclose(counts / 1000, [1.5 * base, base, base, base], atol=2e-3)
+    np.testing.assert_allclose(length[raw_t_src < 1.6 * base], 1.5 * base)
+    assert config.longest_segment(4) == 1.5 * base

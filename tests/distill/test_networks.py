@@ -19,10 +19,10 @@ from piflow_edge.distill.networks.flow_network import (
 from piflow_edge.distill.networks.lora import LoRAConfig, fold_lora
 from piflow_edge.distill.student import check_start, policy_of
 from piflow_edge.errors import CheckFailedError, ScheduleError, ShapeError
-from piflow_edge.policies import DXPolicySpec, GMPolicySpec, policy_spec_from_json
+from piflow_edge.policies import DXPolicySpec, GMKPolicySpec, GMPolicySpec, policy_spec_from_json
 
 SIGMA = torch.tensor([0.9, 0.5, 0.2])
-HEADS = [GMPolicySpec(4), DXPolicySpec(5), DXPolicySpec(3, mode="polynomial")]
+HEADS = [GMPolicySpec(4), DXPolicySpec(5), DXPolicySpec(3, mode="polynomial"), GMKPolicySpec(4)]
 head_id = lambda head: f"{head.kind}-{getattr(head, 'mode', 'mixture')}"  # noqa: E731
 
 

@@ -177,7 +177,7 @@ FAMILIES = ["dit", "sd3", "flux", "qwen"]
 @pytest.mark.parametrize("head", [GMPolicySpec(3), DXPolicySpec(2)], ids=["gm", "dx"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_of_a_diffusers_transformer_starts_as_it(name, head, monkeypatch):
-    monkeypatch.setattr("piflow_edge.distill.networks.heads._MEAN_SPREAD", 0.0)
+    monkeypatch.setattr("piflow_edge.policies.gm.MEAN_SPREAD", 0.0)
     teacher = _network(name)
     nn.init.normal_(teacher.module.get_submodule(teacher.output_layer).weight)
     x_t, conditioning = torch.randn(2, *teacher.sample_shape), _conditioning(name)

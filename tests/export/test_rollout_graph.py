@@ -9,7 +9,7 @@ from piflow_edge.errors import ScheduleError
 from piflow_edge.export.rollout_graph import DOMAIN, build_rollout, inline
 from piflow_edge.export.to_onnx import OPSET
 from piflow_edge.kernels.rollout import integrate
-from piflow_edge.policies import DXPolicySpec, GMPolicySpec
+from piflow_edge.policies import DXPolicySpec, GMKPolicy, GMKPolicySpec, GMPolicySpec
 from piflow_edge.schedule import segment_sigmas
 
 
@@ -40,6 +40,17 @@ def gm_case(rng, *, batch, components, state, logstd):
     )
 
 
+def gmk_error(arrays, sigmas, temperature, eps=1e-4):
+    """Greatest difference between the graph and the same rollout in float64, with a width for each component."""
+    K = arrays["means"].shape[1]
+    widths = arrays["logstds"] + np.linspace(-1, 1, K).reshape(1, K, *(1,) * (arrays["means"].ndim - 2))
+    arrays = arrays | {"logstds": widths}
+    exact = GMKPolicy(*arrays.values(), sigmas[0], eps=eps).tempered(temperature)
+    expected = integrate(exact, arrays["x_src"], sigmas, kernel="reference")
+    found = run(GMKPolicySpec(K, eps), arrays, sigmas, temperature)
+    return np.abs(found - expected).max()
+
+
 def gm_error(arrays, sigmas, temperature, eps=1e-4):
     """Greatest difference between the graph and the same rollout in float64."""
     exact = GMPolicy(*arrays.values(), sigmas[0], eps=eps).tempered(temperature)
@@ -59,6 +70,16 @@ def test_a_gm_rollout_is_that_of_the_policy(state, batch, nfe, temperature, logs
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
         # States of about 3 are rounded to float32, and up to 128 times more on the way.
         assert gm_error(arrays, segment_sigmas(*ends, schedule.shift), temperature) < 2e-5
+
+
+@pytest.mark.parametrize("state", [(1, 8, 8), (4, 5, 3), (2, 3, 4, 5)], ids=["grey", "latent", "video"])
+@pytest.mark.parametrize(("temperature", "logstd"), [(1.0, -3.0), (0.3, 0.0)])
+def test_a_gmk_rollout_is_that_of_the_policy(state, temperature, logstd):
+    arrays = gm_case(np.random.default_rng(0), batch=3, components=5, state=state, logstd=logstd)
+    for segment in Schedule(nfe=2, shift=3.2, final_step_size_scale=0.5).segments:
+        ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
+        # As above; evidence for the narrowest component is divided by its variance, a seventh of what it is above.
+        assert gmk_error(arrays, segment_sigmas(*ends, 3.2), temperature) < 1e-4
 
 
 def test_a_gm_rollout_is_steady_down_to_the_floor():

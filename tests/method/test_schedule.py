@@ -43,7 +43,7 @@ def test_unwarp_inverts_warp(shift):
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("scale", [0.25, 1.0])
+@pytest.mark.parametrize("scale", [0.25, 1.0, 1.5])
 def test_segments_cover_all_of_time_and_share_the_substeps(nfe, scale):
     segments = Schedule(nfe=nfe, shift=2.0, final_step_size_scale=scale).segments
     assert segments[0].sigma_src == 1 and segments[-1].sigma_dst == 0
@@ -86,7 +86,9 @@ def test_a_sample_that_is_done_keeps_its_level():
         dict(shift=0),
         dict(shift=float("nan")),
         dict(final_step_size_scale=0),
-        dict(final_step_size_scale=1.5),
+        dict(final_step_size_scale=-1.5),
+        dict(final_step_size_scale=float("inf")),
+        dict(final_step_size_scale=float("nan")),
         dict(total_substeps=0),
         dict(h=-1),
         dict(h="much"),
