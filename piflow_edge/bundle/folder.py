@@ -147,7 +147,7 @@ class Bundle:
 
         Raises:
             BundleError: the bundle has no such network or precision, a file was altered since it was opened, or the
-                network reaches for what is not in the bundle; see `check_graphs`.
+                network reaches for what is not in the bundle (see `check_graphs`) or is not as the manifest says.
         """
         precision = self.precision(precision)
         file, *beside = self.manifest.network_files(name, precision)
@@ -156,6 +156,10 @@ class Bundle:
             source += f" --graph sampler --nfe {calls}"
         model, weights = self.read(file), {other: self.read(other) for other in beside}
         outline = self._read_outline(file, model, {other: len(content) for other, content in weights.items()})
+        if problem := self.manifest.networks[name].find_mismatch(outline, self.manifest.axes):
+            raise BundleError(
+                f"{file} in {self.folder} is not the {name} of {MANIFEST}: {problem}; export again"
+            )
         return NetworkFiles(model, weights, source, outline)
 
     def check_graphs(self) -> None:

@@ -1,5 +1,6 @@
 """The sections of `bundle.json`: plain data, each of which says what its numbers mean."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -9,6 +10,7 @@ from array_api_compat import device
 from piflow_edge.arrays import Array, array_namespace
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.schedule import Schedule, published_temperature
+from piflow_edge.system.onnx_outline import GraphTensor, Outline
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class AxisSpec:
     max: int | None
     multiple_of: int
 
+    @property
+    def only_length(self) -> int | None:
+        """The one length that the axis may have; None where there are several."""
+        return self.min if self.min == self.max else None
+
     def holds(self, length: int) -> bool:
         """Return True if the axis may be this long."""
         return (
@@ -67,6 +74,42 @@ class NetworkSpec:
     feeds: dict[str, list[str]]
     opset: int
     files: dict[str, list[str]]
+
+    def find_mismatch(self, graph: Outline, axes: Mapping[str, AxisSpec]) -> str | None:
+        """Return the first input or output of a graph that is not as it is here; None if all are.
+
+        A length that the graph leaves open fits any number: the engine finds out. One that it fixes must be the one
+        here.
+        """
+        return _find_mismatch("input", graph.inputs, self.inputs, axes) or _find_mismatch(
+            "output", graph.outputs, self.outputs, axes
+        )
+
+
+def _find_mismatch(
+    kind: str, found: Sequence[GraphTensor], wanted: Sequence[TensorSpec], axes: Mapping[str, AxisSpec]
+) -> str | None:
+    by_name = {tensor.name: tensor for tensor in found}
+    names = [spec.name for spec in wanted]
+    if len(by_name) < len(found) or sorted(by_name) != sorted(names):
+        return f"its {kind}s are {', '.join(by_name) or 'none'}; the manifest says {', '.join(names)}"
+    for spec in wanted:
+        tensor = by_name[spec.name]
+        if tensor.dtype != spec.dtype or not _fits(tensor.shape, spec.shape, axes):
+            shape = "of any shape" if tensor.shape is None else tuple(n or "any" for n in tensor.shape)
+            return f"its {kind} {tensor.name} is {tensor.dtype} {shape}; the manifest says {spec}"
+    return None
+
+
+def _fits(
+    found: tuple[int | None, ...] | None, wanted: tuple[int | str, ...], axes: Mapping[str, AxisSpec]
+) -> bool:
+    if found is None:
+        return True
+    return len(found) == len(wanted) and all(
+        length is None or length == (axes[expected].only_length if isinstance(expected, str) else expected)
+        for length, expected in zip(found, wanted, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from piflow_edge.errors import EngineError
 from piflow_edge.system import onnx_messages as onnx
-from piflow_edge.system.protobuf import FieldReader, broken, read_integers, read_text
+from piflow_edge.system.protobuf import FieldReader, broken, read_integers, read_text, signed
 
 # Domains whose operators compute, and do nothing else. "com.microsoft": ONNX Runtime's own, which quantised graphs use.
 KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -23,6 +23,7 @@ _MOST_AXES = 16
 _IN_THE_FILE, _EXTERNAL = 0, 1
 # Of a file, an operator or a domain, so that an error can quote it.
 _LONGEST_NAME = 255
+_NOTHING = memoryview(b"")
 _PLACE_KEYS = ("location", "offset", "length", "checksum")
 
 
@@ -40,10 +41,28 @@ class Place:
     is_weight: bool
 
 
+@dataclass(frozen=True)
+class GraphTensor:
+    """An input or output of a graph. `dtype`: as NumPy names it; None where the file does not say, or has no such type.
+
+    `shape`: a length is a number, or None where it may vary; the whole shape is None where the file does not say.
+    """
+
+    name: str
+    dtype: str | None
+    shape: tuple[int | None, ...] | None
+
+
 @dataclass
 class Outline:
-    """What a model reaches for. `operators`: (domain, name). `functions`: those that the file defines itself."""
+    """What a model reaches for, takes and gives.
 
+    `operators`: (domain, name). `functions`: those that the file defines itself. `inputs`, `outputs`: of the main
+    graph; old files list weights among the inputs, which are left out here.
+    """
+
+    inputs: list[GraphTensor] = field(default_factory=list)
+    outputs: list[GraphTensor] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     operators: set[tuple[str, str]] = field(default_factory=set)
     functions: set[tuple[str, str]] = field(default_factory=set)
@@ -121,13 +140,34 @@ class _Walk:
         if depth > _DEEPEST:
             raise broken(f"graphs are nested more than {_DEEPEST} deep")
         is_main = depth == 1 if is_main is None else is_main
+        weights: set[str] = set()
         for name, value in self._reader.fields(onnx.GRAPH, data):
             if name == "node":
                 self._node(value, depth)
             elif name == "initializer":
-                self._tensor(value, is_weight=is_main)
+                weights.add(self._tensor(value, is_weight=is_main))
             elif name == "sparse_initializer":
                 self._sparse(value)
+            elif is_main and name == "input":
+                self.outline.inputs.append(self._value(value))
+            elif is_main and name == "output":
+                self.outline.outputs.append(self._value(value))
+        if is_main:
+            self.outline.inputs = [value for value in self.outline.inputs if value.name not in weights]
+
+    def _value(self, data: memoryview) -> GraphTensor:
+        fields = dict(self._reader.fields(onnx.VALUE, data))
+        name = _read_name(fields.get("name", _NOTHING))
+        tensor = dict(self._reader.fields(onnx.TYPE, fields.get("type", _NOTHING))).get("tensor_type")
+        if tensor is None:
+            return GraphTensor(name, None, None)
+        facts = dict(self._reader.fields(onnx.TENSOR_TYPE, tensor))
+        shape = None
+        if "shape" in facts:
+            dims = [dict(self._reader.fields(onnx.DIMENSION, dim)) for _, dim in
+                    self._reader.fields(onnx.SHAPE, facts["shape"])]  # fmt: skip
+            shape = tuple(signed(dim["dim_value"]) if "dim_value" in dim else None for dim in dims)
+        return GraphTensor(name, onnx.DTYPES.get(facts.get("elem_type", 0)), shape)
 
     def _function(self, data: memoryview) -> None:
         domain, function_name = "", ""
@@ -173,7 +213,8 @@ class _Walk:
             if name in ("values", "indices"):
                 self._tensor(value)
 
-    def _tensor(self, data: memoryview, *, is_weight: bool = False) -> None:
+    def _tensor(self, data: memoryview, *, is_weight: bool = False) -> str:
+        """Note where the values lie, and return the tensor's name."""
         tensor, code, where, dims, entries, has_values = "", 0, _IN_THE_FILE, [], [], False
         for name, value in self._reader.fields(onnx.TENSOR, data):
             if name == "name":
@@ -189,16 +230,17 @@ class _Walk:
             elif name.endswith("_data"):
                 has_values = True
         if where == _IN_THE_FILE and not entries:
-            return
+            return tensor
         if where != _EXTERNAL or not entries or has_values:
             raise broken(f"weight {tensor!r} says both that its values are in the file and that they are not")
         self.outline.places.append(self._place(tensor, code, dims, entries, is_weight))
+        return tensor
 
     def _place(self, tensor: str, code: int, dims: list[int], entries: list, is_weight: bool) -> Place:
         found: dict[str, str] = {}
         for entry in entries:
             fields = dict(self._reader.fields(onnx.ENTRY, entry))
-            key, value = (_read_name(fields.get(name, memoryview(b""))) for name in ("key", "value"))
+            key, value = (_read_name(fields.get(name, _NOTHING)) for name in ("key", "value"))
             if key in found or key not in _PLACE_KEYS:
                 raise broken(f"the place of weight {tensor!r} has {key!r} twice, or is not to have it")
             found[key] = value

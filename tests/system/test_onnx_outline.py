@@ -313,3 +313,22 @@ def test_a_graph_file_may_keep_weights_in_a_file_beside_it_only(tmp_path):
             read_graph_file(folder / "m.onnx")
     with pytest.raises(EngineError, match="cannot be read"):
         read_graph_file(folder / "none.onnx")
+
+
+# --- what a graph takes and gives
+
+
+def test_inputs_and_outputs_are_read_and_weights_are_not_among_them():
+    named = message((1, message((2, "batch"))), (1, message((1, 3))), (1, b""))
+    half = message((1, "z"), (2, message((1, message((1, 10), (2, named))))))
+    untyped, listed = message((1, "untyped")), message((1, "listed"), (2, message((4, b""))))
+    found = read_outline(model(WEIGHT, (11, value("w", 4)), (12, half), (12, untyped), (12, listed)))
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in found.inputs] == [("x", "float32", (4,))]
+    assert [(tensor.name, tensor.dtype, tensor.shape) for tensor in found.outputs] == [
+        ("z", "float16", (None, 3, None)), ("untyped", None, None), ("listed", None, None), ("y", "float32", (4,)),
+    ]  # fmt: skip
+
+
+def test_those_of_subgraphs_are_not_the_graphs_own():
+    found = read_outline(model(WEIGHT, choice((11, value("inner", 4)), (12, value("inner", 4)))))
+    assert [tensor.name for tensor in (*found.inputs, *found.outputs)] == ["x", "y"]
