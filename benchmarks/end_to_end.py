@@ -91,7 +91,7 @@ def pipeline(network, num_classes):
 def contenders(teacher, student, bundle, engine, options):
     """Everything that is timed, and the worst difference between the teachers' images."""
     generator = pf.load(bundle, engine="ort-cpu")
-    count, num_classes, steps = options.batch, teacher.num_classes, options.steps
+    count, num_classes, steps = options.batch, teacher.config.num_classes, options.steps
     labels = np.arange(count) % num_classes
     # As DiTPipeline draws it, so that all start from the same noise.
     noise = torch.randn((count, *teacher.sample_shape), generator=torch.Generator().manual_seed(0))

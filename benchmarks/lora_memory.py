@@ -25,6 +25,7 @@ def run(kind, options):
     import torch._dynamo  # which the first optimiser would import
     from safetensors.torch import save
 
+    from piflow_edge.conditioning import ClassLabels
     from piflow_edge.distill.data.datasets import ImageData
     from piflow_edge.distill.imitation import ImitationConfig
     from piflow_edge.distill.loop.training import TrainingConfig
@@ -44,7 +45,7 @@ def run(kind, options):
     lora, head = LoRAConfig(options.rank, float(options.rank)), GMPolicySpec(8)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((16, *config.sample_shape)).astype(np.float32)
-    data = ImageData("noise", images, np.arange(16) % 10, tuple("0123456789"))
+    data = ImageData("noise", images, ClassLabels(tuple("0123456789")), {"labels": np.arange(16) % 10})
     if kind == "frozen":
         student = attach_policy_head(teacher, head, lora=lora)
         for _ in range(options.iterations):
@@ -52,7 +53,7 @@ def run(kind, options):
             outputs = student(x_t, torch.ones(len(x_t)), labels=labels)
             sum(part.square().mean() for part in outputs).backward()
         return
-    model = TeacherModel(teacher, data.class_names, {})
+    model = TeacherModel(teacher, data.conditioner, {})
     training = TrainingConfig(iterations=options.iterations, batch_size=options.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         distill(

@@ -203,7 +203,7 @@ class Regression(Baseline):
         for batch, start in enumerate(range(0, count, SAMPLING_BATCH)):
             random = IterationRandom(self.setting.training.seed, 10**9 + batch)  # never an iteration's
             size = min(SAMPLING_BATCH, count - start)
-            labels = torch.from_numpy(data.labels[random.choice(len(data), size)]).to(device)
+            labels = torch.from_numpy(data.arrays["labels"][random.choice(len(data), size)]).to(device)
             noise = torch.from_numpy(random.normal((size, *data.shape))).to(device)
             velocity = self.setting.velocity(labels=labels)
             made.append(baselines.teacher_pairs(velocity, noise, labels, Schedule(nfe).sigmas, substeps))

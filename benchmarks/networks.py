@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.networks.flow_network import DiTNetwork, FlowNetwork, attach_policy_head, describe
@@ -41,10 +42,9 @@ def write_bundle(student: FlowNetwork, folder: Path, *, nfe: int = 1, substeps: 
     settings = {
         "imitation": dict(nfe=nfe, shift=1.0, final_step_size_scale=1.0, total_substeps=substeps),
         "guidance": {"scale": GUIDANCE_SCALE, "interval": None, "orthogonal": 0.0},
-        "conditioning": {"labels": {"shape": [], "dtype": "int64"}},
     }
     weights = {f"ema.{name}": value for name, value in student.state_dict().items()}
-    checkpoint = Checkpoint("student", 0, describe(student), settings, classes, weights)
+    checkpoint = Checkpoint("student", 0, describe(student), settings, ClassLabels(classes), weights)
     export_bundle(checkpoint, folder, overwrite=True)
     return folder
 

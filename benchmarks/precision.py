@@ -38,6 +38,7 @@ def wide_student(width: int, depth: int) -> StudentModel:
     """A DiT with a Gaussian-mixture head and weights that make something of every input."""
     import torch
 
+    from piflow_edge.conditioning import ClassLabels
     from piflow_edge.distill.networks.dit import DiTConfig
     from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head
     from piflow_edge.policies import GMPolicySpec
@@ -47,7 +48,9 @@ def wide_student(width: int, depth: int) -> StudentModel:
     for name, layer in teacher.module.named_modules():
         if name.endswith("modulation") or name == "head.out":  # zero in a fresh DiT
             torch.nn.init.normal_(layer.weight, std=0.5 / width**0.5)
-    return StudentModel(attach_policy_head(teacher, GMPolicySpec(8)), class_names=tuple("0123456789"))
+    return StudentModel(
+        attach_policy_head(teacher, GMPolicySpec(8)), conditioner=ClassLabels(tuple("0123456789"))
+    )
 
 
 def sizes(folder: Path) -> dict:
@@ -100,7 +103,9 @@ def scored(folder: Path, count: int, picture: Path | None) -> dict:
         fid[name] = float(frechet_distance(features(pixels), real))
         rows[name] = as_pil(images[:10])
     if picture is not None:
-        picture.write_bytes(png_bytes(side_by_side(rows, [data.class_names[label] for label in labels[:10]])))
+        picture.write_bytes(
+            png_bytes(side_by_side(rows, [data.conditioner.names[label] for label in labels[:10]]))
+        )
     return {
         "images": count,
         "fid": {name: round(value, 3) for name, value in fid.items()},

@@ -153,7 +153,7 @@ class Benchmark:
             hidden_size=options.width,
             depth=options.depth,
             num_heads=options.heads,
-            num_classes=len(self.data.class_names),
+            num_classes=len(self.data.conditioner.names),
         )
         training = TrainingConfig(
             iterations=options.teacher_iterations,
@@ -271,7 +271,9 @@ class Benchmark:
     def compare(self) -> dict:
         options, count = self.options, self.options.images
         order = np.random.default_rng(0).permutation(len(self.data))
-        labels = self.data.labels[np.resize(order, count)]  # classes as often as among the real images
+        labels = self.data.arrays["labels"][
+            np.resize(order, count)
+        ]  # classes as often as among the real images
         features = self._features()
         real = FeatureSet(features(self._real(np.arange(len(self.data)))), "the real images")
         images, rows = {}, []
@@ -294,7 +296,7 @@ class Benchmark:
                 "shape": list(self.data.shape),
                 "images per row": count,
                 "features": features.description,
-                "real_diversity": class_diversity(real, self.data.labels),
+                "real_diversity": class_diversity(real, self.data.arrays["labels"]),
                 "teacher": {
                     "steps": TEACHER_STEPS,
                     "guidance": options.guidance,
@@ -400,9 +402,9 @@ class Benchmark:
 
     def _write_picture(self, images: dict, labels: np.ndarray) -> None:
         """Rows: real images, the teacher, each method at each NFE; in every column the same noise and class."""
-        turns = [np.flatnonzero(labels == label) for label in range(len(self.data.class_names))]
+        turns = [np.flatnonzero(labels == label) for label in range(len(self.data.conditioner.names))]
         columns = [turn[i] for i in range(12) for turn in turns if len(turn) > i][:12]
-        of_label = [np.flatnonzero(self.data.labels == labels[c]) for c in columns]
+        of_label = [np.flatnonzero(self.data.arrays["labels"] == labels[c]) for c in columns]
         seen = {}
         real = []
         for column, candidates in zip(columns, of_label, strict=True):
@@ -414,7 +416,7 @@ class Benchmark:
         for (name, nfe, seed), made in images.items():
             if seed in (None, first_seed):
                 rows[f"{name}, {nfe}"] = pil(made[columns])
-        headings = [self.data.class_names[labels[c]] for c in columns]
+        headings = [self.data.conditioner.names[labels[c]] for c in columns]
         write_atomic(self.out / "quality.png", png_bytes(side_by_side(rows, headings)))
 
 

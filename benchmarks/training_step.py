@@ -113,7 +113,7 @@ class Straightforward:
             self.student.parameters(), lr=training.learning_rate, betas=(0.9, 0.95)
         )
         images, _ = data.batch(np.arange(len(data)))
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(data.labels)
+        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(data.arrays["labels"])
         self.config, self.training = config, training
 
     @torch.no_grad()

@@ -15,11 +15,11 @@ from piflow_edge.bundle.manifest import (
 )
 from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec
-from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner, TensorSpec, Unconditional
+from piflow_edge.conditioning import Conditioner, TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines.ort_package import import_onnxruntime
-from piflow_edge.errors import BundleError, DataError
+from piflow_edge.errors import DataError
 from piflow_edge.export.decoder_graph import describe_decoder
 from piflow_edge.export.export_settings import ExportSettings
 
@@ -32,12 +32,11 @@ def draft_manifest(
     """Return the manifest of a student's bundle, without files.
 
     Raises:
-        BundleError: a student that takes labels without names, or the other way round.
         DataError: another autoencoder than the student's latents are of.
         ScheduleError: a number of `settings.samplers` out of range.
     """
     check_autoencoder(student, autoencoder)
-    conditioner = find_conditioner(student)
+    conditioner = student.conditioner
     network, head = student.network, student.network.head
     latent = _latent(student)
     manifest = Manifest(
@@ -75,29 +74,6 @@ def draft_manifest(
         tensors = sampler_tensors(schedule, latent.shape, manifest.image_shape, conditioner.inputs)
         manifest.networks[sampler_name(nfe)] = NetworkSpec("", *tensors, {}, settings.opset, {})
     return manifest
-
-
-def find_conditioner(student: StudentModel) -> Conditioner:
-    """Return what steers a student.
-
-    Raises:
-        BundleError: it takes labels and there are no names of classes, or the other way round.
-    """
-    takes_labels = "labels" in student.conditioning
-    if takes_labels != bool(student.class_names):
-        takes, has = ("labels", "no names of classes") if takes_labels else ("no labels", "names of classes")
-        raise BundleError(f"the student takes {takes}, but there are {has}; distil it again")
-    specs = [
-        TensorSpec(name, spec["dtype"], ("batch", *spec["shape"]))
-        for name, spec in student.conditioning.items()
-    ]
-    if takes_labels and len(specs) > 1:
-        raise BundleError(
-            f"a bundle's student takes labels or arrays; this one takes {', '.join(spec.name for spec in specs)}"
-        )
-    if takes_labels:
-        return ClassLabels(tuple(student.class_names))
-    return Arrays(tuple(specs)) if specs else Unconditional()
 
 
 def check_autoencoder(student: StudentModel, autoencoder: Autoencoder | None) -> None:

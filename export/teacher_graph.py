@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner
+from piflow_edge.conditioning import Arrays, Conditioner
 from piflow_edge.distill.data.datasets import ImageData
-from piflow_edge.distill.networks.flow_network import FlowNetwork
+from piflow_edge.distill.networks.flow_network import FlowNetwork, find_misfit
 from piflow_edge.distill.sources import TeacherModel
 from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, Graph, open_engine
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
@@ -41,15 +41,10 @@ def open_teacher(
 
 
 def _find_conditioner(model: TeacherModel, data: ImageData) -> Conditioner:
-    """Return what steers a teacher: its own classes if it names them, else what the data have."""
-    network = model.network
-    if model.class_names is not None:
-        return ClassLabels(tuple(model.class_names))
-    if network.num_classes not in (None, len(data.class_names)):
-        raise DataError(
-            f"the teacher knows {network.num_classes} classes; {data.name!r} has {len(data.class_names)}"
-        )
-    conditioner = data.conditioner
+    """Return what steers a teacher: what it was trained with if that is known, else what the data have."""
+    network, conditioner = model.network, model.conditioner or data.conditioner
+    if problem := find_misfit(network.null, conditioner):
+        raise DataError(f"the teacher: {problem}; of {data.name!r}: {data.conditioner.summarize()}")
     null = {name: value[None].cpu().numpy() for name, value in network.null.items()}
     if conditioner.null(1) is None and null and null.keys() == {spec.name for spec in conditioner.inputs}:
         return Arrays(conditioner.inputs, null)
@@ -68,11 +63,12 @@ def export_teacher(network: FlowNetwork, file: Path) -> float:
         CheckpointError: the network takes no labels.
         CheckFailedError: the graph does not reproduce PyTorch; nothing is written.
     """
-    if network.num_classes is None:
+    if set(network.null) != {"labels"}:
         raise CheckpointError("a teacher's graph takes class labels; this network takes none")
+    classes = int(network.null["labels"])
     model = export_network(network)
     engine = open_engine(Graph(model), engine="ort-cpu")
-    labels = np.array([0, network.num_classes - 1, network.num_classes], np.int64)
+    labels = np.array([0, classes - 1, classes], np.int64)
     x_t = philox_normal(0, range(len(labels)), network.sample_shape)
     worst = 0.0
     for level in _LEVELS:

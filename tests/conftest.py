@@ -99,6 +99,7 @@ def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), l
     """A student of a few thousand weights that was never trained, as a checkpoint."""
     import torch
 
+    from piflow_edge.conditioning import ClassLabels
     from piflow_edge.distill.loop.checkpoint import Checkpoint
     from piflow_edge.distill.networks.dit import DiTConfig
     from piflow_edge.distill.networks.flow_network import DiTNetwork, attach_policy_head, describe
@@ -114,11 +115,10 @@ def make_student(*, nfe=2, seed=0, head=None, class_names=tuple("0123456789"), l
     settings = {
         "imitation": dict(nfe=nfe, shift=1.0, final_step_size_scale=1.0, total_substeps=128),
         "guidance": {"scale": 1.5, "interval": None, "orthogonal": 0.0},
-        "conditioning": {"labels": {"shape": [], "dtype": "int64"}},
     }
     settings |= {"latent": latent} if latent else {}
     tensors = {f"ema.{name}": value for name, value in student.state_dict().items()}
-    return Checkpoint("student", 0, describe(student), settings, class_names, tensors)
+    return Checkpoint("student", 0, describe(student), settings, ClassLabels(class_names), tensors)
 
 
 @pytest.fixture(scope="session")

@@ -69,19 +69,14 @@ def train_teacher(
     """
     from piflow_edge.distill.loop.checkpoint import inference_only, save_checkpoint
     from piflow_edge.distill.loop.training import RunConfig, TrainingConfig
-    from piflow_edge.distill.networks.dit import DiTConfig
+    from piflow_edge.distill.networks.families import fit_architecture
     from piflow_edge.distill.teacher import FlowMatchingConfig, train_teacher
 
     images = _data(data, size, autoencoder)
-    architecture = DiTConfig(
-        in_channels=images.shape[0],
-        sample_size=images.shape[1:],
-        patch_size=patch_size,
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
-        num_classes=len(images.class_names),
-    )
+    architecture = fit_architecture(
+        images.shape, images.conditioner,
+        patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads,
+    )  # fmt: skip
     training = TrainingConfig(
         iterations=iterations,
         batch_size=batch_size,
@@ -112,7 +107,8 @@ def train_teacher(
               "grid of x_0 predictions, or polynomial.")  # fmt: skip
 @click.option("--components", type=click.IntRange(min=1), default=8, help="K of a Gaussian mixture.")
 @click.option("--nodes", type=click.IntRange(min=1), default=10, help="N of a DX policy.")
-@click.option("--guidance", type=click.FloatRange(min=1), default=1.5, help="Guidance scale of the teacher.")
+@click.option("--guidance", type=click.FloatRange(min=1), help="Guidance scale of the teacher; else 1.5, or 1 "
+              "where nothing stands for 'no condition'.")  # fmt: skip
 @click.option(
     "--guidance-interval", type=(float, float), metavar="LOW HIGH", help="Noise levels it is guided at."
 )

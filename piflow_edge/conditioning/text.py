@@ -47,8 +47,8 @@ class TextEncoderSpec:
         pooled_input: the network's input that the pooled vectors (B, P) go to, or None.
         fixed_length: hand on `max_tokens - drop_tokens` hidden states, filled up with 0; else as many as the longest
             prompt of a call has.
-        layers: which hidden states they are, counted as transformers does; several are joined along D. The encoder's
-            graph has it built in; here it is for the record and for training.
+        layers: which hidden states they are, counted as transformers does, () for the last; several are joined along D.
+            The encoder's graph has it built in; here it is for the record and for training.
     """
 
     name: str
@@ -63,7 +63,7 @@ class TextEncoderSpec:
     mask_input: str | None = "encoder_attention_mask"
     pooled_input: str | None = "pooled_projections"
     fixed_length: bool = True
-    layers: tuple[int, ...] = (-1,)
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists
@@ -335,5 +335,5 @@ _JSON_KINDS: dict[Any, Callable[[Any], bool]] = {
     int: lambda value: type(value) is int and 0 <= value < 2**31,
     bool: lambda value: type(value) is bool,
     str | None: lambda value: value is None or (type(value) is str and value != ""),
-    tuple[int, ...]: lambda value: isinstance(value, list) and {*map(type, value)} == {int},
+    tuple[int, ...]: lambda value: isinstance(value, list) and all(type(layer) is int for layer in value),
 }

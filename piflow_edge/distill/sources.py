@@ -12,9 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from piflow_edge.conditioning import Conditioner, Unconditional, conditioner_from_json
 from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, load_weights, state_dict
-from piflow_edge.distill.networks.dit import DiTConfig
-from piflow_edge.distill.networks.flow_network import Convention, DiTNetwork, FlowNetwork, attach_policy_head
+from piflow_edge.distill.networks.families import build_network
+from piflow_edge.distill.networks.flow_network import (
+    Convention,
+    FlowNetwork,
+    ModuleNetwork,
+    attach_policy_head,
+    find_misfit,
+)
 from piflow_edge.distill.networks.lora import LoRAConfig, fold_lora
 from piflow_edge.errors import CheckpointError, PiFlowError
 from piflow_edge.policies import policy_spec_from_json
@@ -27,12 +34,12 @@ _WEIGHT_FILES = {".pt", ".pth", ".safetensors"}
 class TeacherModel:
     """A network to imitate.
 
-    `network`: its weights are frozen. `class_names`: None where it does not know them. `provenance`: JSON, for the
-    record; it names no folder of this machine.
+    `network`: its weights are frozen. `conditioner`: what steers it, None where that is not known. `provenance`: JSON,
+    for the record; it names no folder of this machine.
     """
 
     network: FlowNetwork
-    class_names: tuple[str, ...] | None
+    conditioner: Conditioner | None
     provenance: dict[str, Any]
 
 
@@ -44,14 +51,12 @@ class StudentModel:
         network: with a policy head, ready to be called.
         nfe: calls per image it was trained for; several of one student for several.
         shift, final_step_size_scale, total_substeps: of the schedule it was trained with; see `Schedule`.
-        class_names: one per label; empty where it takes no labels.
-        conditioning: name -> `shape` without the batch and `dtype` of what steers it; None is labels, where there are
-            names of classes.
+        conditioner: what steers it.
         latent: `scale` and `shift` of the latents it makes, see `data.Latent`; None where it makes pixels.
         provenance: JSON, for the record; it names no folder of this machine.
 
     Raises:
-        CheckpointError: the network is no student, or names of classes, schedule and network do not fit.
+        CheckpointError: the network is no student, or conditioner, schedule and network do not fit.
     """
 
     network: FlowNetwork
@@ -59,21 +64,15 @@ class StudentModel:
     shift: float = 1.0
     final_step_size_scale: float = 1.0
     total_substeps: int = 128
-    class_names: tuple[str, ...] = ()
-    conditioning: Mapping[str, Mapping[str, Any]] | None = None
+    conditioner: Conditioner = field(default_factory=Unconditional)
     latent: Mapping[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.network.head is None:
             raise CheckpointError("a student has a policy head; attach the one it was trained with")
-        if self.conditioning is None:
-            labels = {"labels": {"shape": [], "dtype": "int64"}}
-            object.__setattr__(self, "conditioning", labels if self.class_names else {})
-        if self.network.num_classes not in (None, len(self.class_names)):
-            raise CheckpointError(
-                f"the network knows {self.network.num_classes} classes, but class_names has {len(self.class_names)}"
-            )
+        if problem := find_misfit(self.network.null, self.conditioner):
+            raise CheckpointError(f"{problem}; the student's conditioner: {self.conditioner.summarize()}")
         try:
             for nfe in self.nfes:
                 Schedule(nfe, self.shift, self.final_step_size_scale, self.total_substeps)
@@ -94,8 +93,9 @@ def load_student(source: str | Path, *, config: str | Path | None = None) -> Stu
             "package.module:function", a function without arguments that returns a `StudentModel`.
         config: of a state dict: JSON with `network` (`family`, and what `networks.describe` says of it: for "dit" the
             fields of `DiTConfig` under `config`; or `entry`, a function that returns the teacher's `FlowNetwork`),
-            `head` (`kind`, one of `POLICIES`, and its fields), `nfe`, and where they are not the defaults the other
-            fields of `StudentModel`.
+            `head` (`kind`, one of `POLICIES`, and its fields), `nfe`, `conditioning` (such as {"kind": "class",
+            "names": ["cat", "dog"], "input": "labels"}; without it nothing steers), and where they are not the defaults
+            the other fields of `StudentModel`.
 
     Raises:
         CheckpointError: nothing there, or nothing that can be used.
@@ -131,8 +131,7 @@ def student_from_checkpoint(checkpoint: Checkpoint) -> StudentModel:
         imitation["shift"],
         imitation["final_step_size_scale"],
         imitation["total_substeps"],
-        tuple(checkpoint.class_names),
-        settings["conditioning"],
+        checkpoint.conditioner,
         settings.get("latent"),
         {"iteration": checkpoint.iteration, "settings": settings},
     )
@@ -145,7 +144,7 @@ def _student_from_state_dict(path: Path, config: str | Path | None) -> StudentMo
         settings = json.loads(Path(config).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the configuration {config} cannot be read: {error}") from error
-    known = set(StudentModel.__dataclass_fields__) - {"provenance"} | {"head"}
+    known = set(StudentModel.__dataclass_fields__) - {"provenance", "conditioner"} | {"head", "conditioning"}
     if not isinstance(settings, dict) or not {"network", "head", "nfe"} <= settings.keys() <= known:
         raise CheckpointError(
             f"a student's configuration holds network, head and nfe, and may hold "
@@ -153,14 +152,16 @@ def _student_from_state_dict(path: Path, config: str | Path | None) -> StudentMo
             f"{', '.join(sorted(settings)) if isinstance(settings, dict) else type(settings).__name__}"
         )
     weights = state_dict(path)
-    recorded = {key: value for key, value in settings.items() if key not in ("network", "class_names")}
+    recorded = {key: value for key, value in settings.items() if key not in ("network", "conditioning")}
     try:
         description = {"family": "module", "convention": asdict(Convention()), **settings.pop("network")}
         network = attach_policy_head(build(description), policy_spec_from_json(settings.pop("head")))
         network.module.load_state_dict(weights)
+        conditioner = conditioner_from_json(settings.pop("conditioning", {"kind": "none"}))
         fields = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
         provenance = {"source": path.name, "settings": {"imitation": recorded}}
-        return StudentModel(network.eval().requires_grad_(False), provenance=provenance, **fields)
+        student = network.eval().requires_grad_(False)
+        return StudentModel(student, conditioner=conditioner, provenance=provenance, **fields)
     except PiFlowError:
         raise
     except RuntimeError as error:
@@ -211,7 +212,7 @@ def load_teacher(
 def teacher_from_checkpoint(checkpoint: Checkpoint, origin: str | None = None) -> TeacherModel:
     """A teacher that was trained here; `origin` is the folder, which a LoRA student is read back with."""
     network = network_of(checkpoint)
-    return _teacher(network, checkpoint.class_names, {"source": origin}, {"settings": checkpoint.settings})
+    return _teacher(network, checkpoint.conditioner, {"source": origin}, {"settings": checkpoint.settings})
 
 
 def network_of(checkpoint: Checkpoint) -> FlowNetwork:
@@ -234,23 +235,13 @@ def network_of(checkpoint: Checkpoint) -> FlowNetwork:
 
 
 def build(description: Mapping[str, Any]) -> FlowNetwork:
-    """The teacher's architecture that `networks.describe` described; the weights mean nothing yet.
+    """Return the teacher's architecture that `describe` described; the weights mean nothing yet.
 
     Raises:
-        CheckpointError: it was made by a function that is not known or no longer there.
+        CheckpointError: it was made by a function that is not known or no longer there, or cannot be read.
     """
-    try:
-        if description["family"] == "dit":
-            return DiTNetwork(DiTConfig(**description["config"]), Convention(**description["convention"]))
-        if description["family"] == "diffusers":
-            from piflow_edge.distill.networks.diffusers_networks import build_diffusers
-
-            return build_diffusers(description)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"the architecture cannot be read: {error}; of a DiT the configuration holds fields of DiTConfig: "
-            f"{', '.join(DiTConfig.__dataclass_fields__)}"
-        ) from error
+    if description["family"] != ModuleNetwork.family:
+        return build_network(description)
     if description.get("entry") is None:
         raise CheckpointError(
             "the checkpoint's network was made in Python; load its teacher by 'package.module:function' "
@@ -331,7 +322,7 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
 
 
-def _teacher(network, class_names, origin, provenance) -> TeacherModel:
+def _teacher(network, conditioner, origin, provenance) -> TeacherModel:
     fingerprint = network.fingerprint()
     network.origin = {**origin, "sha256": fingerprint}
-    return TeacherModel(network, class_names, {"sha256": fingerprint, **provenance})
+    return TeacherModel(network, conditioner, {"sha256": fingerprint, **provenance})

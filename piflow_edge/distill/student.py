@@ -1,5 +1,6 @@
 """Distil a teacher into a few-step student with pi-ID."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +24,9 @@ from piflow_edge.schedule import Schedule
 
 from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
 from .sources import TeacherModel
-from .teacher import GuidanceConfig, GuidedTeacher, preview_inputs
+from .teacher import GuidanceConfig, GuidedTeacher, null_condition, preview_inputs
+
+log = logging.getLogger(__name__)
 
 
 def policy_of(
@@ -99,7 +102,7 @@ def distill(
         head: which policy. The nodes of a DX policy are laid over the student's longest segment, whatever the head
             says, in raw time of the shift it is trained with.
         lora: train adapters on the teacher's weights; None trains a copy of them.
-        null: what stands for "no condition"; see `GuidedTeacher`.
+        null: what stands for "no condition"; see `GuidedTeacher`. None is what the data or the network say.
         run: how the run is carried out.
         resume: go on from the checkpoint in `folder`.
         integrate: carries states along policies. The default computes as the formulas read;
@@ -111,42 +114,45 @@ def distill(
         CheckFailedError: the student does not start as its teacher.
         DataError, CheckpointError, CheckFailedError and others: see `training.train`.
     """
-    if teacher.class_names is not None and data.class_names != teacher.class_names:
+    if teacher.conditioner is not None and teacher.conditioner.to_json() != data.conditioner.to_json():
         raise DataError(
-            f"the teacher's classes are {', '.join(teacher.class_names)}; those of {data.name!r} are "
-            f"{', '.join(data.class_names)}"
+            f"the teacher was trained with other conditioning ({teacher.conditioner.summarize()}) than {data.name!r} "
+            f"has ({data.conditioner.summarize()})"
         )
     if "settings" in teacher.provenance:  # of a teacher that was trained here
         check_same_latents(teacher.provenance["settings"], data)
     check_fit(teacher.network, data)
     head = head.fit_to_segments(imitation.longest_segment(min(imitation.nfes)), imitation.shift)
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
+    null = null_condition(teacher.network, data.conditioner) if null is None else null
     guided = GuidedTeacher(student if lora else teacher.network, guidance, null=null)
+    log.info("the teacher is guided by %g", guided.guidance.scale)
     _, conditioning = data.batch(np.arange(2) % len(data))
     check_start(student, guided.teacher, conditioning)
-    inputs = preview_inputs(student) if run.sample_every else ()
+    inputs = preview_inputs(student, data.conditioner) if run.sample_every else None
     schedule = Schedule(
         max(imitation.nfes), imitation.shift, imitation.final_step_size_scale, imitation.total_substeps
     )
 
     def preview(network):
-        noise, labels = (tensor.to(next(network.parameters()).device) for tensor in inputs)
+        device = next(network.parameters()).device
+        noise, conditioning = inputs
+        given = {name: tensor.to(device) for name, tensor in conditioning.items()}
 
         def call(x_src, sigma_src):
             levels = np.full(len(x_src), sigma_src)
-            return policy_of(network, head, x_src, levels, {"labels": labels}, eps=imitation.policy_eps)
+            return policy_of(network, head, x_src, levels, given, eps=imitation.policy_eps)
 
-        return decode(sample(call, noise, schedule, hooks=Hooks(integrate=integrate)).cpu().numpy())
+        return decode(
+            sample(call, noise.to(device), schedule, hooks=Hooks(integrate=integrate)).cpu().numpy()
+        )
 
     settings = {
         "imitation": asdict(imitation),
-        "guidance": asdict(guidance),
+        "guidance": asdict(guided.guidance),
         "head": asdict(head),
         "data": data.name,
         "teacher": teacher.provenance,
-        "conditioning": {
-            k: {"shape": list(v.shape[1:]), "dtype": str(v.dtype)} for k, v in conditioning.items()
-        },
     }
     return train(
         student,

@@ -1,7 +1,8 @@
 """The teacher's side: classifier-free guidance, Euler sampling, and flow-matching training."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from piflow_edge.conditioning import Conditioner
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.loop.training import DEFAULT_RUN, RunConfig, TrainingConfig, train
-from piflow_edge.distill.networks.dit import DiTConfig
-from piflow_edge.distill.networks.flow_network import DiTNetwork, FlowNetwork, Teacher
+from piflow_edge.distill.networks.families import Architecture, new_network
+from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher
 from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
@@ -63,7 +65,7 @@ class GuidanceConfig:
 
     Args:
         scale: of classifier-free guidance; 1 is none and asks the network once per call, more asks it twice, within
-            `interval`.
+            `interval`. None is 1.5 where something stands for "no condition", else 1; see `resolve`.
         interval: noise levels, both ends included, outside which the scale is 1; None is everywhere.
         orthogonal: share of the push along the predicted x_0 that is taken out.
 
@@ -71,18 +73,33 @@ class GuidanceConfig:
         ScheduleError: a setting out of range.
     """
 
-    scale: float = 1.0
+    scale: float | None = None
     interval: tuple[float, float] | None = None
     orthogonal: float = 0.0
 
     def __post_init__(self):
-        if not self.scale >= 1:
+        if self.scale is not None and not self.scale >= 1:
             raise ScheduleError(f"guidance scale is 1 (none) or more; got {self.scale!r}")
         if self.interval is not None:
             low, high = self.interval
             if not 0 <= low <= high <= 1:
                 raise ScheduleError(f"a guidance interval runs up within [0, 1]; got {self.interval}")
             object.__setattr__(self, "interval", (low, high))  # from JSON it comes as a list
+
+    def resolve(self, has_null: bool) -> "GuidanceConfig":
+        """Return it with a scale, which depends on whether there is a "no condition" to guide away from.
+
+        Raises:
+            ScheduleError: guidance is wanted and nothing says what "no condition" is.
+        """
+        if self.scale is None:
+            return replace(self, scale=_USUAL_SCALE if has_null else 1.0)
+        if self.scale > 1 and not has_null:
+            raise ScheduleError(
+                "guidance needs to know what stands for 'no condition'; give the null condition (arrays 'null_NAME' "
+                f"beside 'cond_NAME' in the data), or guidance 1; got {self.scale:g}"
+            )
+        return self
 
 
 class GuidedTeacher:
@@ -92,7 +109,9 @@ class GuidedTeacher:
         teacher: the network.
         guidance: see `GuidanceConfig`.
         null: what stands for "no condition", one entry without the batch axis per name; for a text model the
-            embeddings of the null prompt. None is what the network says. Names that are not in it stay as they are.
+            embeddings of the null prompt, which may have another length than those that are given: then the network
+            is asked twice, since not every network can be told to look away from padding. None is what the network
+            says. Names that are not in it stay as they are.
 
     Raises:
         ScheduleError: guidance is wanted and nothing says what "no condition" is.
@@ -101,16 +120,12 @@ class GuidedTeacher:
     def __init__(
         self,
         teacher: Teacher,
-        guidance: GuidanceConfig = GuidanceConfig(),
+        guidance: GuidanceConfig = GuidanceConfig(1.0),
         *,
         null: Mapping[str, Tensor] | None = None,
     ):
         null = getattr(teacher, "null", {}) if null is None else null
-        if guidance.scale > 1 and not null:
-            raise ScheduleError(
-                "guidance needs to know what stands for 'no condition'; give the null condition, or scale 1"
-            )
-        self.teacher, self.guidance, self.null = teacher, guidance, dict(null)
+        self.teacher, self.guidance, self.null = teacher, guidance.resolve(bool(null)), dict(null)
 
     @torch.no_grad()
     def velocity(self, x_t: Tensor, sigma_t, **conditioning: Tensor) -> Tensor:
@@ -122,17 +137,31 @@ class GuidedTeacher:
         # Outside the interval the unconditional velocity is not needed. The host knows: no waiting for a GPU.
         low, high = self.guidance.interval or (0.0, 1.0)
         pushed = torch.from_numpy(np.flatnonzero((levels >= low) & (levels <= high))).to(x_t.device)
-        asked = {}
-        for name, given in conditioning.items():
-            null = self.null[name].to(given).expand_as(given) if name in self.null else given
-            asked[name] = torch.cat([null[pushed], given])
+        null = {name: self._null_of(name, given)[pushed] for name, given in conditioning.items()}
+        u_cond, unguided = self._both(x_t, sigma, conditioning, pushed, null)
+        u_uncond = u_cond.index_copy(0, pushed, unguided)
+        # In units in which the network's time is the noise level.
+        return guide(u_cond, u_uncond, x_t, sigma, num_timesteps=1.0, **vars(self.guidance))
+
+    def _null_of(self, name: str, given: Tensor) -> Tensor:
+        """What stands for "no condition" in an input, once for every sample."""
+        if name not in self.null:
+            return given
+        null = self.null[name].to(given)
+        return null.expand(len(given), *null.shape)
+
+    def _both(self, x_t, sigma, conditioning, pushed, null) -> tuple[Tensor, Tensor]:
+        """Velocities of all samples as they are conditioned, and of the `pushed` ones with "no condition"."""
+        if any(null[name].shape[1:] != given.shape[1:] for name, given in conditioning.items()):
+            u_cond = self.teacher.velocity(x_t, sigma, **conditioning)
+            if not len(pushed):
+                return u_cond, u_cond[pushed]
+            return u_cond, self.teacher.velocity(x_t[pushed], sigma[pushed], **null)
+        asked = {name: torch.cat([null[name], given]) for name, given in conditioning.items()}
         both = self.teacher.velocity(
             torch.cat([x_t[pushed], x_t]), torch.cat([sigma[pushed], sigma]), **asked
         )
-        u_cond = both[len(pushed) :]
-        u_uncond = u_cond.index_copy(0, pushed, both[: len(pushed)])
-        # In units in which the network's time is the noise level.
-        return guide(u_cond, u_uncond, x_t, sigma, num_timesteps=1.0, **vars(self.guidance))
+        return both[len(pushed) :], both[: len(pushed)]
 
     def sample(self, noise: Tensor, steps: int, *, shift: float = 1.0, **conditioning: Tensor) -> Tensor:
         """Images by `steps` Euler steps from `noise` (B, C, *S), even in raw time."""
@@ -142,23 +171,43 @@ class GuidedTeacher:
         return x_t
 
 
+# Guidance of a teacher that can be guided, unless said otherwise.
+_USUAL_SCALE = 1.5
 # How many samples a sheet shows, and how a teacher makes them: enough to see what it has learnt.
-_PREVIEW_COUNT, _PREVIEW_STEPS, _PREVIEW_GUIDANCE = 40, 10, 1.5
+_PREVIEW_COUNT, _PREVIEW_STEPS = 40, 10
 
 
-def preview_inputs(network: FlowNetwork) -> tuple[Tensor, Tensor]:
-    """Noise and labels that sheets of samples are made from, always the same.
+def preview_inputs(network: FlowNetwork, conditioner: Conditioner) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return noise and conditioning that sheets of samples are made from, always the same.
 
     Raises:
-        ShapeError: the network makes no pictures, or not from labels.
+        ShapeError: the network makes no pictures.
     """
-    if network.sample_shape[0] not in (1, 3) or network.num_classes is None:
+    if network.sample_shape[0] not in (1, 3):
         raise ShapeError(
-            "sheets of samples show 1 or 3 channels, made from labels; the network makes "
-            f"{network.sample_shape[0]}{'' if network.num_classes else ' and takes none'}: set sample_every to 0"
+            f"sheets of samples show 1 or 3 channels; the network makes {network.sample_shape[0]}: set sample_every "
+            "to 0"
         )
     noise = torch.from_numpy(philox_normal(0, range(_PREVIEW_COUNT), network.sample_shape))
-    return noise, torch.arange(_PREVIEW_COUNT) % network.num_classes
+    return noise, as_tensors(conditioner.example(_PREVIEW_COUNT))
+
+
+def null_condition(network: Teacher, conditioner: Conditioner) -> dict[str, Tensor]:
+    """Return what stands for "no condition", one entry without the batch axis per name; empty where nothing does.
+
+    What the data say goes before what the network says: the null prompt is part of the data's encodings.
+    """
+    null = conditioner.null(1)
+    if null is None:
+        return dict(getattr(network, "null", {}))
+    return {name: row[0] for name, row in as_tensors(null).items()}
+
+
+def as_tensors(
+    conditioning: Mapping[str, np.ndarray], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Return a conditioning of NumPy as one of torch."""
+    return {name: torch.from_numpy(np.ascontiguousarray(v)).to(device) for name, v in conditioning.items()}
 
 
 @dataclass(frozen=True)
@@ -166,35 +215,95 @@ class FlowMatchingConfig:
     """Settings of the teacher's training loss.
 
     Args:
-        shift: shift of the uniform raw times at which the loss is taken.
-        label_dropout: share of samples trained with the null class, for guidance.
+        shift: shift of the raw times at which the loss is taken.
+        noise_levels: how raw times are drawn before the shift: "uniform", or "logit-normal", which puts most of them
+            where images take shape (Esser et al., arXiv:2403.03206).
+        condition_dropout: share of samples trained with "no condition", for guidance.
+        sigma_floor: the loss is that of velocities; below this noise level it no longer grows for a network that
+            predicts x_0, whose error counts divided by the noise level.
     """
 
     shift: float = 1.0
-    label_dropout: float = 0.1
+    noise_levels: str = "uniform"
+    condition_dropout: float = 0.1
+    sigma_floor: float = 0.0
+
+    def __post_init__(self):
+        if self.noise_levels not in _LEVELS:
+            raise ScheduleError(
+                f"noise_levels is {' or '.join(map(repr, _LEVELS))}; got {self.noise_levels!r}"
+            )
+
+
+def _logistic_of_normal(uniforms: np.ndarray) -> np.ndarray:
+    """Raw times whose logits are standard normal, of uniform numbers in [0, 1)."""
+    # The normal's quantiles in float64: erfinv is exact enough, and a uniform 0 would be minus infinity.
+    inside = torch.from_numpy(np.clip(uniforms, 1e-12, 1 - 1e-12))
+    return torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * inside - 1)).numpy()
+
+
+# How raw times are made of uniform numbers.
+_LEVELS = {"uniform": lambda uniforms: uniforms, "logit-normal": _logistic_of_normal}
 
 
 def flow_matching_loss(
-    network: nn.Module, x_0: Tensor, labels: Tensor, null_label: int, config: FlowMatchingConfig, random
+    network: nn.Module,
+    x_0: Tensor,
+    conditioning: Mapping[str, Tensor],
+    null: Mapping[str, Tensor],
+    config: FlowMatchingConfig,
+    random,
 ) -> Tensor:
     """Mean squared error between the network's velocity and `noise - x_0`, at random noise levels.
+
+    Args:
+        network: `(x_t (B, C, *S), sigma_t (B,), **conditioning) -> u_t`.
+        x_0: data, (B, C, *S).
+        conditioning: of each sample, arrays (B, ...).
+        null: what stands for "no condition", one entry without the batch axis per name; empty trains without dropout.
+        config: settings.
+        random: source of all random numbers; see `loop.randomness`.
 
     Source: Lipman et al., Flow Matching, arXiv:2210.02747.
     """
     batch = len(x_0)
-    sigma = torch.from_numpy(warp(random.uniform((batch,)), config.shift)).to(x_0)
-    dropped = torch.from_numpy(random.uniform((batch,)) < config.label_dropout).to(labels.device)
+    raw_t = _LEVELS[config.noise_levels](random.uniform((batch,)))
+    sigma = torch.from_numpy(warp(raw_t, config.shift)).to(x_0)
+    dropped = torch.from_numpy(random.uniform((batch,)) < config.condition_dropout).to(x_0.device)
     noise = torch.from_numpy(random.normal(x_0.shape)).to(x_0)
     level = sigma.view(-1, *(1,) * (x_0.ndim - 1))
     x_t = (1 - level) * x_0 + level * noise
-    labels = torch.where(dropped, null_label, labels)
-    u_t = network(x_t, sigma, labels=labels)
-    return (u_t.float() - (noise - x_0)).square().mean()
+    u_t = network(x_t, sigma, **drop_conditions(conditioning, null, dropped))
+    error = (u_t.float() - (noise - x_0)).square()
+    if config.sigma_floor:
+        error = error * (level / level.clamp(min=config.sigma_floor)).square()
+    return error.mean()
+
+
+def drop_conditions(
+    conditioning: Mapping[str, Tensor], null: Mapping[str, Tensor], dropped: Tensor
+) -> dict[str, Tensor]:
+    """Return the conditioning with "no condition" in place of the samples that `dropped` (B,) names.
+
+    Raises:
+        ShapeError: "no condition" has another length than what is given, so that one batch cannot hold both.
+    """
+    left = {}
+    for name, given in conditioning.items():
+        own = null.get(name)
+        if own is not None and own.shape != given.shape[1:]:
+            raise ShapeError(
+                f"to train with condition dropout, 'no condition' has the shape of what is given; of {name!r} it is "
+                f"{tuple(own.shape)} and {tuple(given.shape[1:])}: fill it up, with a mask, or set the dropout to 0"
+            )
+        chosen = dropped.view(-1, *(1,) * (given.ndim - 1))
+        left[name] = given if own is None else torch.where(chosen, own.to(given), given)
+    return left
 
 
 def train_teacher(
     data: ImageData,
-    architecture: DiTConfig,
+    architecture: Architecture,
     flow_matching: FlowMatchingConfig,
     training: TrainingConfig,
     folder: Path,
@@ -202,11 +311,11 @@ def train_teacher(
     run: RunConfig = DEFAULT_RUN,
     resume: bool = False,
 ) -> Checkpoint:
-    """Train a DiT from scratch with flow matching, and leave its checkpoint in `folder`.
+    """Train a network from scratch with flow matching, and leave its checkpoint in `folder`.
 
     Args:
         data: what to train on.
-        architecture: of the network.
+        architecture: of the network, which starts from random weights.
         flow_matching, training: settings of the loss and of the loop.
         run: how the run is carried out.
         resume: go on from the checkpoint in `folder`.
@@ -215,18 +324,21 @@ def train_teacher(
         CheckpointError, CheckFailedError and others: see `training.train`.
     """
     torch.manual_seed(training.seed)  # the initial weights
-    network = DiTNetwork(architecture)
+    network = new_network(architecture)
+    null = null_condition(network, data.conditioner)
 
     def loss(network, x_0, conditioning, random):
-        labels, null = conditioning["labels"], architecture.null_label
-        return flow_matching_loss(network, x_0, labels, null, flow_matching, random)
+        own = {name: tensor.to(x_0.device) for name, tensor in null.items()}
+        return flow_matching_loss(network, x_0, conditioning, own, flow_matching, random)
 
-    inputs = preview_inputs(network) if run.sample_every else ()
+    inputs = preview_inputs(network, data.conditioner) if run.sample_every else None
 
     def preview(network):
-        noise, labels = (tensor.to(next(network.parameters()).device) for tensor in inputs)
-        guided = GuidedTeacher(network, GuidanceConfig(_PREVIEW_GUIDANCE))
-        images = guided.sample(noise, _PREVIEW_STEPS, shift=flow_matching.shift, labels=labels)
+        noise, conditioning = inputs
+        device = next(network.parameters()).device
+        guided = GuidedTeacher(network, GuidanceConfig(_USUAL_SCALE if null else 1.0), null=null)
+        given = {name: tensor.to(device) for name, tensor in conditioning.items()}
+        images = guided.sample(noise.to(device), _PREVIEW_STEPS, shift=flow_matching.shift, **given)
         return decode(images.cpu().numpy())
 
     settings = {"flow_matching": asdict(flow_matching), "data": data.name}

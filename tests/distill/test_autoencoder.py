@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from piflow_edge.conditioning import Arrays, ClassLabels, TensorSpec
 from piflow_edge.distill.data import autoencoder as module
 from piflow_edge.distill.data.autoencoder import encode, load_autoencoder
 from piflow_edge.distill.data.datasets import ImageData, load_images
@@ -34,7 +35,7 @@ def autoencoder(folder):
 
 def pictures(*shape, count=5):
     pixels = np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)
-    return ImageData("set", pixels, np.arange(count) % 2, ("a", "b"))
+    return ImageData("set", pixels, ClassLabels(("a", "b")), {"labels": np.arange(count) % 2})
 
 
 def test_latents_are_those_of_diffusers(kind, folder, autoencoder):
@@ -53,7 +54,7 @@ def test_latents_are_those_of_diffusers(kind, folder, autoencoder):
     expected = (raw - (theirs.config.shift_factor or 0.0)) * theirs.config.scaling_factor
     # Five images at a time or two: float32 convolutions in another order.
     np.testing.assert_allclose(x_0, expected.numpy(), rtol=0, atol=1e-5)
-    assert conditioning["labels"].tolist() == [1, 1] and latents.class_names == ("a", "b")
+    assert conditioning["labels"].tolist() == [1, 1] and latents.conditioner.names == ("a", "b")
     numbers = (latents.latent_scale, latents.latent_shift)
     assert numbers == ((0.3611, 0.1159) if kind == "AutoencoderKL" else (1.0, 0.0))
     assert latents.settings()["latent"]["autoencoder"] == autoencoder.sha256
@@ -73,7 +74,7 @@ def test_other_weights_or_images_make_other_latents(kind, autoencoder, tmp_path)
     data = pictures(3, 4, 4)
     assert other.sha256 != autoencoder.sha256
     assert not np.array_equal(encode(data, autoencoder).images, encode(data, other).images)
-    changed = ImageData("set", data.images[::-1], data.labels, data.class_names)
+    changed = ImageData("set", data.images[::-1], data.conditioner, data.arrays)
     assert not np.array_equal(encode(data, autoencoder).images, encode(changed, autoencoder).images)
 
 
@@ -86,13 +87,14 @@ def test_the_same_autoencoder_elsewhere_is_the_same(folder, autoencoder, tmp_pat
 
 def test_grey_images_are_encoded_as_colour(autoencoder):
     grey = pictures(1, 4, 4)
-    colour = ImageData("set", grey.images.repeat(3, axis=1), grey.labels, grey.class_names)
+    colour = ImageData("set", grey.images.repeat(3, axis=1), grey.conditioner, grey.arrays)
     np.testing.assert_array_equal(encode(grey, autoencoder).images, encode(colour, autoencoder).images)
 
 
 def test_conditions_stay_beside_latents(autoencoder):
     data = pictures(3, 4, 4)
-    data = ImageData("set", data.images, None, (), {"text": np.arange(10.0).reshape(5, 2)})
+    text = Arrays((TensorSpec("text", "float32", ("batch", 2)),))
+    data = ImageData("set", data.images, text, {"text": np.arange(10.0).reshape(5, 2)})
     assert encode(data, autoencoder).batch(np.array([4]))[1]["text"].tolist() == [[8, 9]]
 
 
@@ -114,7 +116,7 @@ def test_latents_that_are_not_finite_are_refused(kind, tmp_path):
     broken = load_autoencoder(make_autoencoder(kind, tmp_path / "broken"))
     next(broken.module.encoder.parameters()).data.fill_(float("nan"))
     data = pictures(3, 4, 4, count=2)
-    fresh = ImageData(f"set of {kind}", 255 - data.images, data.labels, data.class_names)
+    fresh = ImageData(f"set of {kind}", 255 - data.images, data.conditioner, data.arrays)
     with pytest.raises(DataError, match="image 0"):
         encode(fresh, broken)
 
@@ -124,7 +126,7 @@ def test_a_folder_of_images_becomes_latents(autoencoder, tmp_path):
     for i in range(3):
         Image.new("RGB", (9, 12), (80 * i, 0, 0)).save(tmp_path / "a" / f"{i}.png")
     data = encode(load_images(str(tmp_path), size=(8, 6)), autoencoder)
-    assert data.shape == (4, 4, 3) and data.labels.tolist() == [0, 0, 0]
+    assert data.shape == (4, 4, 3) and data.arrays["labels"].tolist() == [0, 0, 0]
 
 
 class TestFolder:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from piflow_edge.conditioning import ClassLabels, Unconditional
 from piflow_edge.distill.data import image_folder, npz
 from piflow_edge.distill.data.datasets import ImageData, Latent, check_same_latents, load_images
 from piflow_edge.errors import DataError, ShapeError
@@ -37,14 +38,14 @@ def test_digits_are_the_real_ones():
     assert len(digits) == 1797 and digits.shape == (1, 8, 8)
     assert images.shape == (1797, 1, 8, 8) and images.dtype == np.float32
     assert (images.min(), images.max()) == (-1, 1)
-    assert digits.class_names == tuple("0123456789")
+    assert digits.conditioner.names == tuple("0123456789")
     assert conditioning["labels"].dtype == np.int64 and np.bincount(conditioning["labels"]).min() > 170
 
 
 def test_a_folder_per_class(folder):
     data = load_images(str(folder))
     x_0, conditioning = data.batch(np.array([2, 0]))
-    assert data.class_names == ("cats", "dogs") and data.labels.tolist() == [0, 0, 1, 1]
+    assert data.conditioner.names == ("cats", "dogs") and data.arrays["labels"].tolist() == [0, 0, 1, 1]
     assert conditioning.keys() == {"labels"} and conditioning["labels"].tolist() == [1, 0]
     assert x_0.shape == (2, 3, 6, 6) and x_0.dtype == np.float32
     assert x_0[1, 0].max() == -1 and x_0[0, 0].min() == 1
@@ -173,7 +174,7 @@ class TestBroken:
         self.grow(folder)
         names = self.spoil(folder)
         data = load_images(str(folder))
-        assert len(data) == 20 and np.bincount(data.labels).tolist() == [10, 10]
+        assert len(data) == 20 and np.bincount(data.arrays["labels"]).tolist() == [10, 10]
         (record,) = caplog.records
         assert record.levelno == logging.WARNING and "skipped 6 of 26 images" in record.getMessage()
         lines = record.getMessage().splitlines()[1:]
@@ -265,7 +266,7 @@ def test_an_npz(tmp_path):
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     np.savez(tmp_path / "set.npz", images=pixels, labels=[0, 1], class_names=["a", "b"])
     data = load_images(str(tmp_path / "set.npz"))
-    assert data.shape == (1, 3, 3) and data.class_names == ("a", "b")
+    assert data.shape == (1, 3, 3) and data.conditioner.names == ("a", "b")
     np.testing.assert_array_equal(levels(data)[:, 0], pixels)
 
 
@@ -273,7 +274,7 @@ def test_an_npz_in_colour_that_is_not_square(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
     np.savez(tmp_path / "set.npz", images=pixels, labels=np.arange(5) % 2)
     data = load_images(str(tmp_path / "set.npz"))
-    assert data.shape == (3, 4, 6) and data.class_names == ("0", "1")
+    assert data.shape == (3, 4, 6) and data.conditioner.names == ("0", "1")
     np.testing.assert_array_equal(levels(data), pixels.transpose(0, 3, 1, 2))
 
 
@@ -299,7 +300,8 @@ def test_conditions_of_any_name(tmp_path):
     np.savez(tmp_path / "set.npz", **arrays, cond_encoder_hidden_states=states, cond_mask=mask)
     data = load_images(str(tmp_path / "set.npz"))
     x_0, conditioning = data.batch(np.array([2, 0]))
-    assert data.labels is None and data.class_names == () and len(x_0) == 2
+    assert data.conditioner.kind == "arrays" and len(x_0) == 2
+    assert [spec.shape[1] for spec in data.conditioner.inputs] == ["tokens", "tokens"]
     assert conditioning.keys() == {"encoder_hidden_states", "mask"}
     assert conditioning["encoder_hidden_states"].dtype == np.float32
     np.testing.assert_array_equal(conditioning["encoder_hidden_states"], states[[2, 0]])
@@ -402,16 +404,16 @@ def test_sources_that_are_not_there_are_refused(tmp_path):
     "change",
     [
         dict(images=np.ones((3, 1, 2, 2), np.uint8)),
-        dict(labels=np.array([0, 1, 1])),
-        dict(conditions={"text": np.ones((3, 2))}),
-        dict(conditions={"words": np.zeros((3, 2))}),
+        dict(arrays={"labels": np.array([0, 1, 1]), "text": np.zeros((3, 2))}),
+        dict(arrays={"labels": np.array([0, 1, 0]), "text": np.ones((3, 2))}),
+        dict(arrays={"labels": np.array([0, 1, 0]), "words": np.zeros((3, 2))}),
         dict(latent=Latent(1.0, 0.0)),
         dict(latent=Latent(2.0, 0.0)),
     ],
 )
 def test_the_fingerprint_tells_data_apart(change):
-    fields = dict(name="a", images=np.zeros((3, 1, 2, 2), np.uint8), labels=np.array([0, 1, 0]))
-    fields |= dict(class_names=("a", "b"), conditions={"text": np.zeros((3, 2))})
+    fields = dict(name="a", images=np.zeros((3, 1, 2, 2), np.uint8), conditioner=Unconditional())
+    fields |= dict(arrays={"labels": np.array([0, 1, 0]), "text": np.zeros((3, 2))})
     data, other = ImageData(**fields), ImageData(**fields | change)
     assert data.fingerprint() == ImageData(**fields).fingerprint() != other.fingerprint()
 
@@ -428,7 +430,9 @@ def test_the_fingerprint_tells_data_apart(change):
 )
 def test_a_teacher_of_other_latents_is_refused(was, now, words):
     def data(latent):
-        return ImageData("a", np.zeros((2, 1, 2, 2), np.float32), np.zeros(2, int), ("x",), latent=latent)
+        return ImageData(
+            "a", np.zeros((2, 1, 2, 2), np.float32), ClassLabels(("x",)), {"labels": np.zeros(2, int)}, latent
+        )
 
     check_same_latents(data(was).settings(), data(was))
     check_same_latents(data(was).settings(), data(was and Latent(was.scale, was.shift)))  # of unknown origin
@@ -439,9 +443,9 @@ def test_a_teacher_of_other_latents_is_refused(was, now, words):
 def test_the_features_tell_digits_apart():
     digits = load_images("digits")
     features = open_features("digits")(all_of(digits))
-    means = np.stack([features[digits.labels == label].mean(0) for label in range(10)])
+    means = np.stack([features[digits.arrays["labels"] == label].mean(0) for label in range(10)])
     nearest = ((features[:, None] - means) ** 2).sum(-1).argmin(1)
-    assert (nearest == digits.labels).mean() > 0.9  # 0.1 by chance
+    assert (nearest == digits.arrays["labels"]).mean() > 0.9  # 0.1 by chance
 
 
 def test_features_of_anything_else_are_refused():

@@ -35,7 +35,7 @@ def test_images_are_averaged_down(source, tmp_path):
     with np.load(source) as arrays:
         small = arrays["images"][:, ::2, ::2].transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(data.images, small)
-    assert data.class_names == ("dark", "light")
+    assert data.conditioner.names == ("dark", "light")
     np.testing.assert_array_equal(quality.sized_data(str(source), 8, tmp_path).images, small)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -109,7 +110,7 @@ def test_a_sit_file_gives_its_velocity_in_our_time(sit, tmp_path, style):
     torch.save({"ema": weights, "model": {}, "step": 7}, tmp_path / "sit.pt")
     sign, time = (1, SIGMA) if style == "repa" else (-1, 1 - SIGMA)
     network = load_sit(tmp_path / "sit.pt", sample_size=4, style=style, num_heads=2)
-    assert network.num_classes == 3
+    assert network.null["labels"] == 3
     x_t, labels = torch.randn(2, 2, 4, 4), torch.tensor([1, 3])
     with torch.no_grad():
         expected = sign * sit(x_t, time, labels)[:, :2]
@@ -260,7 +261,7 @@ def python_teacher():
 def data():
     rng = np.random.default_rng(0)
     images = rng.standard_normal((16, 1, 4, 4)).astype(np.float32)
-    return ImageData("noise", images, np.arange(16) % 2, ("a", "b"))
+    return ImageData("noise", images, ClassLabels(("a", "b")), {"labels": np.arange(16) % 2})
 
 
 @pytest.fixture
@@ -269,7 +270,7 @@ def teacher_folder(tmp_path, data):
     tensors = {f"ema.{name}": value for name, value in network.state_dict().items()}
     save_checkpoint(
         tmp_path / "teacher",
-        Checkpoint("teacher", 0, describe(network), {}, data.class_names, tensors),
+        Checkpoint("teacher", 0, describe(network), {}, data.conditioner, tensors),
     )
     return tmp_path / "teacher"
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from piflow_edge import rollout
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.loop import training
@@ -51,7 +52,7 @@ def data():
     rng = np.random.default_rng(0)
     labels = np.arange(64) % 2
     images = (labels[:, None, None, None] - 0.5 + 0.1 * rng.standard_normal((64, 1, 4, 4))).astype(np.float32)
-    return ImageData("flat", images, labels, ("dark", "light"))
+    return ImageData("flat", images, ClassLabels(("dark", "light")), {"labels": labels})
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def run(teacher, data, folder, *, config=SHORT, imitation=None, head=GMPolicySpe
 
 def test_a_teacher_learns_its_classes(teacher, data):
     noise = torch.from_numpy(IterationRandom(1, 0).normal((64, 1, 4, 4)))
-    labels = torch.from_numpy(data.labels)
+    labels = torch.from_numpy(data.arrays["labels"])
     images = GuidedTeacher(network_of(teacher)).sample(noise, 20, labels=labels)
     means = [images[labels == label].mean().item() for label in (0, 1)]
     assert means == pytest.approx([-0.5, 0.5], abs=0.15)
@@ -119,7 +120,7 @@ def test_distillation_brings_one_call_close_to_the_teacher(teacher, data, tmp_pa
     imitation = ImitationConfig(**{"nfe": 1, "total_substeps": 16, **options})
     student = network_of(run(teacher, data, tmp_path, config=config, imitation=imitation, head=head))
     noise = torch.from_numpy(IterationRandom(2, 0).normal((64, 1, 4, 4)))
-    labels = torch.from_numpy(data.labels)
+    labels = torch.from_numpy(data.arrays["labels"])
     guided = GuidedTeacher(network_of(teacher), GuidanceConfig(1.5))
     target, cut = (guided.sample(noise, steps, labels=labels) for steps in (50, 1))
     with torch.no_grad():
@@ -220,10 +221,10 @@ def test_resuming_with_another_teacher_or_other_images_is_refused(teacher, data,
         (dict(images=np.zeros((64, 1, 8, 8), np.float32)), r"\(1, 4, 4\); .*'flat' .*\(1, 8, 8\)"),
         (dict(images=np.zeros((64, 3, 4, 4), np.float32)), r"\(1, 4, 4\); .*'flat' .*\(3, 4, 4\)"),
         (
-            dict(class_names=("dark", "light", "red")),
-            r"dark, light; .*'flat' .*dark, light, red",
+            dict(conditioner=ClassLabels(("dark", "light", "red"))),
+            "dark, light.*'flat'.*dark, light, red",
         ),
-        (dict(class_names=("light", "dark")), "classes are dark, light"),
+        (dict(conditioner=ClassLabels(("light", "dark"))), "dark, light.*light, dark"),
     ],
 )
 def test_data_the_teacher_does_not_know_is_refused(teacher, data, tmp_path, change, words):
@@ -233,8 +234,8 @@ def test_data_the_teacher_does_not_know_is_refused(teacher, data, tmp_path, chan
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    broken = ImageData("broken", np.full_like(data.images, np.nan), data.labels, data.class_names)
-    with pytest.raises(CheckFailedError, match=r"finite .*6 steps"):
+    broken = ImageData("broken", np.full_like(data.images, np.nan), data.conditioner, data.arrays)
+    with pytest.raises(CheckFailedError, match="6 steps in a row"):
         train_teacher(broken, TINY, FlowMatchingConfig(), SHORT, tmp_path)
     assert not (tmp_path / "checkpoint.json").exists()
 
@@ -328,8 +329,10 @@ def test_a_teacher_and_a_student_make_samples_of_themselves(teacher, data, tmp_p
 
 
 def test_samples_of_what_is_no_picture_are_refused_at_once(tmp_path):
-    latents = ImageData("latents", np.zeros((8, 4, 4, 4), np.float32), np.arange(8) % 2, ("a", "b"))
-    with pytest.raises(ShapeError, match=r"1 or 3 .*labels; .* 4"):
+    latents = ImageData(
+        "latents", np.zeros((8, 4, 4, 4), np.float32), ClassLabels(("a", "b")), {"labels": np.arange(8) % 2}
+    )
+    with pytest.raises(ShapeError, match=r"1 or 3 channels.* 4"):
         how = RunConfig(sample_every=1)
         train_teacher(latents, replace(TINY, in_channels=4), FlowMatchingConfig(), SHORT, tmp_path, run=how)
 
@@ -370,9 +373,9 @@ def test_labels_dropped_in_training_are_the_null_class():
     network.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["labels"]), with_kwargs=True
     )
-    config = FlowMatchingConfig(label_dropout=0.5)
+    config = FlowMatchingConfig(condition_dropout=0.5)
     labels, x_0 = torch.zeros(400, dtype=torch.int64), torch.zeros(400, 1, 4, 4)
-    flow_matching_loss(network, x_0, labels, TINY.null_label, config, IterationRandom(0, 0))
+    flow_matching_loss(network, x_0, {"labels": labels}, network.null, config, IterationRandom(0, 0))
     share = (seen[0] == TINY.null_label).float().mean().item()
     assert share == pytest.approx(0.5, abs=0.1)  # four standard errors of 400 throws
     assert set(seen[0].tolist()) == {0, TINY.null_label}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.errors import FeatureError, PiFlowError
 from piflow_edge.evaluation.features import OnnxFeatures, open_features
 from piflow_edge.system.pixels import VALUE_RANGES, resize_images, round_to_bytes
@@ -227,7 +228,7 @@ def reds():
     labels = np.arange(120) % 2
     images[labels == 0, 0, 2:5, 2:5] = 1
     images[labels == 1, 0, 7:10, 7:10] = 1
-    return ImageData("reds", images, labels.astype(np.int64), ("left", "right"))
+    return ImageData("reds", images, ClassLabels(("left", "right")), {"labels": labels.astype(np.int64)})
 
 
 class TestTrained:

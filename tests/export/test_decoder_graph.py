@@ -16,6 +16,7 @@ from onnx import numpy_helper
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.sections import FileSpec
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.distill.data.autoencoder import encode, load_autoencoder
 from piflow_edge.distill.data.datasets import ImageData, Latent
 from piflow_edge.distill.imitation import ImitationConfig
@@ -72,7 +73,9 @@ def test_from_images_to_a_bundle_that_makes_images(tmp_path):
     """Encode, train, distil, export, and sample in a process that has never heard of torch."""
     autoencoder = load_autoencoder(make_autoencoder("AutoencoderTiny", tmp_path / "autoencoder"))
     pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 16, 16), np.uint8)
-    data = encode(ImageData("set", pixels, np.arange(8) % 2, ("a", "b")), autoencoder)
+    data = encode(
+        ImageData("set", pixels, ClassLabels(("a", "b")), {"labels": np.arange(8) % 2}), autoencoder
+    )
     assert data.shape == (4, 8, 8)
     size = DiTConfig(in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=2)
     teacher = train_teacher(data, size, FlowMatchingConfig(), SHORT, tmp_path / "teacher")
@@ -276,7 +279,9 @@ def test_inspect_shows_the_decoder(latent_bundle):
 
 def test_a_student_of_other_latents_than_its_teacher_is_refused(tmp_path):
     latents = np.zeros((4, 4, 8, 8), np.float32)
-    data = ImageData("set", latents, np.zeros(4, int), ("a",), latent=Latent(0.5, 0.0))
+    data = ImageData(
+        "set", latents, ClassLabels(("a",)), {"labels": np.zeros(4, int)}, latent=Latent(0.5, 0.0)
+    )
     size = DiTConfig(in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=1)
     teacher = train_teacher(data, size, FlowMatchingConfig(), SHORT, tmp_path / "teacher")
     with pytest.raises(DataError, match=r"scale .*0\.5.* 0\.25"):

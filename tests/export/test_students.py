@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.distill.networks.flow_network import attach_policy_head
 from piflow_edge.distill.sources import StudentModel, load_student, network_of, student_from_checkpoint
 from piflow_edge.errors import CheckpointError
@@ -24,7 +25,7 @@ CONFIG = {
     "network": {"family": "dit", "config": dict(hidden_size=16, depth=1, num_heads=2)},
     "head": {"kind": "gm", "num_components": 3},
     "nfe": 2,
-    "class_names": list("0123456789"),
+    "conditioning": {"kind": "class", "names": list("0123456789"), "input": "labels"},
 }
 PLAIN = {
     "network": {"entry": "tests.export.test_unconditional:teacher"},
@@ -58,7 +59,7 @@ def test_a_state_dict_is_the_student_it_was_of(files, kind):
     found = load_student(files / f"weights.{kind}", config=files / "student.json")
     expected = student_from_checkpoint(make_student())
     assert found.nfes == expected.nfes == (2,)
-    assert (found.class_names, found.conditioning) == (expected.class_names, expected.conditioning)
+    assert found.conditioner == expected.conditioner == ClassLabels(tuple("0123456789"))
     x_t, sigma, labels = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 0.3]), torch.tensor([3, 7])
     for ours, theirs in zip(
         found.network(x_t, sigma, labels=labels),
@@ -110,11 +111,11 @@ def test_the_command_line_exports_what_a_function_returns(tmp_path):
     ("change", "problem"),
     [
         (lambda c: c.pop("nfe"), "holds network, head and nfe"),
-        (lambda c: c.update(colour="red"), "may hold .*; .* has class_names, colour"),
+        (lambda c: c.update(colour="red"), "may hold .*; .* has colour"),
         (lambda c: c["network"]["config"].update(depth=2), "(?s)are not those of .*blocks.1"),
         (lambda c: c["network"]["config"].update(wings=2), "architecture cannot be read: .*wings"),
         (lambda c: c["head"].update(kind="vae"), "cannot be used: KeyError"),
-        (lambda c: c.update(class_names=["a", "b"]), r"10 classes, .*2"),
+        (lambda c: c["conditioning"].update(names=["a", "b"]), "knows 10 of 'labels'.*2 classes"),
         (lambda c: c.update(nfe=0), "schedule is unusable"),
     ],
 )

@@ -8,10 +8,11 @@ from torch import nn
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
+from piflow_edge.conditioning import Unconditional
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.networks.flow_network import ModuleNetwork, attach_policy_head, describe
 from piflow_edge.engines import open_engine
-from piflow_edge.errors import BundleError, ConditioningError
+from piflow_edge.errors import ConditioningError
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import read_graph
@@ -38,10 +39,9 @@ def make_plain_student(**changes):
     student = attach_policy_head(teacher(), GMPolicySpec(3))
     settings = {
         "imitation": dict(nfe=2, shift=1.0, final_step_size_scale=1.0, total_substeps=16),
-        "conditioning": {},
     }
     tensors = {f"ema.{name}": value for name, value in student.state_dict().items()}
-    fields = dict(class_names=(), settings=settings) | changes
+    fields = dict(conditioner=Unconditional(), settings=settings) | changes
     return Checkpoint("student", 0, describe(student), tensors=tensors, **fields)
 
 
@@ -76,23 +76,3 @@ def test_its_sampler_graph_takes_noise_alone(folder):
 def test_labels_and_no_count_are_refused(folder, given):
     with pytest.raises(ConditioningError, match="count"):
         pf.load(folder)(**given)
-
-
-@pytest.mark.parametrize(
-    ("conditioning", "class_names", "problem"),
-    [
-        ({"labels": {"shape": [], "dtype": "int64"}}, (), r"labels.*names"),
-        ({}, ("a", "b"), r"no labels.*names"),
-        (
-            {"labels": {"shape": [], "dtype": "int64"}, "text": {"shape": [4], "dtype": "float32"}},
-            ("a", "b"),
-            "takes labels or arrays; this one takes labels, text",
-        ),
-    ],
-)
-def test_classes_and_conditioning_must_fit(tmp_path, conditioning, class_names, problem):
-    student = make_plain_student(class_names=class_names)
-    student.settings["conditioning"] = conditioning
-    with pytest.raises(BundleError, match=problem):
-        export_bundle(student, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []

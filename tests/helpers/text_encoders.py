@@ -112,3 +112,48 @@ def nasty_prompts(count: int) -> list[str]:
         joiner = draw.choice(["", " ", ", "])
         prompts.append(joiner.join(draw.choices(pieces, k=draw.randint(2, 12))))
     return prompts[:count]
+
+
+@cache
+def tiny_text_encoder(kind: str):
+    """A text encoder of this kind with random weights, as `load_text_encoder` returns it."""
+    import torch
+    import transformers
+
+    from piflow_edge.distill.networks.text_encoders import FAMILIES, build_text_encoder
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "bert":
+            words = transformers_tokenizer("wordpiece")
+            model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **small))
+        elif kind == "clip":
+            words = transformers_tokenizer("clip")
+            ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+            model = transformers.CLIPTextModel(
+                transformers.CLIPTextConfig(vocab_size=len(words), **ends, **small)
+            )
+        elif kind == "t5":
+            words = transformers_tokenizer("unigram")
+            sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+            config = transformers.T5Config(vocab_size=len(words), feed_forward_proj="gated-gelu", **sizes)
+            model = transformers.T5EncoderModel(config)
+        else:
+            words = transformers_tokenizer("qwen")
+            rope = {"type": "mrope", "mrope_section": [2, 3, 3]}
+            ends = {"bos_token_id": 0, "eos_token_id": 1}
+            text = {"vocab_size": len(words), "num_key_value_heads": 1, "rope_scaling": rope, **ends, **small}
+            vision = {
+                "depth": 1,
+                "hidden_size": 32,
+                "num_heads": 2,
+                "intermediate_size": 32,
+                "out_hidden_size": 32,
+            }
+            config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+            model = transformers.Qwen2_5_VLModel(config)
+    model.set_attn_implementation("eager")
+    chat = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    own = {"template": chat, "drop_tokens": 3, "layers": (-2, -1)} if kind == "qwen2_5_vl" else {}
+    return build_text_encoder(model, words, FAMILIES[kind], kind, max_tokens=40, **own)

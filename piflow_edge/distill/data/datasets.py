@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.errors import DataError
 
 from .image_data import ImageData, Latent
@@ -24,7 +25,8 @@ def load_images(source: str, *, size: int | tuple[int, int] | None = None) -> Im
             - an `.npz` file with `images` uint8 (M, H, W) or (M, H, W, C); or with `latents` float16 or float32
               (M, C, H, W) or (M, C, T, H, W), and their `scale` and `shift`: the network sees
               `(latent - shift) * scale`. With `labels` (M,) and perhaps `class_names`; or with arrays `cond_NAME`
-              (M, ...), which the network gets as NAME, or with both.
+              (M, ...), which the network gets as NAME, or with both; and perhaps `null_NAME` (...) for each, which
+              stand for "no condition" and may have another length than what is given, such as fewer tokens.
             - a folder with one folder of images per class, decoded once and then kept in the cache; see
               `cache_folder`. Images that cannot be used are named on the log and skipped.
         size: side, or (height, width), that the images of a folder are brought to: scaled until they cover it, and cut
@@ -79,4 +81,6 @@ def _digits() -> ImageData:
 
     digits = load_digits()
     images = (digits.images / 8.0 - 1.0).astype(np.float32)[:, None]  # 0..16 -> -1..1
-    return ImageData("digits", images, digits.target.astype(np.int64), tuple("0123456789"))
+    return ImageData(
+        "digits", images, ClassLabels(tuple("0123456789")), {"labels": digits.target.astype(np.int64)}
+    )

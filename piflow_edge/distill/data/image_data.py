@@ -5,12 +5,12 @@ Images stay bytes, in place on the disk where they can, and become floats batch 
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner, TensorSpec, Unconditional
+from piflow_edge.conditioning import Asked, Conditioner
 from piflow_edge.system.progress import progress
 
 # Bytes that are looked at at a time.
@@ -36,15 +36,14 @@ class ImageData:
     """Images or latents, and what they are conditioned on.
 
     `images`: as they are kept, (M, C, H, W): uint8 pixels, floats from -1 to 1, or latents as their autoencoder makes
-    them, which may have a frame axis before H. `labels`: int64 (M,), or None; `class_names`: one name per label.
-    `conditions`: further arrays (M, ...) by the name the network knows them under. `latent`: None for pixels.
+    them, which may have a frame axis before H. `conditioner`: what steers them; `arrays`: (M, ...) for each of its
+    inputs. `latent`: None for pixels.
     """
 
     name: str
     images: np.ndarray
-    labels: np.ndarray | None
-    class_names: tuple[str, ...]
-    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    conditioner: Conditioner
+    arrays: Mapping[str, np.ndarray]
     latent: Latent | None = None
 
     def __len__(self):
@@ -67,8 +66,7 @@ class ImageData:
         """The items at `indices` (B,), as the network sees them, and what they are conditioned on.
 
         Returns:
-            `x_0` float32 (B, C, H, W), pixels from -1 to 1 or scaled latents; and by name arrays (B, ...): "labels"
-            int64 where there are classes, and `conditions`, floats as float32.
+            `x_0` float32 (B, C, H, W), pixels from -1 to 1 or scaled latents; and by name arrays (B, ...).
         """
         picked = self.images[indices]
         x_0 = np.array(picked, np.float32, order="C")
@@ -82,25 +80,14 @@ class ImageData:
 
     def conditioning(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Return what the items at `indices` (B,) are conditioned on, as `batch` does."""
-        conditioning = {} if self.labels is None else {"labels": self.labels[indices]}
-        for name, array in self.conditions.items():
-            values = np.asarray(array[indices])
-            floating = np.issubdtype(values.dtype, np.floating)
-            conditioning[name] = values.astype(np.float32) if floating else values
-        return conditioning
+        dtypes = {spec.name: spec.dtype for spec in self.conditioner.inputs}
+        return {name: np.asarray(array[indices], dtypes[name]) for name, array in self.arrays.items()}
 
-    @cached_property
-    def conditioner(self) -> Conditioner:
-        """What the items are conditioned on: classes, arrays by name, or nothing."""
-        if not self.conditions:
-            return Unconditional() if self.labels is None else ClassLabels(self.class_names)
-        given = self.conditioning(np.arange(1))
-        return Arrays(
-            tuple(
-                TensorSpec(name, str(array.dtype), ("batch", *array.shape[1:]))
-                for name, array in given.items()
-            )
-        )
+    def titles(self, indices: np.ndarray) -> list[str]:
+        """Return a few words for each of the items at `indices`."""
+        given = self.conditioning(indices)
+        asked = Asked(arrays=given) if given else Asked(count=len(indices))
+        return [self.conditioner.title(entry) for entry in self.conditioner.describe(asked, given)]
 
     def settings(self) -> dict:
         """What a checkpoint records of the data, beside its name."""
@@ -116,9 +103,7 @@ class ImageData:
         digest = hashlib.sha256()
         for piece in pieces(self.images, f"checking {self.name}"):
             digest.update(np.ascontiguousarray(piece).data)
-        if self.labels is not None:
-            digest.update(self.labels.tobytes())
-        for name, array in sorted(self.conditions.items()):
+        for name, array in sorted(self.arrays.items()):
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
             for piece in pieces(array, f"checking {name} of {self.name}"):
                 digest.update(np.ascontiguousarray(piece).data)

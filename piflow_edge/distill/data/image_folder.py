@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.errors import DataError
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.files import sha256
@@ -46,7 +47,7 @@ def read_folder(path: Path, size: tuple[int, int] | None) -> ImageData:
         if images.dtype != np.uint8 or labels.shape != images.shape[:1]:
             raise ValueError("labels and images do not fit")
         skipped[:] = known["skipped"]
-        return ImageData(path.resolve().name, images, labels, class_names)
+        return ImageData(path.resolve().name, images, ClassLabels(class_names), {"labels": labels})
 
     def build(writer: ArrayWriter) -> dict:
         return _decode_all(path, files, class_names, size, writer)

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from piflow_edge.errors import DataError
+from piflow_edge.conditioning import Arrays, ClassLabels, TensorSpec
+from piflow_edge.errors import DataError, PiFlowError
 
 from .image_data import PIECE, ImageData, Latent, pieces
 
 # Arrays from this size on stay on the disk, where they are not compressed.
 _IN_PLACE_FROM = 64 << 20
+# What numbers of a kind are handed to the network as.
+_DTYPES = {"f": "float32", "i": "int64", "u": "int64", "b": "bool"}
 # Items that are not finite and are named; the others are counted.
 _NAMED = 10
 
@@ -33,27 +36,63 @@ def read_npz(path: Path) -> ImageData:
         EOFError,
     ) as error:
         raise DataError(f"{path} cannot be read as .npz: {error}") from error
-    conditions = {k.removeprefix("cond_"): v for k, v in arrays.items() if k.startswith("cond_")}
-    if ("images" in arrays) == ("latents" in arrays) or not ("labels" in arrays or conditions):
+    given = {k.removeprefix("cond_"): v for k, v in arrays.items() if k.startswith("cond_")}
+    if ("images" in arrays) == ("latents" in arrays) or not ("labels" in arrays or given):
         raise DataError(
             f"{path} must hold 'images' or 'latents', and 'labels' or arrays named 'cond_...'; it holds "
             f"{sorted(arrays)}"
         )
+    if "labels" in given:
+        raise DataError(f"class ids in {path} are named 'labels', not 'cond_labels'")
     if "images" in arrays:
         images, latent = _images(path, arrays["images"]), None
     else:
         images, latent = _latents(path, arrays)
-    if "labels" in conditions:
-        raise DataError(f"class ids in {path} are named 'labels', not 'cond_labels'")
-    labels, names = _labels(path, arrays, len(images)) if "labels" in arrays else (None, ())
-    for name, array in conditions.items():
-        if array.shape[:1] != images.shape[:1] or array.dtype.kind not in "biuf":
+    classes = _classes(path, arrays, len(images)) if "labels" in arrays else None
+    if classes and not given:
+        return ImageData(path.stem, images, *classes, latent)
+    if classes:
+        given |= classes[1]
+    return ImageData(path.stem, images, *_conditions(path, given, arrays, len(images)), latent)
+
+
+def _conditions(
+    path: Path, given: dict[str, np.ndarray], arrays: Mapping[str, np.ndarray], count: int
+) -> tuple[Arrays, dict[str, np.ndarray]]:
+    """The arrays that steer, and what stands for "no condition"."""
+    for name, array in given.items():
+        if array.shape[:1] != (count,) or array.dtype.kind not in "biuf":
             raise DataError(
-                f"'cond_{name}' in {path} must hold numbers, one row for each of {len(images)} images; got "
+                f"'cond_{name}' in {path} must hold numbers, one row for each of {count} images; got "
                 f"{array.dtype} {array.shape}"
             )
         _check_finite(array, f"cond_{name}", path)
-    return ImageData(path.stem, images, labels, names, conditions, latent)
+    null = {k.removeprefix("null_"): v for k, v in arrays.items() if k.startswith("null_")}
+    if null and set(null) != set(given):
+        odd = sorted(set(null) ^ set(given))[0]
+        raise DataError(f"{path} must hold 'null_...' for every 'cond_...' or for none; {odd!r} has one only")
+    specs = name_axes(given)
+    try:
+        return Arrays(specs, {name: row[None] for name, row in null.items()} or None), given
+    except PiFlowError as error:
+        raise DataError(f"'null_...' in {path} must fit 'cond_...': {error}") from error
+
+
+def name_axes(arrays: Mapping[str, np.ndarray]) -> tuple[TensorSpec, ...]:
+    """Return the inputs that arrays (M, ...) are for. The second axis of encodings is one of tokens, of any length.
+
+    Encodings are arrays (M, T, D, ...); masks (M, T) of whole numbers or bool go with those of the same length. All
+    other axes have one length.
+    """
+    lengths = sorted({array.shape[1] for array in arrays.values() if array.ndim > 2})
+    tokens = {n: "tokens" if i == 0 else f"tokens_{i + 1}" for i, n in enumerate(lengths)}
+    specs = []
+    for name, array in arrays.items():
+        shape: list[int | str] = ["batch", *array.shape[1:]]
+        if array.ndim > 2 or (array.ndim == 2 and array.dtype.kind != "f" and array.shape[1] in tokens):
+            shape[1] = tokens[array.shape[1]]
+        specs.append(TensorSpec(name, _DTYPES[array.dtype.kind], tuple(shape)))
+    return tuple(specs)
 
 
 def _images(path: Path, images: np.ndarray) -> np.ndarray:
@@ -87,7 +126,9 @@ def _latents(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, 
     return latents, Latent(**found)
 
 
-def _labels(path: Path, arrays: Mapping[str, np.ndarray], count: int) -> tuple[np.ndarray, tuple[str, ...]]:
+def _classes(
+    path: Path, arrays: Mapping[str, np.ndarray], count: int
+) -> tuple[ClassLabels, dict[str, np.ndarray]]:
     labels = arrays["labels"]
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         raise DataError(
@@ -96,7 +137,7 @@ def _labels(path: Path, arrays: Mapping[str, np.ndarray], count: int) -> tuple[n
     names = arrays.get("class_names", np.arange(labels.max() + 1))
     if labels.max() >= len(names):
         raise DataError(f"labels in {path} go up to {labels.max()}; class_names has only {len(names)}")
-    return labels.astype(np.int64), tuple(str(n) for n in names)
+    return ClassLabels(tuple(str(n) for n in names)), {"labels": labels.astype(np.int64)}
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

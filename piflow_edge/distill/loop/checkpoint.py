@@ -16,11 +16,19 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from piflow_edge.errors import CheckpointError
+from piflow_edge.conditioning import (
+    Arrays,
+    ClassLabels,
+    Conditioner,
+    TensorSpec,
+    Unconditional,
+    conditioner_from_json,
+)
+from piflow_edge.errors import CheckpointError, ConditioningError
 from piflow_edge.system.files import sha256, write_atomic
 
-FORMAT_VERSION = 2
-_KEYS = {"format_version", "kind", "iteration", "network", "settings", "class_names", "file", "sha256"}
+FORMAT_VERSION = 3
+_KEYS = {"format_version", "kind", "iteration", "network", "settings", "conditioning", "file", "sha256"}
 
 
 @dataclass(frozen=True)
@@ -29,15 +37,15 @@ class Checkpoint:
 
     `kind`: "teacher" or "student". `iteration`: optimiser steps taken. `network`: JSON of its architecture, see
     `networks.describe`. `settings`: JSON of how it was trained; for a student the imitation settings and where its
-    teacher came from. `class_names`: names of the classes. `tensors`: `ema.*` the weights to use; when training can
-    go on also `raw.*` and `adam.*`.
+    teacher came from. `conditioner`: what steers it. `tensors`: `ema.*` the weights to use; when training can go on
+    also `raw.*` and `adam.*`.
     """
 
     kind: str
     iteration: int
     network: dict[str, Any]
     settings: dict
-    class_names: tuple[str, ...]
+    conditioner: Conditioner
     tensors: dict[str, Tensor] = field(repr=False)
 
     def fingerprint(self) -> str:
@@ -122,7 +130,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "iteration": checkpoint.iteration,
         "network": checkpoint.network,
         "settings": checkpoint.settings,
-        "class_names": list(checkpoint.class_names),
+        "conditioning": checkpoint.conditioner.to_json(),
         "file": name,
         "sha256": digest,
     }
@@ -148,6 +156,8 @@ def load_checkpoint(folder: Path, *, kind: str | None = None) -> Checkpoint:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / 'checkpoint.json'} cannot be read: {error}") from error
+    if isinstance(description, dict) and description.get("format_version") == 2:
+        description = _from_format_2(description)
     if not isinstance(description, dict) or description.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} is not a checkpoint of version {FORMAT_VERSION}; train it again, or use the release that made it"
@@ -157,6 +167,10 @@ def load_checkpoint(folder: Path, *, kind: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{folder / 'checkpoint.json'} has missing or unknown keys: {odd}")
     if kind is not None and description["kind"] != kind:
         raise CheckpointError(f"{folder} holds a {description['kind']}; this needs a {kind}")
+    try:
+        conditioner = conditioner_from_json(description["conditioning"])
+    except ConditioningError as error:
+        raise CheckpointError(f"{folder / 'checkpoint.json'} cannot be used: {error}") from error
     name = description["file"]
     if Path(name).name != name:
         raise CheckpointError(f"{folder / 'checkpoint.json'} points outside its folder: {name!r}")
@@ -175,9 +189,24 @@ def load_checkpoint(folder: Path, *, kind: str | None = None) -> Checkpoint:
         description["iteration"],
         description["network"],
         description["settings"],
-        tuple(description["class_names"]),
+        conditioner,
         tensors,
     )
+
+
+def _from_format_2(description: dict) -> dict:
+    """A description of format 2, which knew names of classes and, in a student's settings, shapes of arrays."""
+    body = {**description, "format_version": FORMAT_VERSION}
+    names = body.pop("class_names", ())
+    shapes = body.get("settings", {}).get("conditioning", {})
+    if names and set(shapes) <= {"labels"}:
+        conditioner: Conditioner = ClassLabels(names)
+    elif shapes:
+        specs = (TensorSpec(name, s["dtype"], ("batch", *s["shape"])) for name, s in shapes.items())
+        conditioner = Arrays(tuple(specs))
+    else:
+        conditioner = Unconditional()
+    return {**body, "conditioning": conditioner.to_json()}
 
 
 def inference_only(checkpoint: Checkpoint, dtype: torch.dtype = torch.float16) -> Checkpoint:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.distill.data.datasets import ImageData
-from piflow_edge.distill.networks.flow_network import FlowNetwork, describe
+from piflow_edge.distill.networks.flow_network import FlowNetwork, describe, find_misfit
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, EngineError
 from piflow_edge.system.files import sha256
 
@@ -161,7 +161,7 @@ def train(
     tensors.clear()
 
     def save(iteration: int) -> Checkpoint:
-        found = Checkpoint(kind, iteration, describe(network), settings, data.class_names, state.tensors())
+        found = Checkpoint(kind, iteration, describe(network), settings, data.conditioner, state.tensors())
         processes.from_main(lambda: save_checkpoint(folder, found))
         return found
 
@@ -278,18 +278,15 @@ def _ctrl_c_between_steps() -> Iterator[Callable[[], bool]]:
 
 
 def check_fit(network: FlowNetwork, data: ImageData) -> None:
-    """Raise DataError unless the data's states and classes are those the network is made for."""
-    if network.num_classes is not None and data.labels is None:
-        raise DataError(f"the network is class-conditional; {data.name!r} has no labels")
+    """Raise DataError unless the data's states, and what steers them, are those the network is made for."""
     if data.shape != network.sample_shape:
         raise DataError(
             f"the network is made for states (C, H, W) = {network.sample_shape}; those of {data.name!r} are "
             f"{data.shape}"
         )
-    if network.num_classes not in (None, len(data.class_names)):
-        raise DataError(
-            f"the network knows {network.num_classes} classes; {data.name!r} has {len(data.class_names)}"
-        )
+    problem = find_misfit(network.null, data.conditioner)
+    if problem:
+        raise DataError(f"{problem}; of {data.name!r}: {data.conditioner.summarize()}")
 
 
 def _earlier(
@@ -308,8 +305,8 @@ def _earlier(
 
 
 def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, settings: dict, folder: Path):
-    was = {"network": checkpoint.network, "class_names": list(checkpoint.class_names)}
-    now = {"network": network, "class_names": list(data.class_names)}
+    was = {"network": checkpoint.network, "conditioning": checkpoint.conditioner.to_json()}
+    now = {"network": network, "conditioning": data.conditioner.to_json()}
     was, now = _flat({**was, **checkpoint.settings}), _flat(json.loads(json.dumps({**now, **settings})))
     odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]
     if odd:

@@ -85,14 +85,14 @@ def train_classifier(
         DataError: fewer than two classes, or images of fewer than 8 pixels a side.
         CheckFailedError: the training diverged.
     """
-    if data.latent is not None or data.labels is None:
-        raise DataError(f"a classifier learns from images with labels; {data.name!r} holds {_what(data)}")
+    # Images that are steered by the same are a class.
+    names, ids = np.unique(data.titles(np.arange(len(data))), return_inverse=True)
+    if data.latent is not None or len(names) == len(data):
+        holds = "latents" if data.latent is not None else "no two images of one class"
+        raise DataError(f"a classifier learns from images with labels; {data.name!r} holds {holds}")
     channels, size = data.shape[0], min(data.shape[1], _LARGEST)
-    classes = len(data.class_names)
-    if len(np.unique(data.labels)) < 2:
-        raise DataError(
-            f"a classifier needs images of two classes or more; {data.name!r} has {len(np.unique(data.labels))}"
-        )
+    if len(names) < 2:
+        raise DataError(f"a classifier needs images of two classes or more; {data.name!r} has {len(names)}")
     if size < 8:
         raise DataError(
             f"a classifier needs images of 8x8 pixels or more; those of {data.name!r} are {size}x{size}"
@@ -101,11 +101,11 @@ def train_classifier(
     order = IterationRandom(seed, 0).permutation(len(data))
     split = len(order) // 6 if held_out is None else held_out
     held, kept = order[:split], order[split:]
-    labels = torch.from_numpy(data.labels)
+    labels = torch.from_numpy(ids.astype(np.int64))
     background = _background(data)
     reach = max(1, size // 8)
 
-    classifier = SmallClassifier(channels, size, classes, width)
+    classifier = SmallClassifier(channels, size, len(names), width)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3, weight_decay=1e-4)
     steps = epochs * max(1, len(kept) // _BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -138,10 +138,6 @@ def train_classifier(
         {"train": accuracy(kept), "held_out": accuracy(held)},
         {"train": len(kept), "held_out": len(held)},
     )
-
-
-def _what(data: ImageData) -> str:
-    return "latents" if data.latent is not None else "none"
 
 
 def _images(data: ImageData, indices: np.ndarray, size: int) -> Tensor:

@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from piflow_edge.conditioning import Conditioner
 from piflow_edge.errors import ShapeError
 
 # Width of the sin/cos time features before their MLP, as in DiT.
 _TIME_FEATURES = 256
+# What steers it: class ids (B,), of which the one after the last class is the null class.
+CLASS_INPUT = "labels"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,14 @@ class DiTConfig:
         """(C, H, W) of a state."""
         size = self.sample_size
         return (self.in_channels, *(size if isinstance(size, tuple) else (size, size)))
+
+    @classmethod
+    def fitting(cls, shape: tuple[int, ...], conditioner: Conditioner, **sizes: int) -> "DiTConfig | None":
+        """Return the sizes for states (C, H, W) steered by class; None for other data."""
+        null = conditioner.null(1) or {}
+        if set(null) != {CLASS_INPUT}:
+            return None
+        return cls(shape[0], tuple(shape[1:]), num_classes=int(null[CLASS_INPUT][0]), **sizes)
 
     @property
     def null_label(self) -> int:

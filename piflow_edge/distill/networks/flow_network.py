@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from piflow_edge.conditioning import Conditioner
 from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.policies import PolicySpec
 
@@ -132,11 +133,6 @@ class FlowNetwork(nn.Module):
 
     # What all have in common.
 
-    @property
-    def num_classes(self) -> int | None:
-        """Classes it was trained with, without the null class; None if it does not take labels."""
-        return int(self.null["labels"]) if "labels" in self.null else None
-
     def forward(self, x_t: Tensor, sigma_t: Tensor, **conditioning: Tensor) -> Tensor | tuple[Tensor, ...]:
         """A teacher's velocity (B, C, *S), or the parts of a student's policy.
 
@@ -235,6 +231,11 @@ class DiTNetwork(FlowNetwork):
             null={"labels": torch.tensor(config.num_classes)},
         )
         self.config = config
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> "DiTNetwork":
+        """Return a network of this architecture; the weights mean nothing yet."""
+        return cls(DiTConfig(**description["config"]), Convention(**description["convention"]))
 
     def predict(self, x_t, t, conditioning):
         """See `FlowNetwork.predict`."""
@@ -337,6 +338,18 @@ def describe(network: FlowNetwork) -> dict[str, Any]:
         "lora": asdict(network.lora) if network.lora else None,
         "base": network.origin if network.lora else None,
     }
+
+
+def find_misfit(null: Conditioning, conditioner: Conditioner) -> str | None:
+    """Return why a network whose "no condition" is `null` cannot be steered by `conditioner`; None where it can."""
+    if missing := sorted(set(null) - {spec.name for spec in conditioner.inputs}):
+        return f"the network is steered by {missing[0]!r}, which is not there"
+    theirs = conditioner.null(1) or {}
+    for name, own in null.items():
+        if own.ndim == 0 and name in theirs and int(own) != int(theirs[name][0]):
+            # The null class is the one after the last.
+            return f"the network knows {int(own)} of {name!r}"
+    return None
 
 
 def _last_layer(module: nn.Module) -> str:

@@ -1,0 +1,235 @@
+"""A small diffusion transformer steered by text: the encodings of a frozen text encoder in, an image's planes out.
+
+Every block attends to the image and to the text at once: queries come from the image, keys and values from both. That
+costs one matrix product a block for the text, where tokens of text that pass through the blocks themselves would cost
+as much as tokens of the image, and small encoders such as MiniLM have already put the words into context. Unlike
+cross-attention it needs no second softmax. The time and the pooled text modulate all blocks through one table with an
+offset for each (adaLN-single of PixArt-alpha, arXiv:2310.00426); queries and keys are normalised (arXiv:2302.05442).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from piflow_edge.conditioning import Conditioner
+from piflow_edge.errors import ShapeError
+
+from .dit import modulate, position_table, time_features, unpatchify
+from .flow_network import Convention, FlowNetwork
+
+_TIME_FEATURES = 256
+# What steers it: hidden states (B, T, D), a mask (B, T), pooled vectors (B, P).
+TEXT_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
+
+
+@dataclass(frozen=True)
+class TextDiTConfig:
+    """Everything that fixes the architecture. Sizes in pixels of the latent, widths in features.
+
+    Args:
+        in_channels: channels of the state, C.
+        sample_size: height and width of the state, or one number for both; another size is accepted at run time.
+        patch_size: side of the square patch that becomes one token.
+        hidden_size: width of a token; a multiple of 4 and of `num_heads`.
+        depth: number of blocks.
+        num_heads: attention heads.
+        text_size: width of the encoder's hidden states, D.
+        pooled_size: width of its pooled vectors.
+
+    Raises:
+        ShapeError: sizes that do not divide.
+    """
+
+    in_channels: int = 3
+    sample_size: int | tuple[int, int] = 64
+    patch_size: int = 8
+    hidden_size: int = 192
+    depth: int = 6
+    num_heads: int = 3
+    text_size: int = 384
+    pooled_size: int = 384
+
+    def __post_init__(self):
+        if self.hidden_size % 4 or self.hidden_size % self.num_heads:
+            raise ShapeError(
+                f"hidden_size is a multiple of 4 and of num_heads; got {self.hidden_size} and {self.num_heads}"
+            )
+        if not isinstance(self.sample_size, int):  # JSON has lists; equal sides are one number
+            height, width = self.sample_size
+            object.__setattr__(self, "sample_size", height if height == width else (height, width))
+        if any(side % self.patch_size for side in self.sample_shape[1:]):
+            raise ShapeError(
+                f"sample_size is a multiple of patch_size; got {self.sample_size} and {self.patch_size}"
+            )
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a state."""
+        size = self.sample_size
+        return (self.in_channels, *(size if isinstance(size, tuple) else (size, size)))
+
+    @classmethod
+    def fitting(
+        cls, shape: tuple[int, ...], conditioner: Conditioner, **sizes: int
+    ) -> "TextDiTConfig | None":
+        """Return the sizes for states (C, H, W) steered by text; None for other data."""
+        widths = {spec.name: spec.shape[-1] for spec in conditioner.inputs}
+        if set(widths) != set(TEXT_INPUTS):
+            return None
+        hidden, _, pooled = (widths[name] for name in TEXT_INPUTS)
+        return cls(shape[0], tuple(shape[1:]), text_size=hidden, pooled_size=pooled, **sizes)
+
+
+class TextDiT(nn.Module):
+    """State, time and text -> prediction (B, out_channels, H, W).
+
+    `out_channels` says how many planes the layer `head.out` writes: C, unless a policy head has widened it.
+    """
+
+    def __init__(self, config: TextDiTConfig):
+        super().__init__()
+        self.config, self.out_channels = config, config.in_channels
+        width, patch = config.hidden_size, config.patch_size
+        self.patch_embed = nn.Conv2d(config.in_channels, width, patch, stride=patch)
+        self.time_mlp = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.text_embed = nn.Sequential(nn.LayerNorm(config.text_size), nn.Linear(config.text_size, width))
+        self.pooled_embed = nn.Sequential(
+            nn.LayerNorm(config.pooled_size), nn.Linear(config.pooled_size, width)
+        )
+        self.modulation = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(TextBlock(width, config.num_heads) for _ in range(config.depth))
+        self.head = TextHead(width, patch**2 * config.in_channels)
+        rows, columns = (side // patch for side in config.sample_shape[1:])
+        table = position_table(rows, columns, width, (rows, columns))
+        self.register_buffer("positions", table, persistent=False)
+        self.checkpoints_gradients = False
+        self._initialise()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on keep a block's input only, and compute the rest again in the backward pass: slower, smaller."""
+        self.checkpoints_gradients = True
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+        pooled_projections: Tensor,
+    ) -> Tensor:
+        """Prediction at states `x_t` (B, C, H, W) and times `t` (B,).
+
+        The text: hidden states (B, T, D), a mask (B, T) that is 0 for padding, pooled vectors (B, P).
+        """
+        patch = self.config.patch_size
+        rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
+        tokens = self.patch_embed(x_t).flatten(2).transpose(1, 2)
+        tokens = tokens + self._positions(rows, columns, tokens)
+        emb = self.time_mlp(time_features(t).to(tokens.dtype)) + self.pooled_embed(pooled_projections)
+        table = self.modulation(F.silu(emb)).unflatten(-1, (6, -1))
+        text = self.text_embed(encoder_hidden_states)
+        seen = encoder_attention_mask.bool()
+        # The image's tokens are always seen: (B, 1, 1, L + T), for all heads and queries.
+        mask = torch.cat([seen.new_ones(seen.shape[0], tokens.shape[1]), seen], dim=1)[:, None, None, :]
+        for block in self.blocks:
+            if self.checkpoints_gradients and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, text, mask, table, use_reentrant=False)
+            else:
+                tokens = block(tokens, text, mask, table)
+        return unpatchify(self.head(tokens, emb), (rows, columns), patch, self.out_channels)
+
+    def _positions(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        trained_on = tuple(side // self.config.patch_size for side in self.config.sample_shape[1:])
+        if (rows, columns) == trained_on:
+            return self.positions.to(like)
+        return position_table(rows, columns, self.config.hidden_size, trained_on).to(like)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        # adaLN-zero: every block starts as the identity, and the prediction as 0.
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.head.out.weight)
+
+
+class TextBlock(nn.Module):
+    """Attention to image and text, and an MLP, each behind a modulated layer norm and a gate."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.offset = nn.Parameter(torch.zeros(6, width))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.text_kv = nn.Linear(width, 2 * width)
+        self.query_norm = nn.RMSNorm(width // num_heads, eps=1e-6)
+        self.key_norm = nn.RMSNorm(width // num_heads, eps=1e-6)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, tokens: Tensor, text: Tensor, mask: Tensor, table: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (table + self.offset).unsqueeze(2).unbind(1)
+        attended = self.attention(modulate(tokens, shift_a, scale_a), text, mask)
+        tokens = torch.addcmul(tokens, gate_a, attended)
+        return torch.addcmul(tokens, gate_m, self.mlp(modulate(tokens, shift_m, scale_m)))
+
+    def attention(self, tokens: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = self._heads(self.qkv(tokens), 3)
+        text_key, text_value = self._heads(self.text_kv(text), 2)
+        key = self.key_norm(torch.cat([key, text_key], dim=2))
+        value = torch.cat([value, text_value], dim=2)
+        mixed = F.scaled_dot_product_attention(self.query_norm(query), key, value, attn_mask=mask)
+        return self.attention_out(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, features: Tensor, parts: int) -> tuple[Tensor, ...]:
+        # (B, L, parts D) -> parts of (B, heads, L, D / heads)
+        return features.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class TextHead(nn.Module):
+    """Tokens -> the prediction's patches, (B, L, rows of `out`)."""
+
+    def __init__(self, width: int, rows: int):
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, rows)
+
+    def forward(self, tokens: Tensor, emb: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(emb)).unsqueeze(1).chunk(2, dim=-1)
+        return self.out(modulate(tokens, shift, scale))
+
+
+class TextDiTNetwork(FlowNetwork):
+    """Our own DiT for text. It predicts x_0: at high noise that is a mean image, an easy thing to begin with."""
+
+    family = "text-dit"
+
+    def __init__(self, config: TextDiTConfig, convention: Convention | None = None):
+        super().__init__(
+            TextDiT(config),
+            config.sample_shape,
+            convention or Convention(predicts="x_0"),
+            output_layer="head.out",
+        )
+        self.config = config
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> "TextDiTNetwork":
+        """Return a network of this architecture; the weights mean nothing yet."""
+        return cls(TextDiTConfig(**description["config"]), Convention(**description["convention"]))
+
+    def predict(self, x_t, t, conditioning):
+        """See `FlowNetwork.predict`."""
+        return self.module(x_t, t, **conditioning)
+
+    def describe(self):
+        """See `FlowNetwork.describe`."""
+        return {"config": asdict(self.config), "convention": asdict(self.convention)}
