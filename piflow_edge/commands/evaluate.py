@@ -119,6 +119,8 @@ def evaluate(
         guidance_scale=guidance,
         teacher_steps=teacher_steps,
     )
+    for warning in evaluation.warnings:
+        say(f"warning: {warning}")
     if out is not None:
         say(f"report: {write_report(out, evaluation, title='piflow-edge evaluation', notes=[])}")
     if as_json:

@@ -4,7 +4,7 @@ All contenders start from the same noise and conditioning, and all networks run 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from .contenders import (
     unique_names,
 )
 from .features import Features, choose_features
+from .judgement import find_warnings
 from .made_images import REAL, MadeImages, Pictures, extract_real_features, make_images
 from .metrics import KID_SUBSET_SIZE, KID_SUBSETS, FeatureSet
 from .plan import Plan, RealImages, check_fit, choose_columns, plan_images
@@ -44,11 +45,15 @@ _LEAST_IMAGES = 100
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, the first of which is the full teacher's if there is one, some of the images, and the conditions."""
+    """Scores, the first of which is the full teacher's if there is one, some of the images, and the conditions.
+
+    `warnings`: reasons to distrust a figure, each a sentence.
+    """
 
     scores: list[Score]
     pictures: Pictures
     conditions: dict
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def has_teacher(self) -> bool:
@@ -56,11 +61,12 @@ class Evaluation:
 
     def as_json(self) -> dict:
         """The figures alone."""
-        return {"conditions": self.conditions, "scores": [asdict(score) for score in self.scores]}
+        scores = [asdict(score) for score in self.scores]
+        return {"conditions": self.conditions, "warnings": self.warnings, "scores": scores}
 
 
 @dataclass(frozen=True)
-class _Field:
+class _Lineup:
     """All that are compared. `full`: the whole teacher's name, None without a teacher; `guidance_scale`: its own."""
 
     contenders: list[Contender]
@@ -68,6 +74,7 @@ class _Field:
     noise_shape: tuple[int, ...]
     full: str | None
     guidance_scale: float | None
+    students: list[str]
 
 
 def evaluate(
@@ -110,18 +117,20 @@ def evaluate(
     features = choose_features(data.name, data.shape) if features is None else features
     generators = dict(zip(unique_names(students), map(load, students), strict=True))
     steps = (teacher_steps, *(cut for cut in cut_steps if cut != teacher_steps))
-    field = _gather(generators, teacher, data, count, steps, guidance_scale)
-    plan = field.plan
+    lineup = _gather(generators, teacher, data, count, steps, guidance_scale)
+    plan = lineup.plan
     columns = choose_columns(plan.groups, data.shape[-1])
     made = make_images(
-        field.contenders, plan, features, columns, field.noise_shape, seed, reference=field.full
+        lineup.contenders, plan, features, columns, lineup.noise_shape, seed, reference=lineup.full
     )
     real = FeatureSet(extract_real_features(data, features), f"the {REAL}")
-    noise = philox_normal(seed, range(1), field.noise_shape)
+    noise = philox_normal(seed, range(1), lineup.noise_shape)
     first = plan.conditioning(slice(1))
-    times, rounds = measure_milliseconds(field.contenders, noise, first, [(seed, 0)])
-    scores = _score(field, made, real, times)
-    return Evaluation(scores, made.pictures, _conditions(field, real, features, seed, rounds))
+    times, rounds = measure_milliseconds(lineup.contenders, noise, first, [(seed, 0)])
+    scores = _score(lineup, made, real, times)
+    fewest, width = min(count, len(data)), real.features.shape[1]
+    warnings = find_warnings(scores, lineup.students, fewest, width)
+    return Evaluation(scores, made.pictures, _conditions(lineup, real, features, seed, rounds), warnings)
 
 
 def _gather(
@@ -131,9 +140,10 @@ def _gather(
     count: int,
     steps: Sequence[int],
     guidance_scale: float | None,
-) -> _Field:
+) -> _Lineup:
     """Bring students and teacher to one start, and plan what they make."""
     contenders = [c for name, generator in generators.items() for c in student_contenders(name, generator)]
+    students = [contender.name for contender in contenders]
     takers = {name: generator.conditioner for name, generator in generators.items()}
     shapes = {name: tuple(g.bundle.manifest.latent.shape) for name, g in generators.items()}
     full = scale = None
@@ -153,13 +163,13 @@ def _gather(
         check_fit(plan, takers)
     if len(set(shapes.values())) > 1:
         raise DataError(f"all start from the same noise, so of one shape; got {shapes}")
-    return _Field(contenders, plan, next(iter(shapes.values())), full, scale)
+    return _Lineup(contenders, plan, next(iter(shapes.values())), full, scale, students)
 
 
-def _score(field: _Field, made: MadeImages, real: FeatureSet, times: dict[str, float]) -> list[Score]:
-    plan, scores = field.plan, []
-    with progress("scoring", len(field.contenders)) as bar:
-        for contender in field.contenders:
+def _score(lineup: _Lineup, made: MadeImages, real: FeatureSet, times: dict[str, float]) -> list[Score]:
+    plan, scores = lineup.plan, []
+    with progress("scoring", len(lineup.contenders)) as bar:
+        for contender in lineup.contenders:
             name, calls = contender.name, contender.network_calls
             found = made.features[name]
             scores.append(
@@ -168,7 +178,7 @@ def _score(field: _Field, made: MadeImages, real: FeatureSet, times: dict[str, f
                 )
             )
             bar(name)
-    if field.full is None:
+    if lineup.full is None:
         return scores
     teacher = scores[0]
     return [
@@ -177,9 +187,9 @@ def _score(field: _Field, made: MadeImages, real: FeatureSet, times: dict[str, f
     ]
 
 
-def _conditions(field: _Field, real: FeatureSet, features: Features, seed: int, rounds: int) -> dict:
+def _conditions(lineup: _Lineup, real: FeatureSet, features: Features, seed: int, rounds: int) -> dict:
     """What the figures were measured on and how."""
-    plan, data = field.plan, field.plan.data
+    plan, data = lineup.plan, lineup.plan.data
     counts = np.bincount(plan.groups, minlength=len(plan.group_names)).tolist()
     return {
         "data": data.name,
@@ -188,7 +198,7 @@ def _conditions(field: _Field, real: FeatureSet, features: Features, seed: int, 
         "image_shape": list(data.shape),
         "images_per_class": dict(zip(plan.group_names, counts, strict=True)),
         "seed": seed,
-        "guidance_scale": field.guidance_scale,
+        "guidance_scale": lineup.guidance_scale,
         "features": features.description,
         "features_source": features.source,
         **real_diversity(real, plan.real_groups, plan.group_names),

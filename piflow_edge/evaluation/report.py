@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,8 @@ figcaption { font-weight: 600; } pre { background: #f4f4f4; padding: 1rem; overf
 class _Column:
     """One of the table's columns. `short`: its heading in a terminal. `beside_teacher`: only where there is one.
 
-    `spare`: left out in a terminal where the columns beside the teacher need the room.
+    `long_cell`: what the page has instead of `cell`. `spare`: left out in a terminal where the columns beside the
+    teacher need the room.
     """
 
     heading: str
@@ -44,6 +45,7 @@ class _Column:
     meaning: str
     beside_teacher: bool = False
     spare: bool = False
+    long_cell: Callable[[Score], str] | None = None
 
 
 _COLUMNS = [
@@ -53,7 +55,28 @@ _COLUMNS = [
         lambda s: f"{s.network_calls}",
         "per image; one with guidance runs the network on two samples",
     ),
-    _Column("FID", "FID", lambda s: _short(s.fid), "Fréchet distance to the real images; lower is better"),
+    _Column(
+        "MSE to teacher",
+        "MSE",
+        lambda s: f"{s.mse:.4f}",
+        "from the same noise and conditioning; pixel values run from -1 to 1",
+        True,
+    ),
+    _Column(
+        "distance to teacher",
+        "dist.",
+        lambda s: f"{s.feature_distance:.3f}",
+        "on features, from the same noise and conditioning, over the teacher's diversity: 0 for the same image, 1 for "
+        "any other of the class",
+        True,
+    ),
+    _Column(
+        "FID",
+        "FID",
+        lambda s: _short(s.fid),
+        "Fréchet distance to the real images; lower is better",
+        long_cell=lambda s: _short(s.fid) + _interval(s.fid_interval),
+    ),
     _Column("× teacher", "FID×", lambda s: f"{s.fid_ratio:.2f}", "FID over the full teacher's", True),
     _Column(
         "KID",
@@ -98,26 +121,20 @@ _COLUMNS = [
         True,
     ),
     _Column(
-        "MSE to teacher",
-        "MSE",
-        lambda s: f"{s.mse:.4f}",
-        "from the same noise and conditioning; pixel values run from -1 to 1",
-        True,
-    ),
-    _Column(
-        "distance to teacher",
-        "dist.",
-        lambda s: f"{s.feature_distance:.3f}",
-        "on features, from the same noise and conditioning, over the teacher's diversity: 0 for the same image, 1 for "
-        "any other of the class",
-        True,
-    ),
-    _Column(
         "ms per image",
         "ms",
         lambda s: f"{s.ms_per_image:.2f}",
         "median, one image at a time, ONNX Runtime on the CPU",
     ),
+]
+
+
+# What a reader asks, the figures that answer it, and whether they need a teacher.
+_QUESTIONS = [
+    ("Does it make its teacher's images?", "MSE, distance: from the same noise, image by image", True),
+    ("Do its images look real, one by one?", "the pictures; precision, density", False),
+    ("Is the set of them like the real set?", "FID, KID: quality and variety in one number", False),
+    ("Did variety survive?", "recall, coverage, diversity, worst class", False),
 ]
 
 
@@ -134,6 +151,14 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, notes: lis
         The path of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "evaluation.json", (json.dumps(evaluation.as_json(), indent=2) + "\n").encode())
+    path = folder / "report.html"
+    write_atomic(path, _page(evaluation, title, notes, _write_pictures(folder, evaluation)).encode())
+    return path
+
+
+def _write_pictures(folder: Path, evaluation: Evaluation) -> str:
+    """Write the pictures as PNGs, and return them as HTML that holds them."""
     rows = {name: [at_most(i) for i in as_pil(decode(row))] for name, row in evaluation.pictures.rows.items()}
     figures = []
     for name, row in rows.items():
@@ -145,32 +170,40 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, notes: lis
             f'<img alt="{html.escape(name)}" src="data:image/png;base64,{source}"></figure>'
         )
     write_atomic(folder / "all.png", png_bytes(side_by_side(rows, evaluation.pictures.titles)))
-    write_atomic(folder / "evaluation.json", (json.dumps(evaluation.as_json(), indent=2) + "\n").encode())
+    return "".join(figures)
+
+
+def _page(evaluation: Evaluation, title: str, notes: list[str], pictures: str) -> str:
     legend = "".join(
         f"<li><b>{html.escape(column.heading)}</b>: {html.escape(column.meaning)}</li>"
         for column in _columns(evaluation)
         if column.heading != "× teacher"
     )
-    page = f"""<!doctype html>
+    questions = [question[:2] for question in _QUESTIONS if evaluation.has_teacher or not question[2]]
+    titles = ", ".join(filter(None, evaluation.pictures.titles))
+    return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-{"".join(f"<p>{html.escape(note)}</p>" for note in notes)}
+{_paragraphs(notes)}
+{_paragraphs(f"Warning: {warning}." for warning in evaluation.warnings)}
+<h2>Pictures</h2>
+<p>Every row but the first starts from the same noise and conditioning, column by column.
+{html.escape(titles)}</p>
+{pictures}
 <h2>Figures</h2>
-<p>In {html.escape(evaluation.conditions["features"])}.</p>
+{_html_table([("question", ""), ("figures that answer it", "")], questions)}
+<p>In {html.escape(evaluation.conditions["features"])}. In brackets: 95 % intervals by bootstrap.</p>
 {_figures_table(evaluation)}
 <ul>{legend}</ul>
-<h2>Pictures</h2>
-<p>Every row but the first starts from the same noise and conditioning, column by column:
-{html.escape(", ".join(evaluation.pictures.titles))}.</p>
-{"".join(figures)}
 {_classes_section(evaluation)}
 <h2>Conditions</h2>
 <pre>{html.escape(json.dumps(evaluation.conditions, indent=2))}</pre>
 </body></html>
 """
-    path = folder / "report.html"
-    write_atomic(path, page.encode())
-    return path
+
+
+def _paragraphs(texts: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
 
 
 def text_table(evaluation: Evaluation):
@@ -198,7 +231,10 @@ def _figures_table(evaluation: Evaluation) -> str:
     columns = _columns(evaluation)
     return _html_table(
         [("", "")] + [(column.heading, column.meaning) for column in columns],
-        [[score.name, *(column.cell(score) for column in columns)] for score in evaluation.scores],
+        [
+            [score.name, *((column.long_cell or column.cell)(score) for column in columns)]
+            for score in evaluation.scores
+        ],
     )
 
 
@@ -239,6 +275,10 @@ def _short(value: float, digits: int = 4) -> str:
     if abs(value) < 1e-4:
         return f"{value:.1g}"
     return f"{value:.{max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))}f}"
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f" ({_short(ends[0])} to {_short(ends[1])})"
 
 
 def _slug(name: str) -> str:

@@ -9,6 +9,7 @@ from .metrics import (
     FeatureSet,
     class_diversities,
     frechet_distance,
+    frechet_interval,
     kernel_distance,
     paired_distance,
     territory,
@@ -23,8 +24,9 @@ class Score:
     """One contender's figures; those beside the teacher are None where there is no teacher.
 
     `network_calls`: per image; a guided call runs the network on two samples. `fid`: Frechet distance to the real
-    images' features. `fid_ratio`: to the teacher's. `kid`, `kid_std`: see `metrics.kernel_distance`. `diversity`: mean
-    feature distance inside a class, averaged over classes. `diversity_ratio`: to the teacher's.
+    images' features; `fid_interval`: see `metrics.frechet_interval`. `fid_ratio`: to the teacher's. `kid`, `kid_std`:
+    see `metrics.kernel_distance`. `diversity`: mean feature distance inside a class, averaged over classes.
+    `diversity_ratio`: to the teacher's.
     `class_diversity`: class by class, and `class_diversity_ratio` to the teacher's. `worst_class`: where that is
     lowest. `precision`, `recall`, `density`, `coverage`: see `metrics.territory`. `mse`: to the teacher's images from
     the same noise, on pixels. `feature_distance`: to them, on features, over the teacher's diversity: 0 for the same
@@ -34,6 +36,7 @@ class Score:
     name: str
     network_calls: int
     fid: float
+    fid_interval: tuple[float, float] | None = field(default=None, kw_only=True)
     fid_ratio: float | None = field(default=None, kw_only=True)
     kid: float
     kid_std: float
@@ -79,6 +82,7 @@ def score_of(
         name,
         network_calls,
         fid=fid,
+        fid_interval=frechet_interval(features, real),
         kid=kid.mean,
         kid_std=kid.std,
         diversity=float(np.mean(list(diversity.values()))),

@@ -1,6 +1,6 @@
 """Evaluation of what arrays steer, and of what nothing steers: without labels anywhere."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -8,6 +8,8 @@ import pytest
 from piflow_edge.conditioning import Arrays, ClassLabels, TensorSpec, Unconditional
 from piflow_edge.errors import DataError
 from piflow_edge.evaluation.comparison import evaluate
+from piflow_edge.evaluation.judgement import find_warnings
+from piflow_edge.evaluation.metrics import frechet_interval
 from piflow_edge.evaluation.plan import ALL_IMAGES, name_inputs, plan_images
 from piflow_edge.evaluation.report import write_report
 
@@ -110,3 +112,33 @@ def test_classes_are_groups_in_the_order_of_their_ids():
     # Images of one group come from different real ones.
     first = plan.chosen[plan.groups == 0]
     assert len(set(first)) == len(first)
+
+
+def test_few_images_and_figures_that_disagree_are_named(tmp_path):
+    found = evaluate(
+        [], prompts(), Pixels(), teacher=Painter(PROMPTS), count=100, teacher_steps=1, cut_steps=()
+    )
+    (warning,) = found.warnings
+    assert "100 images" in warning and "16 features" in warning
+    low, high = found.scores[0].fid_interval
+    assert low <= found.scores[0].fid <= high
+    page = write_report(tmp_path, found, title="blobs", notes=[]).read_text(encoding="utf-8")
+    assert page.index("Warning: 100 images") < page.index("<h2>Pictures") < page.index("<h2>Figures")
+    teacher, *_ = found.scores
+    grainy, close = (
+        replace(teacher, name=name, fid=fid, mse=mse)
+        for name, fid, mse in (("a", 1.0, 0.04), ("b", 2.0, 0.008))
+    )
+    (warning,) = find_warnings([teacher, grainy, close], ["a", "b"], 1000, 16)
+    assert "'a'" in warning and "'b'" in warning and "0.008" in warning
+    assert find_warnings([teacher, grainy, close], ["b"], 1000, 16) == []
+
+
+def test_the_interval_of_a_frechet_distance_holds_the_true_one():
+    random, held = np.random.default_rng(0), 0
+    real = random.standard_normal((20_000, 4))
+    for _ in range(20):
+        low, high = frechet_interval(random.standard_normal((400, 4)) + 0.5, real)
+        held += low <= 4 * 0.25 <= high
+    assert held >= 16  # 19 expected of 95 %
+    assert frechet_interval(np.zeros((3, 300)), np.ones((3, 300))) is None
