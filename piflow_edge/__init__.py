@@ -7,10 +7,9 @@ never bring in torch, onnx, onnxruntime or tensorrt.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .version import __version__
-
 # Public name -> the module that holds it. The same list, for type checkers, stands below.
 _HOMES = {
+    "__version__": "version",
     "warp": "schedule",
     "unwarp": "schedule",
     "Schedule": "schedule",
@@ -32,7 +31,7 @@ _HOMES = {
     "PiFlowError": "errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from piflow_edge.bundle.folder import demo_bundle as demo_bundle
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from piflow_edge.schedule import Segment as Segment
     from piflow_edge.schedule import unwarp as unwarp
     from piflow_edge.schedule import warp as warp
+    from piflow_edge.version import __version__ as __version__
 
 
 def __getattr__(name: str):
