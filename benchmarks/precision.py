@@ -29,9 +29,9 @@ from piflow_edge.evaluation.features import open_features
 from piflow_edge.evaluation.metrics import FeatureSet, frechet_distance
 from piflow_edge.evaluation.plan import plan_images
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.runtime.images import as_pil
-from piflow_edge.runtime.pictures import png_bytes, side_by_side
+from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.hardware import machine
+from piflow_edge.system.sheets import as_pil, side_by_side
 
 
 def wide_student(width: int, depth: int) -> StudentModel:

@@ -62,9 +62,10 @@ from piflow_edge.evaluation.metrics import (
 )
 from piflow_edge.export.feature_extractor import train_features
 from piflow_edge.noise import philox_normal
-from piflow_edge.runtime.pictures import png_bytes, side_by_side
+from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.files import write_atomic
 from piflow_edge.system.hardware import machine
+from piflow_edge.system.sheets import side_by_side
 
 # Steps that are timed in each of a few rounds, and those before them that warm up.
 ROUNDS, TIMED, WARMING = 3, 8, 3

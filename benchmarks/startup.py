@@ -33,7 +33,8 @@ import torch
 import piflow_edge as pf
 from piflow_edge.distill.loop.checkpoint import load_checkpoint
 from piflow_edge.distill.sources import network_of
-from piflow_edge.runtime.images import as_pil, decode
+from piflow_edge.runtime.images import decode
+from piflow_edge.system.sheets import as_pil
 from pathlib import Path
 
 network = network_of(load_checkpoint(Path({student!r}), kind="student"))

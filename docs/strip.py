@@ -13,9 +13,10 @@ from piflow_edge.distill.sources import load_teacher
 from piflow_edge.evaluation.comparison import evaluate
 from piflow_edge.evaluation.features import open_features
 from piflow_edge.export.teacher_graph import open_teacher
-from piflow_edge.runtime.images import as_pil, decode
-from piflow_edge.runtime.pictures import png_bytes, side_by_side
+from piflow_edge.runtime.images import decode
+from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.files import write_atomic
+from piflow_edge.system.sheets import as_pil, side_by_side
 
 
 @click.command()

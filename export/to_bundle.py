@@ -29,11 +29,11 @@ from piflow_edge.export.calibration import ENGINE, Calibration
 from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.manifest_draft import draft_manifest
 from piflow_edge.export.parity import golden_file, golden_images, golden_samples
-from piflow_edge.runtime.images import as_pil
 from piflow_edge.runtime.loading import load
-from piflow_edge.runtime.pictures import image_grid, png_bytes
+from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.runtime.verification import Row, check, verify
 from piflow_edge.system.files import new_folder, sha256, write_atomic
+from piflow_edge.system.sheets import as_pil, image_grid
 
 
 def export_bundle(

@@ -18,9 +18,9 @@ from piflow_edge.errors import CheckFailedError, DataError
 from piflow_edge.integrator import Integrate, integrate
 from piflow_edge.noise import philox_normal
 from piflow_edge.policies import Policy, PolicySpec
-from piflow_edge.runtime.images import decode
 from piflow_edge.sampling import Hooks, sample
 from piflow_edge.schedule import Schedule
+from piflow_edge.system.pixels import quantise_images
 
 from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
 from .sources import TeacherModel
@@ -143,7 +143,7 @@ def distill(
             levels = np.full(len(x_src), sigma_src)
             return policy_of(network, head, x_src, levels, given, eps=imitation.policy_eps)
 
-        return decode(
+        return quantise_images(
             sample(call, noise.to(device), schedule, hooks=Hooks(integrate=integrate)).cpu().numpy()
         )
 

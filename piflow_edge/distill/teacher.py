@@ -18,8 +18,8 @@ from piflow_edge.distill.networks.families import Architecture, new_network
 from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher
 from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.noise import philox_normal
-from piflow_edge.runtime.images import decode
 from piflow_edge.schedule import warp
+from piflow_edge.system.pixels import quantise_images
 
 
 def guide(
@@ -339,7 +339,7 @@ def train_teacher(
         guided = GuidedTeacher(network, GuidanceConfig(_USUAL_SCALE if null else 1.0), null=null)
         given = {name: tensor.to(device) for name, tensor in conditioning.items()}
         images = guided.sample(noise.to(device), _PREVIEW_STEPS, shift=flow_matching.shift, **given)
-        return decode(images.cpu().numpy())
+        return quantise_images(images.cpu().numpy())
 
     settings = {"flow_matching": asdict(flow_matching), "data": data.name}
     return train(

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from piflow_edge.runtime.images import as_pil, decode
-from piflow_edge.runtime.pictures import at_most, image_grid, png_bytes, side_by_side
+from piflow_edge.runtime.images import decode
+from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.files import write_atomic
+from piflow_edge.system.sheets import as_pil, at_most, image_grid, side_by_side
 
 from .comparison import Evaluation
 from .made_images import REAL

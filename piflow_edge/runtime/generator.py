@@ -16,6 +16,7 @@ from piflow_edge.errors import BundleError, ShapeError, UsageError
 from piflow_edge.kernels import gpu_arrays, nvidia
 from piflow_edge.sampling import SamplingSettings
 from piflow_edge.system.files import sha256
+from piflow_edge.system.sheets import as_pil
 
 from .arguments import convert_floats
 from .drawing.batching import joined, pieces
@@ -23,7 +24,6 @@ from .drawing.decoding import Decoding, check_finite, on_host
 from .drawing.latents import Student, Workplace, draw_latents
 from .drawing.observer import Event, Observer, Progress
 from .drawing.stopwatch import Stopwatch
-from .images import as_pil
 from .lifetime import Lifetime
 from .recipe import Recipe
 from .request import Request, build_request, describe_request, repeat_request

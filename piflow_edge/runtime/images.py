@@ -50,13 +50,6 @@ def _pixels(latents: Array, spec: LatentSpec | None) -> Array:
     return latents if spec is None else spec.restore(latents)
 
 
-def as_pil(images: np.ndarray) -> list:
-    """uint8 (B, H, W, C) -> PIL images, grey for C = 1."""
-    from PIL import Image  # only needed where pictures are made
-
-    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
-
-
 def encode(images: Any, spec: LatentSpec, name: str) -> np.ndarray:
     """What a caller gives as an image -> latents float32 (B or 1, C, H, W) as the network sees them.
 

@@ -1,4 +1,4 @@
-"""Small images, laid out to be looked at, and written into files."""
+"""Images written into files, with the recipe that makes them again."""
 
 import io
 from collections import Counter
@@ -7,77 +7,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
 from piflow_edge.errors import ShapeError
 from piflow_edge.system.files import atomic_file, write_atomic
+from piflow_edge.system.sheets import VISIBLE, as_pil, encode_png, image_grid
 
-from .images import as_pil
 from .recipe import CHUNK, EXIF_START, EXIF_TAG, Recipe
 
 # What pictures are written as; the first where nobody says.
 PICTURE_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
-_GAP = 2
-# Shorter sides are enlarged up to about this many pixels, whole pixels each, so that 8x8 digits can be seen.
-VISIBLE = 64
-# Longer sides are shrunk to this many where pictures are only to be compared.
-_LARGEST = 256
-_TEXT_SIZE = 14
 # A segment of a JPEG file has no more than 65,533 bytes.
 _LONGEST_EXIF = 65_000
 # Images per row where all of a call are shown at once.
 _COLUMNS = 10
 
 
-def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of equally large images on one white sheet; small images are enlarged by a whole factor."""
-    width, height = rows[0][0].size
-    factor = max(1, VISIBLE // max(width, height))
-    width, height = width * factor, height * factor
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP), "white")
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (_GAP + x * (width + _GAP), _GAP + y * (height + _GAP)))
-    return sheet
-
-
-def side_by_side(rows: dict[str, Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
-    """`image_grid` with the rows' names on its left and a heading over every column, cut where it is too long."""
-    grid = image_grid(list(rows.values()))
-    font = _font()
-    left = max(_width(font, name) for name in rows) + 2 * _GAP + 8
-    top = _TEXT_SIZE + 8
-    sheet = Image.new("RGB", (left + grid.width, top + grid.height), "white")
-    sheet.paste(grid, (left, top))
-    draw = ImageDraw.Draw(sheet)
-    pitch = (grid.width - _GAP) // len(headings), (grid.height - _GAP) // len(rows)
-    for x, heading in enumerate(headings):
-        text = _fitted(font, heading, pitch[0] - 6)
-        draw.text((left + _GAP + x * pitch[0], 2), text, "black", font)
-    for y, name in enumerate(rows):
-        middle = top + _GAP + y * pitch[1] + (pitch[1] - _TEXT_SIZE) // 2
-        draw.text((_GAP + 4, middle), _printable(font, name), "black", font)
-    return sheet
-
-
-def at_most(image: Image.Image, side: int = _LARGEST) -> Image.Image:
-    """The image, shrunk where a side is longer than `side` pixels."""
-    factor = side / max(image.size)
-    if factor >= 1:
-        return image
-    return image.resize([max(1, round(n * factor)) for n in image.size], Image.Resampling.LANCZOS)
-
-
 def png_bytes(image: Image.Image, recipe: Recipe | None = None) -> bytes:
     """The image as a PNG file, which says how it was made if a recipe is given; see `recipe.read_recipe`."""
-    file, text = io.BytesIO(), PngInfo()
-    if recipe is not None:
-        text.add_text(CHUNK, recipe.as_json())
-    image.save(file, "PNG", optimize=True, pnginfo=text)
-    return file.getvalue()
+    return encode_png(image, {CHUNK: recipe.as_json()} if recipe is not None else None)
 
 
 def show_images(images: Any) -> bytes:
@@ -159,30 +107,3 @@ def _file_names(folder: Path, recipe: Recipe, suffix: str) -> list[Path]:
         files.append(folder / f"{pair[0]}-{pair[1]}{again}{suffix}")
         seen[pair] += 1
     return files
-
-
-def _font():
-    try:
-        return ImageFont.load_default(_TEXT_SIZE)
-    except TypeError:  # Pillow 10.0 has one of a fixed size
-        return ImageFont.load_default()
-
-
-def _printable(font, text: str) -> str:
-    """The text, without characters that Pillow's smallest font cannot draw."""
-    return (
-        text
-        if isinstance(font, ImageFont.FreeTypeFont)
-        else text.encode("latin-1", "replace").decode("latin-1")
-    )
-
-
-def _width(font, text: str) -> int:
-    return int(font.getlength(_printable(font, text))) + 1
-
-
-def _fitted(font, text: str, width: int) -> str:
-    """As much of the text as fits into `width` pixels."""
-    while text and _width(font, text) > width:
-        text = text[:-1]
-    return _printable(font, text)

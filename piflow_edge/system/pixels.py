@@ -30,6 +30,12 @@ def round_to_bytes(images: np.ndarray) -> np.ndarray:
     return (np.rint(np.clip((images + 1) * 127.5, 0, 255)) / 127.5 - 1).astype(np.float32)
 
 
+def quantise_images(images: np.ndarray) -> np.ndarray:
+    """Return images in [-1, 1], (M, C, H, W), as bytes (M, H, W, C)."""
+    levels = np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype(np.uint8)
+    return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
+
+
 def resize_images(images: np.ndarray, height: int | None, width: int | None) -> np.ndarray:
     """Resize images float32 (M, C, H, W), bilinear with antialiasing; None keeps a side."""
     from PIL import Image  # late: most callers keep the size

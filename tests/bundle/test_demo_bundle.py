@@ -48,7 +48,8 @@ def test_it_is_not_signed_in_place(tmp_path):
 
 
 def test_images_of_one_seed_get_a_file_each(tmp_path):
-    from piflow_edge.runtime.pictures import image_grid, png_bytes
+    from piflow_edge.runtime.pictures import png_bytes
+    from piflow_edge.system.sheets import image_grid
 
     made = pf.load(pf.demo_bundle())([3, 7], seed=[5, 5])
     (tmp_path / "both.png").write_bytes(png_bytes(image_grid([made.images]), made.recipe))

@@ -19,7 +19,7 @@ from piflow_edge.evaluation import comparison, made_images
 from piflow_edge.evaluation.comparison import evaluate
 from piflow_edge.evaluation.contenders import Contender, find_common_guidance, images_of, unique_names
 from piflow_edge.evaluation.plan import choose_columns, share_groups
-from piflow_edge.runtime.pictures import at_most, image_grid, side_by_side
+from piflow_edge.system.sheets import at_most, image_grid, side_by_side
 from tests.commands.test_cli import invoke
 from tests.conftest import HAS_TORCH
 

@@ -6,7 +6,8 @@ from PIL import Image
 
 from piflow_edge import PiFlowError
 from piflow_edge.bundle.sections import LatentSpec
-from piflow_edge.runtime.images import as_pil, decode, drawn_mask, encode, open_image
+from piflow_edge.runtime.images import decode, drawn_mask, encode, open_image
+from piflow_edge.system.sheets import as_pil
 
 GREY, COLOUR = LatentSpec("pixels", [1, 4, 6], 1.0, 0.0), LatentSpec("pixels", [3, 4, 6], 0.5, 0.25)
 LATENTS = LatentSpec("latents", [4, 2, 3], 0.36, 0.1)

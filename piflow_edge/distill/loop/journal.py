@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from piflow_edge.errors import MissingExtraError
-from piflow_edge.runtime.images import as_pil
-from piflow_edge.runtime.pictures import image_grid, png_bytes
 from piflow_edge.system.files import write_atomic
 from piflow_edge.system.progress import progress
+from piflow_edge.system.sheets import as_pil, encode_png, image_grid
 
 # Pictures in a row of a sample sheet.
 _COLUMNS = 10
@@ -48,7 +47,7 @@ class Journal:
         sheet = image_grid([as_pil(images[i : i + _COLUMNS]) for i in range(0, len(images), _COLUMNS)])
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
-        write_atomic(folder / f"{done:07d}.png", png_bytes(sheet))
+        write_atomic(folder / f"{done:07d}.png", encode_png(sheet))
         if self.board is not None:
             self.board.add_image("samples", np.asarray(sheet), done, dataformats="HWC")
 
