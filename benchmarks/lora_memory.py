@@ -35,6 +35,7 @@ def run(kind, options):
     from piflow_edge.distill.sources import TeacherModel
     from piflow_edge.distill.student import distill
     from piflow_edge.distill.teacher import GuidanceConfig
+    from piflow_edge.kernels.rollout import integrate
     from piflow_edge.policies import GMPolicySpec
 
     if kind == "imports":
@@ -58,7 +59,7 @@ def run(kind, options):
     with tempfile.TemporaryDirectory() as folder:
         distill(
             model, data, ImitationConfig(nfe=1), training, folder, guidance=GuidanceConfig(), head=head,
-            lora=lora if kind == "lora" else None,
+            lora=lora if kind == "lora" else None, integrate=integrate,
         )  # fmt: skip
 
 

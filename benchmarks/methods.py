@@ -26,7 +26,7 @@ from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.distill.sources import TeacherModel, network_of
 from piflow_edge.distill.student import distill, policy_of
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
-from piflow_edge.kernels.rollout import rollout
+from piflow_edge.kernels.rollout import integrate, rollout
 from piflow_edge.policies import DXPolicySpec, GMPolicySpec, PolicySpec
 from piflow_edge.schedule import Schedule
 from piflow_edge.system.files import write_atomic
@@ -119,6 +119,7 @@ class PiFlow:
             guidance=self.setting.guidance,
             head=self.head,
             resume=True,
+            integrate=integrate,
         )
         return 0.0
 

@@ -31,6 +31,7 @@ from piflow_edge.distill.networks.flow_network import attach_policy_head
 from piflow_edge.distill.sources import load_teacher
 from piflow_edge.distill.student import student_loss
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.policies import GMPolicySpec
 
 EMA_DECAY = 0.999
@@ -176,7 +177,7 @@ class Ours:
         processes.place(teacher)
         self.state, self.pieces = State(network, processes), processes.share(training.batch_size)
         guided = GuidedTeacher(teacher, GuidanceConfig(GUIDANCE_SCALE))
-        self.loss, self.data, self.training = student_loss(guided, head, config), data, training
+        self.loss, self.data, self.training = student_loss(guided, head, config, integrate), data, training
 
     def step(self, iteration):
         value = gradients(self.state, self.loss, self.data, self.training, self.pieces, iteration)
