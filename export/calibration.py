@@ -8,7 +8,8 @@ import numpy as np
 from piflow_edge.bundle.manifest import STUDENT, Manifest
 from piflow_edge.bundle.sections import ToleranceSpec
 from piflow_edge.engines import Engine, Graph, open_engine
-from piflow_edge.noise import philox_normal
+from piflow_edge.kernels.normal import philox_normal
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import peak_error, relative_error, rms_levels, rms_of_psnr
 from piflow_edge.sampling import Hooks, SamplingSettings, sample
@@ -18,6 +19,11 @@ Inputs = dict[str, np.ndarray]
 # Not the golden images' seed: a precision is checked on other inputs than it was fitted to.
 CALIBRATION_SEED = 1
 CALIBRATION_IMAGES = 16
+# Of a network of so many weights, or fewer; a larger one is slower, and each image of it has more values to look at.
+_WEIGHTS_FOR_ALL = 10_000_000
+_FEWEST_IMAGES = 3
+# Images in one call: some speed for small networks, little memory for large ones.
+_TOGETHER = 4
 # Not the fastest here: whether an export passes must not hang on the exporting machine's GPU, and int8 is for CPUs.
 ENGINE = "ort-cpu"
 
@@ -35,8 +41,13 @@ def keep_fp32(network: str, graph: Graph, calibration: "Calibration | None") -> 
     return Conversion(graph)
 
 
+def count_images(most: int, parameters: int) -> int:
+    """Return how many images an export draws of a network, at most `most`: large networks are given few."""
+    return min(most, max(_FEWEST_IMAGES, most * _WEIGHTS_FOR_ALL // max(parameters, 1)))
+
+
 class Calibration:
-    """An fp32 student and what it makes of `CALIBRATION_IMAGES` seeds.
+    """An fp32 student and what it makes of up to `CALIBRATION_IMAGES` seeds; see `count_images`.
 
     `batches`: what the network is fed, one batch per call of each trajectory.
 
@@ -49,15 +60,17 @@ class Calibration:
 
     def __init__(self, student: Graph, manifest: Manifest, nfes: Iterable[int], decoder: Graph | None = None):
         self.manifest = manifest
-        self._conditioning = manifest.conditioner.example(CALIBRATION_IMAGES)
-        self._noise = philox_normal(CALIBRATION_SEED, range(CALIBRATION_IMAGES), manifest.latent.shape)
+        self._count = count_images(CALIBRATION_IMAGES, student.size // 4)
+        self._conditioning = manifest.conditioner.example(self._count)
+        self._noise = self._draw_noise(0)
         self._decoder = open_engine(decoder, engine=ENGINE) if decoder else None
         engine = open_engine(student, engine=ENGINE)
         self.batches: list[Inputs] = []
-        for nfe in nfes:
-            self._latents(engine, nfe, self.batches)
-        self._outputs = [engine.run(batch) for batch in self.batches]
-        self._drawn = self._latents(engine, manifest.schedule.nfe)
+        self._outputs: list[dict[str, np.ndarray]] = []
+        drawn = {nfe: self._latents(engine, nfe, record=True) for nfe in nfes}
+        if (nfe := manifest.schedule.nfe) not in drawn:
+            drawn[nfe] = self._latents(engine, nfe)
+        self._drawn = drawn[nfe]
 
     def inputs_of(self, network: str) -> list[Inputs]:
         """What a network of the bundle is fed: of the decoder, one state of the last call."""
@@ -74,9 +87,9 @@ class Calibration:
         """
         engine = open_engine(graph, engine=ENGINE)
         outputs = [
-            relative_error(found[name], expected[name])
-            for found, expected in zip(map(engine.run, self.batches), self._outputs, strict=True)
-            for name in expected
+            relative_error(found, expected[name])
+            for batch, expected in zip(self.batches, self._outputs, strict=True)
+            for name, found in _run(engine, batch).items()
         ]
         drawn = self._latents(engine, self.manifest.schedule.nfe)
         if self.manifest.makes_images:
@@ -93,16 +106,17 @@ class Calibration:
         shares = [errors[name] / limit for name, limit in limits.items()]
         return max(np.inf if np.isnan(share) else share for share in shares)
 
-    def _latents(self, engine: Engine, nfe: int, batches: list[Inputs] | None = None) -> np.ndarray:
+    def _draw_noise(self, draw: int) -> np.ndarray:
+        return philox_normal(CALIBRATION_SEED, range(self._count), self.manifest.latent.shape, draw=draw)
+
+    def _latents(self, engine: Engine, nfe: int, *, record: bool = False) -> np.ndarray:
         def network(x_t, sigma):
             inputs = self.manifest.network_inputs(x_t, sigma, self._conditioning)
-            if batches is not None:
-                batches.append(inputs)
-            return self.manifest.policy.policy(engine.run(inputs), x_t, sigma)
-
-        def renoise(draw: int) -> np.ndarray:
-            indices = range(CALIBRATION_IMAGES)
-            return philox_normal(CALIBRATION_SEED, indices, self.manifest.latent.shape, draw=draw)
+            outputs = _run(engine, inputs)
+            if record:
+                self.batches.append(inputs)
+                self._outputs.append(outputs)
+            return self.manifest.policy.policy(outputs, x_t, sigma)
 
         spec = self.manifest.schedule
         return sample(
@@ -110,7 +124,7 @@ class Calibration:
             self._noise,
             spec.schedule(nfe=nfe),
             SamplingSettings(temperature=spec.temperature_of(nfe)),
-            Hooks(renoise=renoise),
+            Hooks(integrate=integrate, renoise=self._draw_noise),
         )
 
     def _images(self, latents: np.ndarray) -> np.ndarray:
@@ -122,3 +136,13 @@ class Calibration:
         # One at a time: large images would not fit otherwise.
         parts = [next(iter(self._decoder.run({name: one[None]}).values())) for one in unscaled]
         return decode(np.concatenate(parts))
+
+
+def _run(engine: Engine, inputs: Inputs) -> dict[str, np.ndarray]:
+    """A network call for any number of samples, `_TOGETHER` at a time."""
+    count = len(next(iter(inputs.values())))
+    parts = [
+        engine.run({name: array[start : start + _TOGETHER] for name, array in inputs.items()})
+        for start in range(0, count, _TOGETHER)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -8,12 +8,13 @@ import torch
 from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
+from piflow_edge.export.calibration import count_images
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import GOLDEN_SEED
 
-# Golden images per bundle: enough to see, few enough to keep a bundle small.
+# Golden images per bundle, of a large network fewer: enough to see, few enough to keep a bundle small.
 GOLDEN_IMAGES = 10
 
 
@@ -21,8 +22,9 @@ GOLDEN_IMAGES = 10
 def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.ndarray]:
     """Run the student in PyTorch, policies in float64, and record every layer; see `verification`."""
     spec, schedule = manifest.schedule, manifest.schedule.schedule()
-    indices = range(GOLDEN_IMAGES)
-    conditioning = manifest.conditioner.example(GOLDEN_IMAGES)
+    count = count_images(GOLDEN_IMAGES, sum(parameter.numel() for parameter in network.parameters()))
+    indices = range(count)
+    conditioning = manifest.conditioner.example(count)
     given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
     shape = manifest.latent.shape
     x_t = philox_normal(GOLDEN_SEED, indices, shape)
