@@ -4,23 +4,20 @@ What stays in float32 is found by measuring on calibration inputs, the states of
 recorded by name. Inputs and outputs of every graph stay float32.
 """
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from types import MappingProxyType
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
 from piflow_edge.engines import Graph
-from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.calibration import Calibration, Conversion, Inputs
 from piflow_edge.export.compact import compact
+from piflow_edge.export.half_graph import FLOAT32_OPERATORS, convert_to_half
 from piflow_edge.export.half_measures import Measures, measure_half
-from piflow_edge.export.large import check, graph_of, model_of, types
-
-_convert_float_to_float16 = import_part("transformers.float16").convert_float_to_float16
-_OnnxModel = import_part("transformers.onnx_model").OnnxModel
+from piflow_edge.export.large import check, graph_of, types
 
 # Calibration cannot see every input: half of fp16's range is left as headroom.
 _FP16_LARGEST = float(np.finfo(np.float16).max) / 2
@@ -44,24 +41,22 @@ def to_fp16(graph: Graph, batches: Sequence[Inputs], *, exact_outputs: bool = Tr
     Raises:
         CheckFailedError: the graph gives NaN or infinity on the calibration inputs.
     """
-    model = model_of(graph)
-    known = {name for node in model.graph.node for name in node.output}
-    kept = delicate_nodes(model, batches)
+    model = onnx.load_from_string(graph.model)
+    floats = _find_floats(model)
+    kept = delicate_nodes(model, batches, graph.weights)
     if exact_outputs:
         for output in model.graph.output:
-            for node in _upstream(model, [output.name]):
+            for node in _upstream(model, [output.name], floats):
                 kept.setdefault(node, f"leads to output {output.name}")
-    _unshare_weights(model, kept)
-    # Of inputs and outputs too, which become round trips where the node behind is kept; those go again.
-    model = _convert_float_to_float16(model, keep_io_types=True, node_block_list=list(kept))
-    _OnnxModel(model).topological_sort()  # the converter appends its casts at the end
-    model.graph.ClearField("value_info")  # and notes types that it then changes
-    _drop_round_trips(model)
-    _OnnxModel(model).topological_sort()
-    compact(model, known)
-    half = graph_of(model)
-    check(half)
-    return Conversion(half, kept)
+    for node in model.graph.node:
+        if node.op_type in FLOAT32_OPERATORS and floats.intersection([*node.input, *node.output]):
+            kept.setdefault(node.name, f"{node.op_type} is not in fp16 everywhere")
+    known = {name for node in model.graph.node for name in node.output}
+    half = convert_to_half(model, graph.weights, kept, floats)
+    compact(half, known)
+    converted = graph_of(half)
+    check(converted)
+    return Conversion(converted, kept)
 
 
 def convert_network(network: str, graph: Graph, calibration: Calibration) -> Conversion:
@@ -69,24 +64,32 @@ def convert_network(network: str, graph: Graph, calibration: Calibration) -> Con
     return to_fp16(graph, calibration.inputs_of(network))
 
 
-def delicate_nodes(model: onnx.ModelProto, batches: Sequence[Inputs]) -> dict[str, str]:
+def delicate_nodes(
+    model: onnx.ModelProto, batches: Sequence[Inputs], files: Mapping[str, bytes] = MappingProxyType({})
+) -> dict[str, str]:
     """Nodes that fp16 would spoil on these inputs, and why: overflow, or an error far above rounding.
 
     Each node is run twice on the values that flow in float32: as they are, and rounded to fp16.
+
+    Args:
+        model: an fp32 ONNX model.
+        batches: calibration inputs.
+        files: contents of the files that its weights lie in, if they do.
 
     Raises:
         CheckFailedError: a node gives NaN or infinity in float32 already.
     """
     found: dict[str, str] = {}
-    for node, name, measures in measure_half(model, batches):
+    for node, name, measures in measure_half(model, batches, files):
         for one in measures if node.name not in found else ():
             if reason := _fp16_problem(name, one):
                 found[node.name] = reason
                 break
+    floats = _find_floats(model)
     for node in model.graph.node:
         # A value that must not be rounded must not be made from rounded ones either: up to the last matrix product.
         if node.name in list(found) and "overflow" not in found[node.name]:
-            for above in _upstream(model, node.input):
+            for above in _upstream(model, node.input, floats):
                 found.setdefault(above, f"feeds {node.name}, which magnifies rounding")
     return found
 
@@ -102,14 +105,13 @@ def _fp16_problem(name: str, measures: Measures) -> str | None:
     return None
 
 
-def _float_values(model: onnx.ModelProto) -> set[str]:
+def _find_floats(model: onnx.ModelProto) -> set[str]:
     return {name for name, kind in types(model).items() if kind == TensorProto.FLOAT}
 
 
-def _upstream(model: onnx.ModelProto, names: Iterable[str]) -> list[str]:
+def _upstream(model: onnx.ModelProto, names: Iterable[str], floats: Set[str]) -> list[str]:
     """Nodes that make these values, back to and with the last matrix products."""
     makers = {name: node for node in model.graph.node for name in node.output}
-    floats = _float_values(model)
     found, queue = [], list(names)
     while queue:
         node = makers.get(queue.pop())
@@ -119,52 +121,3 @@ def _upstream(model: onnx.ModelProto, names: Iterable[str]) -> list[str]:
         if node.op_type not in _PRODUCTS:
             queue += node.input
     return found
-
-
-def _unshare_weights(model: onnx.ModelProto, kept: Iterable[str]) -> None:
-    """Give kept nodes weights of their own: the converter would round what they share with others."""
-    kept, weights = set(kept), {tensor.name: tensor for tensor in model.graph.initializer}
-    used_in_half = {name for node in model.graph.node if node.name not in kept for name in node.input}
-    for node in model.graph.node:
-        for i, name in enumerate(node.input):
-            if node.name in kept and name in weights and name in used_in_half:
-                node.input[i] = own = f"{name}.of.{node.name}"
-                if not any(tensor.name == own for tensor in model.graph.initializer):
-                    tensor = model.graph.initializer.add()
-                    tensor.CopyFrom(weights[name])
-                    tensor.name = own
-
-
-def _drop_round_trips(model: onnx.ModelProto) -> None:
-    """Let float32 nodes read each other's values: the converter puts fp32 -> fp16 -> fp32 between them."""
-
-    def target(node):
-        return node.attribute[0].i if node.op_type == "Cast" else None
-
-    outputs = {value.name for value in model.graph.output}
-    halved = {
-        node.output[0]: node.input[0] for node in model.graph.node if target(node) == TensorProto.FLOAT16
-    }
-    floats = _float_values(model)
-    renamed = {
-        node.output[0]: halved[node.input[0]]
-        for node in model.graph.node
-        if target(node) == TensorProto.FLOAT and halved.get(node.input[0]) in floats
-    }
-    kept = [node for node in model.graph.node if node.output[0] not in renamed]
-    # An output keeps its name, which its maker's result takes on.
-    final = {renamed[name]: name for name in outputs & renamed.keys()}
-    for node in kept:
-        inputs = [renamed.get(name, name) for name in node.input]
-        node.input[:] = [final.get(name, name) for name in inputs]
-        node.output[:] = [final.get(name, name) for name in node.output]
-    nodes = [copy.deepcopy(node) for node in kept]
-    model.graph.ClearField("node")
-    model.graph.node.extend(nodes)
-    while True:  # nodes that nobody reads any more
-        read = {name for node in model.graph.node for name in node.input} | outputs
-        dead = [node for node in model.graph.node if not any(name in read for name in node.output)]
-        if not dead:
-            break
-        for node in dead:
-            model.graph.node.remove(node)

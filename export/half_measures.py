@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import EngineError
 from piflow_edge.export.calibration import Inputs
+from piflow_edge.export.large import load_tensor
 from piflow_edge.export.pieces import Piece, cut_into_pieces
 
 _ROUNDED = ".rounded"
@@ -48,13 +49,14 @@ class Measures:
 
 
 def measure_half(
-    model: onnx.ModelProto, batches: Sequence[Inputs]
+    model: onnx.ModelProto, batches: Sequence[Inputs], files: Mapping[str, bytes]
 ) -> Iterator[tuple[onnx.NodeProto, str, list[Measures]]]:
     """Run each float node twice on the values that flow in float32: as they are, and rounded to fp16.
 
     Args:
-        model: fp32, its nodes in an order in which they can run, its weights inside.
+        model: fp32, its nodes in an order in which they can run.
         batches: calibration inputs; axis 0 of each array counts samples.
+        files: contents of the files that its weights lie in, if they do.
 
     Returns:
         Node, value that it makes, and its `Measures` in each batch, as the graph is walked.
@@ -68,7 +70,7 @@ def measure_half(
         for j in range(len(next(iter(batch.values()))))
     ]
     for piece in cut_into_pieces(model, samples[0][1]):
-        session, measured = _open_with_twins(piece, model)
+        session, measured = _open_with_twins(piece, model, files)
         found = {name: [Measures() for _ in batches] for name in measured}
         wanted = [*piece.outputs, *(name + figure for name in found for figure in _FIGURES)]
         for i, values in samples:
@@ -82,9 +84,9 @@ def measure_half(
             yield measured[name], name, measures
 
 
-def _open_with_twins(piece: Piece, model: onnx.ModelProto):
+def _open_with_twins(piece: Piece, model: onnx.ModelProto, files: Mapping[str, bytes]):
     """A session that gives a piece's outputs and `_FIGURES`; and for each value that these are of, its node."""
-    graph, measured = _graph_with_twins(piece)
+    graph, measured = _graph_with_twins(piece, files)
     whole = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -105,11 +107,13 @@ def _run(session, wanted: list[str], inputs: Mapping[str, np.ndarray]) -> list[n
         raise EngineError(f"onnxruntime cannot run the network: {error}") from error
 
 
-def _graph_with_twins(piece: Piece) -> tuple[onnx.GraphProto, dict[str, onnx.NodeProto]]:
+def _graph_with_twins(
+    piece: Piece, files: Mapping[str, bytes]
+) -> tuple[onnx.GraphProto, dict[str, onnx.NodeProto]]:
     nodes: list[onnx.NodeProto] = []
-    weights = list(piece.weights)
+    weights = [load_tensor(tensor, files) for tensor in piece.weights]
     rounded: dict[str, str] = {}  # float value -> the same, rounded to fp16
-    for tensor in piece.weights:
+    for tensor in list(weights):
         if tensor.data_type == TensorProto.FLOAT:
             rounded[tensor.name] = f"{tensor.name}.in"
             weights.append(

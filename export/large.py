@@ -23,7 +23,7 @@ _FILE = "weights"
 
 def graph_of(model: onnx.ModelProto) -> Graph:
     """The model as bytes, its weights in a file of their own if they are too many. The model is used up."""
-    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= LARGEST_MODEL:
+    if sum(map(count_bytes, model.graph.initializer)) <= LARGEST_MODEL:
         return Graph(model.SerializeToString())
     file = io.BytesIO()
     for tensor in model.graph.initializer:
@@ -34,15 +34,28 @@ def graph_of(model: onnx.ModelProto) -> Graph:
     return Graph(model.SerializeToString(), {_FILE: file.getvalue()})
 
 
+def count_bytes(tensor: onnx.TensorProto) -> int:
+    """Size of a tensor's content, wherever that lies."""
+    return onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
+
+
+def load_tensor(tensor: onnx.TensorProto, files: Mapping[str, bytes]) -> onnx.TensorProto:
+    """The tensor with its content inside: itself, or a copy where the content lies in one of the `files`."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return tensor
+    info = ExternalDataInfo(tensor)
+    content = memoryview(files[info.location])[info.offset : info.offset + info.length]
+    return onnx.TensorProto(
+        name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=bytes(content)
+    )
+
+
 def model_of(graph: Graph) -> onnx.ModelProto:
     """The model with all its weights inside, to be looked at or changed."""
     model = onnx.load_from_string(graph.model)
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            info = ExternalDataInfo(tensor)
-            tensor.raw_data = graph.weights[info.location][info.offset : info.offset + info.length]
-            del tensor.external_data[:]
-            tensor.ClearField("data_location")
+            tensor.CopyFrom(load_tensor(tensor, graph.weights))
     return model
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from piflow_edge.export.large import infer_values
+from piflow_edge.export.large import count_bytes, infer_values
 
 # Bytes of weights and values that a piece may have. A node larger than that is a piece of its own.
 PIECE_BYTES = 128 << 20
@@ -38,7 +38,7 @@ class Piece:
 def cut_into_pieces(
     model: onnx.ModelProto, example: Mapping[str, np.ndarray], limit: int | None = None
 ) -> Iterator[Piece]:
-    """Cut a model, its weights inside, where what crosses has a known type.
+    """Cut a model where what crosses has a known type. Its weights may be inside or in files.
 
     Args:
         model: nodes in the order in which they can run.
@@ -55,7 +55,7 @@ def cut_into_pieces(
     unknown = max(sizes.values(), default=0)
     start, cost, alive = 0, 0, set(given)
     for i, node in enumerate(nodes):
-        cost += sum(tensor.ByteSize() for tensor in map(weights.get, node.input) if tensor is not None)
+        cost += sum(count_bytes(weights[name]) for name in node.input if name in weights)
         cost += _COPIES * sum(sizes.get(name, unknown) for name in node.output if name)
         alive = {name for name in alive.union(node.output) if last_read.get(name, -1) > i}
         if i + 1 < len(nodes) and (cost < limit or not alive <= types.keys()):

@@ -42,6 +42,24 @@ class TestScripts:
         assert line["speedup / ratio of calls"] == pytest.approx(2 * line["speedup / ratio of sample runs"])
         page(tmp_path, "end_to_end", "in diffusers")
 
+    def test_export_cost(self, tmp_path, monkeypatch):
+        from benchmarks import export_cost
+
+        monkeypatch.setattr(
+            export_cost, "measure", export_cost.measure_here
+        )  # each in its own would import torch
+        found = answer_of(
+            "export_cost", "--size", "tiny", "--stage", "fp32, fp16", out=tmp_path / "export_cost.json"
+        )
+        (line,) = found["lines"]
+        assert line["parameters"] > 10_000 and 0 < line["before_mb"] <= line["peak_mb"]
+        found["lines"].insert(
+            0, {"size": "tiny", "stage": export_cost.PLAIN, **line, "cpu_seconds": 1.0, "seconds": 2.0}
+        )
+        found["lines"].append({"size": "tiny", "stage": "fp32", "failed": "exit status 1"})
+        export_cost.add_ratios(found["lines"])
+        assert "exit status 1" in export_cost.write_table(found)
+
     def test_scaling(self, tmp_path):
         plot = tmp_path / "scaling.png"
         found = answer_of("scaling", "--small", "--rounds", 1, "--plot", plot, out=tmp_path / "scaling.json")

@@ -50,7 +50,7 @@ def test_figures_are_the_same_however_the_graph_is_cut(monkeypatch):
     model = model_of_depth(1)
 
     def measure():
-        return {name: measures for _, name, measures in measure_half(model, [BATCH, BATCH])}
+        return {name: measures for _, name, measures in measure_half(model, [BATCH, BATCH], {})}
 
     whole = measure()
     assert all(len(measures) == 2 and measures[0] == measures[1] for measures in whole.values())
