@@ -87,7 +87,7 @@ def make_call(stage: str, student, folder: Path) -> Callable[[], object]:
     if stage == PLAIN:
         return lambda: export_plainly(student, folder)
     if stage == "network_graph":
-        return lambda: network_graph(student.network, student.conditioning)
+        return lambda: network_graph(student.network)
     return lambda: export_bundle(student, folder / "bundle", precisions=STAGES[stage])
 
 

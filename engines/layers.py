@@ -7,6 +7,9 @@ from piflow_edge.engines.ort import give_weights
 from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import EngineError, MissingExtraError
 
+# Nodes whose values are in memory together; for each lot of them the graph runs once more.
+_NODES_TOGETHER = 64
+
 
 def layer_values(graph: Graph, inputs: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
     """Values inside a graph, computed node by node: nothing is fused or left out.
@@ -43,13 +46,15 @@ def first_non_finite(graph: Graph, inputs: dict[str, np.ndarray]) -> str | None:
         MissingExtraError, EngineError: see `layer_values`.
     """
     nodes = _onnx().load_from_string(graph.model).graph.node
-    values = layer_values(graph, inputs, [name for node in nodes for name in node.output if name])
-    made = set(values)
-    for node in nodes:
-        results = (values[name] for name in node.output if name)
-        if any(value.dtype.kind == "f" and not np.isfinite(value).all() for value in results):
-            weights = [name for name in node.input if name not in made and "." in name]
-            return f"{node.name} ({node.op_type}{' with ' + ', '.join(weights) if weights else ''})"
+    made = {name for node in nodes for name in node.output}
+    for start in range(0, len(nodes), _NODES_TOGETHER):
+        part = nodes[start : start + _NODES_TOGETHER]
+        values = layer_values(graph, inputs, [name for node in part for name in node.output if name])
+        for node in part:
+            results = (values[name] for name in node.output if name)
+            if any(value.dtype.kind == "f" and not np.isfinite(value).all() for value in results):
+                weights = [name for name in node.input if name not in made and "." in name]
+                return f"{node.name} ({node.op_type}{' with ' + ', '.join(weights) if weights else ''})"
     return None
 
 

@@ -43,6 +43,8 @@ class OrtEngine:
     min_batch = 1
     max_batch: int | None = None
     choice = Choice("it was asked for")
+    # Which provider has how many nodes; None for the CPU's own, which has all.
+    node_counts: placement.Placement | None = None
     # What must be at hand besides the package, for the error where the provider does not load.
     needs = "it"
     # The one `sys.platform` it exists for; None is any.
@@ -177,6 +179,14 @@ class OrtEngine:
                 "would run on the CPU; use engine 'ort-cpu'"
             )
         log.info("engine %r runs %d of %d nodes, the CPU %d", self.name, ours, total, counts[_CPU_PROVIDER])
+        if (rest := counts.describe_rest(self.provider)) is not None:
+            log.warning(
+                "engine %r leaves %s to the CPU, and copies their inputs and results: it may be no faster than "
+                "'ort-cpu'; compare them with `piflow-edge bench`, or try another precision of the bundle",
+                self.name,
+                rest,
+            )
+        self.node_counts = counts
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """One network call."""

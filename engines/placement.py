@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,39 @@ _DTYPES = {
     "tensor(int64)": "int64",
     "tensor(uint8)": "uint8",
 }
+# Nearly all the work of a network: one of them on the CPU costs more than the device saves, and two copies.
+_PRODUCTS = (
+    "MatMul", "Gemm", "Conv", "ConvTranspose", "FusedMatMul", "FusedGemm", "FusedConv", "Attention",
+    "MultiHeadAttention", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "MatMulNBits",
+)  # fmt: skip
+
+
+class Placement(Counter):
+    """Provider -> number of nodes that it runs. `products`: the same of matrix products and convolutions alone.
+
+    A provider that compiles may count what it compiled as one node, of which nobody knows the operators.
+    """
+
+    def __init__(self, nodes: Iterable[tuple[str, str]] = ()):
+        """Count nodes, each given as provider and operator."""
+        nodes = list(nodes)
+        super().__init__(provider for provider, _ in nodes)
+        self.products = Counter(provider for provider, kind in nodes if kind in _PRODUCTS)
+
+    def describe_rest(self, provider: str) -> str | None:
+        """Return what other providers run that should not; None if that is shapes, sizes and other small work."""
+        nodes, products = sum(self.values()), sum(self.products.values())
+        left = products - self.products[provider]
+        if left:
+            return f"{left} of {products} matrix products and {nodes - self[provider]} of {nodes} nodes"
+        # Without a product elsewhere; but so many nodes are more than the sizes of a batch.
+        if self[provider] and self.products[provider] and nodes - self[provider] > nodes / 2:
+            return f"{nodes - self[provider]} of {nodes} nodes"
+        return None
 
 
 @contextmanager
-def watched(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Counter]]:
+def watched(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Placement]]:
     """Counts the nodes of each provider, of a session that is opened with `settings` meanwhile.
 
     From 1.24 on ONNX Runtime tells. Before, its profile of a call does: the first, on zeros, which is made here. Its
@@ -30,7 +59,7 @@ def watched(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Counter]]
         batch: samples in that call.
 
     Returns:
-        As a context: session -> {provider: number of nodes}.
+        As a context: session -> its `Placement`.
     """
     if hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -51,14 +80,12 @@ def dtype_of(value) -> str:
     return _DTYPES[kind]
 
 
-def _told(session) -> Counter:
-    counts: Counter = Counter()
-    for part in session.get_provider_graph_assignment_info():
-        counts[part.ep_name] += len(part.get_nodes())
-    return counts
+def _told(session) -> Placement:
+    parts = session.get_provider_graph_assignment_info()
+    return Placement((part.ep_name, node.op_type) for part in parts for node in part.get_nodes())
 
 
-def _profiled(session, batch: int) -> Counter:
+def _profiled(session, batch: int) -> Placement:
     zeros = {
         value.name: np.zeros(
             [size if isinstance(size, int) else batch for size in value.shape], dtype_of(value)
@@ -68,5 +95,9 @@ def _profiled(session, batch: int) -> Counter:
     session.run(None, zeros)
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     # A node in a loop has several events.
-    ran = {(event["name"], event["args"].get("provider")) for event in events if event.get("cat") == "Node"}
-    return Counter(provider for _, provider in ran if provider)
+    ran = {
+        (event["name"], event["args"].get("provider"), event["args"].get("op_name", ""))
+        for event in events
+        if event.get("cat") == "Node"
+    }
+    return Placement((provider, kind) for _, provider, kind in ran if provider)

@@ -1,5 +1,6 @@
 """The networks of a bundle: exported in float32, then converted to every precision, and named as files."""
 
+import logging
 from dataclasses import replace
 
 from piflow_edge.bundle.manifest import DECODER, STUDENT, Manifest, sampler_calls
@@ -10,11 +11,15 @@ from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError
 from piflow_edge.export.calibration import Calibration, Conversion
 from piflow_edge.export.decoder_graph import export_decoder
-from piflow_edge.export.large import named
+from piflow_edge.export.large import measure_lowered_share, named
 from piflow_edge.export.opset import lowered
 from piflow_edge.export.sampler_graph import export_sampler
 from piflow_edge.export.to_onnx import OPSET, network_graph
 
+log = logging.getLogger(__name__)
+
+# Share of a network's weights below which a precision is warned of: most of it is float32 still.
+_LEAST_SHARE = 0.5
 # Name of a network -> its graph.
 Graphs = dict[str, Graph]
 
@@ -58,6 +63,8 @@ def convert_networks(
         kept[precision] = {
             name: one.kept for name, one in converted.items() if one.graph is not exact[name] or one.kept
         }
+        for name, reasons in kept[precision].items():
+            _tell_share(name, precision, converted[name].graph, reasons)
         for name in manifest.networks:
             graph, tag = _graph_of(name, converted, exact, manifest, precision)
             if f"{name}.{tag}.onnx" not in files:
@@ -66,6 +73,16 @@ def convert_networks(
     networks = {name: replace(spec, files=listed[name]) for name, spec in manifest.networks.items()}
     provenance = {**manifest.provenance, "kept_in_fp32": kept}
     return replace(manifest, networks=networks, provenance=provenance), files
+
+
+def _tell_share(network: str, precision: str, graph: Graph, reasons: dict[str, str] | str) -> None:
+    """Log how much of a network a precision covers; with a warning where it is less than its name promises."""
+    share = measure_lowered_share(graph)
+    level = logging.INFO if share >= _LEAST_SHARE or reasons == "all" else logging.WARNING
+    log.log(
+        level, "%s holds %.0f %% of the weights of %r; bundle.json says why the others stay in float32",
+        precision, 100 * share, network,
+    )  # fmt: skip
 
 
 def _graph_of(

@@ -1,6 +1,6 @@
 """The student on its own trajectories: what a converted graph is fitted to, and how far off it then is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -146,3 +146,10 @@ def _run(engine: Engine, inputs: Inputs) -> dict[str, np.ndarray]:
         for start in range(0, count, _TOGETHER)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def split_samples(batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    """The samples of calibration batches, one by one, each as a batch of its own."""
+    for batch in batches:
+        for i in range(len(next(iter(batch.values())))):
+            yield {name: array[i : i + 1] for name, array in batch.items()}

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import EngineError
-from piflow_edge.export.calibration import Inputs
+from piflow_edge.export.calibration import Inputs, split_samples
 from piflow_edge.export.large import load_tensor
 from piflow_edge.export.pieces import Piece, cut_into_pieces
 
@@ -64,11 +64,7 @@ def measure_half(
     Raises:
         EngineError: ONNX Runtime cannot run a piece of the graph.
     """
-    samples = [
-        (i, {name: array[j : j + 1] for name, array in batch.items()})
-        for i, batch in enumerate(batches)
-        for j in range(len(next(iter(batch.values()))))
-    ]
+    samples = [(i, sample) for i, batch in enumerate(batches) for sample in split_samples([batch])]
     for piece in cut_into_pieces(model, samples[0][1]):
         session, measured = _open_with_twins(piece, model, files)
         found = {name: [Measures() for _ in batches] for name in measured}

@@ -13,7 +13,7 @@ from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
 from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.export.calibration import Calibration, Conversion, Inputs
+from piflow_edge.export.calibration import Calibration, Conversion, Inputs, split_samples
 from piflow_edge.export.compact import compact
 from piflow_edge.export.large import check, graph_of, save
 
@@ -25,9 +25,11 @@ log = logging.getLogger(__name__)
 _SHARE = 0.5
 
 
-class _Batches(quantization.CalibrationDataReader):
+class _Samples(quantization.CalibrationDataReader):
+    """One sample at a time: the tool holds what it measures of all that it is given together."""
+
     def __init__(self, batches: Sequence[Inputs]):
-        self._left = iter(batches)
+        self._left = iter(split_samples(batches))
 
     def get_next(self) -> Inputs | None:
         return next(self._left, None)
@@ -129,7 +131,7 @@ def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded:
             quantization.quantize_static(
                 source,
                 out,
-                _Batches(batches),
+                _Samples(batches),
                 quant_format=quantization.QuantFormat.QDQ,
                 activation_type=quantization.QuantType.QInt8,
                 extra_options={

@@ -39,6 +39,13 @@ def count_bytes(tensor: onnx.TensorProto) -> int:
     return onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
 
 
+def measure_lowered_share(graph: Graph) -> float:
+    """Share of a graph's weights, by their number, in fewer bits than float32; matrices and kernels count."""
+    tensors = [t for t in onnx.load_from_string(graph.model).graph.initializer if len(t.dims) > 1]
+    lowered = (t for t in tensors if onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize < 4)
+    return sum(math.prod(t.dims) for t in lowered) / max(sum(math.prod(t.dims) for t in tensors), 1)
+
+
 def load_tensor(tensor: onnx.TensorProto, files: Mapping[str, bytes]) -> onnx.TensorProto:
     """The tensor with its content inside: itself, or a copy where the content lies in one of the `files`."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:

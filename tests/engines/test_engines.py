@@ -229,6 +229,44 @@ def test_the_nodes_of_a_provider_that_takes_them_are_counted(monkeypatch, small_
     assert counts["CPUExecutionProvider"] > 3 and sum(counts.values()) == counts["CPUExecutionProvider"]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "rest"),
+    [
+        ([("Ours", "MatMul")] * 4 + [("CPU", "Shape")], None),
+        ([("Ours", "MatMul")] * 4 + [("CPU", "Shape")] * 5, "5 of 9 nodes"),
+        (
+            [("Ours", "MatMul")] * 3 + [("CPU", "Conv"), ("CPU", "Shape")],
+            "1 of 4 matrix products and 2 of 5 nodes",
+        ),
+        ([("Ours", "compiled"), ("CPU", "Shape"), ("CPU", "Gather")], None),  # one node stands for many
+        ([("Ours", "compiled"), ("CPU", "Gemm")], "1 of 1 matrix products and 1 of 2 nodes"),
+    ],
+)
+def test_work_that_a_provider_leaves_to_the_cpu_is_described(nodes, rest):
+    assert placement.Placement(nodes).describe_rest("Ours") == rest
+
+
+def test_an_engine_that_leaves_products_to_the_cpu_warns_with_the_share(monkeypatch, small_graph, caplog):
+    """On the real library, of whose nodes some pass for another provider's."""
+    pytest.importorskip("onnxruntime")
+    counted = placement._told
+
+    def tell(session):
+        whole = counted(session)
+        nodes = [("CPUExecutionProvider", "MatMul")] * 2 + [("CPUExecutionProvider", "Add")] * sum(
+            whole.values()
+        )
+        return placement.Placement([*nodes, ("Another", "MatMul")])
+
+    monkeypatch.setattr(placement, "_told", tell)
+    monkeypatch.setattr(ort, "_CPU_PROVIDER", "Another")
+    backend = backend_of("CPUExecutionProvider")
+    with caplog.at_level(logging.WARNING):
+        engine = backend(small_graph, "cpu", EngineOptions())
+    assert "leaves 1 of 3 matrix products and 1 of" in caplog.text and "piflow-edge bench" in caplog.text
+    assert engine.node_counts["Another"] == 1
+
+
 def test_a_provider_that_fails_prints_nothing_and_is_an_error(capfd):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():

@@ -101,6 +101,12 @@ def test_a_graph_survives_the_way_to_files_and_back(monkeypatch):
     assert kinds["means"] == onnx.TensorProto.FLOAT and np.isin(list(kinds.values()), [1, 7, 9]).all()
 
 
+@pytest.mark.parametrize(("precision", "least", "most"), [("fp32", 0, 0), ("fp16", 0.7, 1), ("int8", 0.5, 1)])
+def test_the_share_of_weights_that_a_precision_holds(folder, precision, least, most):
+    model = (folder / f"student.{precision}.onnx").read_bytes()
+    assert least <= large.measure_lowered_share(Graph(model)) <= most
+
+
 def test_a_graph_that_must_be_one_file_says_so(monkeypatch):
     monkeypatch.setattr(large, "LARGEST_MODEL", 0)
     with pytest.raises(CheckpointError, match="2 GiB"):

@@ -15,7 +15,7 @@ from tests.conftest import make_student
 BATCH = {
     "x_t": np.random.default_rng(0).standard_normal((3, 1, 8, 8), np.float32),
     "t": np.full(3, 0.5, np.float32),
-    "class_labels": np.arange(3),
+    "labels": np.arange(3),
 }
 
 
