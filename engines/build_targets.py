@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from piflow_edge.engines import Graph
@@ -22,7 +22,7 @@ _ITEM_BYTES = {
 
 
 class Tensor(Protocol):
-    """An input or output of a graph: the sizes of its axes, or "batch" for the first."""
+    """An input or output of a graph: the sizes of its axes, or their names where they vary, such as "batch"."""
 
     @property
     def name(self) -> str: ...
@@ -30,6 +30,10 @@ class Tensor(Protocol):
     def dtype(self) -> str: ...
     @property
     def shape(self) -> Sequence[int | str]: ...
+
+
+# Places in a profile's three shapes.
+_MOST = 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Target:
-    """One graph to build. `name`: for people. `file`: where it lies. `inputs`, `outputs`: as far as they are known."""
+    """One graph to build. `name`: for people. `file`: where it lies. `inputs`, `outputs`: as far as they are known.
+
+    `lengths`: least, best and greatest of every named axis but the batch.
+    """
 
     name: str
     file: str
@@ -74,21 +81,28 @@ class Target:
     precision: str
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
+    lengths: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
-    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Of the inputs, at a batch size."""
-        return {spec.name: _sized(spec, batch) for spec in self.inputs}
+    def shapes(self, batch: int, place: int = _MOST) -> dict[str, tuple[int, ...]]:
+        """Of the inputs, at a batch size. `place`: 0, 1, 2 for the least, best and greatest of other axes."""
+        return {spec.name: self._size(spec, batch, place) for spec in self.inputs}
 
     def buffers(self, batch: int) -> int:
-        """Bytes of the inputs and outputs, at a batch size."""
+        """Bytes of the inputs and outputs, at a batch size and the greatest of other axes."""
         specs = (*self.inputs, *self.outputs)
-        return sum(math.prod(_sized(spec, batch)) * _ITEM_BYTES[spec.dtype] for spec in specs)
+        return sum(math.prod(self._size(spec, batch, _MOST)) * _ITEM_BYTES[spec.dtype] for spec in specs)
 
     def profile(self, batch: Batch) -> dict[str, tuple[tuple[int, ...], ...]]:
         """Least, best and greatest shape of each input."""
-        sizes = [self.shapes(size) for size in (batch.least, batch.best, batch.most)]
+        batches = (batch.least, batch.best, batch.most)
+        sizes = [self.shapes(size, place) for place, size in enumerate(batches)]
         return {name: tuple(shapes[name] for shapes in sizes) for name in sizes[0]}
 
+    def describe_profile(self, batch: Batch) -> str:
+        """The sizes in one line, "1:1:8 tokens=1:77:512", by which engines in the cache differ."""
+        lengths = (f" {name}={':'.join(map(str, three))}" for name, three in sorted(self.lengths.items()))
+        return f"{batch}{''.join(lengths)}"
 
-def _sized(spec: Tensor, batch: int) -> tuple[int, ...]:
-    return tuple(batch if size == "batch" else int(size) for size in spec.shape)
+    def _size(self, spec: Tensor, batch: int, place: int) -> tuple[int, ...]:
+        sizes = {name: three[place] for name, three in self.lengths.items()} | {"batch": batch}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)

@@ -117,7 +117,7 @@ def plan(target: Target, settings: BuildSettings) -> Plan:
         key = EngineKey(
             onnx=target.graph.sha256,
             precision=target.precision,
-            profile=str(settings.batch),
+            profile=target.describe_profile(settings.batch),
             options=options,
             **engine_cache.place(settings.engine, release, settings.device),
         )
@@ -198,7 +198,9 @@ def _opens(data: bytes, target: Target, settings: BuildSettings) -> bool:
         if settings.engine == "tensorrt":
             trt.TensorRTEngine(target.graph, settings.device, EngineOptions(), plan=data).close()
         else:
-            ort_compile.open_compiled(settings.engine, data, settings.device, str(settings.batch)).close()
+            ort_compile.open_compiled(
+                settings.engine, data, settings.device, target.describe_profile(settings.batch)
+            ).close()
     except EngineError as error:
         log.warning("%s", error)
         return False

@@ -34,7 +34,7 @@ class EngineKey:
         backend: "tensorrt", "ort-tensorrt" or "tensorrt-rtx".
         onnx: of the graph; its `sha256`.
         precision: of the graph, as in the bundle.
-        profile: batch sizes "MIN:OPT:MAX".
+        profile: sizes, as `Target.describe_profile` puts them.
         tensorrt: its version, and where it runs inside ONNX Runtime that one's.
         cuda: that the driver is made for, "12.6".
         gpu: its name.

@@ -130,5 +130,5 @@ def _compiled_by_a_session(module, provider: str, settings, graph: Graph, option
 
 
 def open_compiled(engine: str, data: bytes, device: str, profile: str):
-    """A compiled model for batch sizes "MIN:OPT:MAX", opened in its backend."""
+    """A compiled model for the sizes of `Target.describe_profile`, opened in its backend."""
     return BACKENDS[engine](Graph(b""), device, EngineOptions(), plan=data, profile=profile)

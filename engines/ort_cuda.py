@@ -122,7 +122,7 @@ class OrtTensorRT(OrtCUDA):
     Args:
         graph, device, options: as for every engine.
         plan: a compiled model to open instead.
-        profile: batch sizes "MIN:OPT:MAX" that it was built for.
+        profile: sizes that it was built for, the batch's "MIN:OPT:MAX" first.
     """
 
     name = "ort-tensorrt"
@@ -177,7 +177,7 @@ class OrtTensorRT(OrtCUDA):
         if self._plan is None and (found := self._cached(graph, self.device)) is not None:
             self._plan, self._profile = found["plan"], found["profile"]
         if self._profile:
-            least, _, most = self._profile.split(":")
+            least, _, most = self._profile.split()[0].split(":")
             self.min_batch, self.max_batch = int(least), int(most)
         if self._plan is None:
             log.warning(

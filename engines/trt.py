@@ -28,24 +28,26 @@ _CALLS_KEPT = 8
 
 @dataclass(frozen=True)
 class _Tensor:
-    """An input or output. `shape` has -1 at the batch's place, `most` the profile's greatest batch."""
+    """An input or output. `shape` has -1 where a size varies, at first the batch. `least`, `most`: the profile's."""
 
     name: str
     is_input: bool
     dtype: str
     shape: tuple[int, ...]
+    least: tuple[int, ...]
     most: tuple[int, ...]
-
-    def sized(self, batch: int) -> tuple[int, ...]:
-        return tuple(batch if size == -1 else size for size in self.shape)
 
     def bytes(self, shape: tuple[int, ...]) -> int:
         item = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
         return int(np.prod(shape, dtype=np.int64)) * item
 
 
+# Of tensors, by name.
+_Shapes = dict[str, tuple[int, ...]]
+
+
 class _Outputs:
-    """Memory for one call's outputs, at the greatest batch. Taken again once all arrays made of it are gone."""
+    """Memory for one call's outputs, at their greatest. Taken again once all arrays made of it are gone."""
 
     def __init__(self, ordinal: int, tensors: list[_Tensor], stream: int):
         self.stream = stream  # on which they are written and, by whoever asked for them, read
@@ -70,14 +72,14 @@ class _Lease:
 
 
 class _Call:
-    """One batch size with one place for its outputs: a context of its own, and from the second time on a CUDA graph.
+    """Inputs of one size, one place for their outputs: a context of its own, and from the second time on a CUDA graph.
 
     A recorded graph holds addresses and shapes, so that each takes a context of its own; they share scratch memory, for
     the engine runs one call at a time.
     """
 
-    def __init__(self, context):
-        self.context = context
+    def __init__(self, context, shapes: dict[str, tuple[int, ...]]):
+        self.context, self.shapes = context, shapes  # of the outputs
         self.recording: nvidia.Recording | None = None
         self.count = 0
         self.can_record = True
@@ -117,7 +119,7 @@ class TensorRTEngine:
                 f"TensorRT {trt.__version__} cannot open the engine: {reason}; build it again on this device"
             )
         self._trt = trt
-        self._tensors = _tensors(trt, self._engine)
+        self._tensors = _tensors(trt, self._engine, self._sizes_of_outputs)
         self._axes = {t.name: t.shape.index(-1) for t in self._tensors if t.is_input and -1 in t.shape}
         self._stream = nvidia.Stream(self._ordinal)
         self._inputs: dict[str, nvidia.Memory] = {}
@@ -129,7 +131,7 @@ class TensorRTEngine:
         self._scratch = nvidia.Memory(self._ordinal, max(1, scratch))
         self.min_batch, self.max_batch = self._limits()
         self._outputs: list[_Outputs] = []
-        self._calls: OrderedDict[tuple[int, int], _Call] = OrderedDict()
+        self._calls: OrderedDict[tuple[object, int], _Call] = OrderedDict()
 
     @classmethod
     def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
@@ -165,6 +167,7 @@ class TensorRTEngine:
             if self._engine is None:
                 raise EngineError("engine 'tensorrt' is closed; open the network again")
             arrays = {t.name: self._checked(t, inputs) for t in self._tensors if t.is_input}
+            self._check_lengths(arrays)
             if (batch := self._batch(arrays)) < 1:
                 raise ShapeError("a call has one sample or more; got none")
             if batch > self.max_batch:
@@ -177,19 +180,19 @@ class TensorRTEngine:
             return padding.run_padded(self._called, arrays, self._axes, self.min_batch)
 
     def _called(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        batch = self._batch(arrays)
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         on_gpu = [array for array in arrays.values() if is_on_gpu(array)]
         stream = stream_of(on_gpu[0]) if on_gpu else self._stream.handle
         if stream != self._stream.handle:  # inputs and scratch may still be in use by the call before
             nvidia.after(self._ordinal, stream, self._stream.handle)
         for tensor in self._tensors:
             if tensor.is_input:
-                self._bring(tensor, arrays[tensor.name], tensor.sized(batch), stream)
+                self._bring(tensor, arrays[tensor.name], stream)
         outputs = self._free_outputs(stream)
-        self._queue(batch, outputs, stream)
+        made = self._queue(shapes, outputs, stream)
         if stream != self._stream.handle:
             nvidia.after(self._ordinal, self._stream.handle, stream)
-        return self._on_gpu(outputs, batch, stream) if on_gpu else self._on_host(outputs, batch)
+        return self._on_gpu(outputs, made, stream) if on_gpu else self._on_host(outputs, made)
 
     def close(self) -> None:
         """Free its memory, once calls that are under way have ended; that of outputs goes with their arrays."""
@@ -219,9 +222,24 @@ class TensorRTEngine:
         shape = tuple(array.shape)
         fits = len(shape) == len(tensor.shape)
         if not fits or any(want not in (-1, have) for want, have in zip(tensor.shape, shape, strict=True)):
-            wanted = ", ".join("batch" if size == -1 else str(size) for size in tensor.shape)
-            raise ShapeError(f"{tensor.name} must be ({wanted}); got {shape}")
+            first = tensor.shape.index(-1) if -1 in tensor.shape else None
+            names = ("batch" if place == first else "any" for place in range(len(tensor.shape)))
+            wanted = (
+                name if size == -1 else str(size) for name, size in zip(names, tensor.shape, strict=True)
+            )
+            raise ShapeError(f"{tensor.name} must be ({', '.join(wanted)}); got {shape}")
         return array
+
+    def _check_lengths(self, arrays: dict[str, Any]) -> None:
+        """Raise EngineError for lengths of other axes than the batch that the engine was not built for."""
+        for tensor in (t for t in self._tensors if t.is_input):
+            sizes = zip(tensor.least, arrays[tensor.name].shape, tensor.most, strict=True)
+            for place, (least, size, most) in enumerate(sizes):
+                if place != self._axes.get(tensor.name) and not least <= size <= most:
+                    raise EngineError(
+                        f"this engine was built for {tensor.name} of {least} to {most} along axis {place}; got {size}: "
+                        "build it again with --axis"
+                    )
 
     def _batch(self, arrays: dict[str, Any]) -> int:
         batches = {name: arrays[name].shape[axis] for name, axis in self._axes.items()}
@@ -229,7 +247,7 @@ class TensorRTEngine:
             raise ShapeError(f"inputs of one call have the same batch; got {batches}")
         return int(next(iter(batches.values())))
 
-    def _bring(self, tensor: _Tensor, array, shape: tuple[int, ...], stream: int) -> None:
+    def _bring(self, tensor: _Tensor, array, stream: int) -> None:
         """Queue a copy of an input to where the engine reads it."""
         if is_on_gpu(array):
             found = view(tensor.name, array, stream, (tensor.dtype,))
@@ -240,7 +258,9 @@ class TensorRTEngine:
             source = found.pointer
         else:
             source = array.ctypes.data  # pageable: copied aside before the call returns
-        nvidia.copy(self._ordinal, self._inputs[tensor.name].pointer, source, tensor.bytes(shape), stream)
+        nvidia.copy(
+            self._ordinal, self._inputs[tensor.name].pointer, source, tensor.bytes(array.shape), stream
+        )
 
     def _free_outputs(self, stream: int) -> _Outputs:
         # Of the same stream, so that what was queued to read the arrays before comes before the next write.
@@ -251,16 +271,20 @@ class TensorRTEngine:
         self._outputs.append(outputs)
         return outputs
 
-    def _queue(self, batch: int, outputs: _Outputs, stream: int) -> None:
-        """Queue the network: kernel by kernel the first time, recorded the second time, replayed from then on."""
-        key = (batch, id(outputs))
+    def _queue(self, shapes: _Shapes, outputs: _Outputs, stream: int) -> _Shapes:
+        """Queue the network: kernel by kernel the first time, recorded the second time, replayed from then on.
+
+        Returns:
+            The shapes of its outputs.
+        """
+        key = (tuple(shapes.values()), id(outputs))
         call = self._calls.get(key)
         if call is None:
             # Where a profile cannot be shared, there is one context at a time.
             kept = 1 if self._api.profile_sharing == "never" else _CALLS_KEPT
             while len(self._calls) >= kept:
                 self._forget(outputs)
-            call = self._calls[key] = self._prepared(batch, outputs)
+            call = self._calls[key] = self._prepared(shapes, outputs)
         self._calls.move_to_end(key)
         call.count += 1
         # TensorRT sets a context up at its first call, in ways that cannot be recorded.
@@ -271,8 +295,9 @@ class TensorRTEngine:
         else:
             with nvidia.current(self._ordinal):
                 self._execute(call, stream)
+        return call.shapes
 
-    def _prepared(self, batch: int, outputs: _Outputs) -> _Call:
+    def _prepared(self, shapes: _Shapes, outputs: _Outputs) -> _Call:
         api = self._api
         with nvidia.current(self._ordinal):
             context = trt_versions.create_context(api, self._trt, self._engine)
@@ -282,11 +307,22 @@ class TensorRTEngine:
             for tensor in self._tensors if done else ():
                 memory = self._inputs if tensor.is_input else outputs.memory
                 if tensor.is_input:
-                    done &= context.set_input_shape(tensor.name, tensor.sized(batch))
+                    done &= context.set_input_shape(tensor.name, shapes[tensor.name])
                 done &= context.set_tensor_address(tensor.name, memory[tensor.name].pointer)
         if not done:
-            raise EngineError(f"TensorRT cannot prepare a call of {batch}: {'; '.join(self._log.errors)}")
-        return _Call(context)
+            raise EngineError(f"TensorRT cannot prepare a call of {shapes}: {'; '.join(self._log.errors)}")
+        made = [tensor.name for tensor in self._tensors if not tensor.is_input]
+        return _Call(context, {name: tuple(map(int, context.get_tensor_shape(name))) for name in made})
+
+    def _sizes_of_outputs(self, inputs: _Shapes, outputs: list[str]) -> _Shapes:
+        """Shapes of the outputs for inputs of these shapes."""
+        with nvidia.current(self._ordinal):
+            context = trt_versions.create_context(self._api, self._trt, self._engine)
+            if context is None or not all(context.set_input_shape(*one) for one in inputs.items()):
+                raise EngineError(
+                    f"TensorRT cannot prepare a call of {inputs}: {'; '.join(self._log.errors)}"
+                )
+            return {name: tuple(map(int, context.get_tensor_shape(name))) for name in outputs}
 
     def _record(self, call: _Call) -> None:
         stream = self._stream.handle
@@ -309,22 +345,22 @@ class TensorRTEngine:
         used = {outputs for _, outputs in self._calls} | {id(kept)}
         self._outputs = [outputs for outputs in self._outputs if id(outputs) in used]
 
-    def _on_gpu(self, outputs: _Outputs, batch: int, stream: int) -> dict[str, DeviceArray]:
+    def _on_gpu(self, outputs: _Outputs, shapes: _Shapes, stream: int) -> dict[str, DeviceArray]:
         lease = outputs.lease()
         return {
             t.name: DeviceArray(
-                outputs.memory[t.name].pointer, t.dtype, t.sized(batch), self._ordinal, lease, stream
+                outputs.memory[t.name].pointer, t.dtype, shapes[t.name], self._ordinal, lease, stream
             )
             for t in self._tensors
             if not t.is_input
         }
 
-    def _on_host(self, outputs: _Outputs, batch: int) -> dict[str, np.ndarray]:
+    def _on_host(self, outputs: _Outputs, shapes: _Shapes) -> dict[str, np.ndarray]:
         arrays = {}
         for tensor in (t for t in self._tensors if not t.is_input):
             if tensor.dtype == "bfloat16":
                 raise EngineError(f"{tensor.name} is bfloat16, which NumPy lacks; give inputs on the GPU")
-            arrays[tensor.name] = array = np.empty(tensor.sized(batch), tensor.dtype)
+            arrays[tensor.name] = array = np.empty(shapes[tensor.name], tensor.dtype)
             source = outputs.memory[tensor.name].pointer
             nvidia.copy(self._ordinal, array.ctypes.data, source, array.nbytes, self._stream.handle)
         nvidia.wait_for(self._stream.handle)
@@ -342,27 +378,33 @@ def _cached(graph: Graph, trt, device: str) -> bytes:
     return found[1]
 
 
-def _tensors(trt, engine) -> list[_Tensor]:
-    tensors = []
+def _tensors(trt, engine, sizes_of_outputs: Callable[[_Shapes, list[str]], _Shapes]) -> list[_Tensor]:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    shapes = {name: tuple(int(size) for size in engine.get_tensor_shape(name)) for name in names}
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-    most = 0
-    for name in inputs:
-        shape = tuple(engine.get_tensor_shape(name))
-        if -1 in shape:
-            most = int(engine.get_tensor_profile_shape(name, 0)[2][shape.index(-1)])
-    if not most:
+    if not any(-1 in shapes[name] for name in inputs):
         raise EngineError(
             "an engine's inputs have a batch that may vary; this one's have not: build it again"
         )
-    for name in names:
-        shape = tuple(int(size) for size in engine.get_tensor_shape(name))
-        if shape.count(-1) > 1:
-            raise EngineError(f"{name} of this engine varies in more than its batch: {shape}")
-        largest = tuple(most if size == -1 else size for size in shape)
-        dtype = trt_versions.format_of(engine.get_tensor_dtype(name))
-        tensors.append(_Tensor(name, name in inputs, dtype, shape, largest))
-    return tensors
+    least, most = ({name: _profile_shape(engine, name, place) for name in inputs} for place in (0, 2))
+    outputs = [name for name in names if name not in inputs]
+    least |= sizes_of_outputs(least, outputs)
+    most |= sizes_of_outputs(most, outputs)
+    return [
+        _Tensor(
+            name,
+            name in inputs,
+            trt_versions.format_of(engine.get_tensor_dtype(name)),
+            shapes[name],
+            least[name],
+            most[name],
+        )
+        for name in names
+    ]
+
+
+def _profile_shape(engine, name: str, place: int) -> tuple[int, ...]:
+    return tuple(int(size) for size in engine.get_tensor_profile_shape(name, 0)[place])
 
 
 def _as_typed(tensor: _Tensor, array: np.ndarray) -> np.ndarray:

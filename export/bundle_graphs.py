@@ -31,7 +31,7 @@ def export_networks(student: StudentModel, manifest: Manifest, autoencoder: Auto
         BundleError: a sampler graph is wanted of a network that is too large for one.
         CheckFailedError: an exported graph is not valid ONNX.
     """
-    graphs = {STUDENT: network_graph(student.network, manifest.conditioner.inputs)}
+    graphs = {STUDENT: network_graph(student.network, manifest.conditioner.inputs, manifest.axes)}
     if graphs[STUDENT].weights and manifest.samplers:
         raise BundleError(
             "a sampler graph is one file of less than 2 GiB, and the network alone is larger; leave --sampler-graph out"

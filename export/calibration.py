@@ -61,7 +61,7 @@ class Calibration:
     def __init__(self, student: Graph, manifest: Manifest, nfes: Iterable[int], decoder: Graph | None = None):
         self.manifest = manifest
         self._count = count_images(CALIBRATION_IMAGES, student.size // 4)
-        self._conditioning = manifest.conditioner.example(self._count)
+        self._conditioning = manifest.example(self._count)
         self._noise = self._draw_noise(0)
         self._decoder = open_engine(decoder, engine=ENGINE) if decoder else None
         engine = open_engine(student, engine=ENGINE)

@@ -2,9 +2,11 @@
 
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.errors import BundleError, ScheduleError
 from piflow_edge.export.opset import OPSETS
 from piflow_edge.export.to_onnx import OPSET
@@ -26,6 +28,7 @@ class ExportSettings:
         eps: floor inside the policy at run time.
         samplers: calls per image for which the whole sampler is written as one graph too.
         precisions: of `PRECISIONS`; the first is what the bundle runs in unless asked. The decoder of int8 is fp32.
+        axes: how long named axes of what steers the student may be, by name; else any length.
         opset: of all graphs: 18, or 17 for TensorRT 8.5 and 8.6.
         license_text, license_name: content of LICENSE, and its short name for the manifest.
 
@@ -39,6 +42,7 @@ class ExportSettings:
     eps: float = 1e-4
     samplers: tuple[int, ...] = ()
     precisions: tuple[str, ...] = ("fp32",)
+    axes: Mapping[str, AxisSpec] = field(default_factory=dict)
     opset: int = OPSET
     license_text: str = NO_LICENSE
     license_name: str = "unstated"
@@ -53,5 +57,8 @@ class ExportSettings:
             raise BundleError(
                 f"precisions are of {', '.join(PRECISIONS)}; got {', '.join(self.precisions) or 'none'}"
             )
+        for name, axis in self.axes.items():
+            if axis.min < 1 or axis.multiple_of < 1 or (axis.longest or axis.shortest) < axis.shortest:
+                raise BundleError(f"lengths of an axis rise from 1 or more; got {name}={axis}")
         if self.opset not in OPSETS:
             raise BundleError(f"opset is {' or '.join(map(str, OPSETS))}; got {self.opset!r}")

@@ -32,6 +32,7 @@ def draft_manifest(
     """Return the manifest of a student's bundle, without files.
 
     Raises:
+        BundleError: ranges of axes that the student has not.
         DataError: another autoencoder than the student's latents are of.
         ScheduleError: a number of `settings.samplers` out of range.
     """
@@ -53,7 +54,7 @@ def draft_manifest(
         ),
         conditioning=conditioner.to_json(),
         latent=latent,
-        axes={"batch": AxisSpec(1, None, 1)},
+        axes=_axes(conditioner, settings),
         networks={STUDENT: _describe_student(student, conditioner, settings.opset)},
         assets={},
         precisions=list(settings.precisions),
@@ -110,6 +111,16 @@ def _describe_student(student: StudentModel, conditioner: Conditioner, opset: in
         )
     ]
     return NetworkSpec(type(network).__name__, inputs, outputs, {}, opset, {})
+
+
+def _axes(conditioner: Conditioner, settings: ExportSettings) -> dict[str, AxisSpec]:
+    named = {n for spec in conditioner.inputs for n in spec.shape if isinstance(n, str)} - {"batch"}
+    if unknown := settings.axes.keys() - named:
+        raise BundleError(
+            f"the student has no axis {min(unknown)!r}; its named axes are: {', '.join(sorted(named)) or 'none'}"
+        )
+    anything = AxisSpec(1, None, 1)
+    return {"batch": anything} | {name: settings.axes.get(name, anything) for name in sorted(named)}
 
 
 def _latent(student: StudentModel) -> LatentSpec:

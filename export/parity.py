@@ -24,7 +24,7 @@ def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.nda
     spec, schedule = manifest.schedule, manifest.schedule.schedule()
     count = count_images(GOLDEN_IMAGES, sum(parameter.numel() for parameter in network.parameters()))
     indices = range(count)
-    conditioning = manifest.conditioner.example(count)
+    conditioning = manifest.example(count)
     given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
     shape = manifest.latent.shape
     x_t = philox_normal(GOLDEN_SEED, indices, shape)
@@ -50,7 +50,21 @@ def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.nda
             x_dst = segment.renoise(x_dst, philox_normal(GOLDEN_SEED, indices, shape, draw=i + 1))
         x_t = x_dst.astype(np.float32)
     golden["latents"] = x_t
-    return golden
+    return golden | _resized_samples(network, manifest, golden["noise"])
+
+
+def _resized_samples(network: FlowNetwork, manifest: Manifest, noise: np.ndarray) -> dict[str, np.ndarray]:
+    """One call more, where named axes of what steers have other lengths; nothing where there are none."""
+    if not manifest.steering_axes:
+        return {}
+    conditioning = manifest.example(len(noise), resized=True)
+    given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
+    sigma = torch.full((len(noise),), manifest.schedule.schedule().segments[0].sigma_src)
+    parts = network(torch.from_numpy(noise), sigma, **given)
+    golden = {f"resized.conditioning.{name}": array for name, array in conditioning.items()}
+    return golden | {
+        f"resized.{name}": part.numpy() for name, part in zip(manifest.policy.outputs, parts, strict=True)
+    }
 
 
 def golden_images(latents: np.ndarray, manifest: Manifest, autoencoder: Autoencoder | None) -> np.ndarray:

@@ -104,7 +104,7 @@ def _check_golden(golden: dict[str, np.ndarray], student: Graph, manifest: Manif
 
 
 def _first_non_finite(student: Graph, golden: dict[str, np.ndarray], manifest: Manifest) -> str:
-    conditioning = manifest.conditioner.example(len(golden["noise"]))
+    conditioning = manifest.example(len(golden["noise"]))
     for i, segment in enumerate(manifest.schedule.schedule().segments):
         inputs = manifest.network_inputs(golden[f"x_t.{i}"], segment.sigma_src, conditioning)
         if layer := first_non_finite(student, inputs):

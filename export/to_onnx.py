@@ -3,12 +3,13 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx
 import torch
 from torch import nn
 
+from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.engines import Graph
@@ -20,6 +21,9 @@ from piflow_edge.export.large import check, graph_of
 OPSET = 18
 
 VELOCITY_OUTPUTS = ("u_t",)
+
+# Length of a named axis that a network is traced with, in its units; a number that no other axis is likely to have.
+_TRACED_UNITS = 13
 
 # What steers a class-conditional network.
 LABELS = (TensorSpec("labels", "int64", ("batch",)),)
@@ -51,8 +55,12 @@ def export_network(network: FlowNetwork, conditioning: Sequence[TensorSpec] = LA
     return graph.model
 
 
-def network_graph(network: FlowNetwork, conditioning: Sequence[TensorSpec] = LABELS) -> Graph:
-    """The network as an ONNX model with a dynamic batch.
+def network_graph(
+    network: FlowNetwork,
+    conditioning: Sequence[TensorSpec] = LABELS,
+    axes: Mapping[str, AxisSpec] | None = None,
+) -> Graph:
+    """The network as an ONNX model whose batch and named axes are dynamic.
 
     Inputs: `x_t` float32 (batch, C, H, W), `t` float32 (batch,), the noise level, and the conditioning under the names
     of the network's arguments. Outputs: a policy's parts of a student, `u_t` of a teacher.
@@ -60,19 +68,25 @@ def network_graph(network: FlowNetwork, conditioning: Sequence[TensorSpec] = LAB
     Args:
         network: teacher or student.
         conditioning: what steers it.
+        axes: how long its named axes may be.
 
     Raises:
         CheckFailedError: the exported graph is not valid ONNX.
     """
-    # Two samples: torch.export takes an axis of one for a constant.
-    given = tuple(
-        torch.zeros(spec.size({"batch": 2}), dtype=getattr(torch, spec.dtype)) for spec in conditioning
-    )
+    # Two samples, and no named axis of one: torch.export takes an axis of one for a constant.
+    lengths = {
+        name: axis.nearest(_TRACED_UNITS * axis.multiple_of) for name, axis in (axes or {}).items()
+    } | {"batch": 2}
+    given = tuple(torch.zeros(spec.size(lengths), dtype=getattr(torch, spec.dtype)) for spec in conditioning)
     example = (torch.zeros(2, *network.sample_shape), torch.ones(2))
-    batch = torch.export.Dim("batch", min=1)
-    axes = ({0: batch}, {0: batch})
+    dims = _dims(axes or {})
+    shapes = ({0: dims["batch"]}, {0: dims["batch"]})
     if given:  # torch.export trips over an empty tuple
-        example, axes = (*example, given), (*axes, tuple({0: batch} for _ in given))
+        dynamic = tuple(
+            {place: dims[n] for place, n in enumerate(spec.shape) if isinstance(n, str)}
+            for spec in conditioning
+        )
+        example, shapes = (*example, given), (*shapes, dynamic)
     names = tuple(spec.name for spec in conditioning)
     with quiet():
         program = torch.onnx.export(
@@ -82,14 +96,38 @@ def network_graph(network: FlowNetwork, conditioning: Sequence[TensorSpec] = LAB
             opset_version=OPSET,
             input_names=["x_t", "t", *names],
             output_names=list(network.head.outputs if network.head else VELOCITY_OUTPUTS),
-            dynamic_shapes=axes,
+            dynamic_shapes=shapes,
             verbose=False,
         )
-    return program_graph(program)
+    return program_graph(program, {_dim_name(name, axis): name for name, axis in (axes or {}).items()})
 
 
-def program_graph(program: torch.onnx.ONNXProgram) -> Graph:
+def _dims(axes: Mapping[str, AxisSpec]) -> dict[str, object]:
+    """Named axes as torch.export has them; None is an axis of one length."""
+    dims: dict[str, object] = {"batch": torch.export.Dim("batch", min=1)}
+    for name, axis in axes.items():
+        if name == "batch":
+            continue
+        unit, most = axis.multiple_of, axis.longest
+        if most == axis.shortest:
+            dims[name] = None
+        elif unit == 1:
+            dims[name] = torch.export.Dim(name, min=axis.shortest, max=most)
+        else:
+            many = torch.export.Dim(f"{name}_units", min=axis.shortest // unit, max=most and most // unit)
+            dims[name] = unit * many
+    return dims
+
+
+def _dim_name(name: str, axis: AxisSpec) -> str:
+    """What torch calls an axis of `_dims` in the graph."""
+    return name if axis.multiple_of == 1 else f"{axis.multiple_of}*{name}_units"
+
+
+def program_graph(program: torch.onnx.ONNXProgram, axes: Mapping[str, str] | None = None) -> Graph:
     """An exported program as a graph without traces of this machine, checked.
+
+    `axes`: what torch calls an axis -> what the graph is to call it.
 
     Raises:
         CheckFailedError: it is not valid ONNX.
@@ -101,6 +139,10 @@ def program_graph(program: torch.onnx.ONNXProgram) -> Graph:
         node.doc_string = ""
     for value in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
         del value.metadata_props[:]
+    for value in [*model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in (axes or {}):
+                dim.dim_param = axes[dim.dim_param]
     graph = graph_of(model)
     try:
         check(graph)

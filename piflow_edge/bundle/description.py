@@ -3,7 +3,6 @@
 from piflow_edge.conditioning import TensorSpec
 
 from .manifest import Manifest
-from .sections import AxisSpec
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, str]:
@@ -20,7 +19,7 @@ def describe_manifest(manifest: Manifest) -> dict[str, str]:
         latent.kind: _shape(latent.shape) + scaled,
         "images": _shape(manifest.image_shape) if manifest.image_shape else "none, without a decoder",
         "conditioning": manifest.conditioner.summarize(),
-        "axes": "\n".join(f"{name}: {_range(axis)}" for name, axis in manifest.axes.items()),
+        "axes": "\n".join(f"{name}: {axis}" for name, axis in manifest.axes.items()),
         "assets": "\n".join(f"{name}: {file}" for name, file in manifest.assets.items()) or "none",
         "precisions": ", ".join(manifest.precisions),
         "kept in fp32": "\n".join(_kept(manifest.provenance.get("kept_in_fp32", {}))) or "nothing",
@@ -47,13 +46,6 @@ def describe_networks(manifest: Manifest) -> list[tuple[str, str, str, str, str]
 
 def _lines(specs: list[TensorSpec]) -> str:
     return "\n".join(map(str, specs))
-
-
-def _range(axis: AxisSpec) -> str:
-    if axis.max == axis.min:
-        return str(axis.min)
-    multiple = f", multiples of {axis.multiple_of}" if axis.multiple_of > 1 else ""
-    return f"{axis.min} and more{multiple}" if axis.max is None else f"{axis.min} to {axis.max}{multiple}"
 
 
 def _shape(sizes: list[int]) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from piflow_edge.arrays import Array
 from piflow_edge.conditioning import Conditioner, Conditioning, TensorSpec, conditioner_from_json
-from piflow_edge.errors import BundleError
+from piflow_edge.errors import BundleError, ShapeError
 from piflow_edge.policies import PolicySpec
 from piflow_edge.schedule import Schedule
 from piflow_edge.system.files import sha256
@@ -91,6 +91,38 @@ class Manifest:
     def conditioner(self) -> Conditioner:
         """What steers the images."""
         return conditioner_from_json(self.conditioning)
+
+    @property
+    def steering_axes(self) -> dict[str, AxisSpec]:
+        """Named axes of what steers the student, but for the batch."""
+        names = {n for spec in self.conditioner.inputs for n in spec.shape[1:] if isinstance(n, str)}
+        return {name: axis for name, axis in self.axes.items() if name in names}
+
+    def example(self, count: int, *, resized: bool = False) -> dict[str, np.ndarray]:
+        """Return a valid conditioning of `count` images, always the same; `resized` has named axes of other lengths."""
+        given = self.conditioner.example(count)
+        for spec in self.conditioner.inputs:
+            for place, name in enumerate(spec.shape):
+                if place and isinstance(name, str):
+                    length = given[spec.name].shape[place]
+                    wanted = self._other_length(name, length) if resized else self.axes[name].nearest(length)
+                    given[spec.name] = np.take(given[spec.name], np.arange(wanted) % length, place)
+        return given
+
+    def _other_length(self, name: str, length: int) -> int:
+        axis = self.axes[name]
+        first = axis.nearest(length)
+        longer = axis.nearest(first + 3 * axis.multiple_of)
+        return longer if longer != first else axis.shortest
+
+    def check_lengths(self, conditioning: Conditioning) -> None:
+        """Raise ShapeError unless the named axes of what steers are as long as the bundle allows."""
+        for spec in self.conditioner.inputs:
+            for name, length in zip(spec.shape, conditioning[spec.name].shape, strict=True):
+                if isinstance(name, str) and length != self.axes[name].nearest(length):
+                    raise ShapeError(
+                        f"{name!r} of {spec.name!r} is {self.axes[name]} in bundle {self.name!r}; got {length}"
+                    )
 
     def network_inputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, Array]:
         """Return what the student is fed at states `x_t` (B, C, H, W), steered by `conditioning`."""

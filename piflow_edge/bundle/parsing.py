@@ -114,7 +114,8 @@ def _problems_of_files(manifest: Manifest) -> Iterator[str]:
 
 def _problems_of_axes(manifest: Manifest) -> Iterator[str]:
     for name, axis in manifest.axes.items():
-        if axis.min < 1 or axis.multiple_of < 1 or (axis.max is not None and axis.max < axis.min):
+        whole = axis.min >= 1 and axis.multiple_of >= 1
+        if not whole or (axis.longest is not None and axis.longest < axis.shortest):
             yield f"has an axis {name!r} without a length; export again"
     for name, network in manifest.networks.items():
         for spec in (*network.inputs, *network.outputs):

@@ -52,11 +52,24 @@ class AxisSpec:
         """The one length that the axis may have; None where there are several."""
         return self.min if self.min == self.max else None
 
-    def holds(self, length: int) -> bool:
-        """Return True if the axis may be this long."""
-        return (
-            self.min <= length and (self.max is None or length <= self.max) and length % self.multiple_of == 0
-        )
+    def __str__(self) -> str:
+        multiple = f", a multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
+        if self.min == self.max:
+            return str(self.min)
+        return f"{self.min} {f'to {self.max}' if self.max else 'or more'}{multiple}"
+
+    def nearest(self, length: int) -> int:
+        """Return an allowed length near `length`: not longer, unless all are."""
+        longest = length if self.max is None else min(length, self.max)
+        return max(longest // self.multiple_of * self.multiple_of, self.shortest)
+
+    @property
+    def shortest(self) -> int:
+        return -(-self.min // self.multiple_of) * self.multiple_of
+
+    @property
+    def longest(self) -> int | None:
+        return None if self.max is None else self.max // self.multiple_of * self.multiple_of
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import click
 
-from .options import BUNDLE, JSON, TRUSTED_KEYS, emit, say, show
+from .options import BUNDLE, JSON, TRUSTED_KEYS, axis_lengths, emit, say, show
 
 
 @click.command()
@@ -11,11 +11,13 @@ from .options import BUNDLE, JSON, TRUSTED_KEYS, emit, say, show
               help="What to build for: TensorRT itself, or one of ONNX Runtime's providers.")  # fmt: skip
 @click.option("--batch", default="1:1:8", metavar="MIN:OPT:MAX",
               help="Batch sizes it computes, best at OPT; one number is all. Fewer take as long as MIN.")  # fmt: skip
+@click.option("--axis", "lengths", callback=axis_lengths, multiple=True, metavar="NAME=MIN:OPT:MAX",
+              help="Lengths of a named axis, such as tokens=1:77:512; else all that the bundle allows.")  # fmt: skip
 @click.option("--workspace", type=click.IntRange(min=1), metavar="MIB",
               help="Memory of the GPU that one layer may use for scratch, in MiB; else all of it.")  # fmt: skip
 @click.option("--precision", help="One of the bundle's; else its first.")
-@click.option("--graph", type=click.Choice(["student", "decoder", "sampler"]),
-              help="Build this one; else the student, and the decoder where there is one.")  # fmt: skip
+@click.option("--graph", metavar="NETWORK",
+              help="Build this one of the bundle's networks, or sampler; else all but sampler graphs.")  # fmt: skip
 @click.option("--nfe", type=click.IntRange(min=1), help="Calls of the sampler graph, with --graph sampler.")
 @click.option("--device", default="cuda", help="The GPU: cuda or cuda:N.")
 @click.option("--no-timing-cache", is_flag=True, help="Time every kernel anew, and keep no times.")
@@ -26,8 +28,8 @@ from .options import BUNDLE, JSON, TRUSTED_KEYS, emit, say, show
 @TRUSTED_KEYS
 @JSON
 def build(
-    bundle, engine, batch, workspace, precision, graph, nfe, device, no_timing_cache, own_kernels, rebuild, dry_run,
-    trusted_keys, as_json,
+    bundle, engine, batch, lengths, workspace, precision, graph, nfe, device, no_timing_cache, own_kernels, rebuild,
+    dry_run, trusted_keys, as_json,
 ):  # fmt: skip
     """Build engines of a bundle's networks for this GPU, and keep them in the cache, where `--engine` finds them.
 
@@ -53,7 +55,7 @@ def build(
     opened = Bundle(bundle, trusted_keys=trusted_keys)
     plans = [
         building.plan(target, settings)
-        for target in find_targets(opened, graph=graph, nfe=nfe, precision=precision)
+        for target in find_targets(opened, graph=graph, nfe=nfe, precision=precision, lengths=lengths)
     ]
     if dry_run:
         _tell_plans(plans, as_json, {"bundle": str(bundle), "engine": engine})

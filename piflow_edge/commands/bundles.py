@@ -9,6 +9,7 @@ from .options import (
     FOLDER,
     JSON,
     TRUSTED_KEYS,
+    axis_ranges,
     calls,
     emit,
     engine_options,
@@ -36,6 +37,8 @@ from .options import (
               help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
 @click.option("--precision", "precisions", callback=precisions, default="fp32", metavar="NAME,...",
               help="Of the graphs: fp32, fp16, int8, int8-qdq; the first is the bundle's default.")  # fmt: skip
+@click.option("--axis", "axes", callback=axis_ranges, multiple=True, metavar="NAME=MIN:MAX[:MULTIPLE]",
+              help="How long a named axis of what steers may be, such as tokens=1:512; else any length.")  # fmt: skip
 @click.option("--opset", type=click.Choice(["17", "18"]), default="18",
               help="Of the graphs; the parsers of TensorRT 8.5 and 8.6 promise 17.")  # fmt: skip
 @click.option("--autoencoder", type=FOLDER,
@@ -57,6 +60,7 @@ def export(
     temperature,
     samplers,
     precisions,
+    axes,
     opset,
     autoencoder,
     license_file,
@@ -97,6 +101,7 @@ def export(
         "temperature": temperature,
         "samplers": samplers,
         "precisions": precisions,
+        "axes": axes,
         "opset": int(opset),
         "autoencoder": load_autoencoder(autoencoder) if autoencoder else None,
         "license_text": license_text,

@@ -173,6 +173,32 @@ def calls(context, parameter, text: str | None) -> list[int]:
     return [int(nfe) for nfe in text.split(",")]
 
 
+def axis_lengths(context, parameter, texts: tuple[str, ...]) -> dict[str, tuple[int, int, int]]:
+    """Return NAME=MIN:OPT:MAX by name."""
+    found = {}
+    for text in texts:
+        match = re.fullmatch(r"(\w+)=(\d{1,6}):(\d{1,6}):(\d{1,6})", text, re.ASCII)
+        if match is None:
+            raise click.BadParameter(f"give NAME=MIN:OPT:MAX, such as tokens=1:77:512; got {text!r}")
+        found[match[1]] = (int(match[2]), int(match[3]), int(match[4]))
+    return found
+
+
+def axis_ranges(context, parameter, texts: tuple[str, ...]) -> dict:
+    """Return NAME=MIN:MAX or NAME=MIN:MAX:MULTIPLE by name, as `AxisSpec`."""
+    from piflow_edge.bundle.sections import AxisSpec  # late: it brings in NumPy
+
+    found = {}
+    for text in texts:
+        match = re.fullmatch(r"(\w+)=(\d{1,6}):(\d{1,6})(?::(\d{1,6}))?", text, re.ASCII)
+        if match is None:
+            raise click.BadParameter(
+                f"give NAME=MIN:MAX or NAME=MIN:MAX:MULTIPLE, such as tokens=1:512; got {text!r}"
+            )
+        found[match[1]] = AxisSpec(int(match[2]), int(match[3]), int(match[4] or 1))
+    return found
+
+
 def precisions(context, parameter, text: str) -> list[str]:
     from piflow_edge.bundle.precisions import PRECISIONS  # late: it brings in NumPy
 

@@ -1,8 +1,11 @@
 """A bundle's networks as engines take them: to open, or to build for a GPU."""
 
+from collections.abc import Mapping
+
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import DECODER, STUDENT, sampler_calls, sampler_name
 from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.engines import Graph
 from piflow_edge.engines.build_targets import Target
 from piflow_edge.errors import BundleError, EngineError
@@ -17,7 +20,12 @@ def read_graph(bundle: Bundle, network: str = STUDENT, precision: str | None = N
 
 
 def find_targets(
-    bundle: Bundle, *, graph: str | None = None, nfe: int | None = None, precision: str | None = None
+    bundle: Bundle,
+    *,
+    graph: str | None = None,
+    nfe: int | None = None,
+    precision: str | None = None,
+    lengths: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> list[Target]:
     """The graphs to build: all but sampler graphs, or the one that is named.
 
@@ -26,10 +34,11 @@ def find_targets(
         graph: a network of the bundle, or "sampler" for a sampler graph; None is all that `load` opens.
         nfe: calls of the sampler graph; None is the only one there is.
         precision: one of the bundle's; None is its first.
+        lengths: least, best and greatest of named axes; else all that the bundle allows, best at the greatest.
 
     Raises:
         BundleError: the bundle has no such graph or precision.
-        EngineError: `graph`, `nfe` or `precision` that make no sense.
+        EngineError: `graph`, `nfe`, `precision` or `lengths` that make no sense, or an axis without a greatest length.
     """
     precision, networks = bundle.precision(precision), bundle.manifest.networks
     if graph not in (None, *GRAPHS, *networks):
@@ -40,7 +49,10 @@ def find_targets(
     if graph == "sampler":
         graph = sampler_name(_find_calls(bundle, nfe))
     names = [graph] if graph else [name for name in networks if sampler_calls(name) is None]
-    return [_describe_target(bundle, name, precision) for name in names]
+    if unknown := (lengths or {}).keys() - (bundle.manifest.axes.keys() - {"batch"}):
+        has = ", ".join(name for name in bundle.manifest.axes if name != "batch") or "none"
+        raise EngineError(f"bundle {bundle.name!r} has no axis {min(unknown)!r}; its axes are: {has}")
+    return [_describe_target(bundle, name, precision, lengths or {}) for name in names]
 
 
 def _check_precision(precision: str) -> None:
@@ -62,8 +74,24 @@ def _find_calls(bundle: Bundle, nfe: int | None) -> int:
     return nfe or samplers[0]
 
 
-def _describe_target(bundle: Bundle, network: str, precision: str) -> Target:
+def _describe_target(
+    bundle: Bundle, network: str, precision: str, lengths: Mapping[str, tuple[int, int, int]]
+) -> Target:
     graph, calls = read_graph(bundle, network, precision), sampler_calls(network)
     spec, file = bundle.manifest.networks[network], bundle.manifest.network_files(network, precision)[0]
     name = network if calls is None else f"sampler of {calls} calls"
-    return Target(name, file, graph, precision, spec.inputs, spec.outputs)
+    named = {n for tensor in spec.inputs for n in tensor.shape if isinstance(n, str) and n != "batch"}
+    sizes = {name: _lengths_of(name, bundle.manifest.axes[name], lengths.get(name)) for name in sorted(named)}
+    return Target(name, file, graph, precision, spec.inputs, spec.outputs, sizes)
+
+
+def _lengths_of(name: str, axis: AxisSpec, wanted: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    if wanted is None and axis.longest is None:
+        raise EngineError(
+            f"an engine needs a greatest length of the axis {name!r}, which the bundle does not say; give --axis "
+            f"{name}=MIN:OPT:MAX"
+        )
+    least, best, most = wanted or (axis.shortest, axis.longest, axis.longest)
+    if not least <= best <= most or any(axis.nearest(length) != length for length in (least, best, most)):
+        raise EngineError(f"lengths of {name!r} rise, and are {axis}; got {least}:{best}:{most}")
+    return least, best, most

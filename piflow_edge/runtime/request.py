@@ -79,6 +79,7 @@ def build_request(
     """
     manifest = bundle.manifest
     conditioning = conditioner.encode(asked)
+    manifest.check_lengths(conditioning)
     seeds = read_seeds(seed, count_of(conditioning, asked.count))
     count = len(seeds)
     settings, schedule = complete_settings(

@@ -2,8 +2,9 @@
 
 `golden.npz` holds, for a few images: `noise` and `conditioning.NAME` of every input that steers; for each student call
 i `x_t.i` (its input), `NAME.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels); and at
-the end `latents` and, where the bundle makes some, `images`. A layer is fed the golden input of that layer, so the
-first row that fails is the culprit.
+the end `latents` and, where the bundle makes some, `images`. Where what steers has named axes,
+`resized.conditioning.NAME` and `resized.NAME` are of a first call with other lengths. A layer is fed the golden input
+of that layer, so the first row that fails is the culprit.
 """
 
 import io
@@ -18,6 +19,7 @@ import numpy as np
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.format4 import name_golden_as_format_5
 from piflow_edge.bundle.manifest import GOLDEN
+from piflow_edge.bundle.sections import ToleranceSpec
 from piflow_edge.conditioning import take
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
@@ -28,6 +30,9 @@ from .generator import Generator
 from .graphs import read_graph
 
 log = logging.getLogger(__name__)
+
+# What was compared, what came out and what should have.
+Pair = tuple[str, np.ndarray, np.ndarray]
 
 # The golden images are numbers 0, 1, 2, ... of this seed.
 GOLDEN_SEED = 0
@@ -69,49 +74,82 @@ def verify(generator: Generator) -> list[Row]:
     """
     bundle = generator.bundle
     golden, tolerances = read_golden(bundle), bundle.manifest.tolerances[generator.precision]
-    conditioning, count = golden_conditioning(bundle, golden), len(golden["noise"])
-    outputs, velocities, latents = [], [], []
-    largest = min(count, generator.engine.max_batch or count)
-    sizes = sorted({min(size, largest) for size in (*BATCHES, count)})
-    steered = {size: take(conditioning, slice(size)) for size in sizes}
-    schedule = bundle.manifest.schedule.schedule()
-    for i, segment in enumerate(schedule.segments):
-        x_t = golden[f"x_t.{i}"]
-        theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in bundle.manifest.student.outputs}
-        for size in sizes:
-            ours = generator.student.outputs(x_t[:size], segment.sigma_src, steered[size])
-            _check_finite(generator, ours, x_t[:size], segment.sigma_src, steered[size])
-            outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
-        # From the golden outputs, so that this row speaks of the policy alone.
-        policy = generator.student.as_policy(theirs, x_t, segment.sigma_src)
-        found = np.stack([policy.velocity(x_t, level) for level in golden[f"levels.{i}"].tolist()])
-        velocities.append((f"velocities.{i}", found, golden[f"velocities.{i}"]))
-    for size in sizes:  # from the seed, so that the noise is compared too
-        wanted = {"arrays": steered[size]} if conditioning else {"count": size}
-        result = generator(**wanted, seed=GOLDEN_SEED, output="latent")
-        latents.append((f"latents, batch {size}", result.latents, golden["latents"][:size]))
+    outputs, velocities = _compare_calls(generator, golden)
+    latents = _compare_latents(generator, golden)
     rows = [
         _worst("network outputs", outputs, tolerances.outputs),
         _worst("policy velocities", velocities, tolerances.velocities),
         _worst("latents", latents, tolerances.latents),
+        *_compare_whole(generator, golden, latents, tolerances),
     ]
-    if bundle.manifest.makes_images:
-        # From the golden latents, so that this row speaks of the decoder alone.
-        images = [("images", _decoded(generator, golden["latents"]), golden["images"])]
-        rows.append(_worst("images", images, tolerances.images, measure=_levels))
-        drawn = [
-            (name, _decoded(generator, ours), golden["images"][: len(ours)]) for name, ours, _ in latents
-        ]
-        rows.append(_worst("drawn images", drawn, rms_of_psnr(tolerances.psnr), measure=rms_levels))
-    else:
-        whole = rms_of_psnr(tolerances.psnr, peak=1)
-        rows.append(_worst("drawn latents", latents, whole, measure=peak_error))
     if bundle.manifest.samplers:
         latents, images = _sampler_pairs(generator, golden)
         rows.append(_worst("sampler latents", latents, tolerances.samplers))
         if images:
             rows.append(_worst("sampler images", images, tolerances.images, measure=_levels))
     return [replace(row, precision=generator.precision) for row in rows]
+
+
+def _batches(generator: Generator, golden: dict[str, np.ndarray]) -> list[int]:
+    count = len(golden["noise"])
+    largest = min(count, generator.engine.max_batch or count)
+    return sorted({min(size, largest) for size in (*BATCHES, count)})
+
+
+def _compare_calls(generator: Generator, golden: dict[str, np.ndarray]) -> tuple[list[Pair], list[Pair]]:
+    """What the network and the policy make of the golden inputs of every call, beside what they should."""
+    manifest, conditioning = generator.bundle.manifest, golden_conditioning(generator.bundle, golden)
+    outputs, velocities = [], []
+    segments, sizes = manifest.schedule.schedule().segments, _batches(generator, golden)
+    for i, segment in enumerate(segments):
+        x_t = golden[f"x_t.{i}"]
+        theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in manifest.student.outputs}
+        for size in sizes:
+            ours = _call(generator, x_t[:size], segment.sigma_src, take(conditioning, slice(size)))
+            outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
+        # From the golden outputs, so that this row speaks of the policy alone.
+        policy = generator.student.as_policy(theirs, x_t, segment.sigma_src)
+        found = np.stack([policy.velocity(x_t, level) for level in golden[f"levels.{i}"].tolist()])
+        velocities.append((f"velocities.{i}", found, golden[f"velocities.{i}"]))
+    if manifest.steering_axes:
+        size = sizes[-1]
+        conditioning = take(golden_conditioning(generator.bundle, golden, "resized."), slice(size))
+        ours = _call(generator, golden["noise"][:size], segments[0].sigma_src, conditioning)
+        outputs += [(f"{name}, resized", ours[name], golden[f"resized.{name}"][:size]) for name in ours]
+    return outputs, velocities
+
+
+def _compare_latents(generator: Generator, golden: dict[str, np.ndarray]) -> list[Pair]:
+    """Latents drawn from the seed, so that the noise is compared too."""
+    conditioning, pairs = golden_conditioning(generator.bundle, golden), []
+    for size in _batches(generator, golden):
+        wanted = {"arrays": take(conditioning, slice(size))} if conditioning else {"count": size}
+        result = generator(**wanted, seed=GOLDEN_SEED, output="latent")
+        pairs.append((f"latents, batch {size}", result.latents, golden["latents"][:size]))
+    return pairs
+
+
+def _compare_whole(
+    generator: Generator, golden: dict[str, np.ndarray], latents: list[Pair], tolerances: ToleranceSpec
+) -> list[Row]:
+    """Rows of decoded and of drawn images; of drawn latents where there are no images."""
+    if not generator.bundle.manifest.makes_images:
+        whole = rms_of_psnr(tolerances.psnr, peak=1)
+        return [_worst("drawn latents", latents, whole, measure=peak_error)]
+    # From the golden latents, so that this row speaks of the decoder alone.
+    images = [("images", _decoded(generator, golden["latents"]), golden["images"])]
+    drawn = [(name, _decoded(generator, ours), golden["images"][: len(ours)]) for name, ours, _ in latents]
+    return [
+        _worst("images", images, tolerances.images, measure=_levels),
+        _worst("drawn images", drawn, rms_of_psnr(tolerances.psnr), measure=rms_levels),
+    ]
+
+
+def _call(generator: Generator, x_t: np.ndarray, sigma: float, conditioning) -> dict[str, np.ndarray]:
+    """One network call, whose outputs are finite."""
+    outputs = generator.student.outputs(x_t, sigma, conditioning)
+    _check_finite(generator, outputs, x_t, sigma, conditioning)
+    return outputs
 
 
 def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sigma, conditioning) -> None:
@@ -218,6 +256,9 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
     outputs = [spec.name for spec in bundle.manifest.student.outputs]
     wanted = {"noise", "latents"} | ({"images"} if bundle.manifest.makes_images else set())
     wanted |= {f"conditioning.{spec.name}" for spec in bundle.manifest.conditioner.inputs}
+    if bundle.manifest.steering_axes:
+        steering = [f"conditioning.{spec.name}" for spec in bundle.manifest.conditioner.inputs]
+        wanted |= {f"resized.{name}" for name in (*outputs, *steering)}
     wanted |= {f"{name}.{i}" for i in calls for name in ("x_t", "levels", "velocities", *outputs)}
     try:
         with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as archive:
@@ -233,9 +274,12 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
     return golden
 
 
-def golden_conditioning(bundle: Bundle, golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the golden images are steered by."""
-    return {spec.name: golden[f"conditioning.{spec.name}"] for spec in bundle.manifest.conditioner.inputs}
+def golden_conditioning(
+    bundle: Bundle, golden: dict[str, np.ndarray], prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """What the golden images are steered by; `prefix`: "resized." for that of other lengths."""
+    names = [spec.name for spec in bundle.manifest.conditioner.inputs]
+    return {name: golden[f"{prefix}conditioning.{name}"] for name in names}
 
 
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:

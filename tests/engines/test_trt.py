@@ -366,3 +366,43 @@ def test_from_a_bundle_to_images_by_the_commands_a_user_gives(driver, latent_bun
 
     images = [np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in "ab"]
     assert np.abs(images[0] - images[1]).max() <= 1
+
+
+@pytest.mark.parametrize("release", ["8.5.3.1", "10.3.0", "11.4.0.106"])
+def test_inputs_and_outputs_may_vary_in_a_second_axis(run, release):
+    run(
+        """
+import onnx
+model = onnx.parser.parse_model('''
+<ir_version: 8, opset_import: ["": 18]>
+net (float[batch, 3] x_t, float[batch, tokens, 3] text) => (float[batch, 3] u, float[batch, tokens, 3] v)
+{
+  middle = Constant <value_ints = [1]> ()
+  mean = ReduceMean <keepdims = 0> (text, middle)
+  u = Add (x_t, mean)
+  v = Mul (text, text)
+}
+''')
+graph = Graph(model.SerializeToString())
+profile = {"x_t": ((1, 3), (2, 3), (4, 3)), "text": ((1, 2, 3), (2, 4, 3), (4, 8, 3))}
+plan = trt_build.build_plan(graph, "fp32", profile, ordinal=0, workspace=None, timing_cache=None)
+engine = TensorRTEngine(graph, "cuda", EngineOptions(), plan=plan)
+assert (engine.min_batch, engine.max_batch) == (1, 4)
+random = np.random.default_rng(0)
+for batch, tokens in ((1, 2), (4, 8), (1, 5), (1, 5), (1, 5), (3, 8), (1, 2)):
+    given = {"x_t": random.standard_normal((batch, 3), np.float32),
+             "text": random.standard_normal((batch, tokens, 3), np.float32)}
+    expected = {"u": given["x_t"] + given["text"].mean(1), "v": given["text"] ** 2}
+    check(engine.run(given), expected)
+    on_gpu = engine.run({name: OnGpu(array) for name, array in given.items()})
+    check({name: seen(array) for name, array in on_gpu.items()}, expected)
+refused(EngineError, "text of 2 to 8 along axis 1; got 9",
+        lambda: engine.run({"x_t": np.zeros((1, 3), np.float32), "text": np.zeros((1, 9, 3), np.float32)}))
+# Fewer samples than the engine was built for are filled up along the batch alone.
+plan = trt_build.build_plan(graph, "fp32", profile | {"x_t": ((2, 3),) * 3, "text": ((2, 2, 3), (2, 2, 3), (2, 8, 3))},
+                            ordinal=0, workspace=None, timing_cache=None)
+engine = TensorRTEngine(graph, "cuda", EngineOptions(), plan=plan)
+check(engine.run({"x_t": given["x_t"], "text": given["text"]}), expected)
+""",
+        release,
+    )

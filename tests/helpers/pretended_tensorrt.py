@@ -456,6 +456,17 @@ class IExecutionContext:
         self._shapes[name] = tuple(shape)
         return True
 
+    def get_tensor_shape(self, name):
+        if name in self._shapes:
+            return self._shapes[name]
+        lengths = {
+            size: self._shapes[given][place]
+            for given in self._engine._inputs
+            for place, size in enumerate(self._engine._io[given].shape)
+            if isinstance(size, str)
+        }
+        return [lengths.get(size, size) for size in self._engine._io[name].shape]
+
     def set_tensor_address(self, name, memory):
         self._addresses[name] = memory
         return True
