@@ -310,7 +310,8 @@ class TensorRTEngine:
                     done &= context.set_input_shape(tensor.name, shapes[tensor.name])
                 done &= context.set_tensor_address(tensor.name, memory[tensor.name].pointer)
         if not done:
-            raise EngineError(f"TensorRT cannot prepare a call of {shapes}: {'; '.join(self._log.errors)}")
+            batch = next(shapes[name][axis] for name, axis in self._axes.items())
+            raise EngineError(f"TensorRT cannot prepare a call of {batch}: {'; '.join(self._log.errors)}")
         made = [tensor.name for tensor in self._tensors if not tensor.is_input]
         return _Call(context, {name: tuple(map(int, context.get_tensor_shape(name))) for name in made})
 

@@ -177,7 +177,7 @@ for batch in (1, 3, 4, 1, 8):
         found = engine.run({n: OnGpu(a, stream.handle) if n in names else a for n, a in given.items()})
         assert all(type(a) is DeviceArray and a.stream == stream.handle for a in found.values())
         check({name: seen(array) for name, array in found.items()}, expected)
-assert {batch for batch, _ in engine._calls} == {4, 8}
+assert {shapes[0][0] for shapes, _ in engine._calls} == {4, 8}
 """
     )
 
