@@ -19,7 +19,7 @@ from piflow_edge.conditioning import Conditioner, TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines.ort_package import import_onnxruntime
-from piflow_edge.errors import DataError
+from piflow_edge.errors import BundleError, DataError
 from piflow_edge.export.decoder_graph import describe_decoder
 from piflow_edge.export.export_settings import ExportSettings
 

@@ -8,23 +8,25 @@ from torch import nn
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.sections import AxisSpec
-from piflow_edge.conditioning import Arrays
+from piflow_edge.conditioning import Arrays, TensorSpec
 from piflow_edge.distill.networks.flow_network import ModuleNetwork, attach_policy_head
-from piflow_edge.distill.networks.heads import GMHead
 from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines import open_engine
 from piflow_edge.engines.build_targets import Batch
 from piflow_edge.errors import BundleError, EngineError, ShapeError
 from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import find_targets, read_graph
 from tests.commands.test_cli import run
 
 WIDTH = 8
-CONDITIONING = {
-    "encoder_hidden_states": {"shape": ["tokens", WIDTH], "dtype": "float32"},
-    "encoder_attention_mask": {"shape": ["tokens"], "dtype": "bool"},
-    "pooled_projections": {"shape": [WIDTH], "dtype": "float32"},
-}
+CONDITIONER = Arrays(
+    (
+        TensorSpec("encoder_hidden_states", "float32", ("batch", "tokens", WIDTH)),
+        TensorSpec("encoder_attention_mask", "bool", ("batch", "tokens")),
+        TensorSpec("pooled_projections", "float32", ("batch", WIDTH)),
+    )
+)
 
 
 class Steered(nn.Module):
@@ -53,9 +55,9 @@ class Steered(nn.Module):
 def make_steered_student():
     torch.manual_seed(0)
     network = attach_policy_head(
-        ModuleNetwork(Steered(), (1, 8, 8), entry=f"{__name__}:make_steered_student"), GMHead(3)
+        ModuleNetwork(Steered(), (1, 8, 8), entry=f"{__name__}:make_steered_student"), GMPolicySpec(3)
     )
-    return StudentModel(network, nfe=2, total_substeps=16, conditioning=CONDITIONING)
+    return StudentModel(network, nfe=2, total_substeps=16, conditioner=CONDITIONER)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,12 @@ def encodings(count, tokens, seed=0):
 def test_the_bundle_says_what_steers_and_how_long_it_may_be(folder):
     manifest = Bundle(folder).manifest
     assert manifest.axes == {"batch": AxisSpec(1, None, 1), "tokens": AxisSpec(1, 32, 1)}
-    assert isinstance(manifest.conditioner, Arrays)
-    assert [spec.name for spec in manifest.student.inputs] == ["x_t", "t", *CONDITIONING]
+    assert manifest.conditioner == CONDITIONER
+    assert [spec.name for spec in manifest.student.inputs] == [
+        "x_t",
+        "t",
+        *(spec.name for spec in CONDITIONER.inputs),
+    ]
     shown = run("inspect", folder).stdout
     assert "tokens: 1 to 32" in shown and "encoder_hidden_states float32 (batch, tokens, 8)" in shown
 
