@@ -271,6 +271,39 @@ class TestOnOwnData:
 
 
 @needs_torch
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["function", "diffusers"])
+def test_any_teacher_that_distill_takes_is_scored(shapes, tmp_path, monkeypatch, kind):
+    import torch
+
+    torch.manual_seed(0)
+    if kind == "function":
+        (tmp_path / "own_teacher.py").write_text(
+            "from piflow_edge.distill.networks.dit import DiTConfig\n"
+            "from piflow_edge.distill.networks.flow_network import DiTNetwork\n"
+            "def make():\n"
+            "    sizes = dict(patch_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)\n"
+            "    return DiTNetwork(DiTConfig(in_channels=3, sample_size=8, **sizes))\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        source = "own_teacher:make"
+    else:
+        diffusers = pytest.importorskip("diffusers")
+        transformer = diffusers.DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=3, num_layers=1,
+            sample_size=8, patch_size=4, num_embeds_ada_norm=3, norm_num_groups=1,
+        )  # fmt: skip
+        source = tmp_path / "transformer"
+        transformer.save_pretrained(source)
+    settings = ("--data", shapes / "shapes.npz", "--features", shapes / "features.onnx", "--images", 100)
+    steps = ("--teacher", source, "--teacher-steps", 1, "--guidance", 1.5)
+    answer = json.loads(invoke("evaluate", *settings, *steps, "--json").stdout)
+    names = [score["name"] for score in answer["scores"]]
+    assert names == ["teacher, 1 step", "teacher, 2 steps", "teacher, 4 steps"]
+    assert answer["conditions"]["guidance_scale"] == 1.5
+
+
+@needs_torch
 def test_students_and_a_teacher_of_latents_are_compared_by_their_decoded_images(
     latent_bundle, autoencoder_folder, tmp_path
 ):
