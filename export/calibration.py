@@ -8,8 +8,8 @@ import numpy as np
 from piflow_edge.bundle.manifest import STUDENT, Manifest
 from piflow_edge.bundle.sections import ToleranceSpec
 from piflow_edge.engines import Engine, Graph, open_engine
-from piflow_edge.kernels.normal import philox_normal
-from piflow_edge.kernels.rollout import integrate
+from piflow_edge.noise import philox_normal
+from piflow_edge.runtime.drawing.acceleration import integrate
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import peak_error, relative_error, rms_levels, rms_of_psnr
 from piflow_edge.sampling import Hooks, SamplingSettings, sample

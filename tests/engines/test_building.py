@@ -14,6 +14,7 @@ from piflow_edge.engines import (
     building,
     engine_cache,
     ort_compile,
+    ort_package,
 )
 from piflow_edge.engines.build_memory import Memory
 from piflow_edge.engines.build_targets import Batch
@@ -168,7 +169,7 @@ def on_cpu(request, monkeypatch):
 @pytest.mark.parametrize("has_compiler", [True, False])
 def test_a_provider_that_takes_nothing_is_an_error(on_cpu, monkeypatch, has_compiler, tmp_path):
     """The real library compiles a graph whose weights lie beside it, and no node of it becomes an engine."""
-    import onnxruntime
+    onnxruntime = ort_package.import_onnxruntime()
 
     if not has_compiler:  # before 1.23
         monkeypatch.delattr(onnxruntime, "ModelCompiler")
