@@ -36,8 +36,7 @@ figcaption { font-weight: 600; } pre { background: #f4f4f4; padding: 1rem; overf
 class _Column:
     """One of the table's columns. `short`: its heading in a terminal. `beside_teacher`: only where there is one.
 
-    `long_cell`: what the page has instead of `cell`. `spare`: left out in a terminal where the columns beside the
-    teacher need the room.
+    `page_only`: never in a terminal; `spare`: left out there where the columns beside the teacher need the room.
     """
 
     heading: str
@@ -46,7 +45,7 @@ class _Column:
     meaning: str
     beside_teacher: bool = False
     spare: bool = False
-    long_cell: Callable[[Score], str] | None = None
+    page_only: bool = False
 
 
 _COLUMNS = [
@@ -76,7 +75,13 @@ _COLUMNS = [
         "FID",
         lambda s: _short(s.fid),
         "Fréchet distance to the real images; lower is better",
-        long_cell=lambda s: _short(s.fid) + _interval(s.fid_interval),
+    ),
+    _Column(
+        "FID, 95 %",
+        "",
+        lambda s: _interval(s.fid_interval),
+        "interval of the FID by bootstrap; none above 256 features",
+        page_only=True,
     ),
     _Column("× teacher", "FID×", lambda s: f"{s.fid_ratio:.2f}", "FID over the full teacher's", True),
     _Column(
@@ -193,7 +198,7 @@ def _page(evaluation: Evaluation, title: str, notes: list[str], pictures: str) -
 {pictures}
 <h2>Figures</h2>
 {_html_table([("question", ""), ("figures that answer it", "")], questions)}
-<p>In {html.escape(evaluation.conditions["features"])}. In brackets: 95 % intervals by bootstrap.</p>
+<p>In {html.escape(evaluation.conditions["features"])}.</p>
 {_figures_table(evaluation)}
 <ul>{legend}</ul>
 {_classes_section(evaluation)}
@@ -216,7 +221,11 @@ def text_table(evaluation: Evaluation):
         box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0), caption=f"in {evaluation.conditions['features']}"
     )
     table.add_column("", overflow="fold")
-    columns = [column for column in _columns(evaluation) if not (column.spare and evaluation.has_teacher)]
+    columns = [
+        column
+        for column in _columns(evaluation)
+        if not column.page_only and not (column.spare and evaluation.has_teacher)
+    ]
     for column in columns:
         table.add_column(column.short, justify="right", no_wrap=True)
     for score in evaluation.scores:
@@ -232,10 +241,7 @@ def _figures_table(evaluation: Evaluation) -> str:
     columns = _columns(evaluation)
     return _html_table(
         [("", "")] + [(column.heading, column.meaning) for column in columns],
-        [
-            [score.name, *((column.long_cell or column.cell)(score) for column in columns)]
-            for score in evaluation.scores
-        ],
+        [[score.name, *(column.cell(score) for column in columns)] for score in evaluation.scores],
     )
 
 
@@ -279,7 +285,7 @@ def _short(value: float, digits: int = 4) -> str:
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
-    return "" if ends is None else f" ({_short(ends[0])} to {_short(ends[1])})"
+    return "" if ends is None else f"{_short(ends[0])} to {_short(ends[1])}"
 
 
 def _slug(name: str) -> str:
