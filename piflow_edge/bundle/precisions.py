@@ -15,9 +15,8 @@ from .sections import ToleranceSpec
 class Precision:
     """All that a precision must say of itself.
 
-    `name`: in options and file names. `tolerances`: what `verify` allows, where a bundle is exported. `builder_types`:
-    number types that a weakly typed TensorRT must be allowed, of its own flags. `operators_tensorrt_lacks`: those that
-    its graphs are made of and TensorRT has not; "" where it takes them.
+    `name`: in options and file names. `tolerances`: what `verify` allows, where a bundle is exported.
+    `operators_tensorrt_lacks`: those that its graphs are made of and TensorRT has not.
     `converter`: "module:function" in the room that exports. It is called with a network's name, its fp32 graph and a
     `Calibration`, and returns a `Conversion`. A text, because it needs packages that a runtime does not.
     """
@@ -25,7 +24,6 @@ class Precision:
     name: str
     tolerances: ToleranceSpec
     converter: str
-    builder_types: tuple[str, ...] = ()
     operators_tensorrt_lacks: tuple[str, ...] = ()
 
     def load_converter(self, room: str) -> Callable[..., Any]:
@@ -48,7 +46,7 @@ PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("fp32", _FP32, "calibration:keep_fp32"),
-        Precision("fp16", _FP16, "fp16:convert_network", builder_types=("fp16",)),
+        Precision("fp16", _FP16, "fp16:convert_network"),
         # Scales activations as they come. Its operators are ONNX's, not TensorRT's: "N" in the operator tables of
         # onnx-tensorrt (docs/operators.md of 8.4 and of 10.15; those of TensorRT-RTX and 11 were not at hand, and are
         # taken to be the same).
@@ -59,6 +57,6 @@ PRECISIONS = {
             operators_tensorrt_lacks=("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"),
         ),
         # Scales activations by calibration.
-        Precision("int8-qdq", _INT8, "int8:convert_network_qdq", builder_types=("int8",)),
+        Precision("int8-qdq", _INT8, "int8:convert_network_qdq"),
     )
 }
