@@ -40,11 +40,12 @@ STAGES = {
 
 def make_student(size: str):
     from benchmarks.networks import student_of, teacher_of
+    from piflow_edge.conditioning import ClassLabels
     from piflow_edge.distill.networks.dit import DiTConfig
     from piflow_edge.distill.sources import StudentModel
 
     network = student_of(teacher_of(DiTConfig(in_channels=3, sample_size=32, patch_size=2, **SIZES[size])))
-    return StudentModel(network, class_names=tuple(map(str, range(network.config.num_classes))))
+    return StudentModel(network, conditioner=ClassLabels(tuple(map(str, range(network.config.num_classes)))))
 
 
 def export_plainly(student, folder: Path) -> None:
