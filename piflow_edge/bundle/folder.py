@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,8 +93,8 @@ class Bundle:
         self.manifest_bytes = self._bytes(MANIFEST, limit=MANIFEST_LIMIT)
         self.manifest = parse_manifest(self.manifest_bytes, self.folder)
         listed = set(self.manifest.files) | {MANIFEST}
-        try:
-            found = {file.name for file in self.folder.iterdir()}
+        try:  # no more of them than show that there are too many
+            found = {file.name for file in islice(self.folder.iterdir(), len(listed) + 2)}
         except OSError as error:
             raise BundleError(f"{self.folder} cannot be read: {error.strerror}") from error
         self.signature_bytes = self._bytes(SIGNATURE, limit=SIGNATURE_LIMIT) if SIGNATURE in found else None
@@ -101,7 +102,9 @@ class Bundle:
         found.discard(SIGNATURE)  # it cannot be listed in what it signs
         if listed != found:
             missing, extra = sorted(listed - found), sorted(found - listed)
-            what = f"{missing[0]} is missing" if missing else f"{extra[0]} does not belong to it"
+            # Of too many files only some were listed: which are missing cannot be told.
+            is_short = len(found) <= len(listed)
+            what = f"{missing[0]} is missing" if missing and is_short else f"{extra[0]} does not belong to it"
             raise BundleError(
                 f"bundle {self.folder} is not as it was exported: {what}; copy it again or re-export"
             )

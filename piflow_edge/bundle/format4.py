@@ -10,6 +10,7 @@ from piflow_edge.conditioning import ClassLabels, TensorSpec, Unconditional
 from piflow_edge.errors import BundleError, PiFlowError
 from piflow_edge.policies import DXPolicySpec, GMPolicySpec
 
+from .bounds import MOST_CALLS
 from .manifest import DECODER, STUDENT, Manifest, sampler_name, sampler_tensors
 from .sections import AxisSpec, FileSpec, LatentSpec, NetworkSpec, ScheduleSpec, ToleranceSpec
 from .typed_json import read_typed
@@ -110,6 +111,8 @@ def _networks(old: _Manifest, steering: Sequence[TensorSpec], place: str) -> dic
         networks[DECODER] = _network(old, DECODER, decoder.kind, decoder.inputs, decoder.outputs)
         image_shape = list(decoder.outputs[0].shape[1:]) if decoder.outputs else None
     for nfe in old.samplers:
+        if not MOST_CALLS >= nfe >= 1:
+            raise BundleError(f"{place} has a sampler graph of {nfe!r:.40} calls; up to {MOST_CALLS} may be")
         try:
             schedule = old.schedule.schedule(nfe=nfe)
         except PiFlowError as error:

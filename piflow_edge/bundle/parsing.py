@@ -14,6 +14,7 @@ from piflow_edge.errors import BundleError, PiFlowError
 from piflow_edge.schedule import is_temperature
 from piflow_edge.system.files import sha256
 
+from .bounds import find_excess, find_odd_names, is_deeper_than
 from .format4 import read_format_4
 from .manifest import (
     DECODER,
@@ -21,6 +22,7 @@ from .manifest import (
     GOLDEN,
     LICENSE,
     MANIFEST,
+    MANIFEST_LIMIT,
     PREVIEW,
     SIGNATURE,
     STUDENT,
@@ -29,6 +31,9 @@ from .manifest import (
 )
 from .sections import LatentSpec, NetworkSpec
 from .typed_json import read_typed, write_json
+
+# Values in values: a manifest has some ten.
+_DEEPEST = 32
 
 Shape = tuple[int | str, ...]
 
@@ -50,8 +55,14 @@ def parse_manifest(data: bytes, folder: Path) -> Manifest:
             together.
     """
     place = folder / MANIFEST
+    if len(data) > MANIFEST_LIMIT:
+        raise BundleError(
+            f"{place} is larger than {MANIFEST_LIMIT} bytes, as no manifest is; copy the bundle again"
+        )
     try:
         body = json.loads(data)
+        if is_deeper_than(_DEEPEST, body):
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
         # Back again right here: JSON that cannot be written (NaN, half a surrogate pair) was never written by us.
         rewritten = write_json(body)
     except (ValueError, RecursionError) as error:
@@ -78,6 +89,7 @@ def _check_manifest(manifest: Manifest, place: Path) -> None:
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
+    yield from find_odd_names(manifest)  # first: the others quote them
     yield from _problems_of_files(manifest)
     yield from _problems_of_axes(manifest)
     yield from _problems_of_feeds(manifest)
@@ -85,6 +97,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"has latents and a decoder that do not fit each other: {problem}; export again"
     yield from _problems_of_student(manifest)
     yield from _problems_of_numbers(manifest)
+    yield from find_excess(manifest)
 
 
 def _problems_of_files(manifest: Manifest) -> Iterator[str]:
