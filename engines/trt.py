@@ -16,7 +16,7 @@ import numpy as np
 
 from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padding, trt_versions
 from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError, ShapeError
-from piflow_edge.kernels import nvidia
+from piflow_edge.kernels import gpu_arrays, nvidia
 from piflow_edge.kernels.device_arrays import is_on_gpu, stream_of, view
 from piflow_edge.kernels.gpu_arrays import DeviceArray
 
@@ -101,6 +101,7 @@ class TensorRTEngine:
     """
 
     name = "tensorrt"
+    can_be_recorded = True
 
     def __init__(self, graph: Graph, device: str, options: EngineOptions, *, plan: bytes | None = None):
         trt = trt_versions.tensorrt()
@@ -121,12 +122,15 @@ class TensorRTEngine:
         self._trt = trt
         self._tensors = _tensors(trt, self._engine, self._sizes_of_outputs)
         self._axes = {t.name: t.shape.index(-1) for t in self._tensors if t.is_input and -1 in t.shape}
-        self._stream = nvidia.Stream(self._ordinal)
+        # That of the policies, so that neither waits for the other.
+        self._stream = gpu_arrays.place(self._ordinal).stream
+        # One of its own to record on: what other threads queue meanwhile must not come into the recording.
+        self._recorder = nvidia.Stream(self._ordinal)
         self._inputs: dict[str, nvidia.Memory] = {}
         for tensor in (t for t in self._tensors if t.is_input):
             size = tensor.bytes(tensor.most)
             self._inputs[tensor.name] = memory = nvidia.Memory(self._ordinal, max(1, size))
-            nvidia.fill(self._ordinal, memory.pointer, 0, size, self._stream.handle)
+            nvidia.fill(self._ordinal, memory.pointer, 0, size, self._stream)
         scratch = trt_versions.memory_size(self._api, self._engine)
         self._scratch = nvidia.Memory(self._ordinal, max(1, scratch))
         self.min_batch, self.max_batch = self._limits()
@@ -182,16 +186,18 @@ class TensorRTEngine:
     def _called(self, arrays: dict[str, Any]) -> dict[str, Any]:
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         on_gpu = [array for array in arrays.values() if is_on_gpu(array)]
-        stream = stream_of(on_gpu[0]) if on_gpu else self._stream.handle
-        if stream != self._stream.handle:  # inputs and scratch may still be in use by the call before
-            nvidia.after(self._ordinal, stream, self._stream.handle)
+        stream = stream_of(on_gpu[0]) if on_gpu else self._stream
+        # Inputs and scratch may still be in use by the call before. A recording is waited for as a whole.
+        crosses = stream != self._stream and not nvidia.is_recording()
+        if crosses:
+            nvidia.after(self._ordinal, stream, self._stream)
         for tensor in self._tensors:
             if tensor.is_input:
                 self._bring(tensor, arrays[tensor.name], stream)
         outputs = self._free_outputs(stream)
         made = self._queue(shapes, outputs, stream)
-        if stream != self._stream.handle:
-            nvidia.after(self._ordinal, self._stream.handle, stream)
+        if crosses:
+            nvidia.after(self._ordinal, self._stream, stream)
         return self._on_gpu(outputs, made, stream) if on_gpu else self._on_host(outputs, made)
 
     def close(self) -> None:
@@ -199,7 +205,7 @@ class TensorRTEngine:
         with self._lock:
             if self._engine is None:
                 return
-            nvidia.wait_for(self._stream.handle)
+            nvidia.wait_for(self._stream)
             for call in self._calls.values():
                 if call.recording is not None:
                     call.recording.free()
@@ -209,7 +215,7 @@ class TensorRTEngine:
             self._runtime = None
             for memory in (*self._inputs.values(), self._scratch):
                 memory.free()
-            self._stream.close()
+            self._recorder.close()
 
     def _checked(self, tensor: _Tensor, inputs: dict[str, Any]):
         if inputs.keys() != (names := {t.name for t in self._tensors if t.is_input}):
@@ -286,6 +292,11 @@ class TensorRTEngine:
                 self._forget(outputs)
             call = self._calls[key] = self._prepared(shapes, outputs)
         self._calls.move_to_end(key)
+        nvidia.hold(call, outputs)
+        if nvidia.is_recording():  # a part of something larger
+            with nvidia.current(self._ordinal):
+                self._execute(call, stream)
+            return call.shapes
         call.count += 1
         # TensorRT sets a context up at its first call, in ways that cannot be recorded.
         if call.count > 1 and call.recording is None and call.can_record:
@@ -326,7 +337,7 @@ class TensorRTEngine:
             return {name: tuple(map(int, context.get_tensor_shape(name))) for name in outputs}
 
     def _record(self, call: _Call) -> None:
-        stream = self._stream.handle
+        stream = self._recorder.handle
         try:
             call.recording = nvidia.Recording(self._ordinal, stream, lambda: self._execute(call, stream))
         except EngineError as error:
@@ -339,7 +350,7 @@ class TensorRTEngine:
 
     def _forget(self, kept: _Outputs) -> None:
         """Drop the call that was used longest ago, once it has run, and outputs that no call uses but `kept`."""
-        nvidia.wait_for(self._stream.handle)
+        nvidia.wait_for(self._stream)
         _, old = self._calls.popitem(last=False)
         if old.recording is not None:
             old.recording.free()
@@ -363,17 +374,17 @@ class TensorRTEngine:
                 raise EngineError(f"{tensor.name} is bfloat16, which NumPy lacks; give inputs on the GPU")
             arrays[tensor.name] = array = np.empty(shapes[tensor.name], tensor.dtype)
             source = outputs.memory[tensor.name].pointer
-            nvidia.copy(self._ordinal, array.ctypes.data, source, array.nbytes, self._stream.handle)
-        nvidia.wait_for(self._stream.handle)
+            nvidia.copy(self._ordinal, array.ctypes.data, source, array.nbytes, self._stream)
+        nvidia.wait_for(self._stream)
         return arrays
 
 
 def _cached(graph: Graph, trt, device: str) -> bytes:
-    place = engine_cache.place("tensorrt", trt.__version__, device)
-    if (found := engine_cache.newest(graph, place)) is None:
+    needed = engine_cache.place("tensorrt", trt.__version__, device)
+    if (found := engine_cache.newest(graph, needed)) is None:
         raise EngineNotBuiltError(
-            f"there is no TensorRT engine of this network for {place['gpu']}, TensorRT {place['tensorrt']} and CUDA "
-            f"{place['cuda']} in {engine_cache.folder()}; build it, once: piflow-edge build {graph.source} "
+            f"there is no TensorRT engine of this network for {needed['gpu']}, TensorRT {needed['tensorrt']} and CUDA "
+            f"{needed['cuda']} in {engine_cache.folder()}; build it, once: piflow-edge build {graph.source} "
             f"--engine tensorrt{f' --device {device}' if nvidia.ordinal_in(device) else ''}"
         )
     return found[1]

@@ -12,6 +12,8 @@ import math
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from queue import SimpleQueue
@@ -83,6 +85,10 @@ class DeviceArray(DeviceView):
 
     def __array_namespace__(self, api_version: str | None = None):
         return sys.modules[__name__]
+
+    def to_host(self) -> np.ndarray:
+        """The values as NumPy's: waits for them."""
+        return to_host(self)
 
     def reshaped(self, shape: tuple[int, ...]) -> "DeviceArray":
         """The same memory in a shape of as many numbers."""
@@ -164,6 +170,35 @@ def _return(device: Place, memory: nvidia.Memory) -> None:
         del dropped  # freed outside the lock
 
 
+class Pool:
+    """Memory for arrays of a computation that is done again and again, each time at the same addresses."""
+
+    def __init__(self, ordinal: int):
+        self._ordinal, self._memories, self._next = ordinal, [], 0
+
+    @contextmanager
+    def lending(self) -> Iterator[None]:
+        """Take the memory of all arrays that this thread makes from here, from the first on."""
+        self._next, _thread.pool = 0, self
+        try:
+            yield
+        finally:
+            _thread.pool = None
+
+    def lend(self, size: int) -> nvidia.Memory:
+        """The next piece of memory; a new one where it is lent for the first time."""
+        if self._next == len(self._memories):
+            self._memories.append(nvidia.Memory(self._ordinal, size))
+        memory = self._memories[self._next]
+        if memory.size != size:
+            raise EngineError(f"a computation made other arrays than before: {size} bytes, not {memory.size}")
+        self._next += 1
+        return memory
+
+
+_thread = threading.local()  # `pool`: where this thread's arrays lie, if one lends
+
+
 def _kept_one(device: Place, size: int) -> nvidia.Memory | None:
     """Memory of that size that is kept, which is then the caller's."""
     with _lock:
@@ -223,7 +258,8 @@ def empty(shape, *, dtype: str = float32, device: Place) -> DeviceArray:
     """An array of any values."""
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     size = builtins.max(1, math.prod(shape) * ITEM_BYTES[dtype])
-    memory = _Lent(device, size)
+    pool = getattr(_thread, "pool", None)
+    memory = _Lent(device, size) if pool is None else pool.lend(size)
     return DeviceArray(memory.pointer, dtype, shape, device.ordinal, memory, device.stream)
 
 
@@ -272,8 +308,13 @@ def all_finite(x: Any) -> bool:
     """Whether an array (B, ..., H, W), also one of NumPy's, holds neither NaN nor infinity. Waits for it on a GPU."""
     if isinstance(x, np.ndarray):
         return bool(np.isfinite(x).all())
+    return bool(np.isfinite(to_host(sum_up_finiteness(x))).all())
+
+
+def sum_up_finiteness(x: DeviceArray) -> DeviceArray:
+    """Zeros (B, ...) for an array (B, ..., H, W), but NaN where there was NaN or infinity. Waits for nothing."""
     nothing = x - x  # 0, or NaN in these places; summed up where it lies, so that little crosses the bus
-    return bool(np.isfinite(to_host(sum(sum(nothing, axis=-2), axis=-1))).all())
+    return sum(sum(nothing, axis=-2), axis=-1)
 
 
 # --- the array API

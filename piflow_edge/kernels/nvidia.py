@@ -222,7 +222,7 @@ def launch(
 
 
 # `postponed`: what this thread gives back once it has recorded. Within, the driver would call the recording off, and
-# Python may collect old arrays at any point.
+# Python may collect old arrays at any point. `held`: see `holding`.
 _thread = threading.local()
 
 
@@ -235,6 +235,27 @@ def _nothing_given_back():
         _thread.postponed = None
         for give_back in postponed:
             give_back()
+
+
+def is_recording() -> bool:
+    """Whether the calling thread records a CUDA graph: nothing may be waited for, and all memory stays."""
+    return getattr(_thread, "postponed", None) is not None
+
+
+@contextmanager
+def holding(held: list):
+    """Collect in `held` what the work that is queued meanwhile uses, for as long as it may be done again."""
+    _thread.held = held
+    try:
+        yield
+    finally:
+        _thread.held = None
+
+
+def hold(*used: object) -> None:
+    """Say what the work that is being queued uses; see `holding`."""
+    if (held := getattr(_thread, "held", None)) is not None:
+        held.extend(used)
 
 
 def _give_back(owner, ordinal: int, call: Callable[..., object], handle) -> weakref.finalize:
@@ -293,10 +314,27 @@ class _Buffer(Memory):
         )  # the copy may still be on its way, and the caller's stream does not wait for the default one
 
 
-@lru_cache(maxsize=64)
+class Pinned:
+    """Bytes of the machine's memory which a GPU reads and writes by itself, while the CPU goes on.
+
+    `bytes`: a view of them. Whoever queued a copy waits for it before these are written, or read, again.
+    """
+
+    def __init__(self, ordinal: int, size: int):
+        with current(ordinal) as driver:
+            self.pointer = int(_done(driver.cuMemHostAlloc(size, 0)))
+        self.bytes = (ctypes.c_char * size).from_address(self.pointer)
+        self._free = _give_back(self, ordinal, lambda driver, at: driver.cuMemFreeHost(at), self.pointer)
+
+
 def uploaded(ordinal: int, data: bytes) -> _Buffer:
     """`data` in the GPU's memory. Kept, for schedules come again with every image, and need no copy then."""
-    return _Buffer(ordinal, data)
+    buffer = _uploaded(ordinal, data)
+    hold(buffer)
+    return buffer
+
+
+_uploaded = lru_cache(maxsize=64)(_Buffer)
 
 
 def ordinal_in(device: str) -> int:

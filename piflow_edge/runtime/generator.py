@@ -20,9 +20,10 @@ from piflow_edge.system.sheets import as_pil
 
 from .arguments import convert_floats
 from .drawing.batching import joined, pieces
-from .drawing.decoding import Decoding, check_finite, on_host
+from .drawing.decoding import Decoding, check_finite, not_finite, on_host
 from .drawing.latents import Student, Workplace, draw_latents
 from .drawing.observer import Event, Observer, Progress
+from .drawing.recorded import ImageGraphs
 from .drawing.stopwatch import Stopwatch
 from .lifetime import Lifetime
 from .recipe import Recipe
@@ -58,6 +59,9 @@ class Generator:
         self.decoding = Decoding(bundle.manifest, decoder, self.precision)
         # On a GPU nothing crosses the bus between noise and image.
         self._place = gpu_arrays.place_of(engine.device)
+        self._graphs = self._place and ImageGraphs(
+            bundle.manifest, engine, decoder, self.decoding, self._place
+        )
         self._lifetime = Lifetime(bundle.name, self._free)
         self._warned: set[str] = set()
 
@@ -114,7 +118,7 @@ class Generator:
                 cuts rollouts as `callback_every` does.
             synchronize: on an NVIDIA GPU, wait for it at the end of every stage, so that `Result.timings` are of the
                 stages themselves, and the call takes longer. Else they are those of queueing, and "transfer" has the
-                waiting.
+                waiting; with engine "tensorrt" images of a kind that came before are one CUDA graph, all in "transfer".
             changes: fields of `SamplingSettings`: nfe, substeps, solver, temperature, h, strength, resamples, height,
                 width.
 
@@ -176,27 +180,45 @@ class Generator:
         """Draw latents in as many pieces as the engine needs, and make images of them."""
         self._check_output(output)
         self._warn_if_untrained(request)
-        manifest, where = self.bundle.manifest, Workplace(self._place, self.options.threads)
         clock = Stopwatch(self._wait_for_gpu if synchronize and self._place else None)
         # The policies' threads are started from this one, and keep to its cores.
         with self._lifetime, self.options.on_cores():
-            drawn = [
-                draw_latents(self.student, request, piece, where, observer, clock)
+            made = [
+                self._draw(request, piece, output, observer, clock)
                 for piece in pieces(len(request), _BATCH_SIZE, self.engine)
             ]
-            images, latents = None, joined([on_host(piece, clock) for piece in drawn])
-            check_finite(latents, "the student", manifest, self.precision, self.engine)
-            if output != "latent":
-                as_float = output == "float"
-                images = joined(
-                    [self.decoding.images(piece, as_float=as_float, clock=clock) for piece in drawn]
-                )
+            latents = joined([piece for piece, _ in made])
+            images = None if output == "latent" else joined([piece for _, piece in made])
             if output == "pil":
                 images = clock.run("decode", as_pil, images)
         recipe = describe_request(self.conditioner, request, self._run)
         clock.add("total", began)
         seeds = None if request.noise is not None else request.seeds
         return Result(images, latents, seeds, self.engine.name, self.engine.device, clock.ms, recipe)
+
+    def _draw(
+        self, request: Request, piece: slice, output: str, observer: Observer, clock: Stopwatch
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Latents and images of some of a request's images, as one CUDA graph where that can be."""
+        manifest, threads = self.bundle.manifest, self.options.threads
+        recorded = None
+        if self._graphs is not None and not observer.is_watching and not clock.waits:
+            recorded = self._graphs.draw(request, piece, output, threads, clock)
+        if recorded is not None:
+            latents, drawn = recorded["latents"], None
+        else:
+            drawn = draw_latents(
+                self.student, request, piece, Workplace(self._place, threads), observer, clock
+            )
+            latents = on_host(drawn, clock)
+        check_finite(latents, "the student", manifest, self.precision, self.engine)
+        if output == "latent":
+            return latents, None
+        if recorded is None:
+            return latents, self.decoding.images(drawn, as_float=output == "float", clock=clock)
+        if not all(np.isfinite(array).all() for name, array in recorded.items() if name.startswith("finite")):
+            raise not_finite("the decoder", manifest, self.precision, self.decoder)
+        return latents, joined([array for name, array in recorded.items() if name.startswith("images")])
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them.
@@ -256,6 +278,8 @@ class Generator:
 
     def _free(self) -> None:
         try:
+            if self._graphs is not None:
+                self._graphs.free()
             self.engine.close()
         finally:  # a GPU that failed says so at every close
             if self.decoder is not None:

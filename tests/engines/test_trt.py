@@ -228,7 +228,7 @@ engine.close()
 engine.close()
 refused(EngineError, "is closed", lambda: engine.run(given))
 check({name: seen(array) for name, array in kept.items()}, expected)
-assert count("bytes") > 0 and count("graphs") == 0 and count("streams") == 1
+assert count("bytes") > 0 and count("graphs") == 0 and count("streams") == 2  # this one and that of all engines
 del kept
 gc.collect()
 assert count("bytes") == 0

@@ -29,7 +29,7 @@ for stream in (0, 42):
     cuda.gm_rollout(*map(OnHost, (*inputs, x_dst)), sigmas, 1.0, stream=stream)
     nvidia.wait_for(stream)
     np.testing.assert_allclose(x_dst, exact, rtol=0, atol=1e-5)
-nvidia.uploaded.cache_clear()  # frees what was copied
+nvidia._uploaded.cache_clear()  # frees what was copied
 
 nvidia.kernel.cache_clear()
 nvidia.compiled = lambda arch, defines, source: b"of another version"

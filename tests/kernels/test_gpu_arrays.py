@@ -314,8 +314,14 @@ with pf.load(sys.argv[1], engine="tensorrt") as generator:
         np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
         assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
     moved = {name: counts()[name] - before[name] for name in COUNTS}
-    # Once recorded, an image is two replays of the student and one of the decoder, and nothing new is taken. Beside the
-    # noise, times and labels go there, a few bytes; image, latents and whether all is finite come back.
+    # Once recorded, an image is one launch, copies included, and one wait.
+    assert moved == dict.fromkeys(COUNTS, 0) | {"launches": 1, "syncs": 1}, moved
+    # With somebody who looks on it is two replays of the student and one of the decoder, and nothing new is taken.
+    # Beside the noise, times and labels go there, a few bytes; image, latents and whether all is finite come back.
+    for image in range(4):
+        before = counts()
+        generator(**arguments, synchronize=True)
+    moved = {name: counts()[name] - before[name] for name in COUNTS}
     assert (moved["launches"], moved["outs"], moved["bytes"], moved["graphs"]) == (3, 3, 0, 0), moved
 assert counts()["graphs"] == 0
 
@@ -335,6 +341,149 @@ with pf.load(sys.argv[1], engine="ort-cpu") as plain, pf.load(sys.argv[1], engin
 """
 
 
+RECORDED = """
+import threading
+import piflow_edge as pf
+from piflow_edge.errors import Cancelled
+from piflow_edge.runtime.drawing import recorded
+from tests.helpers import pretended_tensorrt
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.engines import building
+from piflow_edge.runtime.graphs import find_targets
+
+told = []
+logging.getLogger("piflow_edge").addHandler(handler := logging.Handler())
+handler.emit = lambda record: told.append(record.getMessage())
+pretended_tensorrt.install("10.3.0")
+settings = building.BuildSettings(batch=building.Batch(1, 1, 4))
+for target in find_targets(Bundle(sys.argv[1])):
+    building.build(building.plan(target, settings), settings)
+plain, generator = (pf.load(sys.argv[1], engine=engine) for engine in ("ort-cpu", "tensorrt"))
+graphs = generator._graphs._graphs
+
+
+def check(launches=None, **arguments):
+    before = counts()["launches"]
+    ours, theirs = (one(**arguments) for one in (generator, plain))
+    assert launches is None or counts()["launches"] - before == launches, (launches, before, counts())
+    np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
+    if arguments["output"] != "latent":
+        np.testing.assert_allclose(ours.images, theirs.images, rtol=0, atol=1 if ours.images.dtype == "uint8" else 1e-4)
+    return ours
+
+
+# Every order of work between streams gives the same, whatever changes from image to image.
+for order in range(3):
+    fake.fake_set_order(order)
+    for seed, labels in enumerate(([3, 7, 1], [0, 0, 9], [2, 5, 5])):
+        check(labels=labels, seed=seed, output="numpy", launches=1 if order or seed > 1 else None)
+fake.fake_set_order(0)
+assert len(graphs) == 1
+for output in ("float", "latent"):
+    for seed in range(3):
+        check(labels=[1, 2], seed=seed, output=output, temperature=0.3)
+assert len(graphs) == 3
+
+# A result is the caller's own.
+one, other = (generator(labels=[3, 7, 1], seed=seed, output="numpy") for seed in (0, 1))
+assert not np.array_equal(one.latents, other.latents)
+np.testing.assert_allclose(one.latents, plain(labels=[3, 7, 1], output="latent").latents, rtol=0, atol=1e-4)
+
+# Only so many are kept, and their memory is given back.
+held = []
+for count in range(1, 5):
+    for substeps in (3, 4):
+        for seed in range(2):
+            check(labels=list(range(count)), seed=seed, output="numpy", substeps=substeps)
+    held.append(counts()["bytes"])
+assert len(graphs) == recorded._MOST_GRAPHS and held[-1] < 2 * held[0], held
+
+# Who looks on or stops cuts an image at its calls; noise between calls and masks are not recorded.
+seen = []
+for seed in range(3):
+    check(labels=[1], seed=seed, output="numpy", callback=lambda done: seen.append(done.call), launches=None)
+assert seen == [1, 2] * 6
+stop = threading.Event()
+stop.set()
+for one in (generator, plain):
+    try:
+        one(labels=[1], cancel=stop)
+        raise AssertionError("went on")
+    except Cancelled:
+        pass
+for seed in range(3):
+    check(labels=[1], seed=seed, output="numpy", h=0.5)
+    check(labels=[1], seed=seed, output="numpy", image=np.zeros((2, 8, 8), np.float32), strength=0.4)
+
+# Several threads at a time, some recorded and some not.
+wrong = []
+
+
+def work(seed):
+    try:
+        for n in range(4):
+            check(labels=[seed % 10, n], seed=seed + n, output="numpy", h=[0, 0.5][seed % 2])
+    except BaseException as error:
+        wrong.append(error)
+
+
+threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not wrong, wrong
+
+# What an image takes of the interpreter, without what the pretended TensorRT does when the GPU's turn comes.
+calls, inside = 0, 0
+
+
+def count_calls(frame, event, argument):
+    global calls, inside
+    if frame.f_code is pretended_tensorrt._run.__code__:
+        inside += {"call": 1, "return": -1}.get(event, 0)
+    elif event == "call" and not inside:
+        calls += 1
+
+
+arguments = dict(labels=[3, 7, 1], output="numpy")
+for seed in range(2):
+    generator(**arguments, seed=seed)
+sys.setprofile(count_calls)
+generator(**arguments, seed=5)
+sys.setprofile(None)
+assert calls <= 300, calls
+
+# An infinite image is an error here too.
+decode = generator.decoder.run
+generator.decoder.run = lambda inputs: {name: value / 0 for name, value in decode(inputs).items()}
+for seed in range(3):
+    try:
+        generator(labels=[4], seed=seed, output="float", substeps=5)
+        raise AssertionError("an image of infinity")
+    except PiFlowError as error:
+        assert "the decoder of bundle" in str(error) and "made NaN or infinity" in str(error), error
+generator.decoder.run = decode
+generator.close()
+assert counts()["graphs"] == 0 and not any("call by call" in words for words in told), told
+
+# What cannot be recorded runs call by call, and that is said once.
+whole = nvidia.Recording.__init__
+
+
+def broken(self, ordinal, stream, work):
+    def fails():
+        work()
+        fake.fake_invalidate(ctypes.c_void_p(stream))
+    whole(self, ordinal, stream, fails)
+
+
+nvidia.Recording.__init__ = broken
+with pf.load(sys.argv[1], engine="tensorrt") as generator:
+    for seed in range(4):
+        check(labels=[1, 2], seed=seed, output="numpy", launches=0)
+assert sum("images are queued call by call" in words for words in told) == 1, told
+"""
+
+
 @pytest.mark.torch
 def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
     pytest.importorskip("diffusers", reason="autoencoders need the 'diffusers' extra")
@@ -351,6 +500,7 @@ def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
     run(GENERATOR, tmp_path / "bundle")
     pytest.importorskip("filelock")
     run(TENSORRT, tmp_path / "bundle")
+    run(RECORDED, tmp_path / "bundle")
 
 
 @pytest.mark.skipif(not HAS_BINDINGS, reason="cuda-bindings is not installed")

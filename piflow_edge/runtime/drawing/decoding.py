@@ -1,6 +1,6 @@
 """From latents to images, where the latents lie: through the bundle's decoder, if it has one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,28 @@ class Decoding:
         (given,) = self._manifest.decoder.inputs
         return {given.name: self._manifest.latent.restore(latents)}
 
+    def queue_images(self, latents: Any, *, as_float: bool) -> dict[str, Any]:
+        """Images of latents in a GPU's memory, left there and not waited for, in pieces by name: "images.0", ...
+
+        Beside each piece, "finite.0", ..., what is NaN where the decoder made NaN or infinity.
+        """
+        made, found = decode_float_there if as_float else decode_there, {}
+        if self._decoder is None:
+            return {"images.0": made(latents, self._manifest.latent)}
+        for i, piece in enumerate(self._pieces(len(latents))):
+            (decoded,) = self._decoder.run(self.inputs(latents[piece])).values()
+            found[f"finite.{i}"] = gpu_arrays.sum_up_finiteness(decoded)
+            found[f"images.{i}"] = made(decoded)
+        return found
+
+    def with_decoder(self, decoder: Engine | None) -> "Decoding":
+        """The same with another way to run the decoder."""
+        return Decoding(self._manifest, decoder, self._precision)
+
+    def _pieces(self, count: int) -> Iterator[slice]:
+        *_, height, width = self._manifest.decoder.outputs[0].shape
+        return pieces(count, max(1, _DECODED_PIXELS // (height * width)), self._decoder)
+
     def images(self, latents: Any, *, as_float: bool, clock: Stopwatch) -> np.ndarray:
         """uint8 (B, H, W, C), or float32 from 0 to 1, in the host's memory, of latents (B, C, H, W).
 
@@ -38,10 +60,8 @@ class Decoding:
         made = decode_float_there if as_float else decode_there
         if self._decoder is None:
             return on_host(clock.run("decode", made, latents, self._manifest.latent), clock)
-        *_, height, width = self._manifest.decoder.outputs[0].shape
-        size = max(1, _DECODED_PIXELS // (height * width))
         images = []
-        for piece in pieces(len(latents), size, self._decoder):
+        for piece in self._pieces(len(latents)):
             images.append(on_host(clock.run("decode", self._decode, latents[piece], made), clock))
         return joined(images)
 
@@ -54,10 +74,15 @@ class Decoding:
 def check_finite(made: Any, network: str, manifest: Manifest, precision: str, engine: Engine) -> None:
     """NotFiniteError for NaN and infinity: they would be black, or whatever the processor makes of them."""
     if not gpu_arrays.all_finite(made):
-        raise NotFiniteError(
-            f"{network} of bundle {manifest.name!r} in {precision} on {engine.name} made NaN or infinity; load it in "
-            f"another precision. `piflow-edge verify BUNDLE --precision {precision}` tells where"
-        )
+        raise not_finite(network, manifest, precision, engine)
+
+
+def not_finite(network: str, manifest: Manifest, precision: str, engine: Engine) -> NotFiniteError:
+    """The error that says which network made NaN or infinity."""
+    return NotFiniteError(
+        f"{network} of bundle {manifest.name!r} in {precision} on {engine.name} made NaN or infinity; load it in "
+        f"another precision. `piflow-edge verify BUNDLE --precision {precision}` tells where"
+    )
 
 
 def on_host(array: Any, clock: Stopwatch) -> np.ndarray:

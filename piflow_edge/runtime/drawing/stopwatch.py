@@ -18,6 +18,11 @@ class Stopwatch:
     def __init__(self, wait: Callable[[], None] | None = None):
         self.ms, self._wait = dict.fromkeys((*STAGES, "total"), 0.0), wait
 
+    @property
+    def waits(self) -> bool:
+        """Whether a GPU is waited for after each stage."""
+        return self._wait is not None
+
     def add(self, stage: str, began: float) -> None:
         """Add a stage that has just ended. `began`: `time.perf_counter()` at its start."""
         if self._wait is not None:
