@@ -11,7 +11,7 @@ from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.kernels.normal import philox_normal
 
-from .images import drawn_mask, encode
+from .images import read_image, read_mask
 
 Seeds = list[tuple[int, int]]
 
@@ -74,11 +74,11 @@ def read_start_and_mask(
         raise ShapeError("a mask says what to draw into an image; give the image too")
     if image is None:
         return None, None
-    start = _for_every_image("image", encode(image, spec, name), count)
+    start = _for_every_image("image", read_image(image, spec, name), count)
     if mask is None:
         return start, None
     height, width = spec.shape[-2:]
-    return start, _for_every_image("mask", drawn_mask(mask, (height, width)), count)
+    return start, _for_every_image("mask", read_mask(mask, (height, width)), count)
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

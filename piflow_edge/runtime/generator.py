@@ -19,7 +19,7 @@ from piflow_edge.system.files import sha256
 from piflow_edge.system.sheets import as_pil
 
 from .arguments import convert_floats
-from .drawing.batching import joined, pieces
+from .drawing.batching import cut_batches, join_arrays
 from .drawing.decoding import Decoding, check_finite, not_finite, on_host
 from .drawing.latents import Student, Workplace, draw_latents
 from .drawing.observer import Event, Observer, Progress
@@ -185,10 +185,10 @@ class Generator:
         with self._lifetime, self.options.on_cores():
             made = [
                 self._draw(request, piece, output, observer, clock)
-                for piece in pieces(len(request), _BATCH_SIZE, self.engine)
+                for piece in cut_batches(len(request), _BATCH_SIZE, self.engine)
             ]
-            latents = joined([piece for piece, _ in made])
-            images = None if output == "latent" else joined([piece for _, piece in made])
+            latents = join_arrays([piece for piece, _ in made])
+            images = None if output == "latent" else join_arrays([piece for _, piece in made])
             if output == "pil":
                 images = clock.run("decode", as_pil, images)
         recipe = describe_request(self.conditioner, request, self._run)
@@ -218,7 +218,7 @@ class Generator:
             return latents, self.decoding.images(drawn, as_float=output == "float", clock=clock)
         if not all(np.isfinite(array).all() for name, array in recorded.items() if name.startswith("finite")):
             raise not_finite("the decoder", manifest, self.precision, self.decoder)
-        return latents, joined([array for name, array in recorded.items() if name.startswith("images")])
+        return latents, join_arrays([array for name, array in recorded.items() if name.startswith("images")])
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Images, uint8 (B, H, W, C), of latents (B, C, H, W) as the network sees them.

@@ -50,7 +50,7 @@ def _pixels(latents: Array, spec: LatentSpec | None) -> Array:
     return latents if spec is None else spec.restore(latents)
 
 
-def encode(images: Any, spec: LatentSpec, name: str) -> np.ndarray:
+def read_image(images: Any, spec: LatentSpec, name: str) -> np.ndarray:
     """What a caller gives as an image -> latents float32 (B or 1, C, H, W) as the network sees them.
 
     Args:
@@ -93,7 +93,7 @@ def encode(images: Any, spec: LatentSpec, name: str) -> np.ndarray:
     return np.ascontiguousarray((pixels - np.float32(spec.shift)) * np.float32(spec.scale))
 
 
-def drawn_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
+def read_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
     """What a caller gives as a mask -> bool (B or 1, 1, H, W), True where the student draws.
 
     Args:
@@ -123,7 +123,7 @@ def drawn_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def open_image(path: Path) -> Any:
-    """What a file holds for `encode` or `drawn_mask`: an array from an .npy file, else a PIL image.
+    """What a file holds for `read_image` or `read_mask`: an array from an .npy file, else a PIL image.
 
     Raises:
         ShapeError: it cannot be read.

@@ -17,7 +17,7 @@ from piflow_edge.errors import EngineError, NotFiniteError, ShapeError
 from piflow_edge.kernels.normal import philox_normal
 from piflow_edge.kernels.rollout import integrate
 from piflow_edge.runtime import arguments
-from piflow_edge.runtime.drawing.batching import pieces
+from piflow_edge.runtime.drawing.batching import cut_batches
 from piflow_edge.runtime.generator import Generator
 from piflow_edge.sampling import Hooks, sample
 from tests.helpers.gaussian import COVARIANCE, PIXELS, SIDE, GaussianEngine, dx_spec, gaussian_generator
@@ -211,7 +211,7 @@ def test_calls_of_an_engine_for_several_images_are_large_enough_where_that_can_b
 
 def test_a_decoder_for_several_images_is_given_as_many_at_a_time():
     engine = GaussianEngine(min_batch=4, max_batch=8)
-    found = list(pieces(9, 1, engine))  # of large pictures, which are decoded one by one
+    found = list(cut_batches(9, 1, engine))  # of large pictures, which are decoded one by one
     assert found == [slice(0, 3), slice(3, 6), slice(6, 9)]
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from piflow_edge import PiFlowError
 from piflow_edge.bundle.sections import LatentSpec
-from piflow_edge.runtime.images import decode, drawn_mask, encode, open_image
+from piflow_edge.runtime.images import decode, open_image, read_image, read_mask
 from piflow_edge.system.sheets import as_pil
 
 GREY, COLOUR = LatentSpec("pixels", [1, 4, 6], 1.0, 0.0), LatentSpec("pixels", [3, 4, 6], 0.5, 0.25)
@@ -18,21 +18,21 @@ def test_an_image_comes_back_from_its_latents(spec):
     channels = spec.shape[0]
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 6, channels), np.uint8)
     images[0].flat[:2] = 0, 255
-    latents = encode(images, spec, "b")
+    latents = read_image(images, spec, "b")
     assert latents.dtype == np.float32 and latents.shape == (2, channels, 4, 6)
     np.testing.assert_array_equal(decode(latents, spec), images)
     for given in (as_pil(images), images.tolist()):
         given = given if not isinstance(given[0], list) else np.array(given, np.uint8)
-        np.testing.assert_array_equal(encode(given, spec, "b"), latents)
-    np.testing.assert_array_equal(encode(as_pil(images)[1], spec, "b"), latents[1:])
-    np.testing.assert_array_equal(encode(latents, spec, "b"), latents)
-    np.testing.assert_array_equal(encode(latents[0], spec, "b"), latents[:1])
+        np.testing.assert_array_equal(read_image(given, spec, "b"), latents)
+    np.testing.assert_array_equal(read_image(as_pil(images)[1], spec, "b"), latents[1:])
+    np.testing.assert_array_equal(read_image(latents, spec, "b"), latents)
+    np.testing.assert_array_equal(read_image(latents[0], spec, "b"), latents[:1])
 
 
 def test_pictures_are_brought_to_the_bundle_s_colours():
     picture = Image.new("RGB", (6, 4), (200, 200, 200))
-    assert (decode(encode(picture, GREY, "b")) == 200).all()
-    assert decode(encode(picture.convert("P"), COLOUR, "b"), COLOUR).shape == (1, 4, 6, 3)
+    assert (decode(read_image(picture, GREY, "b")) == 200).all()
+    assert decode(read_image(picture.convert("P"), COLOUR, "b"), COLOUR).shape == (1, 4, 6, 3)
 
 
 @pytest.mark.parametrize(
@@ -53,24 +53,24 @@ def test_pictures_are_brought_to_the_bundle_s_colours():
 )
 def test_what_cannot_be_a_start_gets_a_clear_error(image, spec, words):
     with pytest.raises(PiFlowError, match=words):
-        encode(image, spec, "b")
+        read_image(image, spec, "b")
 
 
 def test_a_latent_is_kept_only_where_all_its_pixels_are():
     mask = np.zeros((4, 6), bool)
     mask[1, 4] = True
     expected = [[False, False, True], [False, False, False]]
-    np.testing.assert_array_equal(drawn_mask(mask, (2, 3))[0, 0], expected)
+    np.testing.assert_array_equal(read_mask(mask, (2, 3))[0, 0], expected)
     white = Image.fromarray(mask.astype(np.uint8) * 255)
     for given in (white, [white], mask * 1.0, mask[None], white.convert("1")):
-        np.testing.assert_array_equal(drawn_mask(given, (2, 3)), drawn_mask(mask, (2, 3)))
-    np.testing.assert_array_equal(drawn_mask(mask, (4, 6))[0, 0], mask)
+        np.testing.assert_array_equal(read_mask(given, (2, 3)), read_mask(mask, (2, 3)))
+    np.testing.assert_array_equal(read_mask(mask, (4, 6))[0, 0], mask)
 
 
 def test_a_mask_of_0_and_1_does_not_pass_for_one_that_draws_nothing():
     with pytest.raises(PiFlowError, match="bool"):
-        drawn_mask(np.eye(2, 3, dtype=np.uint8), (2, 3))
-    assert not drawn_mask(np.zeros((2, 3), np.uint8), (2, 3)).any()
+        read_mask(np.eye(2, 3, dtype=np.uint8), (2, 3))
+    assert not read_mask(np.zeros((2, 3), np.uint8), (2, 3)).any()
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_a_mask_of_0_and_1_does_not_pass_for_one_that_draws_nothing():
 )
 def test_a_mask_of_another_size_is_refused(mask):
     with pytest.raises(PiFlowError, match="3x2"):
-        drawn_mask(mask, (2, 3))
+        read_mask(mask, (2, 3))
 
 
 def test_a_mask_is_not_a_path():
     with pytest.raises(PiFlowError, match=r"path; got .*m\.png"):
-        drawn_mask(Path("m.png"), (2, 3))
+        read_mask(Path("m.png"), (2, 3))
 
 
 def test_files_that_hold_no_image_are_refused(tmp_path):
@@ -91,7 +91,7 @@ def test_files_that_hold_no_image_are_refused(tmp_path):
     as_pil(PICTURE[None, ..., None])[0].save(tmp_path / "a.png")
     for name in ("a.npy", "a.png"):
         np.testing.assert_array_equal(
-            encode(open_image(tmp_path / name), GREY, "b"), encode(PICTURE, GREY, "b")
+            read_image(open_image(tmp_path / name), GREY, "b"), read_image(PICTURE, GREY, "b")
         )
     np.save(tmp_path / "object.npy", np.array([{}], object), allow_pickle=True)
     np.savez(tmp_path / "several.npz", a=1)

@@ -8,7 +8,7 @@ import numpy as np
 from piflow_edge.engines import Engine
 
 
-def pieces(count: int, size: int, engine: Engine) -> Iterator[slice]:
+def cut_batches(count: int, size: int, engine: Engine) -> Iterator[slice]:
     """Cuts for as few calls of up to `size` samples as the engine allows, all of about one size: of 10 for an engine of
     4 to 8 it takes 5 and 5, where 8 would leave 2."""
     most = max(engine.min_batch, min(size, engine.max_batch or size))
@@ -19,6 +19,6 @@ def pieces(count: int, size: int, engine: Engine) -> Iterator[slice]:
     return (slice(start, stop) for start, stop in pairwise(starts))
 
 
-def joined(arrays: list[np.ndarray]) -> np.ndarray:
+def join_arrays(arrays: list[np.ndarray]) -> np.ndarray:
     """Them as one; one alone is not copied."""
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -11,7 +11,7 @@ from piflow_edge.errors import NotFiniteError
 from piflow_edge.kernels import gpu_arrays
 from piflow_edge.runtime.images import decode_float_there, decode_there
 
-from .batching import joined, pieces
+from .batching import cut_batches, join_arrays
 from .stopwatch import Stopwatch
 
 # Pixels that are decoded at a time: a decoder's inner states are hundreds of times larger than its images.
@@ -49,7 +49,7 @@ class Decoding:
 
     def _pieces(self, count: int) -> Iterator[slice]:
         *_, height, width = self._manifest.decoder.outputs[0].shape
-        return pieces(count, max(1, _DECODED_PIXELS // (height * width)), self._decoder)
+        return cut_batches(count, max(1, _DECODED_PIXELS // (height * width)), self._decoder)
 
     def images(self, latents: Any, *, as_float: bool, clock: Stopwatch) -> np.ndarray:
         """uint8 (B, H, W, C), or float32 from 0 to 1, in the host's memory, of latents (B, C, H, W).
@@ -63,7 +63,7 @@ class Decoding:
         images = []
         for piece in self._pieces(len(latents)):
             images.append(on_host(clock.run("decode", self._decode, latents[piece], made), clock))
-        return joined(images)
+        return join_arrays(images)
 
     def _decode(self, latents: Any, made: Callable[..., Any]) -> Any:
         (decoded,) = self._decoder.run(self.inputs(latents)).values()
