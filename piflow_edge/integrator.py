@@ -5,7 +5,6 @@ compiled kernel where one can run.
 """
 
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -74,8 +73,9 @@ def integrate(policy: VelocityField, x_src: Array, sigmas: np.ndarray, *, solver
             raise ScheduleError("solver 'multistep' wants falling noise levels, the same for all samples")
         x_dst = _take_multisteps(policy, x_src, sigmas)
     else:
-        compute_end = getattr(policy, "closed_form", None) or partial(take_euler_steps, policy)
-        x_dst = compute_end(x_src, sigmas)
+        closed_form = getattr(policy, "closed_form", None)  # a velocity field of a caller's own has none
+        x_dst = None if closed_form is None else closed_form(x_src, sigmas)
+        x_dst = take_euler_steps(policy, x_src, sigmas) if x_dst is None else x_dst
     return restore_dtype(x_dst, x_src)
 
 

@@ -145,7 +145,7 @@ class GMPolicy(Policy):
             logweights=self._scaled_logweights / temperature, x_0_variance=self.x_0_variance * temperature
         )
 
-    def dropped(self, uniforms: Array, p: float) -> "GMPolicy":
+    def dropped(self, uniforms: Any, p: float) -> "GMPolicy":
         """The policy without the components whose uniform number, (B, K), lies below `p`.
 
         A sample that would lose all its components keeps them. Used in training only; no change for `p` outside (0, 1).
@@ -175,9 +175,9 @@ class GMPolicy(Policy):
 
     def _with(self, **changes):
         policy = object.__new__(type(self))
-        policy.__dict__.update(vars(self))
-        policy.__dict__.pop("_scaled_logweights", None)
-        policy.__dict__.update(changes)
+        vars(policy).update(vars(self))
+        vars(policy).pop("_scaled_logweights", None)
+        vars(policy).update(changes)
         policy._keep_now(array_namespace(policy.x_src))
         return policy
 

@@ -65,6 +65,7 @@ class WeightedSum:
 
 Rollout = MixtureRollout | WeightedSum
 Self = TypeVar("Self")
+Value = TypeVar("Value")
 
 
 class Policy(ABC):
@@ -73,10 +74,11 @@ class Policy(ABC):
     x_src: Array
     sigma_src: float | np.ndarray
     eps: float
-    # `(x_start, sigmas) -> x_dst`: the end of Euler steps without taking them, for kinds that can.
-    closed_form: Callable[[Array, np.ndarray], Array] | None = None
-    # Parts of the policy, of which `dropped` can leave some out.
-    num_parts: int = 0
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of the policy, of which `dropped` can leave some out."""
+        return 0
 
     @abstractmethod
     def velocity(self, x_t: Array, sigma_t) -> Array:
@@ -93,8 +95,12 @@ class Policy(ABC):
     def detached(self: Self) -> Self:
         """The policy cut off from torch's graph, sharing its memory."""
         policy = object.__new__(type(self))
-        policy.__dict__.update(detach_fields(self))
+        vars(policy).update(detach_fields(self))
         return policy
+
+    def closed_form(self, x_start: Array, sigmas: np.ndarray) -> Array | None:
+        """The state after Euler steps along `sigmas`, without taking them; None for kinds that cannot."""
+        return None
 
     def for_kernel(self) -> Rollout | None:
         """What a compiled kernel needs to integrate this policy; None if there is no kernel for it."""
@@ -193,14 +199,14 @@ class PolicyKind(ABC):
         """
 
 
-def cached_for_all_modes(compute):
+def cached_for_all_modes(compute: Callable[[Any], Value]) -> cached_property[Value]:
     """Make a property that is computed when it is first read, and then kept.
 
     Compiled kernels read none of these, and each takes as much memory as the means, or the log-weights.
     """
 
     @wraps(compute)
-    def compute_outside_inference_mode(policy):
+    def compute_outside_inference_mode(policy: Any) -> Value:
         xp = array_namespace(policy.x_src)
         if is_torch_namespace(xp) and xp.is_inference_mode_enabled():
             with xp.inference_mode(False):  # else the next reader could not have gradients through it
@@ -221,7 +227,7 @@ def depends_on_mode(xp: Namespace, *arrays: Any) -> bool:
     return not is_numpy_namespace(xp) and getattr(xp, "RECORDS_GRADIENTS", True)
 
 
-def detach_fields(policy: VelocityField) -> dict[str, Any]:
+def detach_fields(policy: object) -> dict[str, Any]:
     """Return the attributes of a policy, its tensors cut off from torch's graph."""
     return {name: v.detach() if hasattr(v, "detach") else v for name, v in vars(policy).items()}
 
