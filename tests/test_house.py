@@ -16,7 +16,7 @@ SOURCES = {"piflow_edge": "piflow_edge", "piflow_edge.export": "export", "piflow
 METHOD = ("schedule", "policies", "integrator", "sampling", "noise", "arrays")
 MEASURING = ("evaluation", "bench", "doctor")
 RUNTIME_AND_BELOW = ("runtime", "bundle", "conditioning", "engines", "method", "system")
-GROUND = ("errors", "version")  # every room may import these
+GROUND = ("errors", "option", "version")  # every room may import these
 # Room -> the rooms that it may import beside itself and the ground. "package" is piflow_edge/__init__.py.
 MAY_IMPORT = {
     "package": (*RUNTIME_AND_BELOW, "kernels"),
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "system": (),
     "method": (),
     "errors": (),
+    "option": (),
     "version": (),
 }
 KNOWN_IMPORTS: set[str] = set()

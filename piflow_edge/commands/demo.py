@@ -71,12 +71,10 @@ def run_demo(
         CheckpointError: `folder` holds students that were trained with other settings.
         CheckFailedError: training diverged, or a bundle does not reproduce its student.
     """
+    from piflow_edge.distill.configs import GuidanceConfig, ImitationConfig, TrainingConfig
     from piflow_edge.distill.data.datasets import load_images
-    from piflow_edge.distill.imitation import ImitationConfig
-    from piflow_edge.distill.loop.training import TrainingConfig
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
-    from piflow_edge.distill.teacher import GuidanceConfig
     from piflow_edge.export.teacher_graph import export_teacher, open_teacher
     from piflow_edge.kernels.rollout import integrate
     from piflow_edge.policies import GMPolicySpec

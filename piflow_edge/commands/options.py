@@ -3,11 +3,94 @@
 import os
 import re
 import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import click
 
+from piflow_edge.distill.configs import TrainingConfig
 from piflow_edge.engines import ENGINE_NAMES, EngineOptions
+from piflow_edge.option import Option, find_options
+
+
+class Names(click.ParamType):
+    """Names separated by commas."""
+
+    name = "name,..."
+
+    def convert(self, value, parameter, context):
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+def click_type(annotation: Any, said: Option) -> Any:
+    """Return what click reads a field of a dataclass as, with the range that the field says."""
+    if said.choices:
+        return click.Choice(said.choices)
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    kind = kinds[0] if type(None) in typing.get_args(annotation) else annotation
+    if kind == tuple[str, ...]:
+        return Names()
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)
+    ends = {
+        "min": said.minimum if said.above is None else said.above,
+        "max": said.maximum if said.below is None else said.below,
+        "min_open": said.above is not None,
+        "max_open": said.below is not None,
+    }
+    if ends["min"] is None and ends["max"] is None:
+        return kind
+    return {int: click.IntRange, float: click.FloatRange}[kind](**ends)
+
+
+def field_option(settings: Any, field: str, flag: str | None = None, **changes: Any) -> Callable:
+    """Return the option of the command line for one field of a dataclass.
+
+    Args:
+        settings: an instance, whose value is the default.
+        field: its name; `piflow_edge.option.option` says its help and range.
+        flag: name of the option and of the command's argument, where it is not the field's.
+        changes: arguments of `click.option` that go before what the field says.
+    """
+    said, flag = find_options(settings)[field], flag or field
+    values: dict[str, Any] = {"help": said.help}
+    annotation = typing.get_type_hints(type(settings))[field]
+    if annotation is bool:
+        values["is_flag"] = True
+    else:
+        values |= {"default": getattr(settings, field)}
+        if "type" not in changes:
+            values["type"] = click_type(annotation, said)
+    return click.option(f"--{flag.replace('_', '-')}", flag, **values | changes)
+
+
+def settings_options(
+    argument: str, settings: Any, flags: Mapping[str, str] | None = None, **changes: Mapping[str, Any]
+) -> Callable:
+    """Give a command the options of a dataclass; it is called with an instance.
+
+    Args:
+        argument: of the command, which gets the instance.
+        settings: the defaults. Fields that say nothing of themselves keep their value.
+        flags: field -> name of its option, where they differ.
+        changes: field -> arguments of `click.option` that go before what the field says.
+    """
+    flags = {field: (flags or {}).get(field, field) for field in find_options(settings)}
+    options = [field_option(settings, field, flag, **changes.get(field, {})) for field, flag in flags.items()]
+
+    def decorate(command):
+        @wraps(command)
+        def call(*arguments, **given):
+            values = {field: given.pop(flag) for field, flag in flags.items()}
+            return command(*arguments, **given, **{argument: replace(settings, **values)})
+
+        return _with(options, call)
+
+    return decorate
 
 
 class PolicyName(click.Choice):
@@ -66,7 +149,7 @@ TRUSTED_KEYS = click.option(
     help="Public key in PEM; can be given again. Use only a bundle that one of them signed.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-SEED = click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of everything random.")
+SEED = field_option(TrainingConfig(), "seed")
 DATA = click.option(
     "--data",
     default="digits",
@@ -94,26 +177,7 @@ TEACHER_STYLE = click.option(
     "--teacher-style", type=click.Choice(["sit", "repa", "piflow"]), default="sit", help="Of a SiT file."
 )
 RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
-PRECISION = click.option(
-    "--mixed-precision",
-    type=click.Choice(["no", "bf16", "fp16"]),
-    help="Of the networks; else what accelerate launch says, or no.",
-)
 COUNT = click.IntRange(min=1)
-# How a run is carried out: the fields of RunConfig.
-RUN = (
-    click.option("--gradient-accumulation", type=COUNT, default=1,
-                 help="Pieces in which each process takes its share of a batch."),
-    click.option("--gradient-checkpointing", is_flag=True,
-                 help="Compute activations again in the backward pass: less memory, more time."),
-    click.option("--max-skipped-in-a-row", type=COUNT, default=10,
-                 help="Steps that are not finite after which to stop."),
-    click.option("--save-every", type=COUNT, default=500, help="Steps between checkpoints."),
-    click.option("--log-every", type=COUNT, default=50, help="Steps between lines of log.jsonl."),
-    click.option("--sample-every", type=click.IntRange(min=0), default=0,
-                 help="Steps between sheets of samples, in samples/; 0 is none."),
-    click.option("--tensorboard", is_flag=True, help="Also log for TensorBoard, in tensorboard/."),
-)  # fmt: skip
 # Where and how networks run.
 ENGINE = (
     click.option("--engine", type=click.Choice(ENGINE_NAMES), default="auto",
@@ -123,11 +187,6 @@ ENGINE = (
     click.option("--cores", callback=lambda *given: cores(*given), metavar="N,N,...",
                  help="Compute on these cores only, numbered from 0."),
 )  # fmt: skip
-
-
-def run_options(command):
-    """The options of `RUN`, which the command gets as `**run`."""
-    return _with(RUN, command)
 
 
 def engine_options(command):

@@ -6,18 +6,20 @@ velocity should have been, and the policy's velocity there is pulled towards it.
 Times are host float64, one per sample: they decide how many substeps each sample takes, and must not make a GPU wait.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from piflow_edge.errors import ScheduleError
 from piflow_edge.integrator import Integrate, integrate
 from piflow_edge.policies import Policy
-from piflow_edge.schedule import count_substeps, substep_sigmas, warp
+from piflow_edge.schedule import count_substeps, resolution_shift, substep_sigmas, warp
+
+from .configs import ImitationConfig
 
 # Floor under raw times and window lengths in training; the authors' value (`train_eps` of the recorded cases).
 TRAIN_EPS = 1e-4
@@ -40,70 +42,6 @@ class Random(Protocol):
 
 
 @dataclass(frozen=True)
-class ImitationConfig:
-    """Settings of the imitation loss.
-
-    Args:
-        nfe: student calls per image the student is trained for, 1 or more; several numbers for one student that can
-            do with any of them.
-        shift: shift between raw time and noise level, above 0.
-        final_step_size_scale: length of the last segment relative to the others, above 0.
-        total_substeps: Euler steps of the policy over all of raw time.
-        num_intermediate_states: points of each segment at which the teacher corrects.
-        window_substeps: substeps over which the policy's mean velocity is compared; 0 compares it at the point.
-        gm_dropout: share of mixture components left out of the path that is followed.
-        loss_scale: constant factor of the loss.
-        policy_eps: floor inside the policy; None is what the authors train with, 1e-6 for GM and 1e-4 for DX.
-        decay_iterations: iterations over which the share of each segment that is walked with the teacher's velocity
-            falls from 1 to 0; 0 walks with the policy's from the start.
-        data_free: start from pure noise and go through all segments, instead of from noised data in one.
-    """
-
-    nfe: int | tuple[int, ...] = 1
-    shift: float = 1.0
-    final_step_size_scale: float = 1.0
-    total_substeps: int = 128
-    num_intermediate_states: int = 2
-    window_substeps: int = 0
-    gm_dropout: float = 0.0
-    loss_scale: float = 1.0
-    policy_eps: float | None = None
-    decay_iterations: int = 0
-    data_free: bool = False
-
-    def __post_init__(self):
-        if isinstance(self.nfe, list | tuple):  # one number stays a number
-            several = tuple(sorted(set(self.nfe)))
-            object.__setattr__(self, "nfe", several[0] if len(several) == 1 else several)
-        if not self.nfes or min(self.nfes) < 1:
-            raise ScheduleError(f"nfe is 1 or more; got {self.nfe}")
-        for name in ("total_substeps", "num_intermediate_states"):
-            if getattr(self, name) < 1:
-                raise ScheduleError(f"{name} is 1 or more; got {getattr(self, name)}")
-        if not self.shift > 0:
-            raise ScheduleError(f"shift is above 0; got {self.shift}")
-        if not 0 < self.final_step_size_scale < np.inf:
-            raise ScheduleError(f"final_step_size_scale is above 0; got {self.final_step_size_scale}")
-
-    @property
-    def nfes(self) -> tuple[int, ...]:
-        """All numbers of student calls it is trained for."""
-        return self.nfe if isinstance(self.nfe, tuple) else (self.nfe,)
-
-    def segment_length(self, nfe):
-        """Raw time of every segment but the last, for `nfe` calls, a number or an array."""
-        return 1 / (nfe - 1 + self.final_step_size_scale)
-
-    def longest_segment(self, nfe: int) -> float:
-        """Raw time that the longest segment, which may be the last, needs for `nfe` calls."""
-        return self.segment_length(nfe) * max(self.final_step_size_scale, 1.0)
-
-    def teacher_ratio(self, iteration: int) -> float:
-        """Share of each segment that is walked with the teacher's velocity, at this iteration."""
-        return 1 - min(iteration / self.decay_iterations, 1.0) if self.decay_iterations else 0.0
-
-
-@dataclass(frozen=True)
 class SegmentLoss:
     """One segment's part of the loss, and where the path ended.
 
@@ -116,6 +54,25 @@ class SegmentLoss:
     raw_t: np.ndarray
     predictions: Tensor
     targets: Tensor
+
+
+def shift_by_resolution(
+    config: ImitationConfig,
+    shape: Sequence[int],
+    base_seq_len: int,
+    max_seq_len: int,
+    base_logshift: float,
+    max_logshift: float,
+) -> ImitationConfig:
+    """Return the settings with the shift that states (C, H, W) need, instead of their own; see `resolution_shift`."""
+    shift = resolution_shift(
+        math.prod(shape[1:]),  # positions of the state
+        base_seq_len=base_seq_len,
+        max_seq_len=max_seq_len,
+        base_logshift=base_logshift,
+        max_logshift=max_logshift,
+    )
+    return replace(config, shift=shift)
 
 
 def source_segments(

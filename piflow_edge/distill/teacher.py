@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,13 +13,23 @@ from torch import Tensor, nn
 from piflow_edge.conditioning import Conditioner
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.loop.checkpoint import Checkpoint
-from piflow_edge.distill.loop.training import DEFAULT_RUN, RunConfig, TrainingConfig, train
+from piflow_edge.distill.loop.training import train
 from piflow_edge.distill.networks.families import Architecture, new_network
 from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher
-from piflow_edge.errors import ScheduleError, ShapeError
+from piflow_edge.errors import ShapeError
 from piflow_edge.noise import philox_normal
 from piflow_edge.schedule import warp
 from piflow_edge.system.pixels import quantise_images
+
+from .configs import (
+    DEFAULT_RUN,
+    UNGUIDED,
+    USUAL_GUIDANCE,
+    FlowMatchingConfig,
+    GuidanceConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
 
 def guide(
@@ -59,49 +69,6 @@ def guide(
     return u_cond + bias
 
 
-@dataclass(frozen=True)
-class GuidanceConfig:
-    """How a teacher is guided.
-
-    Args:
-        scale: of classifier-free guidance; 1 is none and asks the network once per call, more asks it twice, within
-            `interval`. None is 1.5 where something stands for "no condition", else 1; see `resolve`.
-        interval: noise levels, both ends included, outside which the scale is 1; None is everywhere.
-        orthogonal: share of the push along the predicted x_0 that is taken out.
-
-    Raises:
-        ScheduleError: a setting out of range.
-    """
-
-    scale: float | None = None
-    interval: tuple[float, float] | None = None
-    orthogonal: float = 0.0
-
-    def __post_init__(self):
-        if self.scale is not None and not self.scale >= 1:
-            raise ScheduleError(f"guidance scale is 1 (none) or more; got {self.scale!r}")
-        if self.interval is not None:
-            low, high = self.interval
-            if not 0 <= low <= high <= 1:
-                raise ScheduleError(f"a guidance interval runs up within [0, 1]; got {self.interval}")
-            object.__setattr__(self, "interval", (low, high))  # from JSON it comes as a list
-
-    def resolve(self, has_null: bool) -> "GuidanceConfig":
-        """Return it with a scale, which depends on whether there is a "no condition" to guide away from.
-
-        Raises:
-            ScheduleError: guidance is wanted and nothing says what "no condition" is.
-        """
-        if self.scale is None:
-            return replace(self, scale=_USUAL_SCALE if has_null else 1.0)
-        if self.scale > 1 and not has_null:
-            raise ScheduleError(
-                "guidance needs to know what stands for 'no condition'; give the null condition (arrays 'null_NAME' "
-                f"beside 'cond_NAME' in the data), or guidance 1; got {self.scale:g}"
-            )
-        return self
-
-
 class GuidedTeacher:
     """A teacher with classifier-free guidance as one velocity field.
 
@@ -120,7 +87,7 @@ class GuidedTeacher:
     def __init__(
         self,
         teacher: Teacher,
-        guidance: GuidanceConfig = GuidanceConfig(1.0),
+        guidance: GuidanceConfig = UNGUIDED,
         *,
         null: Mapping[str, Tensor] | None = None,
     ):
@@ -171,8 +138,6 @@ class GuidedTeacher:
         return x_t
 
 
-# Guidance of a teacher that can be guided, unless said otherwise.
-_USUAL_SCALE = 1.5
 # How many samples a sheet shows, and how a teacher makes them: enough to see what it has learnt.
 _PREVIEW_COUNT, _PREVIEW_STEPS = 40, 10
 
@@ -208,31 +173,6 @@ def as_tensors(
 ) -> dict[str, Tensor]:
     """Return a conditioning of NumPy as one of torch."""
     return {name: torch.from_numpy(np.ascontiguousarray(v)).to(device) for name, v in conditioning.items()}
-
-
-@dataclass(frozen=True)
-class FlowMatchingConfig:
-    """Settings of the teacher's training loss.
-
-    Args:
-        shift: shift of the raw times at which the loss is taken.
-        noise_levels: how raw times are drawn before the shift: "uniform", or "logit-normal", which puts most of them
-            where images take shape (Esser et al., arXiv:2403.03206).
-        condition_dropout: share of samples trained with "no condition", for guidance.
-        sigma_floor: the loss is that of velocities; below this noise level it no longer grows for a network that
-            predicts x_0, whose error counts divided by the noise level.
-    """
-
-    shift: float = 1.0
-    noise_levels: str = "uniform"
-    condition_dropout: float = 0.1
-    sigma_floor: float = 0.0
-
-    def __post_init__(self):
-        if self.noise_levels not in _LEVELS:
-            raise ScheduleError(
-                f"noise_levels is {' or '.join(map(repr, _LEVELS))}; got {self.noise_levels!r}"
-            )
 
 
 def _logistic_of_normal(uniforms: np.ndarray) -> np.ndarray:
@@ -336,7 +276,7 @@ def train_teacher(
     def preview(network):
         noise, conditioning = inputs
         device = next(network.parameters()).device
-        guided = GuidedTeacher(network, GuidanceConfig(_USUAL_SCALE if null else 1.0), null=null)
+        guided = GuidedTeacher(network, GuidanceConfig(USUAL_GUIDANCE if null else 1.0), null=null)
         given = {name: tensor.to(device) for name, tensor in conditioning.items()}
         images = guided.sample(noise.to(device), _PREVIEW_STEPS, shift=flow_matching.shift, **given)
         return quantise_images(images.cpu().numpy())

@@ -12,13 +12,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from piflow_edge.distill.configs import DEFAULT_RUN, RunConfig, TrainingConfig
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.networks.flow_network import FlowNetwork, describe, find_misfit
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, EngineError
@@ -29,57 +30,6 @@ from .journal import open_journal, summary_writer
 from .processes import Processes
 from .randomness import IterationRandom, Share, SharedRandom
 from .state import State
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a network is trained. A run is resumed with the same settings or not at all.
-
-    Args:
-        iterations: optimiser steps.
-        batch_size: samples per step, over all processes.
-        learning_rate: of Adam, reached after `warmup` steps, then falling to 0 along half a cosine.
-        warmup: steps of linear rise.
-        ema_decay: of the averaged weights; lower at the start.
-        max_grad_norm: gradients longer than this are shortened to it.
-        seed: of everything random.
-        mixed_precision: "no", "bf16" or "fp16", of the networks; None is what `accelerate launch` says, else "no".
-    """
-
-    iterations: int = 1400
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    warmup: int = 50
-    ema_decay: float = 0.999
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    mixed_precision: str | None = None
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """How a run is carried out. None of it is part of what is learnt: it may change when a run is resumed.
-
-    Args:
-        gradient_accumulation: pieces in which each process takes its share of a batch, to save memory.
-        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
-        max_skipped_in_a_row: steps without a finite loss and gradient after which the run stops.
-        save_every: steps between checkpoints.
-        log_every: steps between lines of `log.jsonl`.
-        sample_every: steps between sheets of samples; 0 is none.
-        tensorboard: also log for TensorBoard, in `tensorboard/`.
-    """
-
-    gradient_accumulation: int = 1
-    gradient_checkpointing: bool = False
-    max_skipped_in_a_row: int = 10
-    save_every: int = 500
-    log_every: int = 50
-    sample_every: int = 0
-    tensorboard: bool = False
-
-
-DEFAULT_RUN = RunConfig()
 
 # What a run killed while it wrote a file leaves behind; see `files.write_atomic`.
 _LEFT_BEHIND = re.compile(r"\.(checkpoint\.json|log\.jsonl|weights-.*\.safetensors)\.[0-9a-f]{8}")

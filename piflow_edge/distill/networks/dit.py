@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from piflow_edge.conditioning import Conditioner
+from piflow_edge.distill.configs import NetworkSizes
 from piflow_edge.errors import ShapeError
 
 # Width of the sin/cos time features before their MLP, as in DiT.
@@ -40,10 +41,10 @@ class DiTConfig:
 
     in_channels: int = 1
     sample_size: int | tuple[int, int] = 8
-    patch_size: int = 2
-    hidden_size: int = 64
-    depth: int = 4
-    num_heads: int = 4
+    patch_size: int = NetworkSizes.patch_size
+    hidden_size: int = NetworkSizes.hidden_size
+    depth: int = NetworkSizes.depth
+    num_heads: int = NetworkSizes.num_heads
     num_classes: int = 10
 
     def __post_init__(self):

@@ -2,32 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from piflow_edge.distill.configs import LoRAConfig
 from piflow_edge.errors import MissingExtraError, ShapeError
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which layers get adapters, and of what rank.
-
-    Args:
-        rank: of the update of every layer, 1 or more.
-        alpha: the update is scaled by `alpha / rank`.
-        targets: ends of the names of the linear layers that get one, or "all-linear".
-    """
-
-    rank: int = 64
-    alpha: float = 64.0
-    targets: tuple[str, ...] = ("all-linear",)
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ShapeError(f"the rank of an adapter is 1 or more; got {self.rank}")
-        object.__setattr__(self, "targets", tuple(self.targets))  # from JSON they come as a list
 
 
 def inject_lora(module: nn.Module, config: LoRAConfig, *, leave_out: str, seed: int) -> None:

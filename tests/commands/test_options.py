@@ -1,0 +1,99 @@
+"""Options made of a dataclass: default, help and range are said once, and hold for Python callers too."""
+
+from dataclasses import dataclass
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from piflow_edge.commands.options import settings_options
+from piflow_edge.errors import ScheduleError
+from piflow_edge.option import check_options, find_options, option
+
+
+@dataclass(frozen=True)
+class Kettle:
+    cups: int = option(2, "Of tea.", minimum=1, maximum=8)
+    heat: float = option(0.5, "Of the plate.", above=0, below=1)
+    leaf: str | None = option(None, "What is in it.", choices=("green", "black"))
+    span: tuple[float, float] | None = option(None, "Minutes from and to.")
+    tags: tuple[str, ...] = option(("warm",), "What it is called.")
+    whistles: bool = option(False, "Make a noise.")
+    hidden: int = 7
+
+    def __post_init__(self):
+        check_options(self)
+
+
+def brew(*arguments, settings=Kettle(), **changes):
+    made = []
+
+    @click.command()
+    @settings_options("kettle", settings, {"cups": "number"}, **changes)
+    def command(kettle):
+        made.append(kettle)
+
+    done = CliRunner().invoke(command, list(arguments))
+    return done, made
+
+
+def test_a_command_gets_the_defaults_of_the_instance_it_was_given():
+    mine = Kettle(cups=4, tags=("a", "b"), hidden=9)
+    assert brew(settings=mine)[1] == [mine]
+
+
+def test_every_kind_of_field_is_read():
+    words = [
+        "--number",
+        "3",
+        "--heat",
+        "0.9",
+        "--leaf",
+        "black",
+        "--span",
+        "1",
+        "2.5",
+        "--tags",
+        "x,y",
+        "--whistles",
+    ]
+    assert brew(*words)[1] == [Kettle(3, 0.9, "black", (1.0, 2.5), ("x", "y"), True)]
+
+
+@pytest.mark.parametrize("words", ["--number 0", "--number 9", "--heat 0", "--heat 1", "--leaf blue"])
+def test_what_is_out_of_range_is_wrong_usage(words):
+    done, made = brew(*words.split())
+    assert (done.exit_code, made) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"cups": 0}, {"cups": 9}, {"heat": 0.0}, {"heat": 1.0}, {"heat": float("nan")}, {"leaf": "blue"}],
+)
+def test_the_same_ranges_hold_in_python(given):
+    ((name, value),) = given.items()
+    with pytest.raises(ScheduleError, match=f"^{name} is .*; got {value!r}$"):
+        Kettle(**given)
+
+
+def test_help_shows_each_text_once():
+    text = brew("--help")[0].output
+    for name, said in find_options(Kettle).items():
+        assert text.count(said.help) == 1, name
+    assert "hidden" not in text
+
+
+def test_a_command_may_say_what_click_cannot_know():
+    assert brew("--number", "3", cups={"callback": lambda context, parameter, cups: cups * 2})[1] == [
+        Kettle(6)
+    ]
+
+
+def test_settings_of_training_are_the_options_of_the_commands():
+    from piflow_edge.cli import main
+    from piflow_edge.distill.configs import TEACHER_TRAINING, RunConfig, TrainingConfig
+
+    for command, training in (("distill", TrainingConfig()), ("train-teacher", TEACHER_TRAINING)):
+        defaults = main.commands[command].make_context(command, ["--out", "x"]).params
+        assert defaults.items() >= {name: getattr(training, name) for name in find_options(training)}.items()
+        assert defaults.items() >= vars(RunConfig()).items()
