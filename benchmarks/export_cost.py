@@ -9,13 +9,15 @@ Run: python -m benchmarks.export_cost --size 8M 39M --out benchmarks/results/exp
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.tables import export_cost
 from piflow_edge.system.hardware import machine, memory
 
 # Name -> fields of `DiTConfig` beside 32 x 32 pixels in patches of 2; about so many weights. 675M is DiT-XL/2.
@@ -130,23 +132,6 @@ def add_ratios(lines: list[dict]) -> None:
             line["cpu_ratio"] = round(line["cpu_seconds"] / max(base["cpu_seconds"], 0.1), 2)
 
 
-def write_table(found: Mapping) -> str:
-    """Markdown."""
-    rows = [
-        "| weights | stage | s | processor s | × torch.onnx.export (processor) | peak GB |",
-        "|---|---|---|---|---|---|",
-    ]
-    for line in found["lines"]:
-        if "failed" in line:
-            rows.append(f"| {line['size']} | {line['stage']} | {line['failed']} | | | |")
-            continue
-        peak = "" if line["peak_mb"] is None else f"{line['peak_mb'] / 1000:.2f}"
-        ratios = f"{line['seconds_ratio']} ({line['cpu_ratio']})" if "cpu_ratio" in line else ""
-        figures = (line["size"], line["stage"], line["seconds"], line["cpu_seconds"], ratios, peak)
-        rows.append(f"| {' | '.join(map(str, figures))} |")
-    return "\n".join(rows) + "\n"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,10 +151,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{size}, {stage}: {lines[-1]}", file=sys.stderr, flush=True)
     add_ratios(lines)
     command = " ".join(["python", "-m", "benchmarks.export_cost", *(arguments or sys.argv[1:])])
-    found = {"command": command, "machine": machine(), "lines": lines}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    found = {"command": command, **machine(), "load_at_the_end": load, "lines": lines}
     if options.out:
         options.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(write_table(found))
+    print(export_cost(found))
 
 
 if __name__ == "__main__":

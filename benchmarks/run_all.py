@@ -31,6 +31,7 @@ def commands(demo: str) -> dict[str, list[str]]:
             "quality_latency.py", "--demo", demo, "--plot", "benchmarks/results/quality_latency.png",
         ],
         "precision": ["precision.py", "--student", f"{demo}/students/nfe1"],
+        "export_cost": ["export_cost.py"],
         "training_step": ["training_step.py"],
         "noise": ["noise.py", "--demo", demo],
         "soak": ["soak.py", f"{demo}/bundles/digits-nfe2"],

@@ -198,6 +198,18 @@ def precision(found: Mapping) -> str:
     return "\n\n".join(parts)
 
 
+def export_cost(found: Mapping) -> str:
+    rows = []
+    for line in found["lines"]:
+        peak = line.get("peak_mb")
+        rows.append((
+            line["size"], line["stage"], line.get("failed") or line["seconds"], line.get("cpu_seconds"),
+            line.get("cpu_ratio") and times(line["cpu_ratio"]), peak and f"{peak / 1000:.2f}",
+        ))  # fmt: skip
+    heads = ["weights", "stage", "s", "processor s", "processor time over torch.onnx.export's", "peak GB"]
+    return table(heads, rows)
+
+
 def noise(found: Mapping) -> str:
     differences = found["differences_of_medians"]
     rows = [
@@ -275,6 +287,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "scaling": scaling,
     "quality_latency": quality_latency,
     "noise": noise,
+    "export_cost": export_cost,
     "overhead": overhead,
     "precision": precision,
     "soak": soak,
