@@ -1,6 +1,5 @@
 """One class per image, such as a digit."""
 
-import difflib
 import numbers
 import re
 from collections.abc import Sequence
@@ -151,6 +150,8 @@ class ClassLabels:
     def _refusal(self, label: Any) -> LabelError:
         hint = ""
         if isinstance(label, str):
+            import difflib  # late: only errors need it
+
             by_case = {name.casefold(): name for name in self.names}
             close = difflib.get_close_matches(label.casefold(), by_case, n=1)
             hint = f" (did you mean {by_case[close[0]]!r}?)" if close else ""

@@ -16,7 +16,6 @@ from piflow_edge.errors import BundleError, ShapeError, UsageError
 from piflow_edge.kernels import gpu_arrays, nvidia
 from piflow_edge.sampling import SamplingSettings
 from piflow_edge.system.files import sha256
-from piflow_edge.system.sheets import as_pil
 
 from .arguments import convert_floats
 from .drawing.batching import cut_batches, join_arrays
@@ -190,6 +189,8 @@ class Generator:
             latents = join_arrays([piece for piece, _ in made])
             images = None if output == "latent" else join_arrays([piece for _, piece in made])
             if output == "pil":
+                from piflow_edge.system.sheets import as_pil  # Pillow is only needed where pictures are made
+
                 images = clock.run("decode", as_pil, images)
         recipe = describe_request(self.conditioner, request, self._run)
         clock.add("total", began)

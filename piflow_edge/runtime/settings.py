@@ -1,6 +1,5 @@
 """The settings of a call: what a caller leaves open is the bundle's, and what makes no sense is refused."""
 
-import difflib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -48,6 +47,8 @@ def change_settings(settings: SamplingSettings | None, changes: Mapping[str, Any
         raise UsageError(f"settings is a SamplingSettings, such as SamplingSettings(nfe=2); got {settings!r}")
     for name in changes:
         if name not in SETTING_NAMES:
+            import difflib  # late: only errors need it
+
             near = difflib.get_close_matches(name, SETTING_NAMES, n=1)
             hint = _ELSEWHERE.get(name) or (
                 f"did you mean {near[0]}?" if near else f"settings are {', '.join(SETTING_NAMES)}"

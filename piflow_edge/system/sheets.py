@@ -4,8 +4,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 
 _GAP = 2
 # Shorter sides are enlarged up to about this many pixels, whole pixels each, so that 8x8 digits can be seen.
@@ -22,6 +21,9 @@ def as_pil(images: np.ndarray) -> list[Image.Image]:
 
 def encode_png(image: Image.Image, text: dict[str, str] | None = None) -> bytes:
     """Return the image as a PNG file. `text`: what its text chunks hold, by key."""
+    # Late, as all below: the first image of a process needs none of them.
+    from PIL.PngImagePlugin import PngInfo
+
     file, chunks = io.BytesIO(), PngInfo()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
@@ -45,6 +47,8 @@ def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 def side_by_side(rows: dict[str, Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
     """`image_grid` with the rows' names on its left and a heading over every column, cut where it is too long."""
+    from PIL import ImageDraw
+
     grid = image_grid(list(rows.values()))
     font = _font()
     left = max(_width(font, name) for name in rows) + 2 * _GAP + 8
@@ -71,6 +75,8 @@ def at_most(image: Image.Image, side: int = _LARGEST) -> Image.Image:
 
 
 def _font():
+    from PIL import ImageFont
+
     try:
         return ImageFont.load_default(_TEXT_SIZE)
     except TypeError:  # Pillow 10.0 has one of a fixed size
@@ -79,6 +85,8 @@ def _font():
 
 def _printable(font, text: str) -> str:
     """The text, without characters that Pillow's smallest font cannot draw."""
+    from PIL import ImageFont
+
     return (
         text
         if isinstance(font, ImageFont.FreeTypeFont)
