@@ -5,7 +5,7 @@ import pytest
 
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.policies import GMPolicySpec
-from piflow_edge.runtime.rounding import bound_velocities
+from piflow_edge.policies.rounding import bound_velocities
 from piflow_edge.runtime.verification import Row, check
 
 SIGMA, LEVELS = 0.25, [0.25, 0.125, 0.025]  # the last of four calls, down to a tenth of its way

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from piflow_edge.policies import PolicySpec
+from .policy import PolicyKind
 
 # Draws of which the worst counts.
 _DRAWS = 4
@@ -14,7 +14,7 @@ _ROUNDINGS = 64
 
 
 def bound_velocities(
-    spec: PolicySpec,
+    spec: PolicyKind,
     outputs: Mapping[str, np.ndarray],
     x_src: np.ndarray,
     sigma_src: float,

@@ -2,22 +2,24 @@
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.conditioning import Arrays, TensorSpec
-from piflow_edge.distill.networks.flow_network import ModuleNetwork, attach_policy_head
-from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines import open_engine
 from piflow_edge.engines.build_targets import Batch
 from piflow_edge.errors import BundleError, EngineError, ShapeError
-from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import find_targets, read_graph
 from tests.commands.test_cli import run
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+from piflow_edge.distill.networks.flow_network import ModuleNetwork, attach_policy_head  # noqa: E402
+from piflow_edge.distill.sources import StudentModel  # noqa: E402
+from piflow_edge.export.to_bundle import export_bundle  # noqa: E402
 
 WIDTH = 8
 CONDITIONER = Arrays(
@@ -29,20 +31,20 @@ CONDITIONER = Arrays(
 )
 
 
-class Steered(nn.Module):
+class Steered(torch.nn.Module):
     """Pixels that attend to tokens, of which a mask hides some, and a pooled vector on top."""
 
     def __init__(self):
         super().__init__()
-        self.first = nn.Conv2d(2, WIDTH, 3, padding=1)
-        self.keys, self.pooled = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.out = nn.Conv2d(WIDTH, 1, 1)
+        self.first = torch.nn.Conv2d(2, WIDTH, 3, padding=1)
+        self.keys, self.pooled = torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+        self.out = torch.nn.Conv2d(WIDTH, 1, 1)
 
     def forward(self, x_t, t, encoder_hidden_states, encoder_attention_mask, pooled_projections):
         time = (t / 1000).view(-1, 1, 1, 1).expand_as(x_t)
         x = torch.tanh(self.first(torch.cat([x_t, time], dim=1)))
         queries = x.flatten(2).transpose(1, 2)
-        attended = nn.functional.scaled_dot_product_attention(
+        attended = torch.nn.functional.scaled_dot_product_attention(
             queries[:, None],
             self.keys(encoder_hidden_states)[:, None],
             encoder_hidden_states[:, None],
