@@ -38,6 +38,7 @@ TRAINING = Message.parse(
     "TrainingInfoProto",
     "1b initialization, 2b algorithm, 3b* initialization_binding, 4b* update_binding",
 )
+OPERATOR_SET = Message.parse("OperatorSetIdProto", "1b domain, 2v version")
 ENTRY = Message.parse("StringStringEntryProto", "1b key, 2b value")
 VALUE = Message.parse("ValueInfoProto", "1b name, 2b type, 3b doc_string, 4b* metadata_props")
 TYPE = Message.parse(

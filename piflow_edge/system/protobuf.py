@@ -5,6 +5,7 @@ kind has, a field twice that stands once (one reader takes the first, another th
 another wire type than the field's. Every length is compared with what is there before it is used.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,8 @@ class Message:
 class FieldReader:
     """Reads the messages of one file, and ends with an error where they have too many fields in all."""
 
-    def __init__(self, most_fields: int = MOST_FIELDS):
-        self._most = self._left = most_fields
+    def __init__(self):
+        self._most = self._left = MOST_FIELDS
 
     def fields(self, message: Message, data: memoryview) -> Iterator[tuple[str, Any]]:
         """Name and value of each field, in order: varints as int, all else as the bytes that stand there.
@@ -126,7 +127,7 @@ def read_text(value: memoryview) -> str:
         raise broken(f"a name is not UTF-8: {error}") from error
 
 
-def read_integers(value: int | memoryview, most: int) -> list[int]:
+def read_integers(value: int | memoryview, most: float = math.inf) -> list[int]:
     """Whole numbers of a repeated field: one alone, or up to `most` in a row."""
     if isinstance(value, int):
         return [signed(value)]

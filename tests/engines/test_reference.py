@@ -9,11 +9,12 @@ import pytest
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.doctor import examination as doctor
-from piflow_edge.engines import DEFAULT_OPTIONS, Graph, onnx_file, open_engine
+from piflow_edge.engines import DEFAULT_OPTIONS, Graph, open_engine
 from piflow_edge.engines.onnx_file import read_model
 from piflow_edge.engines.operators import OPERATORS
 from piflow_edge.errors import EngineError
 from piflow_edge.runtime.graphs import read_graph
+from piflow_edge.system import protobuf
 from tests.conftest import make_autoencoder, make_student
 
 IDENTITY = doctor.identity_model()
@@ -367,7 +368,7 @@ def test_a_broken_file_is_one_clear_error(model, words):
 
 
 def test_a_file_of_countless_parts_is_refused(monkeypatch):
-    monkeypatch.setattr(onnx_file, "_MOST_MESSAGES", 1000)
+    monkeypatch.setattr(protobuf, "MOST_FIELDS", 1000)
     with pytest.raises(EngineError, match="1000 parts"):
         read_model(Graph(message(OPSET, (7, message((1, b"")) * 1001))))
 
