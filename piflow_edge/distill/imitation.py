@@ -24,6 +24,9 @@ from .configs import ImitationConfig
 # Floor under raw times and window lengths in training; the authors' value (`train_eps` of the recorded cases).
 TRAIN_EPS = 1e-4
 
+# (x_t (B, C, *S), sigma_t (B,)) -> u_t, without gradient.
+AskTeacher = Callable[[Tensor, np.ndarray], Tensor]
+
 
 class Random(Protocol):
     """Where a loss draws its numbers from, in a fixed order, so that a run can be repeated or resumed."""
@@ -90,15 +93,120 @@ def source_segments(
     return raw_t_src, np.where(number == 1, scale * base, base)
 
 
+@dataclass(frozen=True)
+class Path:
+    """How the path of one segment goes on from where it starts: in turn with the policy and with the teacher.
+
+    `x_src`, `raw_t_src`: state and raw times (B,) at the start. `student_steps`, `teacher_steps`: raw time of each
+    stretch, (n, B). `window`: raw time over which velocities are averaged, (B,).
+    """
+
+    x_src: Tensor
+    raw_t_src: np.ndarray
+    student_steps: np.ndarray
+    teacher_steps: np.ndarray
+    window: np.ndarray
+
+
+def draw_path(
+    x_src: Tensor,
+    raw_t_src: np.ndarray,
+    length: np.ndarray,
+    config: ImitationConfig,
+    random: Random,
+    teacher_ratio: float,
+) -> Path:
+    """Draw the points of segments that start at `raw_t_src` and are `length` long in raw time, both (B,)."""
+    n, batch = config.num_intermediate_states, len(x_src)
+    window = config.window_substeps * length / count_substeps(length, 0.0, config.total_substeps)
+    window = np.minimum(window, length)
+    free = length - window
+    # The student's share of the way in n random stretches, the teacher's share in n others.
+    student_ends = np.sort(random.uniform((batch, n)), axis=1) * ((1 - teacher_ratio) * free)[:, None]
+    student_steps = np.diff(student_ends, axis=1, prepend=0.0)
+    cuts = np.sort(random.uniform((batch, n - 1)), axis=1)
+    teacher_steps = np.diff(cuts, axis=1, prepend=0.0, append=1.0) * (teacher_ratio * free)[:, None]
+    return Path(x_src.detach(), raw_t_src, student_steps.T, teacher_steps.T, window)
+
+
+def correct_in_turn(
+    policy: Policy,
+    followed: Policy,
+    teacher: AskTeacher,
+    path: Path,
+    config: ImitationConfig,
+    integrate: Integrate,
+) -> SegmentLoss:
+    """Ask the teacher at each point, and go on from there with the teacher's velocity for its share of the way.
+
+    Args:
+        policy: carries the gradient; only its velocity at the points is used.
+        followed: the same policy without gradient, perhaps with components dropped; makes the path.
+        path: see `draw_path`.
+        teacher, config, integrate: as in `imitation_loss`.
+    """
+    x_t, raw_t = path.x_src, path.raw_t_src
+    predictions, targets = [], []
+    for student_step, teacher_step in zip(path.student_steps, path.teacher_steps, strict=True):
+        raw_t_a = np.maximum(raw_t - student_step, 0.0)
+        x_a, sigma_a = _follow(followed, x_t, raw_t, raw_t_a, config, integrate)
+        raw_t = np.maximum(raw_t_a - teacher_step, 0.0)
+        u_t = teacher(x_a, sigma_a)
+        x_t = x_a + u_t * _per_sample(warp(raw_t, config.shift) - sigma_a, x_a)
+        predictions.append(average_velocity(policy, x_a, raw_t_a, raw_t - path.window, config, integrate))
+        targets.append(u_t)
+    return _compare(torch.cat(predictions), torch.cat(targets), x_t, raw_t, config)
+
+
+def correct_at_once(
+    policy: Policy,
+    followed: Policy,
+    teacher: AskTeacher,
+    path: Path,
+    config: ImitationConfig,
+    integrate: Integrate,
+) -> SegmentLoss:
+    """Follow the policy to all points, then ask the teacher about them in one call, which is quicker than n small ones.
+
+    The teacher has no share of the way here: a later point would wait for its velocity at an earlier one. It is called
+    with `(x_t, sigma_t)` of n B samples, point after point. Arguments as `correct_in_turn`.
+    """
+    x_t, raw_t = path.x_src, path.raw_t_src
+    predictions, states, levels = [], [], []
+    for student_step in path.student_steps:
+        raw_t_a = np.maximum(raw_t - student_step, 0.0)
+        x_t, sigma_t = _follow(followed, x_t, raw_t, raw_t_a, config, integrate)
+        raw_t = raw_t_a
+        predictions.append(average_velocity(policy, x_t, raw_t, raw_t - path.window, config, integrate))
+        states.append(x_t)
+        levels.append(sigma_t)
+    targets = teacher(torch.cat(states), np.concatenate(levels))
+    return _compare(torch.cat(predictions), targets, x_t, raw_t, config)
+
+
+# How a segment is corrected: `correct_in_turn` or `correct_at_once`.
+Correct = Callable[
+    [Policy, Policy, AskTeacher, Path, ImitationConfig, Integrate],
+    SegmentLoss,
+]
+
+
+def _compare(
+    predictions: Tensor, targets: Tensor, x_t: Tensor, raw_t: np.ndarray, config: ImitationConfig
+) -> SegmentLoss:
+    loss = config.loss_scale * 0.5 * (predictions - targets).square().mean()
+    return SegmentLoss(loss, x_t, raw_t, predictions, targets)
+
+
 def imitation_loss(
     student: Callable[[Tensor, np.ndarray], Policy],
-    teacher: Callable[[Tensor, np.ndarray], Tensor],
+    teacher: AskTeacher,
     x_0: Tensor,
     config: ImitationConfig,
     random: Random,
     *,
     teacher_ratio: float = 0.0,
-    teacher_takes_all: bool = False,
+    correct: Correct = correct_in_turn,
     integrate: Integrate = integrate,
 ) -> SegmentLoss:
     """The loss of one batch of real data, noised to the start of a segment drawn for each sample.
@@ -110,9 +218,7 @@ def imitation_loss(
         config: settings.
         random: source of all random numbers.
         teacher_ratio: share of each segment that is walked with the teacher's velocity instead of the policy's.
-        teacher_takes_all: whether the teacher may be asked about all points at once, with `(x_t, sigma_t)` of
-            `n B` samples, point after point: one large call is quicker than n small ones. Without a teacher's
-            share of the way, as a later point then waits for the velocity at an earlier one.
+        correct: `correct_at_once` is quicker than the default, but takes a `teacher_ratio` of 0.
         integrate: carries states along policies; see `student.distill`.
 
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `PiFlowImitation.forward_train` in Lakonik/piFlow.
@@ -125,30 +231,20 @@ def imitation_loss(
     level = _per_sample(sigma_src, x_0)
     x_src = x_0 * (1 - level) + noise * level
     policy = student(x_src, sigma_src)
-    return segment_loss(
-        policy,
-        _followed(policy, config, random),
-        teacher,
-        x_src,
-        raw_t_src,
-        length,
-        config,
-        random,
-        teacher_ratio,
-        teacher_takes_all,
-        integrate,
-    )
+    followed = _followed(policy, config, random)
+    path = draw_path(x_src, raw_t_src, length, config, random, teacher_ratio)
+    return correct(policy, followed, teacher, path, config, integrate)
 
 
 def datafree_imitation_loss(
     student: Callable[[Tensor, np.ndarray], Policy],
-    teacher: Callable[[Tensor, np.ndarray], Tensor],
+    teacher: AskTeacher,
     noise: Tensor,
     config: ImitationConfig,
     random: Random,
     *,
     teacher_ratio: float = 0.0,
-    teacher_takes_all: bool = False,
+    correct: Correct = correct_in_turn,
     integrate: Integrate = integrate,
 ) -> tuple[Tensor, list[SegmentLoss]]:
     """The loss along the student's whole path from pure noise: no data needed. Arguments as `imitation_loss`.
@@ -167,78 +263,13 @@ def datafree_imitation_loss(
         length = np.full(len(noise), size)
         policy = student(x_src, warp(raw_t_src, config.shift))
         followed = _followed(policy, config, random)
-        part = segment_loss(
-            policy,
-            followed,
-            teacher,
-            x_src,
-            raw_t_src,
-            length,
-            config,
-            random,
-            teacher_ratio,
-            teacher_takes_all,
-            integrate,
-        )
+        path = draw_path(x_src, raw_t_src, length, config, random, teacher_ratio)
+        part = correct(policy, followed, teacher, path, config, integrate)
         total, parts = total + size * part.loss, [*parts, part]
         raw_t_dst = np.maximum(raw_t_src - size, 0.0)
         x_src, _ = _follow(followed, part.x_t, part.raw_t, raw_t_dst, config, integrate)
         raw_t_src = raw_t_dst
     return total, parts
-
-
-def segment_loss(
-    policy: Policy,
-    followed: Policy,
-    teacher: Callable[[Tensor, np.ndarray], Tensor],
-    x_src: Tensor,
-    raw_t_src: np.ndarray,
-    length: np.ndarray,
-    config: ImitationConfig,
-    random: Random,
-    teacher_ratio: float = 0.0,
-    teacher_takes_all: bool = False,
-    integrate: Integrate = integrate,
-) -> SegmentLoss:
-    """Follow the policy through one segment and correct it at `num_intermediate_states` points.
-
-    Args:
-        policy: carries the gradient; asked only for its velocity at the points.
-        followed: the same policy without gradient, perhaps with components dropped; makes the path.
-        raw_t_src, length: where each sample's segment starts in raw time and how long it is, (B,).
-        x_src, teacher, config, random, teacher_ratio, teacher_takes_all, integrate: as in `imitation_loss`.
-    """
-    n, batch = config.num_intermediate_states, len(x_src)
-    window = config.window_substeps * length / count_substeps(length, 0.0, config.total_substeps)
-    window = np.minimum(window, length)
-    free = length - window
-    # The student's share of the way in n random stretches, the teacher's share in n others, in turn.
-    student_ends = np.sort(random.uniform((batch, n)), axis=1) * ((1 - teacher_ratio) * free)[:, None]
-    student_steps = np.diff(student_ends, axis=1, prepend=0.0)
-    cuts = np.sort(random.uniform((batch, n - 1)), axis=1)
-    teacher_steps = np.diff(cuts, axis=1, prepend=0.0, append=1.0) * (teacher_ratio * free)[:, None]
-
-    x_t, raw_t = x_src.detach(), raw_t_src
-    predictions, targets, points = [], [], []
-    at_once = teacher_takes_all and teacher_ratio == 0
-    for student_step, teacher_step in zip(student_steps.T, teacher_steps.T, strict=True):
-        raw_t_a = np.maximum(raw_t - student_step, 0.0)
-        x_a, sigma_a = _follow(followed, x_t, raw_t, raw_t_a, config, integrate)
-        raw_t = np.maximum(raw_t_a - teacher_step, 0.0)
-        predictions.append(average_velocity(policy, x_a, raw_t_a, raw_t - window, config, integrate))
-        if at_once:
-            points.append((x_a, sigma_a))
-            x_t = x_a
-            continue
-        target = teacher(x_a, sigma_a)
-        targets.append(target)
-        x_t = x_a + target * _per_sample(warp(raw_t, config.shift) - sigma_a, x_a)
-    if at_once:
-        states, levels = zip(*points, strict=True)
-        targets = [teacher(torch.cat(states), np.concatenate(levels))]
-    predictions, targets = torch.cat(predictions), torch.cat(targets)
-    loss = config.loss_scale * 0.5 * (predictions - targets).square().mean()
-    return SegmentLoss(loss, x_t, raw_t, predictions, targets)
 
 
 def average_velocity(

@@ -22,7 +22,8 @@ from piflow_edge.sampling import Hooks, sample
 from piflow_edge.schedule import Schedule
 from piflow_edge.system.pixels import quantise_images
 
-from .imitation import ImitationConfig, datafree_imitation_loss, imitation_loss
+from .configs import ImitationConfig
+from .imitation import correct_at_once, correct_in_turn, datafree_imitation_loss, imitation_loss
 from .sources import TeacherModel
 from .teacher import GuidanceConfig, GuidedTeacher, null_condition, preview_inputs
 
@@ -64,9 +65,10 @@ def student_loss(
             given = {k: v.repeat(times, *(1,) * (v.ndim - 1)) for k, v in conditioning.items()}
             return guided.velocity(x_t, sigma_t, **given)
 
+        ratio = imitation.teacher_ratio(random.iteration)
         settings = {
-            "teacher_ratio": imitation.teacher_ratio(random.iteration),
-            "teacher_takes_all": True,
+            "teacher_ratio": ratio,
+            "correct": correct_in_turn if ratio else correct_at_once,
             "integrate": integrate,
         }
         if imitation.data_free:
