@@ -40,6 +40,49 @@ def counts(context, parameter, text: str | None) -> list[int] | None:
     return calls(context, parameter, text) or None
 
 
+def check_outputs(plot: Path | None, csv_file: Path | None, evaluation: Path | None) -> None:
+    """Refuse files that could not be written after minutes of measuring."""
+    from piflow_edge.bench.plots import require_matplotlib
+
+    if plot is None:
+        if evaluation is not None:
+            raise click.UsageError("--evaluation is for --plot; give that too")
+        return
+    if plot.suffix.lower() != ".png":
+        raise click.UsageError(f"a plot is written as PNG; give --plot a name that ends in .png; got {plot}")
+    if plot == csv_file:
+        raise click.UsageError(f"--csv and --plot cannot both be {plot}; give them two names")
+    require_matplotlib()
+
+
+def show_benchmark(found, change, as_json: bool) -> None:
+    """Print the rows, and what moved since an earlier run if `change` says so."""
+    from piflow_edge.bench import tables
+
+    if as_json:
+        answer = found.as_json()
+        emit(answer if change is None else {**answer, "comparison": change.as_json()})
+    else:
+        show(tables.text_table(found))
+        click.echo(tables.conditions_text(found))
+    if change is not None:
+        say(tables.comparison_text(change))
+        if not as_json:
+            show(tables.comparison_table(change))
+
+
+def write_benchmark(found, quality, csv_file: Path | None, plot: Path | None) -> None:
+    """Write the table and the picture that were asked for."""
+    from piflow_edge.bench import quality_plot, tables
+    from piflow_edge.runtime.pictures import png_bytes
+    from piflow_edge.system.files import write_atomic
+
+    if csv_file is not None:
+        write_atomic(csv_file, tables.csv_text(found).encode())
+    if plot is not None:
+        write_atomic(plot, png_bytes(quality_plot.draw_benchmark(found, quality)))
+
+
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, **BUNDLE_PATH)
 @click.option("--engine", "engines", default="auto", callback=names, metavar="NAME,...",
@@ -90,22 +133,12 @@ def bench(
       piflow-edge bench demo/bundles/digits-nfe1 --batch 1,8 --compare before.json
       piflow-edge bench demo/bundles/* --teacher demo/teacher.onnx --evaluation demo/report/evaluation.json --plot b.png
     """
-    from piflow_edge.bench import quality_plot, tables
+    from piflow_edge.bench import quality_plot
     from piflow_edge.bench.benchmark import bench as measure
     from piflow_edge.bench.comparison_of_runs import compare, read_benchmark
     from piflow_edge.bench.config import BenchConfig, TeacherConfig
-    from piflow_edge.bench.plots import require_matplotlib
-    from piflow_edge.runtime.pictures import png_bytes
-    from piflow_edge.system.files import write_atomic
 
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise click.UsageError(f"a plot is written as PNG; give --plot a name that ends in .png; got {plot}")
-    if plot is not None:
-        require_matplotlib()  # better known before minutes of measuring
-    if plot is not None and plot == csv_file:
-        raise click.UsageError(f"--csv and --plot cannot both be {plot}; give them two names")
-    if evaluation is not None and plot is None:
-        raise click.UsageError("--evaluation is for --plot; give that too")
+    check_outputs(plot, csv_file, evaluation)
     steps_given = context.get_parameter_source("teacher_steps") != click.core.ParameterSource.DEFAULT
     if teacher is None and (steps_given or guidance is not None):
         raise click.UsageError("--teacher-steps and --guidance are of a --teacher; give its graph too")
@@ -132,22 +165,9 @@ def bench(
         ),
         None if teacher is None else TeacherConfig(teacher, teacher_steps, guidance),
     )
-    answer = found.as_json()
-    change = None if before is None else compare(before, answer)
-    if as_json:
-        emit(answer if change is None else {**answer, "comparison": change.as_json()})
-    else:
-        show(tables.text_table(found))
-        click.echo(tables.conditions_text(found))
-    if change is not None:
-        say(tables.comparison_text(change))
-        if not as_json:
-            show(tables.comparison_table(change))
+    show_benchmark(found, None if before is None else compare(before, found.as_json()), as_json)
     # Last, so that a disk that is full by now takes nothing of what was measured.
-    if csv_file is not None:
-        write_atomic(csv_file, tables.csv_text(found).encode())
-    if plot is not None:
-        write_atomic(plot, png_bytes(quality_plot.draw_benchmark(found, quality)))
+    write_benchmark(found, quality, csv_file, plot)
 
 
 @click.command()

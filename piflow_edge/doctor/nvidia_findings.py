@@ -10,7 +10,7 @@ from piflow_edge.engines import trt_versions
 from piflow_edge.engines.ort_package import import_part
 from piflow_edge.errors import EngineError
 from piflow_edge.runtime.drawing.acceleration import PIP_COMMAND, PIP_COMMAND_12, driver_cuda_version
-from piflow_edge.system.hardware import jetson_release, nvidia_gpus, read_text, told_by, versions
+from piflow_edge.system.hardware import ask_program, jetson_release, nvidia_gpus, read_text, versions
 
 from .findings import OK, PROBLEM, WARNING, Finding, dotted, major
 
@@ -191,7 +191,7 @@ def jetson_findings() -> list[Finding]:
 
 
 def _power_mode() -> Finding:
-    answer = told_by("nvpmodel", "-q") or ""
+    answer = ask_program("nvpmodel", "-q") or ""
     mode = re.search(r"NV Power Mode: (\S+)", answer)
     if mode is None:
         return Finding("power mode", WARNING, "nvpmodel does not tell it", "sudo nvpmodel -q")

@@ -70,14 +70,14 @@ def memory() -> Memory | None:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes there
-        told = told_by("ps", "-o", "rss=", "-p", str(os.getpid()))
+        told = ask_program("ps", "-o", "rss=", "-p", str(os.getpid()))
         return Memory(int(told) * 1024 / 1e6 if told else peak, peak)
     return None
 
 
 def gpu_memory_used() -> float | None:
     """MB in use on all NVIDIA GPUs together, by whomever; None where nvidia-smi does not tell."""
-    answer = told_by("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
+    answer = ask_program("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits")
     numbers = [line.strip() for line in answer.splitlines()] if answer else []
     if not numbers or not all(number.isdecimal() for number in numbers):
         return None
@@ -112,7 +112,9 @@ def host_memory() -> tuple[int | None, int | None]:
 
 def nvidia_gpus() -> list[dict[str, str]] | None:
     """What nvidia-smi says of every NVIDIA GPU, as text; None where it is missing or reaches no driver."""
-    answer = told_by("nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits")
+    answer = ask_program(
+        "nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"
+    )
     if answer is None:
         return None
     return [
@@ -126,7 +128,7 @@ def jetson_release() -> str | None:
     return text.splitlines()[0] if text else None
 
 
-def told_by(program: str, *arguments: str) -> str | None:
+def ask_program(program: str, *arguments: str) -> str | None:
     """What a program that only reports prints; None where it is missing, fails, or takes over 10 seconds."""
     import shutil  # late, with the next: slow to import, and `engines` imports this module
     import subprocess
@@ -190,7 +192,7 @@ def _cpu_name() -> str:
 
 
 def _jetson_power_mode() -> str | None:
-    answer = told_by("nvpmodel", "-q")
+    answer = ask_program("nvpmodel", "-q")
     return " ".join(answer.split()) if answer else None
 
 
