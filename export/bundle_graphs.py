@@ -1,16 +1,19 @@
 """The networks of a bundle: exported in float32, then converted to every precision, and named as files."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from piflow_edge.bundle.manifest import DECODER, STUDENT, Manifest, sampler_calls
 from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.distill.data.autoencoder import Autoencoder
+from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError
 from piflow_edge.export.calibration import Calibration, Conversion
 from piflow_edge.export.decoder_graph import export_decoder
+from piflow_edge.export.encoder_graph import export_encoder
 from piflow_edge.export.large import measure_lowered_share, named
 from piflow_edge.export.opset import lowered
 from piflow_edge.export.sampler_graph import export_sampler
@@ -24,7 +27,12 @@ _LEAST_SHARE = 0.5
 Graphs = dict[str, Graph]
 
 
-def export_networks(student: StudentModel, manifest: Manifest, autoencoder: Autoencoder | None) -> Graphs:
+def export_networks(
+    student: StudentModel,
+    manifest: Manifest,
+    autoencoder: Autoencoder | None,
+    encoders: Sequence[TextEncoder] = (),
+) -> Graphs:
     """Return the networks that PyTorch has, in float32; a sampler graph is made of them.
 
     Raises:
@@ -38,6 +46,8 @@ def export_networks(student: StudentModel, manifest: Manifest, autoencoder: Auto
         )
     if autoencoder is not None:
         graphs[DECODER] = Graph(export_decoder(autoencoder, manifest.latent.restored_shape))
+    for encoder in encoders:
+        graphs[encoder.spec.network] = export_encoder(encoder)
     return graphs
 
 

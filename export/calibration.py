@@ -7,6 +7,7 @@ import numpy as np
 
 from piflow_edge.bundle.manifest import STUDENT, Manifest
 from piflow_edge.bundle.sections import ToleranceSpec
+from piflow_edge.conditioning import Conditioner
 from piflow_edge.engines import Engine, Graph, open_engine
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.drawing.acceleration import integrate
@@ -56,16 +57,25 @@ class Calibration:
         manifest: of its bundle.
         nfes: calls per image; a trajectory is run for each.
         decoder: makes images of latents.
+        conditioner: the student's, opened; None is what the manifest says.
     """
 
-    def __init__(self, student: Graph, manifest: Manifest, nfes: Iterable[int], decoder: Graph | None = None):
+    def __init__(
+        self,
+        student: Graph,
+        manifest: Manifest,
+        nfes: Iterable[int],
+        decoder: Graph | None = None,
+        conditioner: Conditioner | None = None,
+    ):
         self.manifest = manifest
         self._count = count_images(CALIBRATION_IMAGES, student.size // 4)
-        self._conditioning = manifest.example(self._count)
+        self._conditioning = manifest.example(self._count, conditioner=conditioner)
         self._noise = self._draw_noise(0)
         self._decoder = open_engine(decoder, engine=ENGINE) if decoder else None
         engine = open_engine(student, engine=ENGINE)
         self.batches: list[Inputs] = []
+        self.encoder_inputs: dict[str, list[Inputs]] = {}
         self._outputs: list[dict[str, np.ndarray]] = []
         drawn = {nfe: self._latents(engine, nfe, record=True) for nfe in nfes}
         if (nfe := manifest.schedule.nfe) not in drawn:
@@ -73,9 +83,11 @@ class Calibration:
         self._drawn = drawn[nfe]
 
     def inputs_of(self, network: str) -> list[Inputs]:
-        """What a network of the bundle is fed: of the decoder, one state of the last call."""
+        """What a network of the bundle is fed: of the decoder, one state of the last call; of encoders, prompts."""
         if network == STUDENT:
             return self.batches
+        if network in self.encoder_inputs:
+            return self.encoder_inputs[network]
         states = self.manifest.latent.restore(self.batches[-1]["x_t"][:1])
         return [{self.manifest.networks[network].inputs[0].name: states.astype(np.float32)}]
 

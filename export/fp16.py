@@ -96,8 +96,10 @@ def delicate_nodes(
 
 def _fp16_problem(name: str, measures: Measures) -> str | None:
     largest, scale, error = measures.largest, measures.scale, measures.error
-    if not np.isfinite([largest, scale]).all():
-        raise CheckFailedError(f"the fp32 graph gives NaN or infinity in {name} on its own trajectory")
+    if np.isnan([largest, scale]).any():
+        raise CheckFailedError(f"the fp32 graph gives NaN in {name} on its own trajectory")
+    if np.isinf(largest):  # some masks are; that the outputs are finite is checked before
+        return f"{name} reaches infinity: fp16 may overflow"
     if largest > _FP16_LARGEST:
         return f"{name} reaches {largest:.3g}: fp16 may overflow"
     if scale > 0 and not error <= _FP16_NODE_ERROR * scale:

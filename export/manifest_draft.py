@@ -2,6 +2,7 @@
 
 import logging
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -17,17 +18,23 @@ from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec
 from piflow_edge.conditioning import Conditioner, TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
+from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import BundleError, DataError
 from piflow_edge.export.decoder_graph import describe_decoder
+from piflow_edge.export.encoder_graph import describe_encoder, tokens_axis
 from piflow_edge.export.export_settings import ExportSettings
 
 log = logging.getLogger(__name__)
 
 
 def draft_manifest(
-    student: StudentModel, name: str, settings: ExportSettings, autoencoder: Autoencoder | None
+    student: StudentModel,
+    name: str,
+    settings: ExportSettings,
+    autoencoder: Autoencoder | None,
+    encoders: Sequence[TextEncoder] = (),
 ) -> Manifest:
     """Return the manifest of a student's bundle, without files.
 
@@ -70,6 +77,10 @@ def draft_manifest(
     )
     if autoencoder is not None:
         manifest.networks[DECODER] = describe_decoder(autoencoder, latent.restored_shape, settings.opset)
+    for encoder in encoders:
+        manifest.networks[encoder.spec.network] = describe_encoder(encoder, settings.opset)
+        manifest.axes[tokens_axis(encoder)] = AxisSpec(1, encoder.spec.max_tokens, 1)
+        manifest.assets[encoder.spec.tokenizer_asset] = encoder.spec.tokenizer_asset
     for nfe in settings.samplers:
         schedule = manifest.schedule.schedule(nfe=nfe)
         tensors = sampler_tensors(schedule, latent.shape, manifest.image_shape, conditioner.inputs)

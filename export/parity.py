@@ -6,29 +6,36 @@ import numpy as np
 import torch
 
 from piflow_edge.bundle.manifest import Manifest
+from piflow_edge.conditioning import Asked, Conditioner
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.export.calibration import count_images
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
-from piflow_edge.runtime.verification import GOLDEN_SEED
+from piflow_edge.runtime.verification import GOLDEN_SEED, PROMPTS
 
 # Golden images per bundle, of a large network fewer: enough to see, few enough to keep a bundle small.
 GOLDEN_IMAGES = 10
 
 
 @torch.no_grad()
-def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.ndarray]:
-    """Run the student in PyTorch, policies in float64, and record every layer; see `verification`."""
+def golden_samples(
+    network: FlowNetwork, manifest: Manifest, conditioner: Conditioner
+) -> dict[str, np.ndarray]:
+    """Run the student in PyTorch, policies in float64, and record every layer; see `verification`.
+
+    `conditioner`: the student's, opened where it reads prompts.
+    """
     spec, schedule = manifest.schedule, manifest.schedule.schedule()
     count = count_images(GOLDEN_IMAGES, sum(parameter.numel() for parameter in network.parameters()))
     indices = range(count)
-    conditioning = manifest.example(count)
+    conditioning = manifest.example(count, conditioner=conditioner)
     given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
     shape = manifest.latent.shape
     x_t = philox_normal(GOLDEN_SEED, indices, shape)
     golden = {"noise": x_t, **{f"conditioning.{name}": array for name, array in conditioning.items()}}
+    golden |= _trace_prompts(conditioner, count)
     for i, segment in enumerate(schedule.segments):
         sigma = torch.full((len(x_t),), segment.sigma_src)
         parts = network(torch.from_numpy(x_t), sigma, **given)
@@ -50,14 +57,24 @@ def golden_samples(network: FlowNetwork, manifest: Manifest) -> dict[str, np.nda
             x_dst = segment.renoise(x_dst, philox_normal(GOLDEN_SEED, indices, shape, draw=i + 1))
         x_t = x_dst.astype(np.float32)
     golden["latents"] = x_t
-    return golden | _resized_samples(network, manifest, golden["noise"])
+    return golden | _resized_samples(network, manifest, golden["noise"], conditioner)
 
 
-def _resized_samples(network: FlowNetwork, manifest: Manifest, noise: np.ndarray) -> dict[str, np.ndarray]:
+def _trace_prompts(conditioner: Conditioner, count: int) -> dict[str, np.ndarray]:
+    """The examples' prompts and their token ids; nothing where no prompts are read."""
+    prompts = conditioner.example_prompts(count)
+    if not prompts:
+        return {}
+    return {PROMPTS: np.array(prompts), **conditioner.trace(Asked(prompts=prompts))}
+
+
+def _resized_samples(
+    network: FlowNetwork, manifest: Manifest, noise: np.ndarray, conditioner: Conditioner
+) -> dict[str, np.ndarray]:
     """One call more, where named axes of what steers have other lengths; nothing where there are none."""
     if not manifest.steering_axes:
         return {}
-    conditioning = manifest.example(len(noise), resized=True)
+    conditioning = manifest.example(len(noise), resized=True, conditioner=conditioner)
     given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
     sigma = torch.full((len(noise),), manifest.schedule.schedule().segments[0].sigma_src)
     parts = network(torch.from_numpy(noise), sigma, **given)

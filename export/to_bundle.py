@@ -1,5 +1,6 @@
 """Student -> bundle: networks in every precision, manifest, golden samples, checked before they are moved in place."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.bundle.signature import SigningKey
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.loop.checkpoint import Checkpoint
+from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel, student_from_checkpoint
 from piflow_edge.engines import Graph
 from piflow_edge.engines.layers import first_non_finite
@@ -26,6 +28,7 @@ from piflow_edge.engines.ort_package import import_onnxruntime
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export.bundle_graphs import convert_networks, export_networks
 from piflow_edge.export.calibration import ENGINE, Calibration
+from piflow_edge.export.encoder_graph import example_inputs, join_encoders
 from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.manifest_draft import draft_manifest
 from piflow_edge.export.parity import golden_file, golden_images, golden_samples
@@ -42,6 +45,7 @@ def export_bundle(
     *,
     settings: ExportSettings | None = None,
     autoencoder: Autoencoder | None = None,
+    encoders: Sequence[TextEncoder] = (),
     signing_key: SigningKey | None = None,
     overwrite: bool = False,
     **changes: Any,
@@ -54,6 +58,8 @@ def export_bundle(
         settings: see `ExportSettings`; `changes` are fields of it by name, such as `precisions=("fp16",)`.
         autoencoder: of a student of latents; its decoder becomes part of the bundle, which makes images by it.
             Without it such a bundle makes latents only.
+        encoders: text encoders of a student that is steered by what they make; they become part of the bundle, which
+            reads prompts by them. Without them such a bundle takes encodings only.
         signing_key: signs the bundle.
         overwrite: replace a bundle that is there.
 
@@ -63,7 +69,8 @@ def export_bundle(
     Raises:
         BundleError: `folder` exists and `overwrite` is False, or it is not a bundle; or as `ExportSettings`.
         ScheduleError: as `ExportSettings`, or a number of `samplers` out of range.
-        DataError: another autoencoder than the student's latents are of.
+        DataError: another autoencoder than the student's latents are of, or other text encoders than those that it was
+            trained with.
         CheckFailedError: the exported graph does not reproduce PyTorch, or gives NaN; nothing is left behind.
     """
     folder = Path(folder)
@@ -71,17 +78,23 @@ def export_bundle(
     settings = replace(settings or ExportSettings(), **changes)
     _check_place(folder, overwrite)
     model = student if isinstance(student, StudentModel) else student_from_checkpoint(student)
-    manifest = draft_manifest(model, settings.name or folder.name, settings, autoencoder)
-    exact = export_networks(model, manifest, autoencoder)
-    golden = golden_samples(model.network, manifest)
+    if encoders:
+        model = replace(model, conditioner=join_encoders(model.conditioner, encoders))
+    manifest = draft_manifest(model, settings.name or folder.name, settings, autoencoder, encoders)
+    exact = export_networks(model, manifest, autoencoder, encoders)
+    golden = golden_samples(model.network, manifest, model.conditioner)
     _check_golden(golden, exact["student"], manifest)
     calibration = None
     if settings.precisions != ("fp32",):
-        calibration = Calibration(exact["student"], manifest, model.nfes, exact.get("decoder"))
+        calibration = Calibration(
+            exact["student"], manifest, model.nfes, exact.get("decoder"), conditioner=model.conditioner
+        )
+        calibration.encoder_inputs = {e.spec.network: example_inputs(e, model.conditioner) for e in encoders}
     manifest, files = convert_networks(exact, manifest, calibration)
     if manifest.makes_images:
         golden["images"] = golden_images(golden["latents"], manifest, autoencoder)
         files[PREVIEW] = png_bytes(image_grid([as_pil(golden["images"])]))
+    files |= {encoder.spec.tokenizer_asset: encoder.tokenizer for encoder in encoders}
     files |= {GOLDEN: golden_file(golden), LICENSE: settings.license_text.encode()}
     listed = {file: FileSpec(sha256(data), len(data)) for file, data in files.items()}
     return _write(folder, replace(manifest, files=listed), files, signing_key)
@@ -96,7 +109,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
 
 def _check_golden(golden: dict[str, np.ndarray], student: Graph, manifest: Manifest) -> None:
     for key, array in golden.items():
-        if not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():  # prompts are text
             raise CheckFailedError(
                 f"the student gives NaN or infinity in {key}; it is not fit to be exported. The first layer to do so: "
                 f"{_first_non_finite(student, golden, manifest)}"

@@ -125,6 +125,16 @@ class Bundle:
         self._compare(name, len(data), sha256(data))
         return data
 
+    def read_asset(self, name: str) -> bytes:
+        """The content of an asset, such as a tokenizer; see `read`.
+
+        Raises:
+            BundleError: the bundle has none of that name.
+        """
+        if name not in self.manifest.assets:
+            raise BundleError(f"bundle {self.name!r} has no asset {name!r}; export it again")
+        return self.read(self.manifest.assets[name])
+
     def _check(self, name: str) -> None:
         """`read` without keeping what was read: a file may be larger than half of the memory."""
         expected, digest, size = self.manifest.files[name], hashlib.sha256(), 0

@@ -98,9 +98,14 @@ class Manifest:
         names = {n for spec in self.conditioner.inputs for n in spec.shape[1:] if isinstance(n, str)}
         return {name: axis for name, axis in self.axes.items() if name in names}
 
-    def example(self, count: int, *, resized: bool = False) -> dict[str, np.ndarray]:
-        """Return a valid conditioning of `count` images, always the same; `resized` has named axes of other lengths."""
-        given = self.conditioner.example(count)
+    def example(
+        self, count: int, *, resized: bool = False, conditioner: Conditioner | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return a valid conditioning of `count` images, always the same; `resized` has named axes of other lengths.
+
+        `conditioner`: the bundle's, opened, where its examples are to be real ones.
+        """
+        given = (conditioner or self.conditioner).example(count)
         for spec in self.conditioner.inputs:
             for place, name in enumerate(spec.shape):
                 if place and isinstance(name, str):

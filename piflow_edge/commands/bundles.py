@@ -43,6 +43,9 @@ from .options import (
               help="Of the graphs; the parsers of TensorRT 8.5 and 8.6 promise 17.")  # fmt: skip
 @click.option("--autoencoder", type=FOLDER,
               help="Folder of the autoencoder the latents are of; its decoder goes into the bundle.")  # fmt: skip
+@click.option("--text-encoder", "encoders", multiple=True, metavar="SOURCE",
+              help="Folder or hub id of a text encoder of transformers; it goes into the bundle, which then reads "
+              "prompts. Can be given again.")  # fmt: skip
 @click.option("--license", "license_file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Text file that becomes the bundle's LICENSE.")  # fmt: skip
 @click.option("--sign", "key", type=click.Path(dir_okay=False, path_type=Path), metavar="KEY",
@@ -63,6 +66,7 @@ def export(
     axes,
     opset,
     autoencoder,
+    encoders,
     license_file,
     key,
     overwrite,
@@ -87,6 +91,7 @@ def export(
         return
     from piflow_edge.bundle.signature import SigningKey
     from piflow_edge.distill.data.autoencoder import load_autoencoder
+    from piflow_edge.distill.networks.text_encoders import load_text_encoders
     from piflow_edge.distill.sources import load_student
     from piflow_edge.export.export_settings import NO_LICENSE
     from piflow_edge.export.to_bundle import export_bundle
@@ -104,6 +109,7 @@ def export(
         "axes": axes,
         "opset": int(opset),
         "autoencoder": load_autoencoder(autoencoder) if autoencoder else None,
+        "encoders": load_text_encoders(encoders, student.conditioner) if encoders else (),
         "license_text": license_text,
         "license_name": license_file.name if license_file else "unstated",
         "signing_key": SigningKey(key) if key else None,

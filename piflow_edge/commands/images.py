@@ -26,9 +26,15 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--labels", help="Class ids or names, separated by commas, ranges such as 0-9, or all: one image each."
 )
+@click.option(
+    "--prompt", multiple=True, help="What to draw, for a bundle that reads prompts; can be given again."
+)
+@click.option(
+    "--prompts", type=FILE, help="Text file in UTF-8 with one prompt a line; empty lines are left out."
+)
 @click.option("--array", "arrays", multiple=True, metavar="NAME=FILE",
               help="Input of the network as .npy, for a bundle that takes arrays; can be given again.")  # fmt: skip
-@click.option("--count", type=COUNT, help="Images of each label or entry of --array; else in all.")
+@click.option("--count", type=COUNT, help="Images of each label, prompt or entry of --array; else in all.")
 @click.option("--like", type=FILE, help="Make the images of this picture again, by the settings it holds.")
 @click.option("--out", type=click.Path(path_type=Path, allow_dash=True), required=True,
               help="File, a folder for one file each, or - for stdout.")  # fmt: skip
@@ -74,6 +80,7 @@ def sample(
     """
     from piflow_edge.runtime.recipe import read_recipe
 
+    request["prompt"] = [*request["prompt"], *_read_prompts(request.pop("prompts"))] or None
     _check_out(out, output, as_json)
     recipe = None
     if like is not None:
@@ -114,6 +121,16 @@ def _check_out(out: Path, output: str, as_json: bool) -> None:
         raise click.UsageError(
             f"with --output {output}, give --out a name that ends in {' or '.join(suffixes)}, or a folder; got {out}"
         )
+
+
+def _read_prompts(file: Path | None) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--prompts must be a text file in UTF-8: {error}") from error
+    if file and not any(map(str.strip, lines)):
+        raise click.UsageError(f"--prompts: {file} holds no prompt; write one a line")
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _read_files(options: dict) -> dict:

@@ -43,6 +43,10 @@ class Arrays:
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, convert_arrays(self, given))
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return ()
+
     def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Arrays":
         return self
 
@@ -51,6 +55,12 @@ class Arrays:
         if asked.arrays is None:
             raise ConditioningError(f"give arrays; {self.summarize()}")
         return repeat(convert_arrays(self, asked.arrays), asked.count)
+
+    def example_prompts(self, count: int) -> list[str]:
+        return []
+
+    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+        return {}
 
     def null(self, count: int) -> dict[str, np.ndarray] | None:
         return None if self.null_row is None else repeat(self.null_row, count)

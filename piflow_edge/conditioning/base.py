@@ -51,6 +51,11 @@ class Conditioner(Protocol):
         """What it feeds the network."""
         ...
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Names of the bundle's networks that `open` needs to make it read what people write; most need none."""
+        ...
+
     def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Conditioner":
         """Return the conditioner that `encode` can be called on, with what it needs of a bundle; most need nothing.
 
@@ -67,6 +72,14 @@ class Conditioner(Protocol):
             ConditioningError: something else is asked for than it understands; LabelError: a label it does not know.
             ShapeError: an array that does not fit `inputs`.
         """
+        ...
+
+    def example_prompts(self, count: int) -> list[str]:
+        """Return the prompts whose encodings `example` returns; empty where no prompts are read."""
+        ...
+
+    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+        """Return what comes before the network's inputs, such as token ids, by stage; `verify` compares it exactly."""
         ...
 
     def null(self, count: int) -> dict[str, np.ndarray] | None:

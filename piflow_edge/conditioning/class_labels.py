@@ -41,6 +41,10 @@ class ClassLabels:
     def inputs(self) -> tuple[TensorSpec, ...]:
         return (TensorSpec(self.input_name, "int64", ("batch",)),)
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return ()
+
     def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "ClassLabels":
         return self
 
@@ -54,6 +58,12 @@ class ClassLabels:
         else:
             ids = np.array(self._ids(asked.labels), np.int64)
         return repeat({self.input_name: ids}, asked.count)
+
+    def example_prompts(self, count: int) -> list[str]:
+        return []
+
+    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+        return {}
 
     def null(self, count: int) -> dict[str, np.ndarray]:
         return {self.input_name: np.full(count, len(self.names), np.int64)}

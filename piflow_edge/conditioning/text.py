@@ -99,10 +99,14 @@ class TextEncoderSpec:
         """
         return f"encoder.{self.name}"
 
+    def encoder_inputs(self, tokens: Tokens) -> dict[str, np.ndarray]:
+        """Return what the encoder is fed for one prompt, a batch of one."""
+        mask = np.ones_like(tokens.mask) if self.sees_padding else tokens.mask
+        return {"input_ids": tokens.ids[None], "attention_mask": mask[None]}
+
     def encode(self, tokens: Tokens, run_network: RunNetwork) -> dict[str, np.ndarray]:
         """Run the encoder on one prompt and return what it feeds the network, a batch of one."""
-        mask = np.ones_like(tokens.mask) if self.sees_padding else tokens.mask
-        found = run_network(self.network, {"input_ids": tokens.ids[None], "attention_mask": mask[None]})
+        found = run_network(self.network, self.encoder_inputs(tokens))
         fed: dict[str, np.ndarray] = {}
         said = tokens.mask[None, self.drop_tokens :]
         length = self.max_tokens - self.drop_tokens if self.fixed_length else said.shape[1]
@@ -149,14 +153,44 @@ class TextPrompts:
                 f"the encoders feed {', '.join(fed)}, the network takes {'; '.join(map(str, self.inputs))}"
             )
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return tuple(encoder.network for encoder in self.encoders)
+
     def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "OpenedTextPrompts":
         """Return the conditioner that reads prompts, with the tokenizers and encoders of `encoders`."""
         return OpenedTextPrompts(self, read_asset, run_network)
 
+    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
+        """Check `asked.arrays`, encodings made elsewhere; prompts need the encoders, see `open`."""
+        refuse_others(self, asked, "prompts", "arrays")
+        if asked.arrays is None:
+            raise ConditioningError(
+                f"the bundle has no text encoders; give arrays: {'; '.join(map(str, self.inputs))}"
+            )
+        return repeat(convert_arrays(self, asked.arrays), asked.count)
+
+    def example_prompts(self, count: int) -> list[str]:
+        return []
+
+    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+        return {}
+
+    def null(self, count: int) -> dict[str, np.ndarray] | None:
+        return None
+
+    def example(self, count: int) -> dict[str, np.ndarray]:
+        """Random numbers in the place of encodings: to time a network, not to look at its images."""
+        return Arrays(self.inputs).example(count)
+
+    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+        return describe_arrays(self.inputs, conditioning)
+
+    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
+        return Arrays(self.inputs).recall(descriptions, asked)
+
     def title(self, description: dict[str, Any]) -> str:
-        if "prompt" in description:
-            return description["prompt"]
-        return title_arrays(description)
+        return description["prompt"] if "prompt" in description else title_arrays(description)
 
     def summarize(self) -> str:
         shown = ", ".join(map(repr, self.examples[:3]))
@@ -216,6 +250,28 @@ class OpenedTextPrompts:
             return repeat(convert_arrays(self.spec, asked.arrays), asked.count)
         return repeat(self._encode_all(list_prompts(asked.prompts)), asked.count)
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return self.spec.networks
+
+    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "OpenedTextPrompts":
+        return self.spec.open(read_asset, run_network)
+
+    def example_prompts(self, count: int) -> list[str]:
+        examples = self.spec.examples
+        return [examples[i % len(examples)] for i in range(count)]
+
+    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+        """The ids of every prompt for every encoder, int64 (B, T), shorter ones filled up with -1."""
+        prompts = list_prompts(asked.prompts)
+        traced = {}
+        for name, tokenizer in self._tokenizers.items():
+            ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+            longest = max(map(len, ids))
+            filled = [np.pad(one, (0, longest - len(one)), constant_values=-1) for one in ids]
+            traced[f"ids.{name}"] = np.stack(filled)
+        return traced
+
     def tokenize(self, prompt: str) -> dict[str, Tokens]:
         """Return a prompt's tokens for every encoder, by its name."""
         return {name: tokenizer.encode(prompt) for name, tokenizer in self._tokenizers.items()}
@@ -225,8 +281,7 @@ class OpenedTextPrompts:
         return None if prompt is None else repeat(self._encode_prompt(prompt), count)
 
     def example(self, count: int) -> dict[str, np.ndarray]:
-        examples = self.spec.examples
-        return self._encode_all([examples[i % len(examples)] for i in range(count)])
+        return self._encode_all(self.example_prompts(count))
 
     def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
         """The prompt of every image; of arrays made elsewhere, their SHA-256."""

@@ -24,6 +24,10 @@ class Unconditional:
     def inputs(self) -> tuple[TensorSpec, ...]:
         return ()
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return ()
+
     def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Unconditional":
         return self
 
@@ -33,6 +37,12 @@ class Unconditional:
         refuse_others(self, asked)
         if asked.count is None:
             raise ConditioningError(f"give count; {self.summarize()}")
+        return {}
+
+    def example_prompts(self, count: int) -> list[str]:
+        return []
+
+    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
         return {}
 
     def null(self, count: int) -> dict[str, np.ndarray] | None:

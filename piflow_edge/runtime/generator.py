@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import trained_with
+from piflow_edge.bundle.manifest import DECODER, STUDENT, trained_with
 from piflow_edge.conditioning import build_asked
 from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions
 from piflow_edge.errors import BundleError, ShapeError, UsageError
@@ -26,7 +26,7 @@ from .drawing.recorded import ImageGraphs
 from .drawing.stopwatch import Stopwatch
 from .lifetime import Lifetime
 from .recipe import Recipe
-from .request import Request, build_request, describe_request, repeat_request
+from .request import Request, build_request, describe_request, open_conditioner, repeat_request
 from .result import Result
 from .settings import change_settings, describe_untrained
 
@@ -46,14 +46,15 @@ class Generator:
     def __init__(
         self,
         bundle: Bundle,
-        engine: Engine,
-        decoder: Engine | None = None,
+        engines: Mapping[str, Engine],
         precision: str | None = None,
         options: EngineOptions = DEFAULT_OPTIONS,
     ):
+        """`engines`: of the bundle's student, and of its decoder and text encoders where it has some, by name."""
         self.precision = bundle.precision(precision)
-        self.bundle, self.engine, self.decoder, self.options = bundle, engine, decoder, options
-        self.conditioner = bundle.manifest.conditioner
+        self.bundle, self.engines, self.options = bundle, dict(engines), options
+        self.engine, self.decoder = engine, decoder = engines[STUDENT], engines.get(DECODER)
+        self.conditioner = open_conditioner(bundle, engines)
         self.student = Student(bundle.manifest, engine)
         self.decoding = Decoding(bundle.manifest, decoder, self.precision)
         # On a GPU nothing crosses the bus between noise and image.
@@ -283,8 +284,9 @@ class Generator:
                 self._graphs.free()
             self.engine.close()
         finally:  # a GPU that failed says so at every close
-            if self.decoder is not None:
-                self.decoder.close()
+            for name, engine in self.engines.items():
+                if name != STUDENT:
+                    engine.close()
         if self._place is not None:
             gpu_arrays.release(self._place.ordinal)
 

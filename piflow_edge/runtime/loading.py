@@ -49,24 +49,27 @@ def load(
         MissingExtraError: the engine's package is not installed, or `trusted_keys` are given and `cryptography` is not.
     """
     from piflow_edge.bundle.folder import Bundle, find_bundle
+    from piflow_edge.bundle.manifest import DECODER, STUDENT
 
     from .generator import Generator
     from .graphs import read_graph
 
     opened = Bundle(find_bundle(bundle), trusted_keys=trusted_keys)
     network = open_engine(
-        read_graph(opened, "student", precision), engine=engine, device=device, options=options
+        read_graph(opened, STUDENT, precision), engine=engine, device=device, options=options
     )
-    decoder = None
-    if opened.manifest.decoder is not None:
-        # "auto" chooses for the decoder too, on the same device: an engine may be built for the student alone.
-        same = engine if engine == "auto" else network.name
-        try:
-            decoder = open_engine(
-                read_graph(opened, "decoder", precision), engine=same, device=network.device, options=options
-            )
-        except BaseException:
-            network.close()
-            raise
+    # "auto" chooses for the others too, on the same device: an engine may be built for the student alone.
+    same = engine if engine == "auto" else network.name
+    engines = {STUDENT: network}
+    try:
+        for name in (*opened.manifest.conditioner.networks, DECODER):
+            if name in opened.manifest.networks:
+                graph = read_graph(opened, name, precision)
+                engines[name] = open_engine(graph, engine=same, device=network.device, options=options)
+        generator = Generator(opened, engines, precision, options)
+    except BaseException:
+        for one in engines.values():
+            one.close()
+        raise
     log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
-    return Generator(opened, network, decoder, precision, options)
+    return generator

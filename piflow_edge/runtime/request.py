@@ -1,6 +1,7 @@
 """What one call of a generator asks for: checked, and with all that was left open filled in."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,9 @@ import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.conditioning import Asked, Conditioner, Conditioning, count_of
+from piflow_edge.engines import Engine
 from piflow_edge.errors import RecipeError
+from piflow_edge.kernels import gpu_arrays
 from piflow_edge.sampling import SamplingSettings
 from piflow_edge.schedule import Schedule
 from piflow_edge.version import __version__
@@ -60,6 +63,21 @@ class Request:
         if self.drawn is None:
             return x_src, ()
         return x_src, (self.start[piece], self.drawn[piece].astype(np.float32), noise)
+
+
+def open_conditioner(bundle: Bundle, engines: Mapping[str, Engine]) -> Conditioner:
+    """Return what steers a bundle's images, ready to read what a caller asks for. `engines`: of its networks."""
+    described = bundle.manifest.conditioner
+    if not set(described.networks) <= engines.keys():
+        return described  # it takes arrays that were made elsewhere
+
+    def run_network(network: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = engines[network].run(dict(inputs))
+        return {
+            name: v if isinstance(v, np.ndarray) else gpu_arrays.to_host(v) for name, v in outputs.items()
+        }
+
+    return described.open(bundle.read_asset, run_network)
 
 
 def build_request(

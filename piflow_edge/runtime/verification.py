@@ -20,7 +20,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.format4 import name_golden_as_format_5
 from piflow_edge.bundle.manifest import GOLDEN
 from piflow_edge.bundle.sections import ToleranceSpec
-from piflow_edge.conditioning import take
+from piflow_edge.conditioning import Asked, take
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
 from piflow_edge.kernels.rollout import integrate
@@ -39,6 +39,8 @@ Pair = tuple[str, np.ndarray, np.ndarray]
 GOLDEN_SEED = 0
 # Images at a time that a network is checked with, beside all the golden ones.
 BATCHES = (1, 3)
+# Key of the golden images' prompts, where a bundle reads some.
+PROMPTS = "prompts"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def verify(generator: Generator) -> list[Row]:
     outputs = _compare_calls(generator, golden)
     latents = _compare_latents(generator, golden)
     rows = [
+        *_compare_prompts(generator, golden, tolerances),
         _worst("network outputs", outputs, tolerances.outputs),
         _compare_velocities(generator, golden, tolerances.velocities),
         _worst("latents", latents, tolerances.latents),
@@ -89,6 +92,23 @@ def verify(generator: Generator) -> list[Row]:
         if images:
             rows.append(_worst("sampler images", images, tolerances.images, measure=_levels))
     return [replace(row, precision=generator.precision) for row in rows]
+
+
+def _compare_prompts(
+    generator: Generator, golden: dict[str, np.ndarray], tolerances: ToleranceSpec
+) -> list[Row]:
+    """What comes before the network where prompts are read: token ids, exactly, and encodings."""
+    if PROMPTS not in golden:
+        return []
+    asked = Asked(prompts=golden[PROMPTS].tolist())
+    traced, encoded = generator.conditioner.trace(asked), generator.conditioner.encode(asked)
+    ids = [(name, traced[name], golden[name]) for name in traced]
+    theirs = golden_conditioning(generator.bundle, golden)
+    encodings = [(name, encoded[name], theirs[name]) for name in theirs]
+    return [
+        _worst("tokens", ids, 0.0, measure=relative_error),
+        _worst("encodings", encodings, tolerances.outputs),
+    ]
 
 
 def _batches(generator: Generator, golden: dict[str, np.ndarray]) -> list[int]:
@@ -292,6 +312,9 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
         steering = [f"conditioning.{spec.name}" for spec in bundle.manifest.conditioner.inputs]
         wanted |= {f"resized.{name}" for name in (*outputs, *steering)}
     wanted |= {f"{name}.{i}" for i in calls for name in ("x_t", "levels", "velocities", *outputs)}
+    encoders = bundle.manifest.conditioner.networks
+    if encoders and set(encoders) <= bundle.manifest.networks.keys():
+        wanted |= {PROMPTS, *(name.replace("encoder.", "ids.", 1) for name in encoders)}
     try:
         with np.load(io.BytesIO(bundle.read(GOLDEN)), allow_pickle=False) as archive:
             golden = {name: archive[name] for name in archive.files}

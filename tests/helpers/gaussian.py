@@ -81,7 +81,7 @@ def gaussian_generator(engine=None, *, nfe=4, class_names=("0", "1"), h=0.0, pol
         manifest_bytes=repr(manifest).encode(),
         precision=lambda precision: precision or "fp32",
     )
-    return Generator(bundle, engine)
+    return Generator(bundle, {"student": engine})
 
 
 def dx_spec(num_nodes=3, segment_size=0.25):

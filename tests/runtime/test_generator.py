@@ -273,7 +273,7 @@ def test_nan_of_the_decoder_is_an_error_too(output, odd):
         return {"images": images}
 
     mirror = SimpleNamespace(name="mirror", min_batch=1, max_batch=None, run=run)
-    generator = Generator(bundle, GaussianEngine(), mirror)
+    generator = Generator(bundle, {"student": GaussianEngine(), "decoder": mirror})
     assert len(generator([1, 0], output=output).images) == 2
     last = odd
     with pytest.raises(NotFiniteError, match=r"decoder .*'gaussian' .*fp32 .*mirror .*NaN"):

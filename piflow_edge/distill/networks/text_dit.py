@@ -23,6 +23,8 @@ from .dit import modulate, position_table, time_features, unpatchify
 from .flow_network import Convention, FlowNetwork
 
 _TIME_FEATURES = 256
+# Added to the scores of tokens that are not to be seen: its exponential is 0, in fp16 too.
+_HIDDEN = -1e4
 # What steers it: hidden states (B, T, D), a mask (B, T), pooled vectors (B, P).
 TEXT_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
 
@@ -134,8 +136,9 @@ class TextDiT(nn.Module):
         table = self.modulation(F.silu(emb)).unflatten(-1, (6, -1))
         text = self.text_embed(encoder_hidden_states)
         seen = encoder_attention_mask.bool()
-        # The image's tokens are always seen: (B, 1, 1, L + T), for all heads and queries.
-        mask = torch.cat([seen.new_ones(seen.shape[0], tokens.shape[1]), seen], dim=1)[:, None, None, :]
+        # The image's tokens are always seen: (B, 1, 1, L + T), for all heads and queries. Finite, for fp16 and int8.
+        seen = torch.cat([seen.new_ones(seen.shape[0], tokens.shape[1]), seen], dim=1)[:, None, None, :]
+        mask = torch.where(seen, 0.0, _HIDDEN).to(tokens.dtype)
         for block in self.blocks:
             if self.checkpoints_gradients and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, text, mask, table, use_reentrant=False)

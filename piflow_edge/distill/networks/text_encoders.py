@@ -5,7 +5,7 @@ The same object serves training, where it encodes captions, and export, where it
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from piflow_edge.conditioning import OpenedTextPrompts, TensorSpec, TextEncoderSpec, TextPrompts
+from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec, TextEncoderSpec, TextPrompts
 from piflow_edge.errors import CheckpointError, MissingExtraError
 
 # Longest prompt where neither the caller nor the model says less.
@@ -168,6 +168,24 @@ def load_text_encoder(
     pooling = _sentence_pooling(Path(source)) or family.pool
     family = replace(family, pool=pooling)
     return build_text_encoder(model, words, family, name or config.model_type, **settings)
+
+
+def load_text_encoders(sources: Sequence[str | Path], conditioner: Conditioner) -> list[TextEncoder]:
+    """Load the text encoders of a student, with the settings that it was trained with where they are known.
+
+    Args:
+        sources: see `load_text_encoder`, in the order of the conditioner's encoders.
+        conditioner: the student's.
+
+    Raises:
+        CheckpointError: another number of encoders than the student has; or as `load_text_encoder`.
+    """
+    specs = getattr(conditioner, "encoders", ())
+    if specs and len(specs) != len(sources):
+        raise CheckpointError(f"the student has {len(specs)} text encoders; {len(sources)} are given")
+    if not specs:
+        return [load_text_encoder(source) for source in sources]
+    return [load_text_encoder(source, **asdict(spec)) for source, spec in zip(sources, specs, strict=True)]
 
 
 def build_text_encoder(

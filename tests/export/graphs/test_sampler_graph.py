@@ -76,7 +76,7 @@ def test_every_schedule_is_followed(folder, schedule):
         inputs
     )
 
-    generator = Generator(opened, open_engine(read_graph(opened)))
+    generator = Generator(opened, {"student": open_engine(read_graph(opened))})
     expected = sample(
         lambda x_t, sigma: generator.student.policy(x_t, sigma, {"labels": inputs["labels"]}),
         noise,
