@@ -36,8 +36,8 @@ class _GM(ctypes.Structure):
     _fields_ = (
         *((name, _Input) for name in ("means", "logweights", "x_src", "x_start", "variance")),
         *((name, ctypes.c_void_p) for name in ("x_dst", "levels")),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("batch", "pixels", "substeps")),
+        *((name, ctypes.c_double) for name in ("eps", "temperature")),
+        *((name, ctypes.c_int64) for name in ("batch", "pixels", "substeps", "is_logstd")),
     )
 
 
@@ -91,6 +91,8 @@ def gm_rollout(
     sigma_src,
     *,
     eps: float = 1e-4,
+    temperature: float = 1.0,
+    is_logstd: bool = False,
     stream: int | None = None,
 ) -> None:
     """Carry `x_start` along a Gaussian-mixture policy, into `x_dst`, in one launch.
@@ -106,6 +108,8 @@ def gm_rollout(
         sigmas: noise levels in [0, 1], host float64, (S + 1,) or (S + 1, B); equal neighbours: no step.
         sigma_src: noise level of `x_src`, a float or (B,).
         eps: floor under noise levels and denominators, above 0.
+        temperature: below 1 sharpens the mixture as `GMPolicy.tempered` does; the kernel does it on the way.
+        is_logstd: `variance` holds the network's log-stds instead; the kernel makes variances of them.
         stream: a CUstream as a number; else that on which the library of `x_dst` is working.
 
     Raises:
@@ -139,7 +143,8 @@ def gm_rollout(
     buffer = nvidia.uploaded(ordinal, levels.tobytes())
     problem = _GM(
         *(_input(arrays[name]) for name in ("means", "logweights", "x_src", "x_start", "variance")),
-        *(arrays["x_dst"].pointer, buffer.pointer, eps, batch, pixels, len(levels) - 2),
+        *(arrays["x_dst"].pointer, buffer.pointer, eps, temperature),
+        *(batch, pixels, len(levels) - 2, is_logstd),
     )
     blocks = _blocks(batch, pixels, threads)
     nvidia.launch(ordinal, function, blocks, threads, plan.shared_bytes, stream, problem)
@@ -183,9 +188,9 @@ def obstacle(policy, x_start: Array) -> str | None:
     # Late: the functions above also serve programs that have neither policies nor array-api-compat.
     from array_api_compat import is_torch_array
 
-    from .cpu import dtype_name, find_problem, needs_gradient
+    from .cpu import dtype_name, needs_gradient
 
-    problem = find_problem(policy)
+    problem = _find_problem(policy)
     if problem is None:
         return f"the CUDA kernels know GMPolicy and DXPolicy; got {type(policy).__name__}"
     arrays = problem.arrays
@@ -210,9 +215,7 @@ def rollout(policy, x_start: Array, sigmas: np.ndarray) -> Array:
     """
     from array_api_compat import array_namespace, device  # late: see `obstacle`
 
-    from piflow_edge.policies import MixtureRollout, WeightedSum
-
-    from .cpu import find_problem
+    from piflow_edge.policies import MixtureRollout, RawMixture, WeightedSum
 
     xp = array_namespace(x_start)
 
@@ -221,15 +224,32 @@ def rollout(policy, x_start: Array, sigmas: np.ndarray) -> Array:
         return xp.reshape(xp.reshape(array, (-1,)), array.shape)  # copied only if it is not contiguous
 
     x_dst = xp.empty(x_start.shape, dtype=xp.float32, device=device(x_start))
-    problem = find_problem(policy)
+    problem = _find_problem(policy)
     *arrays, x_src = map(ready, problem.arrays)
     states = (x_src, ready(x_start), x_dst)
     routines = {
+        RawMixture: lambda: gm_rollout(
+            *arrays,
+            *states,
+            sigmas,
+            problem.sigma_src,
+            eps=problem.eps,
+            temperature=problem.temperature,
+            is_logstd=True,
+        ),
         MixtureRollout: lambda: gm_rollout(*arrays, *states, sigmas, problem.sigma_src, eps=problem.eps),
         WeightedSum: lambda: dx_rollout(*arrays, *states, problem.compute_weights(sigmas)),
     }
     routines[type(problem)]()
     return x_dst
+
+
+def _find_problem(policy):
+    """What the kernels need: of a mixture as the network gave it where the policy has kept that."""
+    from .cpu import find_problem
+
+    raw = getattr(policy, "for_fused_kernel", None)
+    return (raw and raw()) or find_problem(policy)
 
 
 def _views(given: dict[str, Array], x_dst: Array, stream: int):

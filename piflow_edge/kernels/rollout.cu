@@ -49,11 +49,11 @@ struct Input {
 struct GmProblem {
   Input means, logweights;  // (batch, K, C, pixels), (batch, K, pixels); natural logarithms
   Input x_src, x_start;     // (batch, C, pixels)
-  Input variance;           // (batch,): of each component in x_0
+  Input variance;           // (batch,): of each component in x_0; with `is_logstd` what the network says of it
   float* x_dst;             // (batch, C, pixels)
   const double* levels;     // (1 + substeps + 1, batch): noise level of x_src, then those to step through
-  double eps;
-  Index batch, pixels, substeps;
+  double eps, temperature;  // the latter: weights to the power 1 / temperature, variance times temperature
+  Index batch, pixels, substeps, is_logstd;
 };
 
 struct DxProblem {
@@ -90,6 +90,25 @@ PIFLOW_FN Scalar load(Input input, Index i) {
   return {widened(static_cast<const unsigned short*>(input.numbers)[i], input.format)};
 }
 
+// As GMPolicy does it, in the same roundings.
+PIFLOW_FN float gm_variance(const GmProblem& p, Index sample, double sigma_src) {
+  float variance = load(p.variance, sample).v;
+  if (p.is_logstd) variance = expf(2.0f * variance) * float(sigma_src * sigma_src);
+  return p.temperature < 1 ? variance * float(p.temperature) : variance;
+}
+
+template <int kSpread>
+PIFLOW_FN void gm_sharpen(GmTile<Scalar, kSpread> tile, float temperature) {
+  Scalar largest = tile.logweights[0];
+  PIFLOW_UNROLL_COMPONENTS
+  for (int k = 1; k < tile.K; ++k) largest = max_or_second(largest, tile.logweights[tile.at(k)]);
+  PIFLOW_UNROLL_COMPONENTS
+  for (int k = 0; k < tile.K; ++k) {
+    Scalar& logweight = tile.logweights[tile.at(k)];
+    logweight = (logweight - largest) / Scalar{temperature};
+  }
+}
+
 template <int K, int C, int kSpread>
 PIFLOW_FN void gm_carry(const GmProblem& p, GmTile<Scalar, kSpread> tile, GmStep* steps) {
   const Index tiles = (p.pixels + blockDim.x - 1) / blockDim.x;
@@ -109,13 +128,14 @@ PIFLOW_FN void gm_carry(const GmProblem& p, GmTile<Scalar, kSpread> tile, GmStep
       tile.offset(k, c) = padding ? Scalar{0.0f} : load(p.means, i);
     }
   }
+  if (p.temperature < 1) gm_sharpen(tile, float(p.temperature));
   PIFLOW_UNROLL_CHANNELS
   for (int c = 0; c < C; ++c) {
     tile.noise[c] = load(p.x_src, state + c * p.pixels);
     tile.y[c] = load(p.x_start, state + c * p.pixels) - tile.noise[c];
   }
 
-  const double sigma_src = p.levels[sample], variance = load(p.variance, sample).v;
+  const double sigma_src = p.levels[sample], variance = gm_variance(p, sample, sigma_src);
   const double* sigmas = p.levels + p.batch + sample;
   gm_enter(tile, sigma_src, sigmas[0]);
   for (Index first = 0; first < p.substeps; first += kStepsAtOnce, sigmas += kStepsAtOnce * p.batch) {

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args
 from .dx import DXPolicy, DXPolicySpec
 from .gm import GMPolicy, GMPolicySpec
 from .gmk import GMKPolicy, GMKPolicySpec
-from .policy import MixtureRollout, Policy, PolicyKind, Rollout, VelocityField, WeightedSum
+from .policy import MixtureRollout, Policy, PolicyKind, RawMixture, Rollout, VelocityField, WeightedSum
 
 # The registry: one class for each kind of policy.
 PolicySpec = Union[GMPolicySpec, DXPolicySpec, GMKPolicySpec]  # noqa: UP007
@@ -47,6 +47,7 @@ __all__ = [
     "Policy",
     "PolicyKind",
     "PolicySpec",
+    "RawMixture",
     "Rollout",
     "VelocityField",
     "WeightedSum",

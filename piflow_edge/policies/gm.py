@@ -14,6 +14,7 @@ from .policy import (
     MixtureRollout,
     Policy,
     PolicyKind,
+    RawMixture,
     Rollout,
     ToVelocity,
     as_noise_levels,
@@ -74,9 +75,26 @@ class GMPolicy(Policy):
         sigma = as_noise_levels(sigma_src, batch)
         check_eps(eps)
         self.means, self.x_src, self.sigma_src, self.eps = means, x_src, sigma, eps
-        self.x_0_variance = xp.exp(2 * logstds) * spread_per_sample(sigma, logstds, xp) ** 2
-        self.logweights = logweights
+        # As the network gave them, and the temperature: kernels of a GPU make of them what the rest of a policy reads.
+        self._raw: tuple[Array, Array, float] | None = (logweights, logstds, 1.0)
         self._keep_now(xp)
+
+    @cached_for_all_modes
+    def logweights(self) -> Array:
+        """Log-weights (B, K, 1, H, W) at the policy's temperature, not normalised."""
+        logweights, _, temperature = self._raw
+        if temperature == 1:
+            return logweights
+        xp = array_namespace(logweights)
+        return (logweights - xp.max(logweights, axis=1, keepdims=True)) / temperature
+
+    @cached_for_all_modes
+    def x_0_variance(self) -> Array:
+        """Variance of the components in x_0 at the policy's temperature."""
+        _, logstds, temperature = self._raw
+        xp = array_namespace(logstds)
+        variance = xp.exp(2 * logstds) * spread_per_sample(self.sigma_src, logstds, xp) ** 2
+        return variance if temperature == 1 else variance * temperature
 
     @cached_for_all_modes
     def x_0_means(self) -> Array:
@@ -141,6 +159,8 @@ class GMPolicy(Policy):
         if temperature >= 1:
             return self
         temperature = max(float(temperature), self.eps)
+        if self._raw is not None and self._raw[2] == 1:
+            return self._with(raw=(*self._raw[:2], temperature))
         return self._with(
             logweights=self._scaled_logweights / temperature, x_0_variance=self.x_0_variance * temperature
         )
@@ -160,7 +180,8 @@ class GMPolicy(Policy):
 
     def detached(self) -> "GMPolicy":
         """The policy cut off from torch's graph, sharing its memory."""
-        return self._with(**detach_fields(self))
+        _ = self.logweights, self.x_0_variance
+        return self._with(**{name: value for name, value in detach_fields(self).items() if name != "_raw"})
 
     @property
     def num_parts(self) -> int:
@@ -173,17 +194,29 @@ class GMPolicy(Policy):
             self.means, self.logweights, self.x_0_variance, self.x_src, self.sigma_src, self.eps
         )
 
-    def _with(self, **changes):
+    def for_fused_kernel(self) -> RawMixture | None:
+        """See `Policy`."""
+        if self._raw is None or self.std_per_component:
+            return None
+        logweights, logstds, temperature = self._raw
+        return RawMixture(self.means, logweights, logstds, self.x_src, self.sigma_src, self.eps, temperature)
+
+    def _with(self, raw=None, **changes):
+        """A copy with other log-weights or variance; `raw`: what these are to be made of."""
+        if raw is None:
+            changes = {"logweights": self.logweights, "x_0_variance": self.x_0_variance} | changes
         policy = object.__new__(type(self))
         vars(policy).update(vars(self))
-        vars(policy).pop("_scaled_logweights", None)
-        vars(policy).update(changes)
+        for name in ("_scaled_logweights", "logweights", "x_0_variance"):
+            vars(policy).pop(name, None)
+        vars(policy).update(changes, _raw=raw)
         policy._keep_now(array_namespace(policy.x_src))
         return policy
 
     def _keep_now(self, xp) -> None:
-        if depends_on_mode(xp, self.means, self.logweights, self.x_src):
-            _ = self._half_squares, self._scaled_logweights
+        weights = self._raw[:2] if self._raw else (self.logweights, self.x_0_variance)
+        if depends_on_mode(xp, self.means, *weights, self.x_src):
+            _ = self._half_squares, self._scaled_logweights, self.x_0_variance
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,27 @@ class MixtureRollout:
 
 
 @dataclass(frozen=True)
+class RawMixture:
+    """A `MixtureRollout` as the network gave it, for kernels that temper it and make its variance on the way.
+
+    `logstds`: of the components as velocities, one per sample. `temperature`: as given to `tempered`; 1 for none.
+    """
+
+    means: Array
+    logweights: Array
+    logstds: Array
+    x_src: Array
+    sigma_src: float | np.ndarray
+    eps: float
+    temperature: float
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What a kernel reads where it lies."""
+        return self.means, self.logweights, self.logstds, self.x_src
+
+
+@dataclass(frozen=True)
 class WeightedSum:
     """What the compiled kernels need for a rollout that is one weighted sum.
 
@@ -104,6 +125,10 @@ class Policy(ABC):
 
     def for_kernel(self) -> Rollout | None:
         """What a compiled kernel needs to integrate this policy; None if there is no kernel for it."""
+        return None
+
+    def for_fused_kernel(self) -> "RawMixture | None":
+        """The same with the network's own numbers, where they are at hand; see `RawMixture`."""
         return None
 
 

@@ -194,6 +194,26 @@ def test_every_input_may_be_in_half_precision(gpu_on_host, name):
     assert not np.array_equal(wide, carry_gm(policy, x_start, levels(1.0)))
 
 
+@pytest.mark.parametrize("storage", list(STORAGES))
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_the_kernel_tempers_a_mixture_and_makes_its_variance_on_the_way(gpu_on_host, storage, temperature):
+    case = gm_case(2, K=5, C=3, sigma_src=0.8, logstd=-1.5)
+    policy, (kind, gpu_on_host.shared_bytes) = GMPolicy(**case), STORAGES[storage]
+    raw = {"variance": np.full((2, 1), -1.5, np.float32)}
+    x_dst = np.zeros_like(case["x_src"])
+    given = gm_inputs(policy, case["x_src"]) | raw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_MOST_IN_REGISTERS", 10**6 if kind == REGISTERS else 0)
+        cuda.gm_rollout(
+            **{name: OnHost(np.ascontiguousarray(a)) for name, a in given.items()},
+            x_dst=OnHost(x_dst), sigmas=levels(0.8), sigma_src=0.8, eps=policy.eps, temperature=temperature,
+            is_logstd=True,
+        )  # fmt: skip
+    # NumPy's exponential may round otherwise.
+    expected = carry_gm(policy.tempered(temperature), case["x_src"], levels(0.8))
+    np.testing.assert_allclose(x_dst, expected, rtol=0, atol=1e-5)
+
+
 def test_half_precision_is_widened_exactly(library):
     bits = np.arange(2**16, dtype=np.uint16)
     widened = np.array([[library.widen(int(b), form) for b in bits] for form in (1, 2)], np.float32)

@@ -384,6 +384,11 @@ for output in ("float", "latent"):
         check(labels=[1, 2], seed=seed, output=output, temperature=0.3)
 assert len(graphs) == 3
 
+# Nothing is computed between network and rollout but in the kernel of the rollout.
+before = fake.fake_count(8), fake.fake_count(9)
+generator(labels=[1, 2], output="latent", temperature=0.3, synchronize=True)
+assert (fake.fake_count(8) - before[0], fake.fake_count(9) - before[1]) == (0, 2)
+
 # A result is the caller's own.
 one, other = (generator(labels=[3, 7, 1], seed=seed, output="numpy") for seed in (0, 1))
 assert not np.array_equal(one.latents, other.latents)
