@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -86,29 +86,11 @@ def train(
     settings = {**settings, **data.settings(), "training": training}
     if processes.differ(sha256(json.dumps(settings, sort_keys=True).encode())):
         raise DataError("the processes were not started alike: their data, teacher or settings differ")
-    tensors: dict[str, Tensor] = {}  # of the checkpoint, on the main process
 
-    def begin() -> tuple[int, list[str]]:
-        checkpoint = _earlier(folder, resume, kind, describe(network), data, settings)
-        if run.tensorboard:
-            summary_writer()
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in filter(_LEFT_BEHIND.fullmatch, os.listdir(folder)):
-            (folder / left).unlink()
-        if checkpoint is None:
-            return 0, []
-        tensors.update(checkpoint.tensors)
-        return checkpoint.iteration, list(tensors)
+    def find() -> Checkpoint | None:
+        return _prepare_folder(folder, resume, kind, network, data, settings, run)
 
-    start, names = processes.from_main(begin)
-    if run.gradient_checkpointing:
-        _checkpoint_gradients(network.module)
-    for module in frozen:
-        processes.place(module)
-    state = State(network, processes)
-    if names:
-        state.restore(tensors, names)
-    tensors.clear()
+    state, start = _begin(network, processes, find, run, frozen)
 
     def save(iteration: int) -> Checkpoint:
         found = Checkpoint(kind, iteration, describe(network), settings, data.conditioner, state.tensors())
@@ -123,29 +105,102 @@ def train(
             opened = open_journal(folder, f"training {kind}", config, run, start)
             journal = stack.enter_context(opened)
         for iteration in range(start, config.iterations):
-            value = gradients(state, loss, data, config, pieces, iteration)
-            norm = state.clip(config.max_grad_norm)
-            # Every process must decide alike, so none goes by its own numbers.
-            value, norm, stop = processes.mean(value, norm, stopped())
-            rate = learning_rate(config, iteration)
-            if math.isfinite(value) and math.isfinite(norm):
-                # Averaged over fewer steps at first, so that the start is soon forgotten.
-                state.step(rate, decay=min(config.ema_decay, (1 + iteration) / (10 + iteration)))
-            else:
-                state.skip()
-            done = iteration + 1
+            step, done = take_step(state, loss, data, config, pieces, iteration, stopped), iteration + 1
             if journal:
-                journal.step(done, value, norm, rate, state.skipped)
+                journal.step(done, step.loss, step.norm, step.learning_rate, state.skipped)
             _check_progress(state, run, config, done)
-            if stop or (done % run.save_every == 0 and done < config.iterations):
+            if step.stop or (done % run.save_every == 0 and done < config.iterations):
                 save(done)
-            if stop:
+            if step.stop:
                 raise KeyboardInterrupt
             if preview and run.sample_every and done % run.sample_every == 0:
                 _show(preview, state, journal, done)
     final = save(config.iterations)
     processes.end()
     return final
+
+
+def _prepare_folder(
+    folder: Path,
+    resume: bool,
+    kind: str,
+    network: FlowNetwork,
+    data: ImageData,
+    settings: dict,
+    run: RunConfig,
+) -> Checkpoint | None:
+    """Make the folder of a run ready, and return the checkpoint to go on from. The main process calls this."""
+    checkpoint = _earlier(folder, resume, kind, describe(network), data, settings)
+    if run.tensorboard:
+        summary_writer()  # its absence is better known before the run
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in filter(_LEFT_BEHIND.fullmatch, os.listdir(folder)):
+        (folder / left).unlink()
+    return checkpoint
+
+
+def _begin(
+    network: FlowNetwork,
+    processes: Processes,
+    find: Callable[[], Checkpoint | None],
+    run: RunConfig,
+    frozen: Sequence[nn.Module],
+) -> tuple[State, int]:
+    """Return the state that a run starts from, and the iterations that are done.
+
+    `find` is called by the main process alone and returns the checkpoint to go on from.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def read() -> tuple[int, list[str]]:
+        checkpoint = find()
+        if checkpoint is None:
+            return 0, []
+        tensors.update(checkpoint.tensors)
+        return checkpoint.iteration, list(tensors)
+
+    start, names = processes.from_main(read)
+    if run.gradient_checkpointing:
+        _checkpoint_gradients(network.module)
+    for module in frozen:
+        processes.place(module)
+    state = State(network, processes)
+    if names:
+        state.restore(tensors, names)
+    return state, start
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step came to, the same on every process: `norm` is the gradient's, `stop` says that Ctrl-C came."""
+
+    loss: float
+    norm: float
+    learning_rate: float
+    stop: bool
+
+
+def take_step(
+    state: State,
+    loss: Loss,
+    data: ImageData,
+    config: TrainingConfig,
+    pieces: list[slice],
+    iteration: int,
+    stopped: Callable[[], bool],
+) -> Step:
+    """Take one step, or skip it where its loss or gradient is not finite."""
+    value = gradients(state, loss, data, config, pieces, iteration)
+    norm = state.clip(config.max_grad_norm)
+    # Every process must decide alike, so none goes by its own numbers.
+    value, norm, stop = state.processes.mean(value, norm, stopped())
+    rate = learning_rate(config, iteration)
+    if math.isfinite(value) and math.isfinite(norm):
+        # Averaged over fewer steps at first, so that the start is soon forgotten.
+        state.step(rate, decay=min(config.ema_decay, (1 + iteration) / (10 + iteration)))
+    else:
+        state.skip()
+    return Step(value, norm, rate, bool(stop))
 
 
 def gradients(
