@@ -14,7 +14,7 @@ class Option:
     """Help and range of one field.
 
     `minimum`, `maximum`: ends of the range that belong to it. `above`, `below`: ends that do not. `choices`: the
-    values of a text.
+    values of a text. `title`: what messages call it, where that is not the name of the field.
     """
 
     help: str
@@ -23,6 +23,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    title: str | None = None
 
     def allows(self, value: Any) -> bool:
         """Return True if a value lies in the range. NaN lies in none."""
@@ -70,4 +71,4 @@ def check_options(settings: Any, error: type[Exception] = ScheduleError) -> None
         if said is None or (value is None and each.default is None):
             continue
         if not said.allows(value):
-            raise error(f"{each.name} is {said.describe_range()}; got {value!r}")
+            raise error(f"{said.title or each.name} is {said.describe_range()}; got {value!r}")

@@ -131,6 +131,7 @@ class GuidanceConfig:
         None,
         f"Guidance scale of the teacher; else {USUAL_GUIDANCE:g}, or 1 where nothing stands for 'no condition'.",
         minimum=1,
+        title="guidance scale",
     )
     interval: tuple[float, float] | None = option(None, "Noise levels it is guided at.")
     orthogonal: float = option(
