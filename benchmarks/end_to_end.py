@@ -33,7 +33,7 @@ from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.sources import load_teacher, network_of
 from piflow_edge.distill.teacher import GuidanceConfig, GuidedTeacher
 from piflow_edge.engines import Graph, open_engine
-from piflow_edge.export.teacher_graph import export_teacher
+from piflow_edge.export.onnx_graphs.teacher_graph import export_teacher
 from piflow_edge.runtime.teacher_engine import EngineTeacher
 
 # Of the largest value: 50 steps of a network in another library, float32.

@@ -12,7 +12,7 @@ from piflow_edge.commands.demo import shipped_teacher
 from piflow_edge.distill.data.datasets import load_images
 from piflow_edge.distill.sources import load_teacher
 from piflow_edge.evaluation.comparison import evaluate
-from piflow_edge.export.teacher_graph import open_teacher
+from piflow_edge.export.onnx_graphs.teacher_graph import open_teacher
 
 
 def main(arguments=None):

@@ -54,7 +54,7 @@ def export_plainly(student, folder: Path) -> None:
     """What a user of PyTorch would do: no check, no manifest, no golden samples."""
     import torch
 
-    from piflow_edge.export.to_onnx import quiet
+    from piflow_edge.export.onnx_graphs.to_onnx import quiet
 
     class Network(torch.nn.Module):
         def __init__(self):
@@ -84,8 +84,8 @@ def export_plainly(student, folder: Path) -> None:
 
 def make_call(stage: str, student, folder: Path) -> Callable[[], object]:
     """What a stage does; what it needs is imported here, before its clock starts."""
+    from piflow_edge.export.onnx_graphs.to_onnx import network_graph
     from piflow_edge.export.to_bundle import export_bundle
-    from piflow_edge.export.to_onnx import network_graph
 
     if stage == PLAIN:
         return lambda: export_plainly(student, folder)

@@ -31,7 +31,8 @@ if find_spec("piflow_edge.engines") is None:  # not installed: the folder lies b
     pf.__path__.append(str(ROOT))
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.engines import ENGINES, building
+from piflow_edge.engines import ENGINES
+from piflow_edge.engines.building import steps as building
 from piflow_edge.errors import PiFlowError
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.gpu_arrays import DeviceArray

@@ -24,7 +24,7 @@ import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.distill.sources import StudentModel, load_student
-from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.evaluation.features import open_features
 from piflow_edge.evaluation.metrics import FeatureSet, frechet_distance
 from piflow_edge.evaluation.plan import plan_images

@@ -26,7 +26,7 @@ from piflow_edge.evaluation.contenders import images_of, teacher_contenders
 from piflow_edge.evaluation.features import open_features
 from piflow_edge.evaluation.metrics import FeatureSet, frechet_distance
 from piflow_edge.evaluation.plan import plan_images
-from piflow_edge.export.teacher_graph import export_teacher, open_teacher
+from piflow_edge.export.onnx_graphs.teacher_graph import export_teacher, open_teacher
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.pictures import png_bytes

@@ -18,7 +18,7 @@ from benchmarks.timing import answer, growth, parser, rounds_of
 from piflow_edge import GMPolicy, rollout
 from piflow_edge.bench.plots import Series, draw_chart
 from piflow_edge.engines import Graph, open_engine
-from piflow_edge.export.to_onnx import export_network
+from piflow_edge.export.onnx_graphs.to_onnx import export_network
 from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.files import write_atomic
 

@@ -12,7 +12,7 @@ from piflow_edge.distill.data.datasets import load_images
 from piflow_edge.distill.sources import load_teacher
 from piflow_edge.evaluation.comparison import evaluate
 from piflow_edge.evaluation.features import open_features
-from piflow_edge.export.teacher_graph import open_teacher
+from piflow_edge.export.onnx_graphs.teacher_graph import open_teacher
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.files import write_atomic

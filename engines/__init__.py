@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 # they are named or their device is asked for. OpenVINO took as long on the CPU it was measured on, and twice the
 # memory; Core ML computes in half precision whatever the graph says.
 ENGINES = {
-    "tensorrt": ("piflow_edge.engines.trt:TensorRTEngine", ("cuda",)),
-    "ort-tensorrt": ("piflow_edge.engines.ort_cuda:OrtTensorRT", ("cuda",)),
-    "tensorrt-rtx": ("piflow_edge.engines.ort_cuda:OrtTensorRTRTX", ("cuda",)),
-    "ort-cuda": ("piflow_edge.engines.ort_cuda:OrtCUDA", ("cuda",)),
-    "directml": ("piflow_edge.engines.ort:OrtDirectML", ("gpu",)),
-    "ort-cpu": ("piflow_edge.engines.ort:OrtCPU", ("cpu",)),
-    "openvino": ("piflow_edge.engines.ort:OrtOpenVINO", ("cpu", "gpu", "npu")),
-    "coreml": ("piflow_edge.engines.ort:OrtCoreML", ("any", "npu", "gpu", "cpu")),
+    "tensorrt": ("piflow_edge.engines.trt.engine:TensorRTEngine", ("cuda",)),
+    "ort-tensorrt": ("piflow_edge.engines.ort.cuda_sessions:OrtTensorRT", ("cuda",)),
+    "tensorrt-rtx": ("piflow_edge.engines.ort.cuda_sessions:OrtTensorRTRTX", ("cuda",)),
+    "ort-cuda": ("piflow_edge.engines.ort.cuda_sessions:OrtCUDA", ("cuda",)),
+    "directml": ("piflow_edge.engines.ort.sessions:OrtDirectML", ("gpu",)),
+    "ort-cpu": ("piflow_edge.engines.ort.sessions:OrtCPU", ("cpu",)),
+    "openvino": ("piflow_edge.engines.ort.sessions:OrtOpenVINO", ("cpu", "gpu", "npu")),
+    "coreml": ("piflow_edge.engines.ort.sessions:OrtCoreML", ("any", "npu", "gpu", "cpu")),
     "reference": ("piflow_edge.engines.reference:ReferenceEngine", ("cpu",)),
 }
 

@@ -3,8 +3,8 @@
 import numpy as np
 
 from piflow_edge.engines import Graph
-from piflow_edge.engines.ort import give_weights
-from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.engines.ort.importing import import_onnxruntime
+from piflow_edge.engines.ort.sessions import give_weights
 from piflow_edge.errors import EngineError, MissingExtraError
 
 # Nodes whose values are in memory together; for each lot of them the graph runs once more.

@@ -11,13 +11,13 @@ from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError
-from piflow_edge.export.calibration import Calibration, Conversion
-from piflow_edge.export.decoder_graph import export_decoder
-from piflow_edge.export.encoder_graph import export_encoder
-from piflow_edge.export.large import measure_lowered_share, named
-from piflow_edge.export.opset import lowered
-from piflow_edge.export.sampler_graph import export_sampler
-from piflow_edge.export.to_onnx import OPSET, network_graph
+from piflow_edge.export.conversions.calibration import Calibration, Conversion
+from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
+from piflow_edge.export.onnx_graphs.encoder_graph import export_encoder
+from piflow_edge.export.onnx_graphs.large import measure_lowered_share, named
+from piflow_edge.export.onnx_graphs.opset import lowered
+from piflow_edge.export.onnx_graphs.sampler_graph import export_sampler
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET, network_graph
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.errors import BundleError, ScheduleError
-from piflow_edge.export.opset import OPSETS
-from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.export.onnx_graphs.opset import OPSETS
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET
 from piflow_edge.schedule import check_temperature
 
 NO_LICENSE = (

@@ -16,7 +16,7 @@ from piflow_edge.distill.data.datasets import ImageData, load_images
 from piflow_edge.distill.networks.classifier import SmallClassifier, TrainedClassifier, train_classifier
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET
 from piflow_edge.system.files import write_atomic
 from piflow_edge.system.pixels import DESCRIPTION_KEY, RANGE_KEY, round_to_bytes
 

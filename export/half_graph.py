@@ -8,7 +8,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.export.large import load_tensor
+from piflow_edge.export.onnx_graphs.large import load_tensor
 
 # Operators that some runtime of ours has in float32 only.
 FLOAT32_OPERATORS = (

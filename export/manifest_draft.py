@@ -20,11 +20,11 @@ from piflow_edge.conditioning import Conditioner, TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel
-from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, DataError
-from piflow_edge.export.decoder_graph import describe_decoder
-from piflow_edge.export.encoder_graph import describe_encoder, tokens_axis
 from piflow_edge.export.export_settings import ExportSettings
+from piflow_edge.export.onnx_graphs.decoder_graph import describe_decoder
+from piflow_edge.export.onnx_graphs.encoder_graph import describe_encoder, tokens_axis
 
 log = logging.getLogger(__name__)
 

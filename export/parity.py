@@ -9,7 +9,7 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import Asked, Conditioner
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
-from piflow_edge.export.calibration import count_images
+from piflow_edge.export.conversions.calibration import count_images
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode

@@ -24,13 +24,13 @@ from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel, student_from_checkpoint
 from piflow_edge.engines import Graph
 from piflow_edge.engines.layers import first_non_finite
-from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export.bundle_graphs import convert_networks, export_networks
-from piflow_edge.export.calibration import ENGINE, Calibration
-from piflow_edge.export.encoder_graph import example_inputs, join_encoders
+from piflow_edge.export.conversions.calibration import ENGINE, Calibration
 from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.manifest_draft import draft_manifest
+from piflow_edge.export.onnx_graphs.encoder_graph import example_inputs, join_encoders
 from piflow_edge.export.parity import golden_file, golden_images, golden_samples
 from piflow_edge.runtime.loading import load
 from piflow_edge.runtime.pictures import png_bytes

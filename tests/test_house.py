@@ -39,12 +39,10 @@ MAY_IMPORT = {
     "version": (),
 }
 KNOWN_IMPORTS: set[str] = set()
-KNOWN_CIRCLES = {
-    "engines.ort_compile <-> engines.ort_cuda",
-}
+KNOWN_CIRCLES: set[str] = set()
 
 MOST_FILES = 14  # beside __init__.py
-KNOWN_FULL_FOLDERS = {"benchmarks", "engines", "export"}
+KNOWN_FULL_FOLDERS = {"benchmarks"}
 # Two rooms may each have a module of these names, because each means the same there.
 SHARED_NAMES = {
     "images": "the commands about what runtime/images.py makes",

@@ -45,18 +45,18 @@ _INT8 = ToleranceSpec(outputs=0.2, velocities=1e-4, latents=0.5, samplers=0.1, i
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision("fp32", _FP32, "calibration:keep_fp32"),
-        Precision("fp16", _FP16, "fp16:convert_network"),
+        Precision("fp32", _FP32, "conversions.calibration:keep_fp32"),
+        Precision("fp16", _FP16, "conversions.fp16:convert_network"),
         # Scales activations as they come. Its operators are ONNX's, not TensorRT's: "N" in the operator tables of
         # onnx-tensorrt (docs/operators.md of 8.4 and of 10.15; those of TensorRT-RTX and 11 were not at hand, and are
         # taken to be the same).
         Precision(
             "int8",
             _INT8,
-            "int8:convert_network",
+            "conversions.int8:convert_network",
             operators_tensorrt_lacks=("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"),
         ),
         # Scales activations by calibration.
-        Precision("int8-qdq", _INT8, "int8:convert_network_qdq"),
+        Precision("int8-qdq", _INT8, "conversions.int8:convert_network_qdq"),
     )
 }

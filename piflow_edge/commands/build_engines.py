@@ -41,7 +41,7 @@ def build(
       piflow-edge build bundles/digits --dry-run --json
     """
     from piflow_edge.bundle.folder import Bundle
-    from piflow_edge.engines import building
+    from piflow_edge.engines.building import steps as building
     from piflow_edge.runtime.graphs import find_targets
 
     settings = building.BuildSettings(

@@ -159,7 +159,7 @@ def _refuse_options_of_a_student() -> None:
 
 def _export_teacher(checkpoint: str, file: Path, overwrite: bool, as_json: bool) -> None:
     from piflow_edge.distill.sources import load_teacher
-    from piflow_edge.export.teacher_graph import export_teacher
+    from piflow_edge.export.onnx_graphs.teacher_graph import export_teacher
 
     if file.exists() and not overwrite:
         raise click.UsageError(f"{file} exists; give another name, or --overwrite")

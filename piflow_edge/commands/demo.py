@@ -75,7 +75,7 @@ def run_demo(
     from piflow_edge.distill.data.datasets import load_images
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
-    from piflow_edge.export.teacher_graph import export_teacher, open_teacher
+    from piflow_edge.export.onnx_graphs.teacher_graph import export_teacher, open_teacher
     from piflow_edge.kernels.rollout import integrate
     from piflow_edge.policies import GMPolicySpec
 

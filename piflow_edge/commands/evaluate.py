@@ -55,7 +55,7 @@ def open_source(source: str | Path, style: str, students: Sequence[Path], data):
     """Open the teacher that `source` names, whatever `distill` takes; PyTorch is imported only here."""
     from piflow_edge.bundle.folder import Bundle
     from piflow_edge.distill.sources import load_teacher
-    from piflow_edge.export.teacher_graph import open_teacher
+    from piflow_edge.export.onnx_graphs.teacher_graph import open_teacher
 
     shape = tuple(Bundle(students[0]).manifest.latent.shape) if students else data.shape
     return open_teacher(load_teacher(source, sample_shape=shape, style=style), data)

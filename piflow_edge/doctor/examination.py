@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from piflow_edge.bundle.folder import demo_bundle
-from piflow_edge.engines import ort, ort_package, placement
+from piflow_edge.engines import placement
+from piflow_edge.engines.ort import importing as ort_package
+from piflow_edge.engines.ort import sessions as ort
 from piflow_edge.errors import BundleError, EngineError, MissingExtraError, PiFlowError
 from piflow_edge.policies import DXPolicy, GMPolicy
 from piflow_edge.runtime.drawing.acceleration import integrate, isas, missing
@@ -128,7 +130,7 @@ def crash_of_runtime() -> str | None:
 
     A library cut short, or made for another processor, ends the process and leaves no word.
     """
-    program = "from piflow_edge.engines.ort_package import import_onnxruntime as load; load()"
+    program = "from piflow_edge.engines.ort.importing import import_onnxruntime as load; load()"
     code = subprocess.run([sys.executable, "-c", program], capture_output=True).returncode
     if code >= 0:  # on Windows always: there a crash shows as the number of an exception
         return f"error {code:#x}" if code > 0xFFFF else None

@@ -6,8 +6,8 @@ import re
 import sys
 from pathlib import Path
 
-from piflow_edge.engines import trt_versions
-from piflow_edge.engines.ort_package import import_part
+from piflow_edge.engines.ort.importing import import_part
+from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError
 from piflow_edge.runtime.drawing.acceleration import PIP_COMMAND, PIP_COMMAND_12, driver_cuda_version
 from piflow_edge.system.hardware import ask_program, jetson_release, nvidia_gpus, read_text, versions

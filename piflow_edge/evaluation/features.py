@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from piflow_edge.engines import read_graph_file
-from piflow_edge.engines.ort import give_weights
-from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.engines.ort.importing import import_onnxruntime
+from piflow_edge.engines.ort.sessions import give_weights
 from piflow_edge.errors import DataError, EngineError, FeatureError, ShapeError
 from piflow_edge.system.files import sha256
 from piflow_edge.system.pixels import (

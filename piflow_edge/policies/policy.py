@@ -217,7 +217,7 @@ class PolicyKind(ABC):
 
         Args:
             op: writes nodes: `op.Add(a, b)`, as onnxscript's builder does, and `op.scan`; see
-                `export/rollout_graph.py`.
+                `export/onnx_graphs/rollout_graph.py`.
             outputs: the network's outputs, float32.
             x_src: the state at the policy's source, float32 (B, C, *S).
             tables: this segment's row of each of `rollout_tables`.

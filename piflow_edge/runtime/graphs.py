@@ -7,7 +7,7 @@ from piflow_edge.bundle.manifest import DECODER, STUDENT, sampler_calls, sampler
 from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.engines import Graph
-from piflow_edge.engines.build_targets import Target
+from piflow_edge.engines.building.targets import Target
 from piflow_edge.errors import BundleError, EngineError
 
 GRAPHS = (STUDENT, DECODER, "sampler")

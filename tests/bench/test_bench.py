@@ -274,7 +274,7 @@ class TestCommand:
     def test_every_setting_is_measured_and_compared(self, shared_bundle, tmp_path):
         from piflow_edge.distill.networks.dit import DiTConfig
         from piflow_edge.distill.networks.flow_network import DiTNetwork
-        from piflow_edge.export.teacher_graph import export_teacher
+        from piflow_edge.export.onnx_graphs.teacher_graph import export_teacher
 
         teacher = tmp_path / "teacher.onnx"
         assert export_teacher(DiTNetwork(DiTConfig(hidden_size=16, depth=1, num_heads=2)), teacher) < 1e-4

@@ -176,7 +176,7 @@ def test_another_network_under_the_same_golden_samples_fails_verification(bundle
     from piflow_edge.bundle.sections import FileSpec
     from piflow_edge.distill.loop.checkpoint import Checkpoint
     from piflow_edge.distill.sources import network_of
-    from piflow_edge.export.to_onnx import export_network
+    from piflow_edge.export.onnx_graphs.to_onnx import export_network
     from piflow_edge.system.files import sha256
     from tests.conftest import make_student
 

@@ -8,7 +8,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.conditioning import Arrays, TensorSpec
 from piflow_edge.engines import open_engine
-from piflow_edge.engines.build_targets import Batch
+from piflow_edge.engines.building.targets import Batch
 from piflow_edge.errors import BundleError, EngineError, ShapeError
 from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import find_targets, read_graph

@@ -29,7 +29,7 @@ def test_latents_are_scaled_back_then_spread_by_channel_then_unpacked():
 def test_the_sampler_graph_restores_them_alike():
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("torch")
-    from piflow_edge.export import sampler_graph
+    from piflow_edge.export.onnx_graphs import sampler_graph
 
     latent = LatentSpec("latents", [8, 3, 2], 0.5, 0.25, list(range(8)), [0.5] * 8, 2)
     given, made = "float[batch, 8, 3, 2] shifted", "float[batch, 2, 6, 4] restored"

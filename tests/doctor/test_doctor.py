@@ -12,7 +12,7 @@ from piflow_edge import demo_bundle
 from piflow_edge.doctor import examination as doctor
 from piflow_edge.doctor import package_findings
 from piflow_edge.doctor.findings import OK, PROBLEM, WARNING
-from piflow_edge.engines import ort_package
+from piflow_edge.engines.ort import importing as ort_package
 from piflow_edge.kernels import cpu
 from tests.commands.test_cli import run
 

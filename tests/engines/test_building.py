@@ -16,10 +16,10 @@ from piflow_edge.engines import (
     ort_compile,
     ort_package,
 )
-from piflow_edge.engines.build_memory import Memory
-from piflow_edge.engines.build_targets import Batch
-from piflow_edge.engines.building import BuildSettings, plan
-from piflow_edge.engines.engine_cache import EngineKey
+from piflow_edge.engines.building.engine_cache import EngineKey
+from piflow_edge.engines.building.memory import Memory
+from piflow_edge.engines.building.steps import BuildSettings, plan
+from piflow_edge.engines.building.targets import Batch
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import cuda, nvidia
 from piflow_edge.runtime.graphs import find_targets

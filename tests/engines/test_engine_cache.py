@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from piflow_edge.engines import Graph, engine_cache
-from piflow_edge.engines.engine_cache import EngineKey, get_or_build, miss, newest
+from piflow_edge.engines import Graph
+from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.building.engine_cache import EngineKey, get_or_build, miss, newest
 from piflow_edge.errors import EngineError
 
 GRAPH = Graph(b"model")
@@ -122,8 +123,8 @@ def test_weights_beside_a_graph_count_in_its_hash():
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from piflow_edge.engines import engine_cache
-from piflow_edge.engines.engine_cache import EngineKey, get_or_build
+from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.building.engine_cache import EngineKey, get_or_build
 
 key, told = EngineKey(*{key!r}), Path({told!r})
 

@@ -11,7 +11,7 @@ import pytest
 
 from piflow_edge.doctor.examination import telemetry_finding
 from piflow_edge.doctor.findings import OK, WARNING
-from piflow_edge.engines import ort_package
+from piflow_edge.engines.ort import importing as ort_package
 from tests.helpers import without_network
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def test_one_place_alone_imports_onnxruntime():
         for name in find_imports(ast.parse(path.read_text(encoding="utf-8")))
         if name.partition(".")[0] == "onnxruntime"
     }
-    assert found == {"engines/ort_package.py"}
+    assert found == {"engines/ort/importing.py"}
 
 
 def test_programs_of_ours_that_load_onnxruntime_themselves_turn_its_telemetry_off():
@@ -116,7 +116,7 @@ print("imported with", os.environ.get("ORT_DISABLE_TELEMETRY"))
 def disable_telemetry_events(): print("turned off")
 def set_default_logger_severity(severity): print("severity", severity) if "severity" in sys.argv else None
 """
-LOAD = "from piflow_edge.engines.ort_package import import_onnxruntime as load; "
+LOAD = "from piflow_edge.engines.ort.importing import import_onnxruntime as load; "
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_warnings_and_errors_of_providers_are_kept_for_the_exception(tmp_path, s
         file.write(MESSAGES)
     code = (
         LOAD
-        + "load(); load(); from piflow_edge.engines.ort_package import latest_errors; print(latest_errors())"
+        + "load(); load(); from piflow_edge.engines.ort.importing import latest_errors; print(latest_errors())"
     )
     done = run_without("-c", code, folder=tmp_path, path=path)
     assert done.stderr == "" and done.returncode == 0

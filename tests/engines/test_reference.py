@@ -227,8 +227,8 @@ def test_students_and_samplers_in_every_precision(exported):
 def test_decoders(kind, tmp_path):
     pytest.importorskip("diffusers")
     from piflow_edge.distill.data.autoencoder import load_autoencoder
-    from piflow_edge.export.decoder_graph import export_decoder
-    from piflow_edge.export.fp16 import to_fp16
+    from piflow_edge.export.conversions.fp16 import to_fp16
+    from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
 
     decoder = export_decoder(load_autoencoder(make_autoencoder(kind, tmp_path)), [4, 8, 8])
     assert_alike(*both(Graph(decoder)), "fp32")

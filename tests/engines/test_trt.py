@@ -19,8 +19,10 @@ import ctypes, gc, sys, threading
 import numpy as np
 from tests.helpers import pretended_tensorrt, small_network
 trt = pretended_tensorrt.install({release!r})
-from piflow_edge.engines import EngineOptions, Graph, building, open_engine, trt_build
-from piflow_edge.engines.trt import TensorRTEngine
+from piflow_edge.engines import EngineOptions, Graph, open_engine
+from piflow_edge.engines.building import steps as building
+from piflow_edge.engines.trt import plans as trt_build
+from piflow_edge.engines.trt.engine import TensorRTEngine
 from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.gpu_arrays import DeviceArray

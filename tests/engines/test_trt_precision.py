@@ -11,9 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from piflow_edge.engines import Graph, graph_types, trt_build, trt_inspection, trt_pins
+from piflow_edge.engines import Graph, graph_types
 from piflow_edge.engines.onnx_file import read_model
-from piflow_edge.engines.trt_inspection import Inspection
+from piflow_edge.engines.trt import inspection as trt_inspection
+from piflow_edge.engines.trt import pins as trt_pins
+from piflow_edge.engines.trt import plans as trt_build
+from piflow_edge.engines.trt.inspection import Inspection
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
 from tests.helpers.pretended_tensorrt import pretend

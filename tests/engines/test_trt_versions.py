@@ -8,7 +8,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from piflow_edge.engines import Graph, trt_build, trt_versions
+from piflow_edge.engines import Graph
+from piflow_edge.engines.trt import plans as trt_build
+from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError, MissingExtraError
 from piflow_edge.kernels import nvidia
 from tests.helpers import small_network

@@ -333,7 +333,7 @@ class TestOnDigits:
         from piflow_edge.commands.demo import shipped_teacher
         from piflow_edge.distill.sources import load_teacher
         from piflow_edge.evaluation.report import text_table
-        from piflow_edge.export.teacher_graph import open_teacher
+        from piflow_edge.export.onnx_graphs.teacher_graph import open_teacher
 
         digits = load_images("digits")
         teacher = open_teacher(load_teacher(shipped_teacher()), digits)

@@ -13,9 +13,9 @@ from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError, CheckpointError
-from piflow_edge.export import large
+from piflow_edge.export.onnx_graphs import large
+from piflow_edge.export.onnx_graphs.to_onnx import export_network
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.export.to_onnx import export_network
 from piflow_edge.runtime.verification import verify
 from piflow_edge.system.files import sha256
 from tests.bundle.test_bundle import edit

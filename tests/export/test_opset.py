@@ -8,7 +8,7 @@ import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.data.autoencoder import load_autoencoder
 from piflow_edge.errors import BundleError, CheckFailedError
-from piflow_edge.export.opset import lowered
+from piflow_edge.export.onnx_graphs.opset import lowered
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.runtime.verification import verify
 from tests.conftest import make_student

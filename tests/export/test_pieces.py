@@ -5,11 +5,11 @@ import pytest
 
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
-from piflow_edge.export import pieces
-from piflow_edge.export.half_measures import measure_half
-from piflow_edge.export.large import model_of
-from piflow_edge.export.pieces import cut_into_pieces
-from piflow_edge.export.to_onnx import export_network
+from piflow_edge.export.conversions import pieces
+from piflow_edge.export.conversions.half_measures import measure_half
+from piflow_edge.export.conversions.pieces import cut_into_pieces
+from piflow_edge.export.onnx_graphs.large import model_of
+from piflow_edge.export.onnx_graphs.to_onnx import export_network
 from tests.conftest import make_student
 
 BATCH = {

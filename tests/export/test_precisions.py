@@ -22,12 +22,12 @@ from piflow_edge.engines.graph_types import find_wide_nodes
 from piflow_edge.engines.layers import first_non_finite, layer_values
 from piflow_edge.engines.onnx_file import read_model
 from piflow_edge.errors import BundleError, CheckFailedError
-from piflow_edge.export.calibration import Calibration
-from piflow_edge.export.compact import compact
-from piflow_edge.export.fp16 import delicate_nodes
-from piflow_edge.export.int8 import quantisable, quantise, to_int8
+from piflow_edge.export.conversions.calibration import Calibration
+from piflow_edge.export.conversions.fp16 import delicate_nodes
+from piflow_edge.export.conversions.int8 import quantisable, quantise, to_int8
+from piflow_edge.export.onnx_graphs.compact import compact
+from piflow_edge.export.onnx_graphs.to_onnx import export_network, network_graph
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.export.to_onnx import export_network, network_graph
 from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.verification import verify
 from piflow_edge.system.files import sha256

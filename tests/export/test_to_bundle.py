@@ -10,8 +10,8 @@ from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, ScheduleError
 from piflow_edge.export import bundle_graphs
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET, export_network, network_graph
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.export.to_onnx import OPSET, export_network, network_graph
 from piflow_edge.system import files
 from tests.conftest import make_student
 

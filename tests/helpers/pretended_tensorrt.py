@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.engines.ort.importing import import_onnxruntime
 
 SURFACE = json.loads((Path(__file__).parents[1] / "golden" / "tensorrt_surface.json").read_text())
 RELEASES = SURFACE["Builder"]["__init__"]["(logger)"]

@@ -180,7 +180,7 @@ np.testing.assert_allclose(xp.to_host(found), expected, rtol=0, atol=2e-5)
 
 GENERATOR = """
 import piflow_edge as pf
-from piflow_edge.engines import ort_cuda
+from piflow_edge.engines.ort import cuda_sessions as ort_cuda
 
 class OnHost(ort_cuda.OrtCUDA):
     provider, memory = "CPUExecutionProvider", "cpu"
@@ -297,7 +297,7 @@ TENSORRT = """
 import piflow_edge as pf
 from tests.helpers import pretended_tensorrt
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.engines import building
+from piflow_edge.engines.building import steps as building
 from piflow_edge.runtime.graphs import find_targets
 
 pretended_tensorrt.install("10.3.0")
@@ -348,7 +348,7 @@ from piflow_edge.errors import Cancelled
 from piflow_edge.runtime.drawing import recorded
 from tests.helpers import pretended_tensorrt
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.engines import building
+from piflow_edge.engines.building import steps as building
 from piflow_edge.runtime.graphs import find_targets
 
 told = []

@@ -77,8 +77,9 @@ finish(back, values, place.stream)
 ENGINE = """
 from tests.helpers import pretended_tensorrt, small_network
 pretended_tensorrt.install("10.3.0")
-from piflow_edge.engines import EngineOptions, Graph, trt_build
-from piflow_edge.engines.trt import TensorRTEngine
+from piflow_edge.engines import EngineOptions, Graph
+from piflow_edge.engines.trt import plans as trt_build
+from piflow_edge.engines.trt.engine import TensorRTEngine
 
 graph = Graph(small_network.model().SerializeToString())
 plan = trt_build.build_plan(graph, "fp32", small_network.profile(1, 2, 4), ordinal=0, workspace=None, timing_cache=None)

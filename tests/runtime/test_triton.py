@@ -5,7 +5,7 @@ import re
 import pytest
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError
 from piflow_edge.runtime.triton import write_model
 from tests.conftest import make_student

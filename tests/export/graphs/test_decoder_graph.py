@@ -28,9 +28,9 @@ from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, trai
 from piflow_edge.engines import open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, DataError, NotFiniteError
 from piflow_edge.export import bundle_graphs
-from piflow_edge.export.decoder_graph import export_decoder
+from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.export.to_onnx import OPSET
 from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.verification import verify

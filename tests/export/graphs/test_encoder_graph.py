@@ -13,7 +13,7 @@ import torch
 from piflow_edge.conditioning import Asked
 from piflow_edge.distill.networks.text_encoders import open_prompts
 from piflow_edge.engines import open_engine
-from piflow_edge.export.encoder_graph import export_encoder
+from piflow_edge.export.onnx_graphs.encoder_graph import export_encoder
 from tests.helpers.text_encoders import nasty_prompts, tiny_text_encoder
 
 pytestmark = pytest.mark.torch

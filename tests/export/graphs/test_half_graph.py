@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.half_graph import convert_to_half
-from piflow_edge.export.large import check, graph_of, types
+from piflow_edge.export.onnx_graphs.large import check, graph_of, types
 
 X = np.array([[0.5, -1.25]], np.float32)
 

@@ -6,8 +6,8 @@ from onnx import helper
 from piflow_edge import DXPolicy, GMPolicy, Schedule
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import ScheduleError
-from piflow_edge.export.rollout_graph import DOMAIN, build_rollout, inline
-from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.export.onnx_graphs.rollout_graph import DOMAIN, build_rollout, inline
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET
 from piflow_edge.kernels.rollout import integrate
 from piflow_edge.policies import DXPolicySpec, GMKPolicy, GMKPolicySpec, GMPolicySpec
 from piflow_edge.schedule import segment_sigmas

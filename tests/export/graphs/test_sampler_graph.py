@@ -15,9 +15,9 @@ from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError
 from piflow_edge.export import bundle_graphs
-from piflow_edge.export.sampler_graph import export_sampler
+from piflow_edge.export.onnx_graphs.sampler_graph import export_sampler
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET, export_network
 from piflow_edge.export.to_bundle import export_bundle
-from piflow_edge.export.to_onnx import OPSET, export_network
 from piflow_edge.runtime import verification
 from piflow_edge.runtime.generator import Generator
 from piflow_edge.runtime.graphs import read_graph

@@ -11,11 +11,11 @@ import onnx
 from piflow_edge.bundle.manifest import STUDENT
 from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
-from piflow_edge.engines.ort_package import import_part
+from piflow_edge.engines.ort.importing import import_part
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.export.calibration import Calibration, Conversion, Inputs, split_samples
-from piflow_edge.export.compact import compact
-from piflow_edge.export.large import check, graph_of, save
+from piflow_edge.export.conversions.calibration import Calibration, Conversion, Inputs, split_samples
+from piflow_edge.export.onnx_graphs.compact import compact
+from piflow_edge.export.onnx_graphs.large import check, graph_of, save
 
 quantization = import_part("quantization")
 log = logging.getLogger(__name__)

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from piflow_edge.engines import EngineOptions, engine_cache, ort_compile, trt, trt_build, trt_versions
-from piflow_edge.engines.build_memory import Memory, Watch
-from piflow_edge.engines.build_targets import Batch, Target
-from piflow_edge.engines.engine_cache import EngineKey
+from piflow_edge.engines import EngineOptions
+from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.building.engine_cache import EngineKey
+from piflow_edge.engines.building.memory import Memory, Watch
+from piflow_edge.engines.building.targets import Batch, Target
+from piflow_edge.engines.ort import compiling as ort_compile
+from piflow_edge.engines.trt import engine as trt
+from piflow_edge.engines.trt import plans as trt_build
+from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import nvidia
 from piflow_edge.system.hardware import host_memory

@@ -13,9 +13,9 @@ from onnx import helper, numpy_helper
 from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.conditioning import TensorSpec
-from piflow_edge.export.decoder_graph import DECODER_INPUTS, DECODER_OUTPUTS
-from piflow_edge.export.rollout_graph import DOMAIN, ROLLOUT, build_rollout, inline
-from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.export.onnx_graphs.decoder_graph import DECODER_INPUTS, DECODER_OUTPUTS
+from piflow_edge.export.onnx_graphs.rollout_graph import DOMAIN, ROLLOUT, build_rollout, inline
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET
 from piflow_edge.schedule import segment_sigmas
 
 # Without re-noising the lines in `renoise` are left out, and so is the input. Its last row is read again after the

@@ -13,11 +13,11 @@ from onnx import TensorProto
 
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.export.calibration import Calibration, Conversion, Inputs
-from piflow_edge.export.compact import compact
+from piflow_edge.export.conversions.calibration import Calibration, Conversion, Inputs
+from piflow_edge.export.conversions.half_measures import Measures, measure_half
 from piflow_edge.export.half_graph import FLOAT32_OPERATORS, convert_to_half
-from piflow_edge.export.half_measures import Measures, measure_half
-from piflow_edge.export.large import check, graph_of, types
+from piflow_edge.export.onnx_graphs.compact import compact
+from piflow_edge.export.onnx_graphs.large import check, graph_of, types
 
 # Calibration cannot see every input: half of fp16's range is left as headroom.
 _FP16_LARGEST = float(np.finfo(np.float16).max) / 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from piflow_edge.export.large import count_bytes, infer_values
+from piflow_edge.export.onnx_graphs.large import count_bytes, infer_values
 
 # Bytes of weights and values that a piece may have. A node larger than that is a piece of its own.
 PIECE_BYTES = 128 << 20

@@ -4,7 +4,10 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from piflow_edge.engines import Graph, engine_cache, trt_inspection, trt_versions
+from piflow_edge.engines import Graph
+from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.trt import inspection as trt_inspection
+from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
 from piflow_edge.system.files import sha256, write_atomic

@@ -9,7 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from piflow_edge.engines import Graph, trt_pins
+from piflow_edge.engines import Graph
+from piflow_edge.engines.trt import pins as trt_pins
 from piflow_edge.errors import EngineError, MissingExtraError
 from piflow_edge.kernels import nvidia
 

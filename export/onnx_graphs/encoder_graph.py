@@ -11,7 +11,7 @@ from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec
 from piflow_edge.distill.networks.text_encoders import TextEncoder, open_prompts
 from piflow_edge.engines import Graph
 from piflow_edge.errors import DataError
-from piflow_edge.export.to_onnx import OPSET, program_graph, quiet
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET, program_graph, quiet
 
 ENCODER_INPUTS = ("input_ids", "attention_mask")
 # Prompts that a precision of an encoder is measured with.

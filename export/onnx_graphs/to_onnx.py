@@ -14,8 +14,8 @@ from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError, CheckpointError
-from piflow_edge.export.compact import compact
-from piflow_edge.export.large import check, graph_of
+from piflow_edge.export.onnx_graphs.compact import compact
+from piflow_edge.export.onnx_graphs.large import check, graph_of
 
 # TensorRT 8.6 (JetPack 6.0) reads up to 17 in full and most of 18; torch's exporter writes 18 or newer.
 OPSET = 18

@@ -1,6 +1,6 @@
 """NVIDIA TensorRT, without anything in between: an engine from the cache, CUDA graphs, memory taken once.
 
-Engines are built by `piflow_edge.engines.building`, ahead: a build takes minutes, and nobody expects them from `load`.
+Engines are built ahead, by `piflow_edge.engines.building`: a build takes minutes, and nobody expects them from `load`.
 """
 
 import logging
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padding, trt_versions
+from piflow_edge.engines import Engine, EngineOptions, Graph, padding
+from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError, ShapeError
 from piflow_edge.kernels import gpu_arrays, nvidia
 from piflow_edge.kernels.device_arrays import is_on_gpu, stream_of, view

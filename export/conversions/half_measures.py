@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from piflow_edge.engines.ort_package import import_onnxruntime
+from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import EngineError
-from piflow_edge.export.calibration import Inputs, split_samples
-from piflow_edge.export.large import load_tensor
-from piflow_edge.export.pieces import Piece, cut_into_pieces
+from piflow_edge.export.conversions.calibration import Inputs, split_samples
+from piflow_edge.export.conversions.pieces import Piece, cut_into_pieces
+from piflow_edge.export.onnx_graphs.large import load_tensor
 
 _ROUNDED = ".rounded"
 _FIGURES = (".most", ".least", ".squares", ".errors", ".count")

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from piflow_edge.engines import EngineOptions, Graph, ort_cuda
-from piflow_edge.engines.ort import give_weights
+from piflow_edge.engines import EngineOptions, Graph
+from piflow_edge.engines.ort import cuda_sessions as ort_cuda
+from piflow_edge.engines.ort.sessions import give_weights
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
 

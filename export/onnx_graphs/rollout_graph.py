@@ -14,7 +14,7 @@ import onnxscript
 from onnx.inliner import inline_local_functions
 from onnxscript import ir
 
-from piflow_edge.export.to_onnx import OPSET
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET
 from piflow_edge.policies import PolicySpec
 
 DOMAIN = "piflow_edge"

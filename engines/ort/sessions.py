@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from piflow_edge.engines import Choice, Engine, EngineOptions, Graph, ort_package, placement
+from piflow_edge.engines import Choice, Engine, EngineOptions, Graph, placement
+from piflow_edge.engines.ort import importing as ort_package
 from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from piflow_edge.bundle.sections import NetworkSpec
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
-from piflow_edge.export.to_onnx import OPSET, program_graph, quiet
+from piflow_edge.export.onnx_graphs.to_onnx import OPSET, program_graph, quiet
 
 DECODER_INPUTS = ("latents",)
 DECODER_OUTPUTS = ("images",)

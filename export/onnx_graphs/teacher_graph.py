@@ -11,7 +11,7 @@ from piflow_edge.distill.networks.flow_network import FlowNetwork, find_misfit
 from piflow_edge.distill.sources import TeacherModel
 from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, Graph, open_engine
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
-from piflow_edge.export.to_onnx import export_network, network_graph
+from piflow_edge.export.onnx_graphs.to_onnx import export_network, network_graph
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.system.files import write_atomic

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.engines import Engine, EngineOptions, Graph, engine_cache, padding, placement
-from piflow_edge.engines.ort import OrtEngine
+from piflow_edge.engines import Engine, EngineOptions, Graph, padding, placement
+from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.ort.sessions import OrtEngine
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
 from piflow_edge.kernels.device_arrays import is_on_gpu, view

@@ -1,0 +1,1 @@
+"""Engines that are built ahead of time, and the cache that keeps them."""
