@@ -43,6 +43,7 @@ from piflow_edge.errors import (
 from piflow_edge.policies import DXPolicySpec, GMPolicySpec
 
 TINY = DiTConfig(sample_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=2)
+NULL = {"labels": torch.tensor(2)}
 SHORT = TrainingConfig(iterations=6, batch_size=8, warmup=2)
 
 
@@ -250,7 +251,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(data, tmp_path, monkeypatch)
     def loss(network, x_0, conditioning, random):
         nonlocal steps
         steps += 1
-        value = flow_matching_loss(network, x_0, conditioning["labels"], 2, FlowMatchingConfig(), random)
+        value = flow_matching_loss(network, x_0, conditioning, NULL, FlowMatchingConfig(), random)
         return value * torch.nan if steps in (3, 4) else value
 
     train(
@@ -284,7 +285,7 @@ def test_what_needs_no_gradient_is_neither_trained_nor_saved(data, tmp_path):
     before = {name: value.clone() for name, value in network.state_dict().items()}
 
     def loss(network, x_0, conditioning, random):
-        return flow_matching_loss(network, x_0, conditioning["labels"], 2, FlowMatchingConfig(), random)
+        return flow_matching_loss(network, x_0, conditioning, NULL, FlowMatchingConfig(), random)
 
     checkpoint = train(network, loss, data, SHORT, tmp_path, kind="teacher", settings={})
     trained = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
@@ -304,7 +305,7 @@ def test_sheets_of_samples_show_the_averaged_weights(data, tmp_path, monkeypatch
         return np.zeros((12, 4, 4, 1), np.uint8)
 
     def loss(network, x_0, conditioning, random):
-        return flow_matching_loss(network, x_0, conditioning["labels"], 2, FlowMatchingConfig(), random)
+        return flow_matching_loss(network, x_0, conditioning, NULL, FlowMatchingConfig(), random)
 
     def run(folder, **changes):
         how = RunConfig(sample_every=6)
