@@ -214,7 +214,7 @@ def _opens(data: bytes, target: Target, settings: BuildSettings) -> bool:
 
 def _release(settings: BuildSettings) -> str:
     if settings.engine != "tensorrt":
-        return ort_compile.release(settings.engine)
+        return ort_compile.BACKENDS[settings.engine].describe_release()
     library = trt_versions.tensorrt()
     trt_versions.api(library.__version__)
     return library.__version__

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from piflow_edge.engines import EngineOptions, Graph
@@ -12,29 +11,8 @@ from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
 
 BACKENDS = {"ort-tensorrt": ort_cuda.OrtTensorRT, "tensorrt-rtx": ort_cuda.OrtTensorRTRTX}
-# Packages that bring the library the provider calls; the first that is installed is told in an engine's key.
-_LIBRARIES = {
-    "ort-tensorrt": ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt"),
-    "tensorrt-rtx": ("tensorrt-rtx", "onnxruntime-trt-rtx"),
-}
 # How the two providers call the same things.
 _PREFIX = {"ort-tensorrt": "trt", "tensorrt-rtx": "nv"}
-
-
-def release(engine: str) -> str:
-    """Versions that a compiled model of this engine depends on, in one line.
-
-    Raises:
-        MissingExtraError: ONNX Runtime, or the one with this provider, is not installed.
-    """
-    backend = BACKENDS[engine]
-    module = backend.installed_runtime()
-    for name in _LIBRARIES[engine]:
-        try:
-            return f"{name} {version(name)} in onnxruntime {module.__version__}"
-        except PackageNotFoundError:
-            continue
-    return f"of the system, in onnxruntime {module.__version__}"
 
 
 def provider_options(

@@ -5,6 +5,7 @@ import io
 import logging
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,8 @@ class OrtTensorRT(OrtCUDA):
     provider = "TensorrtExecutionProvider"
     package = "'onnxruntime-gpu[cuda,cudnn]' tensorrt"
     needs = "an NVIDIA driver, CUDA, cuDNN 9 and TensorRT 10, of the versions that `piflow-edge doctor` tells"
+    # Packages that bring the library the provider calls; the first that is installed goes into an engine's key.
+    libraries = ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt")
 
     def __init__(
         self,
@@ -159,11 +162,24 @@ class OrtTensorRT(OrtCUDA):
         return partial(opener, **found)
 
     @classmethod
+    def describe_release(cls) -> str:
+        """Return the versions that a compiled model of this engine depends on, in one line.
+
+        Raises:
+            MissingExtraError: ONNX Runtime, or the one with this provider, is not installed.
+        """
+        module = cls.installed_runtime()
+        for name in cls.libraries:
+            try:
+                return f"{name} {version(name)} in onnxruntime {module.__version__}"
+            except PackageNotFoundError:
+                continue
+        return f"of the system, in onnxruntime {module.__version__}"
+
+    @classmethod
     def _cached(cls, graph: Graph, device: str) -> dict[str, Any] | None:
         """`plan` and `profile` of what `piflow-edge build` made of this graph for this GPU, or None."""
-        from piflow_edge.engines import ort_compile  # late: it imports this module
-
-        release = ort_compile.release(cls.name)
+        release = cls.describe_release()
         try:
             found = engine_cache.newest(graph, engine_cache.place(cls.name, release, device))
         except EngineError:  # no GPU: the provider itself says what it lacks
@@ -205,6 +221,7 @@ class OrtTensorRTRTX(OrtTensorRT):
     provider = "NvTensorRTRTXExecutionProvider"
     package = "onnxruntime-trt-rtx"
     needs = "an RTX GPU of Ampere or newer, its driver, and TensorRT for RTX"
+    libraries = ("tensorrt-rtx", "onnxruntime-trt-rtx")
 
 
 def _device_array(value, place) -> DeviceArray:

@@ -159,7 +159,7 @@ def _provider_finding(onnxruntime, name: str) -> Finding:
         # So does OpenVINO before 1.24, which wants more than a node.
         left = "loads, and leaves a network of one node to the CPU"
         return Finding(name, OK, "opens and runs a network" if runs else left)
-    from piflow_edge.engines import ort_cuda  # late: knows GPUs
+    from piflow_edge.engines.ort import cuda_sessions as ort_cuda  # late: knows GPUs
 
     backends = (*ort.BACKENDS, *ort_cuda.BACKENDS)
     fixes = {backend.provider: f"pip install {backend.package}" for backend in backends}

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -279,16 +280,16 @@ class Generator:
         nvidia.wait_for(self._place.stream)
 
     def _free(self) -> None:
-        try:
+        with (
+            ExitStack() as closing
+        ):  # all of them, also where one fails: a GPU that failed says so at every close
+            if self._place is not None:
+                closing.callback(gpu_arrays.release, self._place.ordinal)
+            for engine in dict.fromkeys((*self.engines.values(), self.decoder, self.engine)):
+                if engine is not None:
+                    closing.callback(engine.close)
             if self._graphs is not None:
-                self._graphs.free()
-            self.engine.close()
-        finally:  # a GPU that failed says so at every close
-            for name, engine in self.engines.items():
-                if name != STUDENT:
-                    engine.close()
-        if self._place is not None:
-            gpu_arrays.release(self._place.ordinal)
+                closing.callback(self._graphs.free)
 
     @cached_property
     def _run(self) -> dict[str, str]:

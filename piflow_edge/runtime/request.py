@@ -68,8 +68,8 @@ class Request:
 def open_conditioner(bundle: Bundle, engines: Mapping[str, Engine]) -> Conditioner:
     """Return what steers a bundle's images, ready to read what a caller asks for. `engines`: of its networks."""
     described = bundle.manifest.conditioner
-    if not set(described.networks) <= engines.keys():
-        return described  # it takes arrays that were made elsewhere
+    if not described.networks or not set(described.networks) <= engines.keys():
+        return described  # it needs nothing, or takes arrays that were made elsewhere
 
     def run_network(network: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         outputs = engines[network].run(dict(inputs))

@@ -54,7 +54,7 @@ def test_what_can_be_built_of_it_is_what_could_be():
         (lambda body: body["network"].update(num_timesteps=1000.0), "time is not the noise level"),
         (lambda body: body["conditioning"].update(class_names=[]), "conditioning and network inputs"),
         (lambda body: body.update(samplers=[3]), r"lacks sampler\.nfe3\.fp32\.onnx"),
-        (lambda body: body.update(samplers=[0]), "unusable schedule"),
+        (lambda body: body.update(samplers=[0]), "sampler graph of 0 calls"),
         (lambda body: body["decoder"].update(outputs=[]), "latents and a decoder that do not fit"),
         (lambda body: body["files"].pop("golden.npz"), r"lacks golden\.npz"),
     ],

@@ -99,7 +99,7 @@ def damage_json(folder, change):
         (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"\0" * 64), "checksum"),
         (
             lambda folder: damage_json(folder, lambda d: d.update(format_version=7)),
-            "not a checkpoint of version 2",
+            "not a checkpoint of version 3",
         ),
         (lambda folder: damage_json(folder, lambda d: d.update(colour="red")), "unknown keys: colour"),
         (lambda folder: damage_json(folder, lambda d: d.update(file="../x")), "outside its folder"),

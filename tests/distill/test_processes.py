@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from piflow_edge.conditioning import ClassLabels
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint
@@ -74,7 +75,7 @@ def make_teacher():
     for layer in (dit.head.out, dit.head.modulation, *(block.modulation for block in dit.blocks)):
         torch.nn.init.normal_(layer.weight, std=0.2)  # adaLN-zero starts at 0, where bugs hide
     tensors = {f"ema.{name}": value for name, value in network.state_dict().items()}
-    return Checkpoint("teacher", 0, describe(network), {}, ("dark", "light"), tensors)
+    return Checkpoint("teacher", 0, describe(network), {}, ClassLabels(("dark", "light")), tensors)
 
 
 def job(folder, *, config=CONFIG, run=LOGGED, broken=False, resume=False, teacher=False):

@@ -8,18 +8,15 @@ import pytest
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.doctor.examination import identity_model
-from piflow_edge.engines import (
-    EngineOptions,
-    Graph,
-    building,
-    engine_cache,
-    ort_compile,
-    ort_package,
-)
+from piflow_edge.engines import EngineOptions, Graph
+from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.building import steps as building
 from piflow_edge.engines.building.engine_cache import EngineKey
 from piflow_edge.engines.building.memory import Memory
 from piflow_edge.engines.building.steps import BuildSettings, plan
 from piflow_edge.engines.building.targets import Batch
+from piflow_edge.engines.ort import compiling as ort_compile
+from piflow_edge.engines.ort import importing as ort_package
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import cuda, nvidia
 from piflow_edge.runtime.graphs import find_targets
@@ -219,7 +216,7 @@ PLAN, NETWORK = four_to_six(), identity_model()
 
 
 def cached(engine, graph, profile="4:4:6"):
-    release = ort_compile.release(engine)
+    release = ort_compile.BACKENDS[engine].describe_release()
     place = engine_cache.place(engine, release, "cuda")
     key = EngineKey(onnx=graph.sha256, precision="fp16", profile=profile, options="", **place)
     return engine_cache.get_or_build(key, lambda: (PLAN, {}))[0].path

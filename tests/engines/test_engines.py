@@ -15,17 +15,10 @@ import pytest
 import piflow_edge as pf
 from piflow_edge import engines
 from piflow_edge.doctor import examination as doctor
-from piflow_edge.engines import (
-    ENGINE_NAMES,
-    ENGINES,
-    EngineOptions,
-    Graph,
-    open_engine,
-    ort,
-    ort_cuda,
-    ort_package,
-    placement,
-)
+from piflow_edge.engines import ENGINE_NAMES, ENGINES, EngineOptions, Graph, open_engine, placement
+from piflow_edge.engines.ort import cuda_sessions as ort_cuda
+from piflow_edge.engines.ort import importing as ort_package
+from piflow_edge.engines.ort import sessions as ort
 from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
 from piflow_edge.kernels import nvidia
 from piflow_edge.system import hardware

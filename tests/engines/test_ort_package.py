@@ -15,7 +15,7 @@ from piflow_edge.engines.ort import importing as ort_package
 from tests.helpers import without_network
 
 ROOT = Path(__file__).parents[2]
-ONE_PLACE = ROOT / "engines" / "ort_package.py"
+ONE_PLACE = ROOT / "engines" / "ort" / "importing.py"
 VARIABLE = ort_package.TELEMETRY_VARIABLE
 GUARD = Path(without_network.__file__)
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.cli import main
+from piflow_edge.conditioning import Unconditional
 from piflow_edge.distill.data.datasets import Latent, load_images
 from piflow_edge.errors import DataError, ShapeError
 from piflow_edge.evaluation import comparison, made_images
@@ -373,7 +374,7 @@ class TestOnDigits:
         with pytest.raises(DataError, match="'digits' holds latents"):
             evaluate([], replace(digits, latent=Latent(1.0, 0.0)))
         with pytest.raises(DataError, match="the data have nothing"):
-            evaluate([shared_bundle], replace(digits, labels=None), count=100)
+            evaluate([shared_bundle], replace(digits, conditioner=Unconditional(), arrays={}), count=100)
 
     def test_nothing_to_compare_and_a_handful_of_images_are_refused(self):
         with pytest.raises(DataError, match="nothing to compare"):

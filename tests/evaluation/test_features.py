@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from piflow_edge.conditioning import ClassLabels
+from piflow_edge.conditioning import Arrays, ClassLabels, TensorSpec
 from piflow_edge.errors import FeatureError, PiFlowError
 from piflow_edge.evaluation.features import OnnxFeatures, open_features
 from piflow_edge.system.pixels import VALUE_RANGES, resize_images, round_to_bytes
@@ -259,10 +259,11 @@ class TestTrained:
         from piflow_edge.distill.networks.classifier import train_classifier
 
         with pytest.raises(PiFlowError, match="two classes"):
-            train_classifier(replace(reds, labels=np.zeros(120, np.int64)))
+            train_classifier(replace(reds, arrays={"labels": np.zeros(120, np.int64)}))
         with pytest.raises(PiFlowError, match="8x8"):
             train_classifier(replace(reds, images=reds.images[..., :6, :6]))
+        own = Arrays((TensorSpec("text", "float32", ("batch", 1)),))
         with pytest.raises(PiFlowError, match="labels; 'reds'"):
-            train_classifier(replace(reds, labels=None))
+            train_classifier(replace(reds, conditioner=own, arrays={"text": np.arange(120.0)[:, None]}))
         with pytest.raises(PiFlowError, match="'reds' holds latents"):
             train_classifier(replace(reds, latent=Latent(1.0, 0.0)))

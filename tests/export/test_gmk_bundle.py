@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     data = load_images("digits")
     network = DiTNetwork(DiTConfig(hidden_size=16, depth=1, num_heads=2))
-    teacher = TeacherModel(network, data.class_names, {})
+    teacher = TeacherModel(network, data.conditioner, {})
     imitation = ImitationConfig(nfe=2, total_substeps=32, gm_dropout=0.2)
     run = TrainingConfig(iterations=3, batch_size=8)
     kind = GMKPolicySpec(3)

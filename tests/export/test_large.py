@@ -74,7 +74,7 @@ def test_a_changed_weight_is_noticed_before_it_is_used(folder, bundle, tmp_path)
     (bundle / "student.fp16.onnx.data").write_bytes(b"x")
     spec = vars(FileSpec(sha256(b"x"), 1))
     edit(bundle, lambda body: body["files"].update({"student.fp16.onnx.data": spec}))
-    with pytest.raises(BundleError, match=r"student\.fp16\.onnx\.data, .*no such student"):
+    with pytest.raises(BundleError, match=r"student\.fp16\.onnx\.data, .*nothing"):
         pf.load(bundle)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.conditioning import ClassLabels
+from piflow_edge.conditioning import ClassLabels, Unconditional
 from piflow_edge.distill.networks.flow_network import attach_policy_head
 from piflow_edge.distill.sources import StudentModel, load_student, network_of, student_from_checkpoint
 from piflow_edge.errors import CheckpointError
@@ -75,7 +75,7 @@ def test_a_state_dict_of_any_module(tmp_path):
     torch.save(network.module.state_dict(), tmp_path / "weights.pth")
     (tmp_path / "student.json").write_text(json.dumps(PLAIN))
     found = load_student(tmp_path / "weights.pth", config=tmp_path / "student.json")
-    assert (found.nfes, found.total_substeps, found.conditioning) == ((1,), 16, {})
+    assert (found.nfes, found.total_substeps, found.conditioner) == ((1,), 16, Unconditional())
     x_t, sigma = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 0.3])
     for ours, theirs in zip(found.network(x_t, sigma), network(x_t, sigma), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
