@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from piflow_edge.distill.data.datasets import ImageData, check_same_latents
 from piflow_edge.distill.loop.checkpoint import Checkpoint
-from piflow_edge.distill.loop.training import DEFAULT_RUN, Loss, RunConfig, TrainingConfig, check_fit, train
+from piflow_edge.distill.loop.training import (
+    DEFAULT_RUN,
+    Loss,
+    Preview,
+    RunConfig,
+    TrainingConfig,
+    check_fit,
+    train,
+)
 from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher, attach_policy_head
 from piflow_edge.distill.networks.lora import LoRAConfig
 from piflow_edge.errors import CheckFailedError, DataError
@@ -116,39 +124,13 @@ def distill(
         CheckFailedError: the student does not start as its teacher.
         DataError, CheckpointError, CheckFailedError and others: see `training.train`.
     """
-    if teacher.conditioner is not None and teacher.conditioner.to_json() != data.conditioner.to_json():
-        raise DataError(
-            f"the teacher was trained with other conditioning ({teacher.conditioner.summarize()}) than {data.name!r} "
-            f"has ({data.conditioner.summarize()})"
-        )
-    if "settings" in teacher.provenance:  # of a teacher that was trained here
-        check_same_latents(teacher.provenance["settings"], data)
-    check_fit(teacher.network, data)
+    check_teacher(teacher, data)
     head = head.fit_to_segments(imitation.longest_segment(min(imitation.nfes)), imitation.shift)
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
     null = null_condition(teacher.network, data.conditioner) if null is None else null
     guided = GuidedTeacher(student if lora else teacher.network, guidance, null=null)
     log.info("the teacher is guided by %g", guided.guidance.scale)
-    _, conditioning = data.batch(np.arange(2) % len(data))
-    check_start(student, guided.teacher, conditioning)
-    inputs = preview_inputs(student, data.conditioner) if run.sample_every else None
-    schedule = Schedule(
-        max(imitation.nfes), imitation.shift, imitation.final_step_size_scale, imitation.total_substeps
-    )
-
-    def preview(network):
-        device = next(network.parameters()).device
-        noise, conditioning = inputs
-        given = {name: tensor.to(device) for name, tensor in conditioning.items()}
-
-        def call(x_src, sigma_src):
-            levels = np.full(len(x_src), sigma_src)
-            return policy_of(network, head, x_src, levels, given, eps=imitation.policy_eps)
-
-        return quantise_images(
-            sample(call, noise.to(device), schedule, hooks=Hooks(integrate=integrate)).cpu().numpy()
-        )
-
+    check_start(student, guided.teacher, data.batch(np.arange(2) % len(data))[1])
     settings = {
         "imitation": asdict(imitation),
         "guidance": asdict(guided.guidance),
@@ -166,9 +148,44 @@ def distill(
         settings=settings,
         run=run,
         frozen=[] if lora else [teacher.network],
-        preview=preview,
+        preview=student_preview(student, head, data, imitation, integrate) if run.sample_every else None,
         resume=resume,
     )
+
+
+def check_teacher(teacher: TeacherModel, data: ImageData) -> None:
+    """Raise DataError unless a teacher can correct students on these data."""
+    if teacher.conditioner is not None and teacher.conditioner.to_json() != data.conditioner.to_json():
+        raise DataError(
+            f"the teacher was trained with other conditioning ({teacher.conditioner.summarize()}) than {data.name!r} "
+            f"has ({data.conditioner.summarize()})"
+        )
+    if "settings" in teacher.provenance:  # of a teacher that was trained here
+        check_same_latents(teacher.provenance["settings"], data)
+    check_fit(teacher.network, data)
+
+
+def student_preview(
+    student: FlowNetwork, head: PolicySpec, data: ImageData, imitation: ImitationConfig, integrate: Integrate
+) -> Preview:
+    """Return what makes the sheets of samples of a student: images with as many calls as it is trained for."""
+    noise, conditioning = preview_inputs(student, data.conditioner)
+    schedule = Schedule(
+        max(imitation.nfes), imitation.shift, imitation.final_step_size_scale, imitation.total_substeps
+    )
+
+    def preview(network: nn.Module) -> np.ndarray:
+        device = next(network.parameters()).device
+        given = {name: tensor.to(device) for name, tensor in conditioning.items()}
+
+        def call(x_src, sigma_src):
+            levels = np.full(len(x_src), sigma_src)
+            return policy_of(network, head, x_src, levels, given, eps=imitation.policy_eps)
+
+        x_0 = sample(call, noise.to(device), schedule, hooks=Hooks(integrate=integrate))
+        return quantise_images(x_0.cpu().numpy())
+
+    return preview
 
 
 @torch.no_grad()

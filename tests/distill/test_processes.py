@@ -50,7 +50,7 @@ def make_data(*, broken=False):
     images = (labels[:, None, None, None] - 0.5 + 0.1 * rng.standard_normal((64, 1, 4, 4))).astype(np.float32)
     if broken:
         images[5] = np.nan  # every step that draws this image is to be skipped
-    return Watched("flat", images, labels, ("dark", "light"))
+    return Watched("flat", images, ClassLabels(("dark", "light")), {"labels": labels})
 
 
 class Watched(ImageData):

@@ -276,7 +276,7 @@ def test_inspect_shows_the_decoder(latent_bundle):
     for fact in ("AutoencoderKL", "3 x 16 x 16", "4 x 8 x 8, scale 0.3611, shift 0.1159"):
         assert fact in shown
     answer = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True).stdout)
-    assert answer["decoder"]["kind"] == "AutoencoderKL"
+    assert answer["networks"]["decoder"]["kind"] == "AutoencoderKL"
 
 
 def test_a_student_of_other_latents_than_its_teacher_is_refused(tmp_path):
