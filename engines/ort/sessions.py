@@ -18,11 +18,22 @@ _CPU_PROVIDER = "CPUExecutionProvider"
 
 
 def give_weights(settings, graph: Graph) -> None:
-    """Tell ONNX Runtime of the weights that lie beside the model; they must live until the session is made."""
-    if graph.weights:
-        names, contents = list(graph.weights), list(graph.weights.values())
-        sizes = [len(content) for content in contents]
-        settings.add_external_initializers_from_files_in_memory(names, contents, sizes)
+    """Tell ONNX Runtime of the weights that lie beside the model; they must live until the session is made.
+
+    Raises:
+        EngineError: this release cannot take them from memory; read from the disk they could be other ones by then.
+    """
+    if not graph.weights:
+        return
+    give = getattr(settings, "add_external_initializers_from_files_in_memory", None)
+    if give is None:
+        release = ort_package.import_onnxruntime().__version__
+        raise EngineError(
+            f"ONNX Runtime {release} does not take the weights that lie beside a large graph, a newer one does: "
+            "pip install -U onnxruntime (on Python 3.11 or newer), or take the engine 'reference'"
+        )
+    names, contents = list(graph.weights), list(graph.weights.values())
+    give(names, contents, [len(content) for content in contents])
 
 
 class OrtEngine:

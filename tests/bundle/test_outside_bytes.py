@@ -9,7 +9,8 @@ import piflow_edge as pf
 from piflow_edge.bundle.archive import pack
 from piflow_edge.bundle.folder import Bundle, demo_bundle
 from piflow_edge.cli import main
-from piflow_edge.errors import BundleError
+from piflow_edge.engines.ort.importing import import_onnxruntime
+from piflow_edge.errors import BundleError, EngineError
 from tests.helpers.hostile_bundle import move_weight_out, seal
 from tests.helpers.protobuf import fields_of, message, node
 
@@ -58,12 +59,17 @@ def test_a_file_of_the_table_that_is_too_short_is_refused(digits):
         pf.load(digits)
 
 
-def test_a_file_of_the_table_serves(digits):
+def test_a_file_of_the_table_serves_or_the_release_is_said_to_be_too_old(digits):
     before = pf.load(demo_bundle())(labels=[3], seed=1).latents
     data, values = move_weight_out((digits / STUDENT).read_bytes(), f"{STUDENT}.data")
     seal(digits, STUDENT, data)
     seal(digits, f"{STUDENT}.data", values)
     Bundle(digits).check_graphs()
+    settings = import_onnxruntime().SessionOptions
+    if not hasattr(settings, "add_external_initializers_from_files_in_memory"):
+        with pytest.raises(EngineError, match="ONNX Runtime"):
+            pf.load(digits, engine="ort-cpu")
+        return
     assert (pf.load(digits)(labels=[3], seed=1).latents == before).all()
 
 
