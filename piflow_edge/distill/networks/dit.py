@@ -22,8 +22,31 @@ _TIME_FEATURES = 256
 CLASS_INPUT = "labels"
 
 
+class PatchSizes:
+    """What the sizes of a DiT must hold, and the shape that they give; of dataclasses with the fields named here."""
+
+    def __post_init__(self):
+        if self.hidden_size % 4 or self.hidden_size % self.num_heads:
+            raise ShapeError(
+                f"hidden_size is a multiple of 4 and of num_heads; got {self.hidden_size} and {self.num_heads}"
+            )
+        if not isinstance(self.sample_size, int):  # JSON has lists; equal sides are one number
+            height, width = self.sample_size
+            object.__setattr__(self, "sample_size", height if height == width else (height, width))
+        if any(side % self.patch_size for side in self.sample_shape[1:]):
+            raise ShapeError(
+                f"sample_size is a multiple of patch_size; got {self.sample_size} and {self.patch_size}"
+            )
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a state."""
+        size = self.sample_size
+        return (self.in_channels, *(size if isinstance(size, tuple) else (size, size)))
+
+
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(PatchSizes):
     """Everything that fixes the architecture. Sizes in pixels of the latent, widths in features.
 
     Args:
@@ -46,25 +69,6 @@ class DiTConfig:
     depth: int = NetworkSizes.depth
     num_heads: int = NetworkSizes.num_heads
     num_classes: int = 10
-
-    def __post_init__(self):
-        if self.hidden_size % 4 or self.hidden_size % self.num_heads:
-            raise ShapeError(
-                f"hidden_size is a multiple of 4 and of num_heads; got {self.hidden_size} and {self.num_heads}"
-            )
-        if not isinstance(self.sample_size, int):  # JSON has lists; equal sides are one number
-            height, width = self.sample_size
-            object.__setattr__(self, "sample_size", height if height == width else (height, width))
-        if any(side % self.patch_size for side in self.sample_shape[1:]):
-            raise ShapeError(
-                f"sample_size is a multiple of patch_size; got {self.sample_size} and {self.patch_size}"
-            )
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a state."""
-        size = self.sample_size
-        return (self.in_channels, *(size if isinstance(size, tuple) else (size, size)))
 
     @classmethod
     def fitting(cls, shape: tuple[int, ...], conditioner: Conditioner, **sizes: int) -> "DiTConfig | None":

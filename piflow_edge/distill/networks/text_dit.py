@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from piflow_edge.conditioning import Conditioner
-from piflow_edge.errors import ShapeError
 
-from .dit import modulate, position_table, time_features, unpatchify
+from .dit import Head, PatchSizes, modulate, position_table, time_features, unpatchify
 from .flow_network import Convention, FlowNetwork
 
 _TIME_FEATURES = 256
@@ -30,7 +29,7 @@ TEXT_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projec
 
 
 @dataclass(frozen=True)
-class TextDiTConfig:
+class TextDiTConfig(PatchSizes):
     """Everything that fixes the architecture. Sizes in pixels of the latent, widths in features.
 
     Args:
@@ -55,25 +54,6 @@ class TextDiTConfig:
     num_heads: int = 3
     text_size: int = 384
     pooled_size: int = 384
-
-    def __post_init__(self):
-        if self.hidden_size % 4 or self.hidden_size % self.num_heads:
-            raise ShapeError(
-                f"hidden_size is a multiple of 4 and of num_heads; got {self.hidden_size} and {self.num_heads}"
-            )
-        if not isinstance(self.sample_size, int):  # JSON has lists; equal sides are one number
-            height, width = self.sample_size
-            object.__setattr__(self, "sample_size", height if height == width else (height, width))
-        if any(side % self.patch_size for side in self.sample_shape[1:]):
-            raise ShapeError(
-                f"sample_size is a multiple of patch_size; got {self.sample_size} and {self.patch_size}"
-            )
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a state."""
-        size = self.sample_size
-        return (self.in_channels, *(size if isinstance(size, tuple) else (size, size)))
 
     @classmethod
     def fitting(
@@ -105,7 +85,7 @@ class TextDiT(nn.Module):
         )
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(TextBlock(width, config.num_heads) for _ in range(config.depth))
-        self.head = TextHead(width, patch**2 * config.in_channels)
+        self.head = Head(width, patch**2 * config.in_channels)
         rows, columns = (side // patch for side in config.sample_shape[1:])
         table = position_table(rows, columns, width, (rows, columns))
         self.register_buffer("positions", table, persistent=False)
@@ -132,8 +112,9 @@ class TextDiT(nn.Module):
         rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
         tokens = self.patch_embed(x_t).flatten(2).transpose(1, 2)
         tokens = tokens + self._positions(rows, columns, tokens)
-        emb = self.time_mlp(time_features(t).to(tokens.dtype)) + self.pooled_embed(pooled_projections)
-        table = self.modulation(F.silu(emb)).unflatten(-1, (6, -1))
+        time = self.time_mlp(time_features(t).to(tokens.dtype))
+        emb = F.silu(time + self.pooled_embed(pooled_projections))
+        table = self.modulation(emb).unflatten(-1, (6, -1))
         text = self.text_embed(encoder_hidden_states)
         seen = encoder_attention_mask.bool()
         # The image's tokens are always seen: (B, 1, 1, L + T), for all heads and queries. Finite, for fp16 and int8.
@@ -195,19 +176,6 @@ class TextBlock(nn.Module):
     def _heads(self, features: Tensor, parts: int) -> tuple[Tensor, ...]:
         # (B, L, parts D) -> parts of (B, heads, L, D / heads)
         return features.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-class TextHead(nn.Module):
-    """Tokens -> the prediction's patches, (B, L, rows of `out`)."""
-
-    def __init__(self, width: int, rows: int):
-        super().__init__()
-        self.modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, rows)
-
-    def forward(self, tokens: Tensor, emb: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(emb)).unsqueeze(1).chunk(2, dim=-1)
-        return self.out(modulate(tokens, shift, scale))
 
 
 class TextDiTNetwork(FlowNetwork):
