@@ -35,8 +35,13 @@ from .options import (
     settings_options,
 )
 
+TEXT_ENCODER = click.option(
+    "--text-encoder", "encoders", multiple=True, metavar="SOURCE",
+    help="Folder or hub id of a text encoder of transformers: the captions in --data steer. Can be given again.",
+)  # fmt: skip
 
-def _data(source: str, size, autoencoder: Path | None):
+
+def _load_data(source: str, size, autoencoder: Path | None):
     from piflow_edge.distill.data.datasets import load_images
 
     images = load_images(source, size=size)
@@ -47,34 +52,73 @@ def _data(source: str, size, autoencoder: Path | None):
     return encode(images, load_autoencoder(autoencoder))
 
 
+def _load_for_distil(data: str, size, autoencoder: Path | None, encoders: tuple[str, ...], load):
+    """Return the teacher, which `load` loads for states of a shape, and the data steered as it is."""
+    prompts = Path(data)
+    if prompts.suffix == ".txt" and prompts.is_file():
+        from piflow_edge.distill.captioned import prompts_for_teacher
+
+        teacher = load(None)
+        shape = teacher.network.sample_shape
+        return teacher, prompts_for_teacher(prompts, encoders, teacher.conditioner, shape)
+    images = _load_data(data, size, autoencoder)
+    teacher = load(images.shape)
+    if not encoders:
+        return teacher, images
+    from piflow_edge.distill.captioned import caption_for_teacher
+
+    return teacher, caption_for_teacher(images, encoders, teacher.conditioner)
+
+
 @click.command("train-teacher")
 @DATA
 @IMAGE_SIZE
 @AUTOENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
+@TEXT_ENCODER
+@click.option(
+    "--max-tokens", type=COUNT, help="Longest caption or prompt in tokens; else the text encoder's."
+)
 @settings_options("training", TEACHER_TRAINING)
+@settings_options("flow_matching", FlowMatchingConfig())
 @settings_options("sizes", NetworkSizes())
 @click.option("--weights-only", is_flag=True, help="Leave a small float16 checkpoint that cannot be resumed.")
 @settings_options("run", RunConfig())
 @RESUME
-def train_teacher(data, size, autoencoder, out, weights_only, resume, training, sizes, run):
-    """Train a small class-conditional DiT with flow matching.
+def train_teacher(
+    data,
+    size,
+    autoencoder,
+    out,
+    encoders,
+    max_tokens,
+    weights_only,
+    resume,
+    training,
+    flow_matching,
+    sizes,
+    run,
+):
+    """Train a small DiT with flow matching, steered by classes or by captions.
 
     On several GPUs: accelerate launch --multi_gpu -m piflow_edge.cli train-teacher, and the same options.
 
     \b
     Example:
       piflow-edge train-teacher --data digits --out runs/teacher
+      piflow-edge train-teacher --data photos --size 64 --text-encoder MiniLM --patch-size 8 --out runs/teacher
     """
     from piflow_edge.distill.loop.checkpoint import inference_only, save_checkpoint
     from piflow_edge.distill.networks.families import fit_architecture
     from piflow_edge.distill.teacher import train_teacher
 
-    images = _data(data, size, autoencoder)
+    images = _load_data(data, size, autoencoder)
+    if encoders:
+        from piflow_edge.distill.captioned import caption_for_training
+
+        images = caption_for_training(images, encoders, max_tokens=max_tokens)
     architecture = fit_architecture(images.shape, images.conditioner, **vars(sizes))
-    checkpoint = train_teacher(
-        images, architecture, FlowMatchingConfig(), training, out, run=run, resume=resume
-    )
+    checkpoint = train_teacher(images, architecture, flow_matching, training, out, run=run, resume=resume)
     if is_main_process():
         if weights_only:
             save_checkpoint(out, inference_only(checkpoint))
@@ -87,6 +131,7 @@ def train_teacher(data, size, autoencoder, out, weights_only, resume, training, 
 @DATA
 @IMAGE_SIZE
 @AUTOENCODER
+@TEXT_ENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--policy", type=PolicyName(), default="gm", help="Gaussian mixture, "
               "grid of x_0 predictions, or polynomial.")  # fmt: skip
@@ -112,7 +157,7 @@ def train_teacher(data, size, autoencoder, out, weights_only, resume, training, 
 @settings_options("run", RunConfig())
 @RESUME
 def distill(
-    source, teacher_style, data, size, autoencoder, out, policy, components, nodes, dynamic_shift, lora,
+    source, teacher_style, data, size, autoencoder, encoders, out, policy, components, nodes, dynamic_shift, lora,
     lora_targets, resume, guidance, imitation, training, run,
 ):  # fmt: skip
     """Distil a teacher into a few-step student with pi-ID.
@@ -122,6 +167,7 @@ def distill(
     \b
     Example:
       piflow-edge distill --nfe 1 --out runs/student-1
+      piflow-edge distill --teacher runs/teacher --data prompts.txt --data-free --text-encoder MiniLM --out runs/s
     """
     from piflow_edge.distill.imitation import shift_by_resolution
     from piflow_edge.distill.sources import load_teacher
@@ -131,9 +177,12 @@ def distill(
 
     from .demo import shipped_teacher
 
-    images = _data(data, size, autoencoder)
+    def load(shape):
+        return load_teacher(source or shipped_teacher(), sample_shape=shape, style=teacher_style)
+
+    teacher, images = _load_for_distil(data, size, autoencoder, encoders, load)
     distill(
-        load_teacher(source or shipped_teacher(), sample_shape=images.shape, style=teacher_style),
+        teacher,
         images,
         shift_by_resolution(imitation, images.shape, *dynamic_shift) if dynamic_shift else imitation,
         training,

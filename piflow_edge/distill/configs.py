@@ -15,9 +15,11 @@ USUAL_GUIDANCE = 1.5
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a network is trained. A run is resumed with the same settings or not at all.
+    """How a network is trained. A run is resumed with the same settings, but for `iterations` and `batch_size`.
 
-    The learning rate is reached after `warmup` steps of linear rise, then it falls to 0 along half a cosine.
+    The learning rate is reached after `warmup` steps of linear rise, then it falls: to 0 at the end along half a
+    cosine; or with the square root of the steps, which leaves the end open. A run that is made longer goes on with the
+    rate that its new length gives at the step it has come to.
     `ema_decay` is that of the averaged weights, lower at the start. Gradients longer than `max_grad_norm` are shortened
     to it. `mixed_precision` is that of the networks.
 
@@ -28,8 +30,11 @@ class TrainingConfig:
     iterations: int = option(1400, "Training steps.", minimum=1)
     batch_size: int = option(64, "Images per step, over all processes.", minimum=1)
     learning_rate: float = option(2e-3, "Of Adam.", above=0)
-    warmup: int = 50
-    ema_decay: float = 0.999
+    learning_rate_decay: str = option(
+        "cosine", "How the learning rate falls.", choices=("cosine", "inverse-sqrt")
+    )
+    warmup: int = option(50, "Steps over which the learning rate rises.", minimum=0)
+    ema_decay: float = option(0.999, "Of the averaged weights, those that are used.", minimum=0, below=1)
     max_grad_norm: float = 1.0
     seed: int = option(0, "Of everything random.", minimum=0, maximum=2**63 - 1)
     mixed_precision: str | None = option(

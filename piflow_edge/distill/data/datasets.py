@@ -1,4 +1,4 @@
-"""What to train on and compare with: the built-in digits, an `.npz` of images or latents, or a folder per class."""
+"""What to train on and compare with: the built-in digits, an `.npz` of images or latents, or a folder of images."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +26,14 @@ def load_images(source: str, *, size: int | tuple[int, int] | None = None) -> Im
               (M, C, H, W) or (M, C, T, H, W), and their `scale` and `shift`: the network sees
               `(latent - shift) * scale`. With `labels` (M,) and perhaps `class_names`; or with arrays `cond_NAME`
               (M, ...), which the network gets as NAME, or with both; and perhaps `null_NAME` (...) for each, which
-              stand for "no condition" and may have another length than what is given, such as fewer tokens.
+              stand for "no condition" and may have another length than what is given, such as fewer tokens. And
+              perhaps with `captions`, texts (M,) or (M, P) filled up with "".
             - a folder with one folder of images per class, decoded once and then kept in the cache; see
               `cache_folder`. Images that cannot be used are named on the log and skipped.
+            - a folder of images with captions: in a file captions.jsonl or captions.csv, see
+              `captions.read_caption_file`, or in a `.txt` file beside each image, one on a line.
+
+            Captions steer once they are encoded; see `encodings.encode_captions`.
         size: side, or (height, width), that the images of a folder are brought to: scaled until they cover it, and cut
             to its middle. Without it they must all be of one size. For folders only.
 

@@ -4,14 +4,18 @@ Images stay bytes, in place on the disk where they can, and become floats batch 
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
 from piflow_edge.conditioning import Asked, Conditioner
 from piflow_edge.system.progress import progress
+
+from .captions import Captions
 
 # Bytes that are looked at at a time.
 PIECE = 16 << 20
@@ -37,7 +41,8 @@ class ImageData:
 
     `images`: as they are kept, (M, C, H, W): uint8 pixels, floats from -1 to 1, or latents as their autoencoder makes
     them, which may have a frame axis before H. `conditioner`: what steers them; `arrays`: (M, ...) for each of its
-    inputs. `latent`: None for pixels.
+    inputs. `latent`: None for pixels. `captions`: what is said of each image, None where nothing is; it steers only
+    once it is encoded, see `CaptionedData`.
     """
 
     name: str
@@ -45,6 +50,10 @@ class ImageData:
     conditioner: Conditioner
     arrays: Mapping[str, np.ndarray]
     latent: Latent | None = None
+    captions: Captions | None = None
+
+    # Whether an image has several conditionings, of which `batch` takes one.
+    several: ClassVar[bool] = False
 
     def __len__(self):
         return len(self.images)
@@ -62,8 +71,13 @@ class ImageData:
     def latent_shift(self) -> float:
         return self.latent.shift if self.latent else 0.0
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def batch(
+        self, indices: np.ndarray, draws: np.ndarray | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The items at `indices` (B,), as the network sees them, and what they are conditioned on.
+
+        Args:
+            draws: numbers in [0, 1), (B,), that choose where an item has several conditionings; None is the first.
 
         Returns:
             `x_0` float32 (B, C, H, W), pixels from -1 to 1 or scaled latents; and by name arrays (B, ...).
@@ -76,12 +90,17 @@ class ImageData:
         elif self.latent:
             x_0 -= self.latent.shift
             x_0 *= self.latent.scale
-        return x_0, self.conditioning(indices)
+        return x_0, self.conditioning(indices, draws)
 
-    def conditioning(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def conditioning(self, indices: np.ndarray, draws: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Return what the items at `indices` (B,) are conditioned on, as `batch` does."""
         dtypes = {spec.name: spec.dtype for spec in self.conditioner.inputs}
-        return {name: np.asarray(array[indices], dtypes[name]) for name, array in self.arrays.items()}
+        rows = self._rows(indices, draws)
+        return {name: np.asarray(array[rows], dtypes[name]) for name, array in self.arrays.items()}
+
+    def _rows(self, indices: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+        """Rows of `arrays` that belong to the items at `indices`."""
+        return indices
 
     def titles(self, indices: np.ndarray) -> list[str]:
         """Return a few words for each of the items at `indices`."""
@@ -101,7 +120,9 @@ class ImageData:
     @cached_property
     def _sha256(self) -> str:
         digest = hashlib.sha256()
-        for piece in pieces(self.images, f"checking {self.name}"):
+        # Of images that are only a shape, one is as good as all.
+        images = self.images if self.images.strides[0] else self.images[:1]
+        for piece in pieces(images, f"checking {self.name}"):
             digest.update(np.ascontiguousarray(piece).data)
         for name, array in sorted(self.arrays.items()):
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
@@ -109,7 +130,29 @@ class ImageData:
                 digest.update(np.ascontiguousarray(piece).data)
         if self.latent:
             digest.update(f"latent {self.latent.scale!r} {self.latent.shift!r}".encode())
+        if self.captions:
+            digest.update(json.dumps([self.captions.texts, self.captions.starts.tolist()]).encode())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class CaptionedData(ImageData):
+    """Images that are steered by their captions. `arrays`: (N, ...), of every one of the N captions."""
+
+    several: ClassVar[bool] = True
+
+    def _rows(self, indices: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
+        assert self.captions is not None, "captions were encoded"
+        return self.captions.rows(indices, draws)
+
+    def titles(self, indices: np.ndarray) -> list[str]:
+        """Return the first caption of each of the items at `indices`."""
+        return self.prompts(indices)
+
+    def prompts(self, indices: np.ndarray) -> list[str]:
+        """Return the first caption of each of the items at `indices`, whose encoding `conditioning` returns."""
+        assert self.captions is not None, "captions were encoded"
+        return [self.captions.texts[row] for row in self._rows(indices, None)]
 
 
 def pieces(array: np.ndarray, title: str) -> Iterator[np.ndarray]:

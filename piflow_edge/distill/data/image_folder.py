@@ -1,78 +1,142 @@
-"""A folder with one folder of images per class, decoded once and kept in the cache."""
+"""A folder of images, by class or with captions, decoded once and kept in the cache."""
 
+import hashlib
 import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from piflow_edge.conditioning import ClassLabels
+from piflow_edge.conditioning import ClassLabels, Unconditional
 from piflow_edge.errors import DataError
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.files import sha256
 from piflow_edge.system.progress import progress
 
 from .array_cache import ArrayWriter, cached
-from .image_data import ImageData
+from .captions import Captions, find_caption_file, read_caption_file, read_text_files
+from .image_data import ImageData, pieces
 
 log = logging.getLogger(__name__)
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 # Changes whenever the same files would become other pixels.
-_FORMAT = 1
+_FORMAT = 2
 # Skipped images that are named; the others are counted.
 _NAMED = 10
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels of those files of a list that can be used.
+
+    `images`: uint8 (M, C, H, W), in place on the disk. `kept`: which of the files they are, (M,). `skipped`: name and
+    reason of every other one.
+    """
+
+    images: np.ndarray
+    kept: np.ndarray
+    skipped: list[list[str]]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of pixels and numbers."""
+        digest = hashlib.sha256(self.kept.tobytes())
+        for piece in pieces(self.images, "checking the decoded images"):
+            digest.update(np.ascontiguousarray(piece).data)
+        return digest.hexdigest()
+
+
 def read_folder(path: Path, size: tuple[int, int] | None) -> ImageData:
     """Decoded images of `path`, from the cache where it has them; see `data.load_images`."""
-    folders = [f for f in _listing(path) if f.is_dir()]
+    if file := find_caption_file(path):
+        names, rows = read_caption_file(file)
+        return _read_captioned(path, [path / name for name in names], rows, size)
+    listed = _listing(path)
+    images = [f for f in listed if _is_image(f)]
+    if any(image.with_suffix(".txt").is_file() for image in images):
+        return _read_captioned(path, images, read_text_files(images), size)
+    folders = [f for f in listed if f.is_dir()]
     if not folders:
-        raise DataError(f"{path} must hold one folder of images per class; it holds no folder")
-    files = []
+        raise DataError(
+            f"{path} must hold one folder of images per class, or images with captions (captions.jsonl or "
+            "captions.csv, or a .txt file beside each); it holds neither"
+        )
+    return _read_classes(path, folders, size)
+
+
+def _read_classes(path: Path, folders: list[Path], size: tuple[int, int] | None) -> ImageData:
+    files: list[Path] = []
+    labels: list[int] = []
     for label, folder in enumerate(folders):
-        found = [f for f in _listing(folder) if f.suffix.lower() in _SUFFIXES]
+        found = [f for f in _listing(folder) if _is_image(f)]
         if not found:
             raise DataError(f"class folder {folder} holds no images ({', '.join(sorted(_SUFFIXES))})")
-        files += [(file, label) for file in found]
-    class_names = tuple(f.name for f in folders)
-    skipped: list = []
+        files += found
+        labels += [label] * len(found)
+    decoded = _decode(path, files, size)
+    ids = np.array(labels, np.int64)[decoded.kept]
+    for lost in sorted(set(range(len(folders))) - set(ids.tolist())):
+        lines = [entry for entry in decoded.skipped if entry[0].startswith(f"{folders[lost].name}/")]
+        raise DataError(f"none of the images in {folders[lost]} can be used:{_named(lines)}")
+    names = tuple(f.name for f in folders)
+    return ImageData(path.resolve().name, decoded.images, ClassLabels(names), {"labels": ids})
 
-    def restore(images: np.ndarray, known: dict) -> ImageData:
-        labels = np.array(known["labels"], np.int64)
-        if images.dtype != np.uint8 or labels.shape != images.shape[:1]:
-            raise ValueError("labels and images do not fit")
-        skipped[:] = known["skipped"]
-        return ImageData(path.resolve().name, images, ClassLabels(class_names), {"labels": labels})
+
+def _read_captioned(
+    path: Path, files: list[Path], rows: list[list[str]], size: tuple[int, int] | None
+) -> ImageData:
+    decoded = _decode(path, files, size)
+    captions = Captions.of_rows([rows[i] for i in decoded.kept])
+    return ImageData(path.resolve().name, decoded.images, Unconditional(), {}, captions=captions)
+
+
+def _decode(path: Path, files: list[Path], size: tuple[int, int] | None) -> Decoded:
+    """The images in `files`, from the cache where it has them; those that cannot be used are named on the log."""
+
+    def restore(images: np.ndarray, known: dict) -> Decoded:
+        kept = np.array(known["kept"], np.int64)
+        if images.dtype != np.uint8 or kept.shape != images.shape[:1]:
+            raise ValueError("files and images do not fit")
+        return Decoded(images, kept, known["skipped"])
 
     def build(writer: ArrayWriter) -> dict:
-        return _decode_all(path, files, class_names, size, writer)
+        return _decode_all(path, files, size, writer)
 
     place = cache_folder() / "images" / _key(path, files, size)
-    data = cached(place, f"the decoded copy of {path}", build, restore)
-    if skipped:
+    decoded = cached(place, f"the decoded copy of {path}", build, restore)
+    if decoded.skipped:
         log.warning(
             "skipped %d of %d images in %s that cannot be used:%s",
-            len(skipped), len(files), path, _named(skipped),
+            len(decoded.skipped), len(files), path, _named(decoded.skipped),
         )  # fmt: skip
-    return data
+    return decoded
 
 
-def _key(path: Path, files: list[tuple[Path, int]], size: tuple[int, int] | None) -> str:
+def _key(path: Path, files: list[Path], size: tuple[int, int] | None) -> str:
     """A name for exactly these files at this size."""
     listed = []
-    for file, label in files:
+    for file in files:
         try:
             state = file.stat()
         except OSError:  # a link to nowhere: named and skipped when it is read
-            listed.append([file.name, label])
+            listed.append([_short_name(path, file)])
         else:
-            listed.append([file.name, label, state.st_size, state.st_mtime_ns])
+            listed.append([_short_name(path, file), state.st_size, state.st_mtime_ns])
     return sha256(json.dumps([_FORMAT, str(path.resolve()), size, listed]).encode())[:32]
+
+
+def _short_name(path: Path, file: Path) -> str:
+    return file.relative_to(path).as_posix()
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES
 
 
 def _listing(folder: Path) -> list[Path]:
@@ -82,16 +146,26 @@ def _listing(folder: Path) -> list[Path]:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 
 
-def _decode_all(
-    path: Path,
-    files: list[tuple[Path, int]],
-    class_names: tuple[str, ...],
-    size: tuple[int, int] | None,
-    writer: ArrayWriter,
-) -> dict:
-    """Write all images, grey ones as colour from the first coloured one on, and return labels and what was skipped."""
-    labels, skipped = [], []
-    channels = first = None
+def _decode_all(path: Path, files: list[Path], size: tuple[int, int] | None, writer: ArrayWriter) -> dict:
+    """Write all images that can be used, and return which they are and why the others are not."""
+    sink, kept, skipped = _ImageSink(path, writer), [], []
+    for index, pixels in enumerate(_pixels_of_all(path, files, size)):
+        name = _short_name(path, files[index])
+        if isinstance(pixels, str):
+            skipped.append([name, pixels])
+        else:
+            sink.append(name, pixels)
+            kept.append(index)
+    if 2 * len(skipped) > len(files):
+        raise DataError(
+            f"more than half of the images in {path} cannot be used ({len(skipped)} of {len(files)}):"
+            f"{_named(skipped)}"
+        )
+    return {"kept": kept, "skipped": skipped}
+
+
+def _pixels_of_all(path: Path, files: list[Path], size: tuple[int, int] | None) -> Iterator[np.ndarray | str]:
+    """Pixels (C, H, W) of each file in turn, or why there are none."""
     workers = min(8, os.cpu_count() or 1)
     with (
         warnings.catch_warnings(),
@@ -101,39 +175,34 @@ def _decode_all(
         warnings.simplefilter("ignore")  # Pillow's, on odd metadata and very large images
         step = 4 * workers  # decoded at a time: more would pile up in memory
         for start in range(0, len(files), step):
-            piece = files[start : start + step]
-            decoded = pool.map(lambda item: _read(item[0], size), piece)
-            for (file, label), pixels in zip(piece, decoded, strict=True):
+            for pixels in pool.map(lambda file: _read(file, size), files[start : start + step]):
                 bar("")
-                if isinstance(pixels, str):
-                    skipped.append([f"{file.parent.name}/{file.name}", pixels])
-                    continue
-                if first is None:
-                    channels, first = len(pixels), (file, pixels.shape[1:])
-                if pixels.shape[1:] != first[1]:
-                    one, other = (
-                        f"{f.parent.name}/{f.name} is {s[0]} x {s[1]}"
-                        for f, s in (first, (file, pixels.shape[1:]))
-                    )
-                    raise DataError(
-                        f"images in {path} differ in size (height x width): {one}, {other}; give --size to bring them "
-                        "to one"
-                    )
-                if len(pixels) > channels:  # the first coloured one after grey ones
-                    writer.rewrite(lambda item: item.repeat(3, axis=1))
-                    channels = len(pixels)
-                writer.append(pixels.repeat(channels // len(pixels), axis=0)[None])
-                labels.append(label)
-    if 2 * len(skipped) > len(files):
-        raise DataError(
-            f"more than half of the images in {path} cannot be used ({len(skipped)} of {len(files)}):"
-            f"{_named(skipped)}"
-        )
-    lost = sorted(set(range(len(class_names))) - set(labels))
-    if lost:
-        lines = [entry for entry in skipped if entry[0].startswith(f"{class_names[lost[0]]}/")]
-        raise DataError(f"none of the images in {path / class_names[lost[0]]} can be used:{_named(lines)}")
-    return {"labels": labels, "skipped": skipped}
+                yield pixels
+
+
+class _ImageSink:
+    """Writes images of one size; grey ones as colour from the first coloured one on."""
+
+    def __init__(self, path: Path, writer: ArrayWriter):
+        self._path, self._writer = path, writer
+        self._first: tuple[str, tuple[int, ...]] | None = None
+        self._channels = 0
+
+    def append(self, name: str, pixels: np.ndarray) -> None:
+        """Write the pixels (C, H, W) of the file `name`; DataError where they are of another size than the first."""
+        if self._first is None:
+            self._first, self._channels = (name, pixels.shape[1:]), len(pixels)
+        if pixels.shape[1:] != self._first[1]:
+            sizes = ((name, pixels.shape[1:]), self._first)
+            other, one = (f"{n} is {height} x {width}" for n, (height, width) in sizes)
+            raise DataError(
+                f"images in {self._path} differ in size (height x width): {one}, {other}; give --size to bring them to "
+                "one"
+            )
+        if len(pixels) > self._channels:  # the first coloured one after grey ones
+            self._writer.rewrite(lambda item: item.repeat(3, axis=1))
+            self._channels = len(pixels)
+        self._writer.append(pixels.repeat(self._channels // len(pixels), axis=0)[None])
 
 
 def _named(skipped: list) -> str:

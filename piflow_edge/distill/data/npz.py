@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from piflow_edge.conditioning import Arrays, ClassLabels, TensorSpec
+from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner, TensorSpec, Unconditional
 from piflow_edge.errors import DataError, PiFlowError
 
+from .captions import read_captions_array
 from .image_data import PIECE, ImageData, Latent, pieces
 
 # Arrays from this size on stay on the disk, where they are not compressed.
@@ -37,9 +38,10 @@ def read_npz(path: Path) -> ImageData:
     ) as error:
         raise DataError(f"{path} cannot be read as .npz: {error}") from error
     given = {k.removeprefix("cond_"): v for k, v in arrays.items() if k.startswith("cond_")}
-    if ("images" in arrays) == ("latents" in arrays) or not ("labels" in arrays or given):
+    steered = given or {"labels", "captions"} & set(arrays)
+    if ("images" in arrays) == ("latents" in arrays) or not steered:
         raise DataError(
-            f"{path} must hold 'images' or 'latents', and 'labels' or arrays named 'cond_...'; it holds "
+            f"{path} must hold 'images' or 'latents', and 'labels', 'captions' or arrays named 'cond_...'; it holds "
             f"{sorted(arrays)}"
         )
     if "labels" in given:
@@ -48,12 +50,23 @@ def read_npz(path: Path) -> ImageData:
         images, latent = _images(path, arrays["images"]), None
     else:
         images, latent = _latents(path, arrays)
-    classes = _classes(path, arrays, len(images)) if "labels" in arrays else None
+    captions = None
+    if "captions" in arrays:
+        captions = read_captions_array(path, arrays["captions"], len(images))
+    steering = _steering(path, given, arrays, len(images))
+    return ImageData(path.stem, images, *steering, latent, captions)
+
+
+def _steering(
+    path: Path, given: dict[str, np.ndarray], arrays: Mapping[str, np.ndarray], count: int
+) -> tuple[Conditioner, dict[str, np.ndarray]]:
+    """What steers, as the arrays say, and it for each image; captions steer once they are encoded."""
+    classes = _classes(path, arrays, count) if "labels" in arrays else None
     if classes and not given:
-        return ImageData(path.stem, images, *classes, latent)
+        return classes
     if classes:
         given |= classes[1]
-    return ImageData(path.stem, images, *_conditions(path, given, arrays, len(images)), latent)
+    return _conditions(path, given, arrays, count) if given else (Unconditional(), {})
 
 
 def _conditions(

@@ -34,6 +34,9 @@ from .state import State
 # What a run killed while it wrote a file leaves behind; see `files.write_atomic`.
 _LEFT_BEHIND = re.compile(r"\.(checkpoint\.json|log\.jsonl|weights-.*\.safetensors)\.[0-9a-f]{8}")
 
+# Settings that may be others when a run goes on: it is made longer, or its batches cut for another machine.
+_MAY_CHANGE = ("training.iterations", "training.batch_size")
+
 # (network, x_0, conditioning, random) -> scalar. The network to call is the one given: it is prepared for training.
 Loss = Callable[[nn.Module, Tensor, dict[str, Tensor], Share], Tensor]
 # (network) -> images, uint8 (B, H, W, C) with C 1 or 3, from the same noise each time.
@@ -210,13 +213,14 @@ def gradients(
     processes = state.processes
     random = SharedRandom(IterationRandom(config.seed, iteration), config.batch_size)
     picked = random.random.choice(len(data), config.batch_size)
+    draws = random.random.uniform(config.batch_size) if data.several else None
     # For networks that draw from torch's own state, as dropout does.
     key = np.random.SeedSequence([config.seed, iteration, processes.index])
     torch.manual_seed(int(key.generate_state(1)[0]))
     state.optimizer.zero_grad()
     total = 0.0
     for piece in pieces:
-        x_0, conditioning = data.batch(picked[piece])
+        x_0, conditioning = data.batch(picked[piece], None if draws is None else draws[piece])
         x_0 = torch.from_numpy(x_0).to(processes.device)
         conditioning = {name: torch.from_numpy(v).to(processes.device) for name, v in conditioning.items()}
         with processes.syncing(state.prepared, last=piece == pieces[-1]):
@@ -257,9 +261,16 @@ def _checkpoint_gradients(network: nn.Module) -> None:
 
 
 def learning_rate(config: TrainingConfig, iteration: int) -> float:
-    """Linear rise over `warmup` steps, then half a cosine down to 0."""
+    """Linear rise over `warmup` steps, and the decay that the settings name."""
     rise = min((iteration + 1) / max(config.warmup, 1), 1.0)
-    return config.learning_rate * rise * 0.5 * (1 + np.cos(np.pi * iteration / config.iterations))
+    return config.learning_rate * rise * _DECAYS[config.learning_rate_decay](config, iteration)
+
+
+# Share of the learning rate that is left at an iteration, by the name of the decay.
+_DECAYS: dict[str, Callable[[TrainingConfig, int], float]] = {
+    "cosine": lambda config, iteration: 0.5 * (1 + np.cos(np.pi * iteration / config.iterations)),
+    "inverse-sqrt": lambda config, iteration: math.sqrt(min(1.0, max(config.warmup, 1) / (iteration + 1))),
+}
 
 
 @contextmanager
@@ -313,7 +324,14 @@ def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, sett
     was = {"network": checkpoint.network, "conditioning": checkpoint.conditioner.to_json()}
     now = {"network": network, "conditioning": data.conditioner.to_json()}
     was, now = _flat({**was, **checkpoint.settings}), _flat(json.loads(json.dumps({**now, **settings})))
-    odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in {**was, **now} if was.get(k) != now.get(k)]
+    # Settings that the release which began the run did not have.
+    was = _flat({"training": asdict(TrainingConfig())}) | was
+    keys = [key for key in {**was, **now} if key not in _MAY_CHANGE]
+    odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in keys if was.get(k) != now.get(k)]
+    if settings["training"]["iterations"] < checkpoint.iteration:
+        odd.append(
+            f"iterations are {settings['training']['iterations']}, and {checkpoint.iteration} are done"
+        )
     if odd:
         raise CheckpointError(
             f"{folder} holds a checkpoint with other settings ({'; '.join(odd)}); "

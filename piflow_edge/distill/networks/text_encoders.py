@@ -3,6 +3,7 @@
 The same object serves training, where it encodes captions, and export, where its module becomes a graph.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -108,6 +109,14 @@ class TextEncoder:
             name: value.float().cpu().numpy() for name, value in zip(self.module.outputs, found, strict=True)
         }
 
+    def fingerprint(self) -> str:
+        """SHA-256 of weights and tokenizer."""
+        digest = hashlib.sha256(self.tokenizer)
+        for name, tensor in self.module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What it feeds a network, found by encoding a prompt."""
         found = self.spec.encode(
@@ -128,6 +137,11 @@ def open_prompts(
     """Return the conditioner that reads prompts with these encoders, in PyTorch."""
     inputs = tuple(spec for encoder in encoders for spec in encoder.inputs())
     spec = TextPrompts(tuple(encoder.spec for encoder in encoders), inputs, null_prompt, tuple(examples))
+    return open_encoders(spec, encoders)
+
+
+def open_encoders(spec: TextPrompts, encoders: Sequence[TextEncoder]) -> OpenedTextPrompts:
+    """Return the conditioner that `spec` describes, with these encoders of its names."""
     assets = {encoder.spec.tokenizer_asset: encoder.tokenizer for encoder in encoders}
     networks = {encoder.spec.network: encoder for encoder in encoders}
     return spec.open(assets.__getitem__, lambda name, inputs: networks[name].run(dict(inputs)))
@@ -170,7 +184,7 @@ def load_text_encoder(
     return build_text_encoder(model, words, family, name or config.model_type, **settings)
 
 
-def load_text_encoders(sources: Sequence[str | Path], conditioner: Conditioner) -> list[TextEncoder]:
+def load_text_encoders(sources: Sequence[str | Path], conditioner: Conditioner | None) -> list[TextEncoder]:
     """Load the text encoders of a student, with the settings that it was trained with where they are known.
 
     Args:
