@@ -7,7 +7,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 import click
 
 from .commands import build_engines as building
-from .commands import bundles, device, evaluate, images, sending, training
+from .commands import bundles, device, evaluate, images, sending, serving, training
 from .errors import MissingExtraError, PiFlowError
 
 # Packages of the `train` extra, by the name they are imported under.
@@ -64,6 +64,7 @@ for command in (
     bundles.export,
     building.build,
     images.sample,
+    serving.serve,
     bundles.verify,
     bundles.inspect,
     sending.sign,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,7 +28,14 @@ from .drawing.recorded import ImageGraphs
 from .drawing.stopwatch import Stopwatch
 from .lifetime import Lifetime
 from .recipe import Recipe
-from .request import Request, build_request, describe_request, open_conditioner, repeat_request
+from .request import (
+    Request,
+    build_request,
+    describe_request,
+    join_requests,
+    open_conditioner,
+    repeat_request,
+)
 from .result import Result
 from .settings import change_settings, describe_untrained
 
@@ -142,6 +150,53 @@ class Generator:
         request = build_request(self.bundle, self.conditioner, asked, seed, settings, **given)
         return self._make(request, output, observer, synchronize, began)
 
+    def prepare(
+        self,
+        subject: Any = None,
+        count: int | None = None,
+        seed: int | Sequence[int | tuple[int, int]] = 0,
+        *,
+        labels: int | str | Sequence[int | str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        settings: SamplingSettings | None = None,
+    ) -> Request:
+        """Check what a call would ask for, and return it for `make_together`; prompts are encoded here.
+
+        Args and errors are those of a call.
+        """
+        asked = build_asked(self.conditioner, subject, labels=labels, prompts=prompt, count=count)
+        with self._lifetime:
+            return build_request(self.bundle, self.conditioner, asked, seed, change_settings(settings, {}))
+
+    def make_together(
+        self,
+        requests: Sequence[Request],
+        *,
+        output: str = "pil",
+        callback: Callable[[Progress], None] | None = None,
+    ) -> list[Result]:
+        """Make the images of several requests in one batch, and return a result for each.
+
+        Every image is the one that a call for it alone makes, wherever the engine rounds alike in every batch, as
+        ONNX Runtime does on the CPU.
+
+        Args:
+            requests: of `prepare`, all of one `batch_key`.
+            output, callback: as in a call; a callback sees the images of all requests, in their order.
+
+        Raises:
+            ShapeError: requests that no batch can hold. Others as a call does.
+        """
+        clock, began = Stopwatch(), time.perf_counter()
+        latents, images = self._draw_all(join_requests(requests), output, Observer(callback), clock)
+        clock.add("total", began)
+        stops = list(accumulate(map(len, requests)))
+        pieces = [slice(stop - len(request), stop) for request, stop in zip(requests, stops, strict=True)]
+        return [
+            self._describe(request, latents[piece], None if images is None else images[piece], clock)
+            for request, piece in zip(requests, pieces, strict=True)
+        ]
+
     def make_again(
         self,
         recipe: Recipe,
@@ -178,10 +233,17 @@ class Generator:
     def _make(
         self, request: Request, output: str, observer: Observer, synchronize: bool, began: float
     ) -> Result:
+        clock = Stopwatch(self._wait_for_gpu if synchronize and self._place else None)
+        latents, images = self._draw_all(request, output, observer, clock)
+        clock.add("total", began)
+        return self._describe(request, latents, images, clock)
+
+    def _draw_all(
+        self, request: Request, output: str, observer: Observer, clock: Stopwatch
+    ) -> tuple[np.ndarray, Any]:
         """Draw latents in as many pieces as the engine needs, and make images of them."""
         self._check_output(output)
         self._warn_if_untrained(request)
-        clock = Stopwatch(self._wait_for_gpu if synchronize and self._place else None)
         # The policies' threads are started from this one, and keep to its cores.
         with self._lifetime, self.options.on_cores():
             made = [
@@ -194,8 +256,10 @@ class Generator:
                 from piflow_edge.system.sheets import as_pil  # Pillow is only needed where pictures are made
 
                 images = clock.run("decode", as_pil, images)
+        return latents, images
+
+    def _describe(self, request: Request, latents: np.ndarray, images: Any, clock: Stopwatch) -> Result:
         recipe = describe_request(self.conditioner, request, self._run)
-        clock.add("total", began)
         seeds = None if request.noise is not None else request.seeds
         return Result(images, latents, seeds, self.engine.name, self.engine.device, clock.ms, recipe)
 

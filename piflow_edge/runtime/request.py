@@ -1,16 +1,16 @@
 """What one call of a generator asks for: checked, and with all that was left open filled in."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.conditioning import Asked, Conditioner, Conditioning, count_of
+from piflow_edge.conditioning import Asked, Conditioner, Conditioning, concatenate, count_of
 from piflow_edge.engines import Engine
-from piflow_edge.errors import RecipeError
+from piflow_edge.errors import RecipeError, ShapeError
 from piflow_edge.kernels import gpu_arrays
 from piflow_edge.sampling import SamplingSettings
 from piflow_edge.schedule import Schedule
@@ -45,6 +45,16 @@ class Request:
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Requests of one key can be drawn in one batch, and none of their images is another for it.
+
+        The lengths of what steers belong to it: prompts that were filled up to a common length might round otherwise.
+        """
+        arrays = {**self.conditioning, "start": self.start, "drawn": self.drawn, "noise": self.noise}
+        shapes = ((name, array.shape[1:]) for name, array in arrays.items() if array is not None)
+        return self.settings, tuple(sorted(shapes))
 
     def draw_noise(self, piece: slice, draw: int, num_threads: int | None) -> np.ndarray:
         """Return noise of some of the images, float32 (B, C, H, W).
@@ -108,6 +118,32 @@ def build_request(
         noise = convert_floats("noise", noise, manifest.latent.shape, count)
     shape = tuple(manifest.latent.shape)
     return Request(asked, conditioning, seeds, settings, schedule, start, drawn, noise, shape)
+
+
+def join_requests(requests: Sequence[Request]) -> Request:
+    """Return one request for the images of several, in order, to be drawn in one batch.
+
+    It holds all that drawing takes; what was asked for stays with the requests that it was made of.
+
+    Raises:
+        ShapeError: they differ in settings or shapes, so that no batch holds them.
+    """
+    first, *others = requests
+    if not others:
+        return first
+    if any(other.batch_key != first.batch_key for other in others):
+        raise ShapeError("requests of one batch have the same settings and shapes; draw these one by one")
+    arrays = {
+        name: None if getattr(first, name) is None else np.concatenate([getattr(r, name) for r in requests])
+        for name in ("start", "drawn", "noise")
+    }
+    return replace(
+        first,
+        asked=Asked(),
+        conditioning=concatenate([request.conditioning for request in requests]),
+        seeds=[pair for request in requests for pair in request.seeds],
+        **arrays,
+    )
 
 
 def describe_request(conditioner: Conditioner, request: Request, run: dict[str, str]) -> Recipe:

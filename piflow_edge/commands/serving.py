@@ -1,0 +1,60 @@
+"""The command that answers over HTTP: `serve`."""
+
+import logging
+from pathlib import Path
+
+import click
+
+from piflow_edge.runtime.serve.limits import ServeSettings
+
+from .options import BUNDLE_PATH, TRUSTED_KEYS, engine_options, engine_settings, say, settings_options
+
+
+def _read_key(context, parameter, file: Path | None) -> str | None:
+    """The key in a file: what is typed on a command line, every user of the machine can read."""
+    try:
+        return file and file.read_text(encoding="ascii").strip()
+    except UnicodeDecodeError as error:
+        raise click.BadParameter(f"{file} holds an API key in ASCII: {error}") from error
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, **BUNDLE_PATH)
+@settings_options("limits", ServeSettings(), {"allowed_hosts": "allowed_host"})
+@click.option("--api-key-file", "api_key", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              callback=_read_key, help="File with a key that callers must send.")  # fmt: skip
+@engine_options
+@click.option("--precision", help="One of each bundle's; else its first.")
+@TRUSTED_KEYS
+def serve(bundles, limits, api_key, engine, device, threads, cores, precision, trusted_keys):
+    """Answer requests for images over HTTP.
+
+    BUNDLES are folders, or digits, the bundle that comes with piflow-edge. Requests that come together are drawn
+    together. Prints the address on stdout; Ctrl-C stops it.
+
+    \b
+    Example:
+      piflow-edge serve digits
+      curl http://127.0.0.1:8000/v1/images/generations -H 'Content-Type: application/json' -d '{"prompt": "3"}'
+    """
+    from contextlib import ExitStack
+    from dataclasses import replace
+
+    from piflow_edge.runtime.loading import load
+    from piflow_edge.runtime.serve.web_server import open_socket, require_packages, run_app
+
+    require_packages()
+    limits = replace(limits, api_key=api_key)
+    if not limits.is_local and api_key is None:
+        say(f"anybody who reaches {limits.host} can ask for images; --api-key-file asks for a key")
+    logging.basicConfig(level=logging.WARNING, format="piflow-edge: %(message)s")
+    settings = engine_settings(engine, device, threads, cores)
+    with ExitStack() as closing:
+        socket = closing.enter_context(open_socket(limits))
+        generators = [
+            closing.enter_context(load(bundle, precision=precision, trusted_keys=trusted_keys, **settings))
+            for bundle in bundles
+        ]
+        for generator in generators:
+            say(f"{generator!r}")
+        run_app(generators, limits, socket, ready=click.echo)

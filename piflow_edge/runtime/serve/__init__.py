@@ -1,0 +1,1 @@
+"""Images over HTTP: bundles kept open, requests put together into batches. Needs the `serve` extra."""

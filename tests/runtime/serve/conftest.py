@@ -1,0 +1,66 @@
+"""A server in this process, and an engine that waits until a test lets it go on."""
+
+import threading
+
+import pytest
+
+import piflow_edge as pf
+from piflow_edge.errors import EngineError
+from tests.helpers.gaussian import GaussianEngine, gaussian_generator
+
+pytest.importorskip("starlette", reason="a server needs the 'serve' extra")
+pytest.importorskip("prometheus_client", reason="a server needs the 'serve' extra")
+pytest.importorskip("httpx", reason="starlette's test client needs it")
+
+# Only `localhost` is let in, and the test client calls itself "testserver".
+ADDRESS = "http://localhost"
+
+
+class GatedEngine(GaussianEngine):
+    """Begins no network call until the gate is open; `begun` is released at the start of each."""
+
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.gate, self.begun, self.failing = threading.Event(), threading.Semaphore(0), False
+
+    def run(self, inputs):
+        self.begun.release()
+        assert self.gate.wait(30)
+        if self.failing:
+            raise EngineError("the engine is out of order")
+        return super().run(inputs)
+
+
+@pytest.fixture
+def gated():
+    return GatedEngine()
+
+
+@pytest.fixture
+def generator(gated):
+    with gaussian_generator(gated) as generator:
+        yield generator
+        gated.gate.set()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    with pf.load("digits") as generator:
+        yield generator
+
+
+def serve(*generators, **limits):
+    """A client of a server of these bundles; a `with` block is the server's life."""
+    from starlette.testclient import TestClient
+
+    from piflow_edge.runtime.serve.limits import ServeSettings
+    from piflow_edge.runtime.serve.web_app import build_app
+
+    app = build_app(generators, ServeSettings(**limits))
+    return TestClient(app, ADDRESS, raise_server_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serve(pf.load("digits")) as client:
+        yield client
