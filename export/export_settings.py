@@ -25,7 +25,7 @@ class ExportSettings:
         name: of the bundle; None is the folder's.
         temperature: of GM policies at every call but the last, 0 or more, recorded as the bundle's default; "auto" is
             the published rule min(0.1 (nfe - 1), 1), 1 leaves the policies as they were trained.
-        eps: floor inside the policy at run time.
+        eps: floor inside the policy at run time; None is the student's own, 1e-4 but for the authors' students.
         samplers: calls per image for which the whole sampler is written as one graph too.
         precisions: of `PRECISIONS`; the first is what the bundle runs in unless asked. The decoder of int8 is fp32.
         axes: how long named axes of what steers the student may be, by name; else any length.
@@ -39,7 +39,7 @@ class ExportSettings:
 
     name: str | None = None
     temperature: float | str = "auto"
-    eps: float = 1e-4
+    eps: float | None = None
     samplers: tuple[int, ...] = ()
     precisions: tuple[str, ...] = ("fp32",)
     axes: Mapping[str, AxisSpec] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class ExportSettings:
     def __post_init__(self):
         object.__setattr__(self, "samplers", tuple(sorted(set(self.samplers))))
         object.__setattr__(self, "precisions", tuple(dict.fromkeys(self.precisions)))
-        if not (isinstance(self.eps, numbers.Real) and 0 < self.eps < math.inf):
+        if self.eps is not None and not (isinstance(self.eps, numbers.Real) and 0 < self.eps < math.inf):
             raise ScheduleError(f"eps is above 0, and finite; got {self.eps!r}")
         check_temperature(self.temperature)
         if not self.precisions or not set(self.precisions) <= set(PRECISIONS):

@@ -50,7 +50,7 @@ def draft_manifest(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         name=name,
-        policy=replace(head, eps=settings.eps),
+        policy=head if settings.eps is None else replace(head, eps=settings.eps),
         schedule=ScheduleSpec(
             nfe=student.nfes[-1],  # of several it was trained for, the best
             shift=student.shift,
@@ -58,6 +58,9 @@ def draft_manifest(
             total_substeps=student.total_substeps,
             h=0.0,
             temperature=settings.temperature,
+            substep_rule=student.substep_rule,
+            good_nfes=list(student.nfes),
+            or_more=student.or_more,
         ),
         conditioning=conditioner.to_json(),
         latent=latent,

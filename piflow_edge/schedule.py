@@ -16,6 +16,8 @@ from .errors import ScheduleError
 
 # Floor under the divisions of the re-noising rule; the value of the authors' FlowMapSDEScheduler.
 _RENOISE_EPS = 1e-6
+# Substeps; far above what float64 loses in up to some thousands of them, far below what a segment differs by.
+_WHOLE = 1e-6
 
 
 def warp(raw_t, shift: float):
@@ -87,14 +89,25 @@ def resolution_shift(
     return math.exp((seq_len - base_seq_len) * slope + base_logshift)
 
 
-def count_substeps(raw_t_src, raw_t_dst, total_substeps: int):
-    """Euler steps between two raw times: `total_substeps` per unit of raw time, at least 1, halves to even.
+def count_substeps(raw_t_src, raw_t_dst, total_substeps: int, rule: str = "round"):
+    """Euler steps between two raw times: `total_substeps` per unit of raw time, at least 1.
 
-    Floats give an int, (B,) arrays an int64 array. `raw_t_dst` may lie below 0 (see `substep_sigmas`).
+    Floats give an int, (B,) arrays an int64 array. `raw_t_dst` may lie below 0 (see `substep_sigmas`). `rule`: see
+    `SUBSTEP_RULES`.
     """
-    counts = np.maximum(np.rint(total_substeps * (np.asarray(raw_t_src) - np.asarray(raw_t_dst))), 1)
-    counts = counts.astype(np.int64)
+    exact = total_substeps * (np.asarray(raw_t_src) - np.asarray(raw_t_dst))
+    counts = np.maximum(SUBSTEP_RULES[rule](exact), 1).astype(np.int64)
     return counts if counts.ndim else int(counts)
+
+
+def _round_up(counts):
+    # A whole number stays, whatever warp and unwarp rounded. The authors' float32 sometimes makes 33 of 32 here.
+    return np.ceil(counts - _WHOLE)
+
+
+# How a count that is not whole becomes one. "round", halves to even: the authors' code up to piFlow 0.1.2, in training
+# to this day, and ComfyUI-piFlow. "ceil", up: their pipelines since LakonLab 0.2.0.
+SUBSTEP_RULES = {"round": np.rint, "ceil": _round_up}
 
 
 def substep_sigmas(raw_t_src, raw_t_dst, substeps, shift: float) -> np.ndarray:
@@ -171,6 +184,7 @@ class Schedule:
         total_substeps: Euler steps over all of raw time, shared out to the segments by length.
         h: strength of re-noising between segments, 0 (none, deterministic) or more, or "inf" (all noise is
             drawn afresh).
+        substep_rule: of `SUBSTEP_RULES`, how a segment's share of them becomes a whole number.
 
     Raises:
         ScheduleError: a setting outside its range.
@@ -183,8 +197,12 @@ class Schedule:
     final_step_size_scale: float = 1.0
     total_substeps: int = 128
     h: float | str = 0.0
+    substep_rule: str = "round"
 
     def __post_init__(self):
+        if self.substep_rule not in SUBSTEP_RULES:
+            rules = " or ".join(map(repr, SUBSTEP_RULES))
+            raise ScheduleError(f"substep_rule is {rules}; got {self.substep_rule!r}")
         for name in ("nfe", "total_substeps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
@@ -236,9 +254,8 @@ class Schedule:
             m = 0.0 if math.isinf(h) else ratio ** (h * h)
             sigma_dst = sigma_next * m / max(alpha_next + sigma_next * m, _RENOISE_EPS)
         raw_t_src, raw_t_dst = unwarp(sigma_src, self.shift), unwarp(sigma_dst, self.shift)
-        return Segment(
-            sigma_src, sigma_dst, sigma_next, count_substeps(raw_t_src, raw_t_dst, self.total_substeps), m
-        )
+        substeps = count_substeps(raw_t_src, raw_t_dst, self.total_substeps, self.substep_rule)
+        return Segment(sigma_src, sigma_dst, sigma_next, substeps, m)
 
 
 def _check_shift(shift) -> None:

@@ -76,6 +76,8 @@ def _numbers_outside(manifest: "Manifest") -> Iterator[str]:
             value = getattr(section, key, None)
             if isinstance(value, (int, float)) and not least <= value <= most:  # NaN fails too
                 yield f"has {key} {value!r:.40} in its {place}, which lies from {least:g} to {most:g}; export again"
+    if not all(1 <= nfe <= MOST_CALLS for nfe in manifest.schedule.good_nfes):
+        yield f"is good for numbers of calls that do not lie from 1 to {MOST_CALLS}; export again"
     moments = (*manifest.latent.mean, *manifest.latent.deviation)
     if not all(abs(number) <= 1e6 for number in moments):
         yield "has a mean or deviation of its latent that is not from -1e+06 to 1e+06; export again"
@@ -90,6 +92,7 @@ def _lists_outside(manifest: "Manifest") -> Iterator[str]:
         "files": (len(manifest.files), _MOST_FILES),
         "axes": (len(manifest.axes), _MOST_TENSORS),
         "means of the latent": (len(manifest.latent.mean), _MOST_MOMENTS),
+        "numbers of calls": (len(manifest.schedule.good_nfes), MOST_CALLS),
     }
     counts["calls of a sampler graph"] = max(manifest.samplers, default=0), MOST_CALLS
     for name, network in manifest.networks.items():

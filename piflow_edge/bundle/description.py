@@ -13,9 +13,10 @@ def describe_manifest(manifest: Manifest) -> dict[str, str]:
     scaled += f", packed {latent.packing} x {latent.packing}" if latent.packing > 1 else ""
     return {
         "network calls per image": str(schedule.nfe),
+        "good for": schedule.describe_good_nfes(),
         "policy": f"{manifest.policy.kind}: {', '.join(f'{key} {value}' for key, value in policy.items())}",
         "schedule": f"shift {schedule.shift}, {schedule.total_substeps} substeps, h {schedule.h}, "
-        f"temperature {schedule.temperature}",
+        f"temperature {schedule.temperature}, substeps rounded by {schedule.substep_rule!r}",
         latent.kind: _shape(latent.shape) + scaled,
         "images": _shape(manifest.image_shape) if manifest.image_shape else "none, without a decoder",
         "conditioning": manifest.conditioner.summarize(),

@@ -16,6 +16,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .manifest import FORMAT_VERSION, Manifest
+from .typed_json import may_lack
 
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}
 
@@ -53,7 +54,7 @@ def _object(kind: type, definitions: dict[str, dict]) -> dict[str, Any]:
         "description": re.sub(r"\s+", " ", kind.__doc__ or "").strip(),
         "type": "object",
         "properties": {name: _schema(hints[name], definitions) for name in names},
-        "required": names,
+        "required": [field.name for field in fields(kind) if not may_lack(field)],
         "additionalProperties": False,
     }
 

@@ -1,7 +1,7 @@
 """The sections of `bundle.json`: plain data, each of which says what its numbers mean."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -12,13 +12,18 @@ from piflow_edge.conditioning import TensorSpec
 from piflow_edge.schedule import Schedule, published_temperature
 from piflow_edge.system.onnx_outline import GraphTensor, Outline
 
+from .typed_json import ADDED_LATER
+
+_OF_SCHEDULE = tuple(field.name for field in fields(Schedule))
+
 
 @dataclass(frozen=True)
 class ScheduleSpec:
     """The schedule the student was trained for; see `Schedule`.
 
     `temperature`: of a GM policy at every call but the last; 1 leaves it as it was trained, "auto" is the published
-    rule, which depends on the number of calls.
+    rule, which depends on the number of calls. `good_nfes`: numbers of calls that the student is good for, none where
+    that is not known; with `or_more`, all above the last too.
     """
 
     nfe: int
@@ -27,12 +32,19 @@ class ScheduleSpec:
     total_substeps: int
     h: float | str
     temperature: float | str
+    substep_rule: Literal["round", "ceil"] = field(default="round", metadata=ADDED_LATER)
+    good_nfes: list[int] = field(default_factory=list, metadata=ADDED_LATER)
+    or_more: bool = field(default=False, metadata=ADDED_LATER)
 
     def schedule(self, **changes) -> Schedule:
         """The schedule itself, with `changes` such as `nfe=2`."""
-        settings = asdict(self) | changes
-        del settings["temperature"]
-        return Schedule(**settings)
+        settings = {name: getattr(self, name) for name in _OF_SCHEDULE}
+        return Schedule(**settings | changes)
+
+    def describe_good_nfes(self) -> str:
+        """The numbers of calls that it is good for, in words."""
+        numbers = " or ".join(map(str, self.good_nfes)) or "not stated"
+        return f"{numbers} or more" if self.or_more else numbers
 
     def temperature_of(self, nfe: int) -> float:
         """The temperature, a number, for `nfe` calls per image."""

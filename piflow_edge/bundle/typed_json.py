@@ -2,10 +2,14 @@
 
 import json
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from piflow_edge.errors import BundleError, PiFlowError
+
+# Metadata of a field that files may lack, which then has its default: those written before the field was there.
+ADDED_LATER = MappingProxyType({"added later": True})
 
 
 def write_json(body: dict) -> bytes:
@@ -15,6 +19,11 @@ def write_json(body: dict) -> bytes:
         ValueError: it holds NaN, infinity or text that is not Unicode.
     """
     return (json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def may_lack(described: Field) -> bool:
+    """Return True if a file may lack the field; see `ADDED_LATER`."""
+    return ADDED_LATER.keys() <= described.metadata.keys()
 
 
 def read_typed(kind: Any, value: Any, where: str) -> Any:
@@ -49,14 +58,17 @@ def read_typed(kind: Any, value: Any, where: str) -> Any:
 
 def _read_dataclass(kind: type, value: Any, where: str) -> Any:
     names = [f.name for f in fields(kind)]
-    if not isinstance(value, dict) or list(value) != names:
+    present = [
+        f.name for f in fields(kind) if not may_lack(f) or (isinstance(value, dict) and f.name in value)
+    ]
+    if not isinstance(value, dict) or list(value) != present:
         unknown = [name for name in value if name not in names] if isinstance(value, dict) else []
         problem = (
             f"has the unknown key {unknown[0]!r}" if unknown else f"must hold {', '.join(names)} in order"
         )
         raise BundleError(f"{where} {problem}; it was altered or made by another release")
     hints = get_type_hints(kind)
-    values = {name: read_typed(hints[name], value[name], f"{where}: {name}") for name in names}
+    values = {name: read_typed(hints[name], value[name], f"{where}: {name}") for name in present}
     try:
         return kind(**values)
     except PiFlowError as error:  # a number out of range

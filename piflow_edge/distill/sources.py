@@ -8,11 +8,11 @@ import inspect
 import json
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from piflow_edge.conditioning import Conditioner, Unconditional, conditioner_from_json
+from piflow_edge.conditioning import Conditioner, conditioner_from_json
 from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, load_weights, state_dict
 from piflow_edge.distill.networks.families import build_network
 from piflow_edge.distill.networks.flow_network import (
@@ -20,12 +20,13 @@ from piflow_edge.distill.networks.flow_network import (
     FlowNetwork,
     ModuleNetwork,
     attach_policy_head,
-    find_misfit,
 )
 from piflow_edge.distill.networks.lora import LoRAConfig, fold_lora
+from piflow_edge.distill.official.students import is_official, load_official_student
 from piflow_edge.errors import CheckpointError, PiFlowError
 from piflow_edge.policies import policy_spec_from_json
-from piflow_edge.schedule import Schedule
+
+from .student_model import StudentModel
 
 _WEIGHT_FILES = {".pt", ".pth", ".safetensors"}
 
@@ -43,64 +44,25 @@ class TeacherModel:
     provenance: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class StudentModel:
-    """A few-step network, and what must be known to run it.
-
-    Args:
-        network: with a policy head, ready to be called.
-        nfe: calls per image it was trained for; several of one student for several.
-        shift, final_step_size_scale, total_substeps: of the schedule it was trained with; see `Schedule`.
-        conditioner: what steers it.
-        latent: `scale` and `shift` of the latents it makes, see `data.Latent`; None where it makes pixels.
-        provenance: JSON, for the record; it names no folder of this machine.
-
-    Raises:
-        CheckpointError: the network is no student, or conditioner, schedule and network do not fit.
-    """
-
-    network: FlowNetwork
-    nfe: int | tuple[int, ...] = 1
-    shift: float = 1.0
-    final_step_size_scale: float = 1.0
-    total_substeps: int = 128
-    conditioner: Conditioner = field(default_factory=Unconditional)
-    latent: Mapping[str, Any] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.network.head is None:
-            raise CheckpointError("a student has a policy head; attach the one it was trained with")
-        if problem := find_misfit(self.network.null, self.conditioner):
-            raise CheckpointError(f"{problem}; the student's conditioner: {self.conditioner.summarize()}")
-        try:
-            for nfe in self.nfes:
-                Schedule(nfe, self.shift, self.final_step_size_scale, self.total_substeps)
-        except PiFlowError as error:
-            raise CheckpointError(f"the student's schedule is unusable: {error}") from error
-
-    @property
-    def nfes(self) -> tuple[int, ...]:
-        """Calls per image it was trained for, rising."""
-        return tuple(sorted({self.nfe} if isinstance(self.nfe, int) else set(self.nfe)))
-
-
 def load_student(source: str | Path, *, config: str | Path | None = None) -> StudentModel:
     """A student from wherever it is.
 
     Args:
         source: folder of a checkpoint that `distill` left; a `.pt`, `.pth` or `.safetensors` file with a state dict;
-            "package.module:function", a function without arguments that returns a `StudentModel`.
-        config: of a state dict: JSON with `network` (`family`, and what `networks.describe` says of it: for "dit" the
-            fields of `DiTConfig` under `config`; or `entry`, a function that returns the teacher's `FlowNetwork`),
-            `head` (`kind`, one of `POLICIES`, and its fields), `nfe`, `conditioning` (such as {"kind": "class",
-            "names": ["cat", "dog"], "input": "labels"}; without it nothing steers), and where they are not the defaults
-            the other fields of `StudentModel`.
+            "package.module:function", a function without arguments that returns a `StudentModel`; a class-conditional
+            student of the authors, as folder, file or hub id, see `official.students`.
+        config: of the authors' student in a file its `config.json`. Of a state dict JSON with `network` (`family`, and
+            what `networks.describe` says of it: for "dit" the fields of `DiTConfig` under `config`; or `entry`, a
+            function that returns the teacher's `FlowNetwork`), `head` (`kind`, one of `POLICIES`, and its fields),
+            `nfe`, `conditioning` (such as {"kind": "class", "names": ["cat", "dog"], "input": "labels"}; without it
+            nothing steers), and where they are not the defaults the other fields of `StudentModel`.
 
     Raises:
         CheckpointError: nothing there, or nothing that can be used.
     """
     text, path = str(source), Path(source)
+    if is_official(text, config and Path(config)):
+        return load_official_student(text, config and Path(config))
     if path.suffix in _WEIGHT_FILES and not path.is_dir():
         return _student_from_state_dict(path, config)
     if config is not None:
@@ -116,7 +78,8 @@ def load_student(source: str | Path, *, config: str | Path | None = None) -> Stu
         return student
     raise CheckpointError(
         "a student is a folder with checkpoint.json, a state dict (.pt, .pth, .safetensors) with its configuration, "
-        f"or 'package.module:function'; there is none at {text}"
+        "'package.module:function', or one that pi-Flow's authors published, such as "
+        f"Lakonik/pi-Flow-ImageNet:gmdit_k32_imagenet_piid_1step; there is none at {text}"
     )
 
 

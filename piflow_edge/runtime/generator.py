@@ -77,10 +77,13 @@ class Generator:
     @cached_property
     def trained_nfes(self) -> tuple[int, ...]:
         """Student calls per image that it was trained for, rising; the last is what it makes an image with."""
-        recorded = trained_with(self.bundle.manifest, "imitation", "nfe")
+        schedule = self.bundle.manifest.schedule
+        if schedule.good_nfes:
+            return tuple(sorted(schedule.good_nfes))
+        recorded = trained_with(self.bundle.manifest, "imitation", "nfe")  # of bundles that do not say it
         several = recorded if isinstance(recorded, list) else []
         known = {nfe for nfe in several if type(nfe) is int and nfe > 0}
-        return tuple(sorted({*known, self.bundle.manifest.schedule.nfe}))
+        return tuple(sorted({*known, schedule.nfe}))
 
     def __call__(
         self,

@@ -98,9 +98,10 @@ def describe_untrained(
     `trained_nfes`: the calls per image that it was trained for.
     """
     nfe, strength = settings.nfe, settings.strength
-    if nfe not in trained_nfes:
+    if nfe not in trained_nfes and not (spec.or_more and nfe > max(trained_nfes)):
         plural = "s" * (list(trained_nfes) != [1])
-        return f"was trained for {' or '.join(map(str, trained_nfes))} call{plural} per image and runs with {nfe}"
+        numbers = " or ".join(map(str, trained_nfes)) + " or more" * spec.or_more
+        return f"was trained for {numbers} call{plural} per image and runs with {nfe}"
     if strength == 1:
         return None
     levels = [_make_schedule(spec, SamplingSettings(nfe=each)).sigmas for each in trained_nfes]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from piflow_edge import PiFlowError, Schedule, unwarp, warp
+from piflow_edge.errors import ScheduleError
 from piflow_edge.schedule import count_substeps, substep_sigmas
 from tests.helpers.golden_cases import case_id, cases
 from tests.helpers.golden_policies import sampler_shift
@@ -97,3 +98,20 @@ def test_a_sample_that_is_done_keeps_its_level():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(PiFlowError, match=next(iter(settings))):
         Schedule(**settings)
+
+
+@pytest.mark.parametrize(
+    ("nfe", "scale", "rounded", "raised"),
+    [
+        (4, 0.5, [37, 37, 37, 18], [37, 37, 37, 19]),
+        (8, 0.5, [17] * 7 + [9], [18] * 7 + [9]),
+        (4, 1.0, [32] * 4, [32] * 4),  # a whole number stays, whatever warp and unwarp lost on the way
+        (1, 1.0, [128], [128]),
+    ],
+)
+def test_substeps_are_rounded_by_the_schedule_s_rule(nfe, scale, rounded, raised):
+    for rule, expected in (("round", rounded), ("ceil", raised)):
+        schedule = Schedule(nfe, 3.2, scale, substep_rule=rule)
+        assert [segment.substeps for segment in schedule.segments] == expected
+    with pytest.raises(ScheduleError, match="'round' or 'ceil'; got 'floor'"):
+        Schedule(nfe, substep_rule="floor")

@@ -5,6 +5,7 @@ any moment, the folder holds the previous checkpoint or the new one, never a mix
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,6 +101,11 @@ def state_dict(source: Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
             else:
                 weights = torch.load(source, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds
+            if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+                raise CheckpointError(
+                    f"{source} is not read: it is a pickle that would run code ({found[1]}); where you trust it, save "
+                    "its tensors alone, as safetensors"
+                ) from error
             raise CheckpointError(f"{source} cannot be read as a checkpoint: {error}") from error
     for key in ("ema", "state_dict", "model"):
         if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):

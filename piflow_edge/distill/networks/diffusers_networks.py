@@ -1,4 +1,4 @@
-"""Transformers of diffusers as flow networks: DiT, SD3, FLUX, Qwen-Image."""
+"""Transformers of diffusers as flow networks: DiT, SD3, FLUX.1 and .2, Qwen-Image."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,6 +106,10 @@ class _PackedNetwork(DiffusersNetwork):
     def _planes(self, module):
         return module.get_submodule(self.output).out_features // _PACKED**2
 
+    def embed_time(self, x_t: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The embedding of time, and of what joins it, that modulates the output layer, (B, D)."""
+        raise NotImplementedError
+
     def predict_tokens(
         self, tokens: Tensor, t: Tensor, grid: tuple[int, int], conditioning: Mapping[str, Tensor]
     ) -> Tensor:
@@ -123,16 +127,52 @@ class FluxDiffusersNetwork(_PackedNetwork):
 
     def predict_tokens(self, tokens, t, grid, conditioning):
         """See `_PackedNetwork.predict_tokens`."""
-        rows, columns = grid
-        row = torch.arange(rows, device=tokens.device).repeat_interleave(columns)
-        column = torch.arange(columns, device=tokens.device).repeat(rows)
-        image_ids = torch.stack([torch.zeros_like(row), row, column], dim=1).to(tokens)
+        row, column = count_places(grid, tokens)
+        image_ids = torch.stack([torch.zeros_like(row), row, column], dim=1)
         text_ids = tokens.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3)
-        if self.module.config.guidance_embeds:
-            conditioning = {"guidance": torch.full_like(t, self.guidance_embedding), **conditioning}
+        conditioning = {**self.tell_guidance(t), **conditioning}
         return self.module(
             tokens, timestep=t, img_ids=image_ids, txt_ids=text_ids, **conditioning, return_dict=False
         )[0]
+
+    def tell_guidance(self, t: Tensor) -> dict[str, Tensor]:
+        """The scale that the network's guidance embedding is told at times (B,); nothing where it has none."""
+        if not self.module.config.guidance_embeds:
+            return {}
+        return {"guidance": torch.full_like(t, self.guidance_embedding)}
+
+    def embed_time(self, x_t, t, conditioning):
+        """See `_PackedNetwork.embed_time`."""
+        told = {**self.tell_guidance(t), **conditioning}
+        scales = [told["guidance"].to(x_t) * 1000] if "guidance" in told else []
+        return self.module.time_text_embed(t.to(x_t) * 1000, *scales, told["pooled_projections"])
+
+
+class Flux2DiffusersNetwork(FluxDiffusersNetwork):
+    """`Flux2Transformer2DModel`: conditioning `encoder_hidden_states` (B, L, D); guidance as FLUX.1's."""
+
+    guidance_embedding = 4.0  # that of the FLUX.2 dev pipeline
+
+    def predict_tokens(self, tokens, t, grid, conditioning):
+        """See `_PackedNetwork.predict_tokens`."""
+        row, column = count_places(grid, tokens)
+        none = torch.zeros_like(row)
+        word = torch.arange(conditioning["encoder_hidden_states"].shape[1], device=tokens.device).to(tokens)
+        nowhere = torch.zeros_like(word)
+        return self.module(
+            tokens,
+            timestep=t,
+            img_ids=torch.stack([none, row, column, none], dim=1),
+            txt_ids=torch.stack([nowhere, nowhere, nowhere, word], dim=1),
+            **{**self.tell_guidance(t), **conditioning},
+            return_dict=False,
+        )[0]
+
+    def embed_time(self, x_t, t, conditioning):
+        """See `_PackedNetwork.embed_time`."""
+        told = {**self.tell_guidance(t), **conditioning}
+        scale = told["guidance"].to(x_t) * 1000 if "guidance" in told else None
+        return self.module.time_guidance_embed(t.to(x_t) * 1000, scale)
 
 
 class QwenImageDiffusersNetwork(_PackedNetwork):
@@ -143,11 +183,16 @@ class QwenImageDiffusersNetwork(_PackedNetwork):
         shapes = [[(1, *grid)]] * len(tokens)
         return self.module(tokens, timestep=t, img_shapes=shapes, **conditioning, return_dict=False)[0]
 
+    def embed_time(self, x_t, t, conditioning):
+        """See `_PackedNetwork.embed_time`."""
+        return self.module.time_text_embed(t.to(x_t), x_t)
+
 
 _NETWORKS = {
     "DiTTransformer2DModel": DiTDiffusersNetwork,
     "SD3Transformer2DModel": SD3DiffusersNetwork,
     "FluxTransformer2DModel": FluxDiffusersNetwork,
+    "Flux2Transformer2DModel": Flux2DiffusersNetwork,
     "QwenImageTransformer2DModel": QwenImageDiffusersNetwork,
 }
 
@@ -222,6 +267,13 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The way back of `pack`, for any number of planes."""
     patches = tokens.unflatten(2, (-1, _PACKED, _PACKED)).unflatten(1, grid)  # (B, rows, columns, M, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def count_places(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of every token of a grid, (rows columns,) each."""
+    rows, columns = grid
+    row = torch.arange(rows, device=like.device).repeat_interleave(columns)
+    return row.to(like), torch.arange(columns, device=like.device).repeat(rows).to(like)
 
 
 def _diffusers():

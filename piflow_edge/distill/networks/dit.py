@@ -57,6 +57,7 @@ class DiTConfig(PatchSizes):
         depth: number of blocks.
         num_heads: attention heads.
         num_classes: real classes; label `num_classes` is the null class.
+        mlp_norm_eps: floor of the layer norm before the MLP; pi-Flow's own networks have 1e-5.
 
     Raises:
         ShapeError: sizes that do not divide.
@@ -69,6 +70,7 @@ class DiTConfig(PatchSizes):
     depth: int = NetworkSizes.depth
     num_heads: int = NetworkSizes.num_heads
     num_classes: int = 10
+    mlp_norm_eps: float = 1e-6
 
     @classmethod
     def fitting(cls, shape: tuple[int, ...], conditioner: Conditioner, **sizes: int) -> "DiTConfig | None":
@@ -97,7 +99,9 @@ class DiT(nn.Module):
         self.patch_embed = nn.Conv2d(config.in_channels, width, patch, stride=patch)
         self.time_mlp = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embed = nn.Embedding(config.num_classes + 1, width)
-        self.blocks = nn.ModuleList(Block(width, config.num_heads) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, config.mlp_norm_eps) for _ in range(config.depth)
+        )
         self.head = Head(width, patch**2 * config.in_channels)
         rows, columns = (side // patch for side in config.sample_shape[1:])
         table = position_table(rows, columns, width, (rows, columns))
@@ -111,11 +115,19 @@ class DiT(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Prediction at states `x_t` (B, C, H, W), times `t` (B,), class ids (B,)."""
+        return self.predict(x_t, self.embed(t, labels))
+
+    def embed(self, t: Tensor, labels: Tensor) -> Tensor:
+        """The embedding of time and class that modulates every block, (B, hidden_size)."""
+        features = time_features(t).to(self.class_embed.weight.dtype)
+        return F.silu(self.time_mlp(features) + self.class_embed(labels))
+
+    def predict(self, x_t: Tensor, emb: Tensor) -> Tensor:
+        """Prediction at states `x_t`, modulated by `emb`."""
         patch = self.config.patch_size
         rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
         tokens = self.patch_embed(x_t).flatten(2).transpose(1, 2)
         tokens = tokens + self._positions(rows, columns, tokens)
-        emb = F.silu(self.time_mlp(time_features(t).to(tokens.dtype)) + self.class_embed(labels))
         for block in self.blocks:
             if self.checkpoints_gradients and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, emb, use_reentrant=False)
@@ -145,9 +157,9 @@ class DiT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a modulated layer norm and a gate."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, mlp_norm_eps: float = 1e-6):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.mlp_norm_eps = num_heads, mlp_norm_eps
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
@@ -160,7 +172,7 @@ class Block(nn.Module):
             self.modulation(emb).unsqueeze(1).chunk(6, dim=-1)
         )
         tokens = torch.addcmul(tokens, gate_a, self.attention(modulate(tokens, shift_a, scale_a)))
-        return torch.addcmul(tokens, gate_m, self.mlp(modulate(tokens, shift_m, scale_m)))
+        return torch.addcmul(tokens, gate_m, self.mlp(modulate(tokens, shift_m, scale_m, self.mlp_norm_eps)))
 
     def attention(self, tokens: Tensor) -> Tensor:
         # (B, L, 3 D) -> three of (B, heads, L, D / heads)
@@ -181,9 +193,9 @@ class Head(nn.Module):
         return self.out(modulate(tokens, *self.modulation(emb).unsqueeze(1).chunk(2, dim=-1)))
 
 
-def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(tokens: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer norm without parameters of its own, then the embedding's scale and shift."""
-    return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=eps), 1 + scale)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, planes: int) -> Tensor:

@@ -160,7 +160,10 @@ class FlowNetwork(nn.Module):
         level = sigma_t.view(-1, *(1,) * (x_t.ndim - 1)).to(planes)
         if head is None:
             return self.convention.velocity(planes[:, : self.sample_shape[0]], x_t, level)
-        x_t, level = x_t.unsqueeze(1), level.unsqueeze(1)
+        return self.split(head, planes, x_t.unsqueeze(1), level.unsqueeze(1))
+
+    def split(self, head: PolicySpec, planes: Tensor, x_t: Tensor, level: Tensor) -> tuple[Tensor, ...]:
+        """Return the parts of the policy that planes (B, M, *S) stand for, at `x_t` (B, 1, C, *S)."""
         return head.split(
             planes,
             lambda prediction: self.convention.velocity(prediction, x_t, level),

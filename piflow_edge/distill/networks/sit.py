@@ -73,39 +73,11 @@ def load_sit(
     """
     if style not in ("sit", "repa", "piflow"):
         raise CheckpointError(f"style is 'sit', 'repa' or 'piflow'; got {style!r}")
-    weights = state_dict(source)
-    table = weights.get("pos_embed")
-    weights = _renamed(weights, _PIFLOW if style == "piflow" else _SIT)
-    try:
-        embed, classes = weights["patch_embed.weight"], weights["class_embed.weight"]
-        width, channels, patch, _ = embed.shape
-        blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
-        rows = len(weights["head.out.weight"])
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"this is no {style} checkpoint: it lacks {error}") from error
-    num_heads = num_heads or _NUM_HEADS.get(width)
-    if num_heads is None:
-        raise CheckpointError(f"a network of width {width} is none of the published sizes; give num_heads")
-    config = DiTConfig(
-        channels,
-        sample_size,
-        patch,
-        width,
-        depth=len(blocks),
-        num_heads=num_heads,
-        num_classes=len(classes) - 1,
-    )
-    planes = rows // patch**2
+    config, weights = read_dit_weights(state_dict(source), sample_size, style, num_heads)
+    planes = len(weights["head.out.bias"]) // config.patch_size**2
     for name in ("head.out.weight", "head.out.bias"):  # of a learned variance, too: the velocity comes first
-        weights[name] = weights[name].unflatten(0, (patch**2, planes))[:, :channels].flatten(0, 1)
-    if table is not None:
-        grid = (config.sample_shape[1] // patch, config.sample_shape[2] // patch)
-        ours = position_table(*grid, width, grid)
-        if table.shape[-2:] != ours.shape or (table.squeeze(0) - ours).abs().max() > _TABLE_TOLERANCE:
-            raise CheckpointError(
-                f"its position table {tuple(table.shape)} is not the fixed one of a {grid[0]} x {grid[1]} grid; "
-                "is sample_size right?"
-            )
+        places = weights[name].unflatten(0, (config.patch_size**2, planes))
+        weights[name] = places[:, : config.in_channels].flatten(0, 1)
     module = DiT(config)
     try:
         module.load_state_dict(weights)
@@ -113,6 +85,42 @@ def load_sit(
         raise CheckpointError(f"this is no {style} checkpoint: {error}") from error
     convention = convention or Convention(reversed_time=style == "sit", num_timesteps=1.0)
     return DiTNetwork(config, convention, module).requires_grad_(False)
+
+
+def read_dit_weights(
+    weights: Mapping[str, Tensor], sample_size: int | tuple[int, int], style: str, num_heads: int | None
+) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Return the sizes of a SiT-like network, and its weights by the names of our `DiT`; see `load_sit`.
+
+    The output layer is as it was saved, however many planes it writes.
+    """
+    table = weights.get("pos_embed")
+    weights = _renamed(weights, _PIFLOW if style == "piflow" else _SIT)
+    try:
+        embed, classes = weights["patch_embed.weight"], weights["class_embed.weight"]
+        width, channels, patch, _ = embed.shape
+        blocks = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+        _ = weights["head.out.weight"], weights["head.out.bias"]
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"this is no {style} checkpoint: it lacks {error}") from error
+    num_heads = num_heads or _NUM_HEADS.get(width)
+    if num_heads is None:
+        raise CheckpointError(f"a network of width {width} is none of the published sizes; give num_heads")
+    sizes = {"hidden_size": width, "depth": len(blocks), "num_heads": num_heads}
+    config = DiTConfig(channels, sample_size, patch, **sizes, num_classes=len(classes) - 1)
+    if table is not None:
+        _check_table(table, config)
+    return config, weights
+
+
+def _check_table(table: Tensor, config: DiTConfig) -> None:
+    rows, columns = (side // config.patch_size for side in config.sample_shape[1:])
+    ours = position_table(rows, columns, config.hidden_size, (rows, columns))
+    if table.shape[-2:] != ours.shape or (table.squeeze(0) - ours).abs().max() > _TABLE_TOLERANCE:
+        raise CheckpointError(
+            f"its position table {tuple(table.shape)} is not the fixed one of a {rows} x {columns} grid; "
+            "is sample_size right?"
+        )
 
 
 def _renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

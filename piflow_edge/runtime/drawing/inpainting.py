@@ -79,5 +79,6 @@ def resample_before_calls(
 
 
 def _levels_to_0(sigma_src: float, schedule: Schedule) -> np.ndarray:
-    substeps = count_substeps(unwarp(sigma_src, schedule.shift), 0.0, schedule.total_substeps)
+    raw_t = unwarp(sigma_src, schedule.shift)
+    substeps = count_substeps(raw_t, 0.0, schedule.total_substeps, schedule.substep_rule)
     return segment_sigmas(sigma_src, 0.0, substeps, schedule.shift)
