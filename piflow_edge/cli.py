@@ -8,6 +8,7 @@ import click
 
 from .commands import build_engines as building
 from .commands import bundles, device, evaluate, images, sending, serving, training
+from .commands.options import add_progress_options
 from .errors import MissingExtraError, PiFlowError
 
 # Packages of the `train` extra, by the name they are imported under.
@@ -75,6 +76,21 @@ for command in (
     device.doctor,
 ):
     main.add_command(command)
+
+
+for command in (
+    evaluate.demo,
+    training.train_teacher,
+    training.distill,
+    training.train_features,
+    evaluate.evaluate,
+    bundles.export,
+    building.build,
+    images.sample,
+    bundles.verify,
+    device.bench,
+):
+    add_progress_options(command)
 
 
 if __name__ == "__main__":

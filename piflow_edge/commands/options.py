@@ -15,6 +15,7 @@ import click
 from piflow_edge.distill.configs import TrainingConfig
 from piflow_edge.engines import ENGINE_NAMES, EngineOptions
 from piflow_edge.option import Option, find_options
+from piflow_edge.system.progress import PROGRESS_MODES, set_progress_mode
 
 
 class Names(click.ParamType):
@@ -267,6 +268,31 @@ def precisions(context, parameter, text: str) -> list[str]:
             f"give precisions of {', '.join(PRECISIONS)}, separated by commas; got {text!r}"
         )
     return names
+
+
+def add_progress_options(command: click.Command) -> None:
+    """Give a command that takes long the options that say how it tells how far it is."""
+
+    def choose(context, parameter, mode: str | None) -> None:
+        if mode:
+            set_progress_mode(mode)
+
+    told = {"expose_value": False, "callback": choose}
+    help = "How to tell how far the job is, on stderr: auto is a bar on a terminal and a line every 15 s elsewhere."
+    # Eager: it is read first, so that its default does not undo --quiet.
+    command.params.append(
+        click.Option(
+            ["--progress"],
+            type=click.Choice(PROGRESS_MODES),
+            default="auto",
+            help=help,
+            is_eager=True,
+            **told,
+        )
+    )
+    command.params.append(
+        click.Option(["--quiet"], is_flag=True, flag_value="quiet", help="Tell nothing of it.", **told)
+    )
 
 
 def emit(value) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from piflow_edge.errors import MissingExtraError
 from piflow_edge.system.files import write_atomic
-from piflow_edge.system.progress import progress
+from piflow_edge.system.progress import announce, progress
 from piflow_edge.system.sheets import as_pil, encode_png, image_grid
 
 # Pictures in a row of a sample sheet.
@@ -61,6 +61,9 @@ def open_journal(folder: Path, title: str, config, run, start: int) -> Iterator[
             # What a killed run told after its last checkpoint is told again.
             board = summary_writer()(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
             stack.callback(board.close)
+        announce(
+            f"{title}: from iteration {start} to {config.iterations}; figures go to {folder / 'log.jsonl'}"
+        )
         bar = stack.enter_context(progress(title, config.iterations, start=start))
         log = stack.enter_context(_open_log(folder / "log.jsonl", start))
         yield Journal(folder, config, run, start, bar, log, board)
