@@ -92,13 +92,19 @@ def rollout_sigmas(sigma_src, sigma_dst, substeps, shift: float) -> np.ndarray:
 
 def check_sigmas(sigmas, x_src: Array) -> np.ndarray:
     """Return noise levels as float64, if they lie in [0, 1] and fit the batch of `x_src`."""
+    sigmas = convert_sigmas(sigmas, x_src)
+    if not (sigmas.min() >= 0 and sigmas.max() <= 1):  # NaN fails too
+        raise ScheduleError(f"noise levels lie in [0, 1]; got {sigmas}")
+    return sigmas
+
+
+def convert_sigmas(sigmas, x_src: Array) -> np.ndarray:
+    """Return noise levels as float64, if they fit the batch of `x_src`."""
     sigmas = np.asarray(sigmas, np.float64)
     if sigmas.ndim not in (1, 2) or not len(sigmas) or sigmas.shape[1:] not in ((), x_src.shape[:1]):
         raise ShapeError(
             f"noise levels are (S + 1,), or (S + 1, {x_src.shape[0]}) with one per sample; got {sigmas.shape}"
         )
-    if not (sigmas.min() >= 0 and sigmas.max() <= 1):  # NaN fails too
-        raise ScheduleError(f"noise levels lie in [0, 1]; got {sigmas}")
     return sigmas
 
 

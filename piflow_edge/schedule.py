@@ -237,6 +237,8 @@ class Schedule:
 
         The levels below it stay, so that the student is called where it was trained to be.
         """
+        if type(sigma_t) is float and sigma_t == 1:
+            return self.segments
         if not (isinstance(sigma_t, numbers.Real) and 0 < sigma_t <= 1):  # NaN fails too
             raise ScheduleError(f"a noise level to start at lies above 0 and up to 1; got {sigma_t!r}")
         if sigma_t >= self.sigmas[0]:

@@ -75,7 +75,7 @@ class Manifest:
         calls = (sampler_calls(name) for name in self.networks)
         return sorted(nfe for nfe in calls if nfe is not None)
 
-    @property
+    @cached_property
     def makes_images(self) -> bool:
         """False for latents without a decoder."""
         return self.latent.kind == "pixels" or self.decoder is not None
@@ -122,16 +122,27 @@ class Manifest:
 
     def check_lengths(self, conditioning: Conditioning) -> None:
         """Raise ShapeError unless the named axes of what steers are as long as the bundle allows."""
-        for spec in self.conditioner.inputs:
-            for name, length in zip(spec.shape, conditioning[spec.name].shape, strict=True):
-                if isinstance(name, str) and length != self.axes[name].nearest(length):
-                    raise ShapeError(
-                        f"{name!r} of {spec.name!r} is {self.axes[name]} in bundle {self.name!r}; got {length}"
-                    )
+        for given, place, name, axis in self._bounded_axes:
+            length = conditioning[given].shape[place]
+            if length != axis.nearest(length):
+                raise ShapeError(f"{name!r} of {given!r} is {axis} in bundle {self.name!r}; got {length}")
+
+    @cached_property
+    def _bounded_axes(self) -> list[tuple[str, int, str, AxisSpec]]:
+        """Input, place, name and lengths of those named axes of what steers that may not have every length."""
+        named = [
+            (spec.name, place, name, self.axes[name])
+            for spec in self.conditioner.inputs
+            for place, name in enumerate(spec.shape)
+            if isinstance(name, str)
+        ]
+        return [found for found in named if found[-1] != AxisSpec(1, None, 1)]
 
     def network_inputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, Array]:
         """Return what the student is fed at states `x_t` (B, C, H, W), steered by `conditioning`."""
-        return {"x_t": x_t, "t": np.full(len(x_t), sigma_t, np.float32), **conditioning}
+        t = np.empty(len(x_t), np.float32)
+        t.fill(sigma_t)
+        return {"x_t": x_t, "t": t, **conditioning}
 
     def network_files(self, name: str, precision: str) -> list[str]:
         """Files of one network in one of the bundle's precisions, the .onnx file first.

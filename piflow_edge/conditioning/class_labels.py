@@ -114,10 +114,9 @@ class ClassLabels:
         return cls(tuple(names), input_name)
 
     def _ids(self, labels: Any) -> list[int]:
-        if isinstance(labels, (numbers.Number, str, bytes)):
-            labels = [labels]
-        elif not isinstance(labels, list):
-            labels = np.atleast_1d(np.asarray(labels, object)).ravel().tolist()
+        if not isinstance(labels, list):
+            single = isinstance(labels, (numbers.Number, str, bytes))
+            labels = [labels] if single else np.atleast_1d(np.asarray(labels, object)).ravel().tolist()
         ids = [i for label in labels for i in self._ids_of(label)]
         if not ids:
             raise LabelError(f"give one label or more; {self.summarize()}")

@@ -17,6 +17,7 @@ from array_api_compat import is_torch_array
 
 from piflow_edge.arrays import Array
 from piflow_edge.errors import EngineError, ShapeError
+from piflow_edge.integrator import check_sigmas
 from piflow_edge.policies import MixtureRollout, Policy, Rollout, VelocityField, WeightedSum
 from piflow_edge.system.hardware import available_cores
 
@@ -101,11 +102,13 @@ def find_problem(policy: VelocityField) -> Rollout | None:
     return None if describe is None else describe()
 
 
-def obstacle(policy: VelocityField, x_start: Array) -> str | None:
-    """Why the compiled kernels cannot carry `x_start` along `policy`, as a sentence; None if they can."""
+def obstacle(policy: VelocityField, problem: Rollout | None, x_start: Array) -> str | None:
+    """Why the compiled kernels cannot carry `x_start` along `policy`, as a sentence; None if they can.
+
+    `problem`: what `find_problem` finds in the policy.
+    """
     if (reason := missing()) is not None:
         return reason
-    problem = find_problem(policy)
     if problem is None:
         return f"the compiled kernels know GMPolicy and DXPolicy; got {type(policy).__name__}"
     arrays = problem.arrays
@@ -151,11 +154,23 @@ def rollout(
     Returns:
         The state at the last level, float32, a new array of the library of `x_start`.
     """
-    if tuple(x_start.shape) != tuple(policy.x_src.shape):
+    return carry(find_problem(policy), x_start, sigmas, num_threads=num_threads, isa=isa)
+
+
+def carry(
+    problem: Rollout,
+    x_start: Array,
+    sigmas: np.ndarray,
+    *,
+    num_threads: int | None = None,
+    isa: str | None = None,
+) -> Array:
+    """`rollout` with what `find_problem` found in the policy."""
+    if x_start.shape != problem.x_src.shape:
         raise ShapeError(
-            f"the state must have the policy's shape {tuple(policy.x_src.shape)}; got {tuple(x_start.shape)}"
+            f"the state must have the policy's shape {tuple(problem.x_src.shape)}; got {tuple(x_start.shape)}"
         )
-    problem, options = find_problem(policy), _Options(num_threads or available_cores(), isa and isa.encode())
+    options = _Options(num_threads or available_cores(), isa and isa.encode())
     x_dst = _ROUTINES[type(problem)](problem, _host(x_start), sigmas, options)
     if isinstance(x_start, np.ndarray):
         return x_dst
@@ -180,7 +195,8 @@ def normal(
     indices = np.ascontiguousarray(indices, np.uint64)
     normals = np.empty((len(indices), size), np.float32)
     if normals.size:
-        problem = _Noise(len(indices), size, seed, *_addresses(indices), draw, *_addresses(normals))
+        of_indices, of_normals = _addresses(indices, normals)
+        problem = _Noise(len(indices), size, seed, of_indices, draw, of_normals)
         options = _Options(num_threads or available_cores(), isa and isa.encode())
         _check(library().piflow_normal(ctypes.byref(problem), ctypes.byref(options)))
     return normals
@@ -189,22 +205,28 @@ def normal(
 def _gm_rollout(mixture: MixtureRollout, x_start, sigmas, options):
     batch, num_channels, *size = x_start.shape
     means, logweights, x_src = _host(mixture.means), _host(mixture.logweights), _host(mixture.x_src)
-    variance = _per_sample(_host(mixture.variance).reshape(batch), (batch,))
-    sigma_src = _per_sample(mixture.sigma_src, (batch,))
-    # One column per sample, also where all share their levels.
-    sigmas = _per_sample(sigmas.reshape(len(sigmas), -1), (len(sigmas), batch))
+    # Of the source, the variance, then the noise levels: a row each, one column per sample also where all share them.
+    rows = np.empty((2 + len(sigmas), batch))
+    rows[0], rows[1] = mixture.sigma_src, _host(mixture.variance).reshape(batch)
+    rows[2:] = sigmas.reshape(len(sigmas), -1)
     x_dst = np.empty(x_start.shape, np.float32)
     sizes = (batch, means.shape[1], num_channels, math.prod(size), len(sigmas) - 1)
-    arrays = (means, logweights, x_src, x_start, x_dst, sigma_src, variance, sigmas)
-    problem = _GM(*sizes, *_addresses(*arrays), mixture.eps)
-    _check(library().piflow_gm_rollout(ctypes.byref(problem), ctypes.byref(options)))
+    *arrays, row = _addresses(means, logweights, x_src, x_start, x_dst, rows)
+    problem = _GM(*sizes, *arrays, row, row + 8 * batch, row + 16 * batch, mixture.eps)
+    status = library().piflow_gm_rollout(ctypes.byref(problem), ctypes.byref(options))
+    if status:
+        check_sigmas(
+            sigmas, x_start
+        )  # here, not before: the kernel looks at every level in a tenth of the time
+    _check(status)
     return x_dst
 
 
 def _dx_rollout(weighted: WeightedSum, x_start, sigmas, options):
     grid, x_src = _host(weighted.grid), _host(weighted.x_src)
     batch, num_nodes = grid.shape[:2]
-    weights = _per_sample(weighted.compute_weights(sigmas), (batch, 2 + num_nodes))
+    weights = np.empty((batch, 2 + num_nodes))  # once for every sample, also where all share theirs
+    weights[...] = weighted.compute_weights(check_sigmas(sigmas, x_start))
     x_dst = np.empty(x_start.shape, np.float32)
     arrays = (grid, x_src, x_start, x_dst, weights)
     problem = _DX(batch, num_nodes, x_start[0].size, *_addresses(*arrays))
@@ -223,13 +245,6 @@ def _addresses(*arrays: np.ndarray) -> list[int]:
         ctypes.addressof(ctypes.c_char.from_buffer(array)) if array.flags.writeable else array.ctypes.data
         for array in arrays
     ]
-
-
-def _per_sample(values, shape) -> np.ndarray:
-    """`values` in float64, laid out as the kernels read them: once for every sample."""
-    laid_out = np.empty(shape)
-    laid_out[...] = values
-    return laid_out
 
 
 def _check(status: int) -> None:

@@ -183,14 +183,16 @@ def dx_rollout(
     nvidia.launch(ordinal, function, blocks, _MOST_THREADS, 0, stream, problem)
 
 
-def obstacle(policy, x_start: Array) -> str | None:
-    """Why the CUDA kernels cannot carry `x_start` along `policy`, as a sentence; None if they can."""
+def obstacle(policy, problem, x_start: Array) -> str | None:
+    """Why the CUDA kernels cannot carry `x_start` along `policy`, as a sentence; None if they can.
+
+    `problem`: what `find_problem` finds in the policy.
+    """
     # Late: the functions above also serve programs that have neither policies nor array-api-compat.
     from array_api_compat import is_torch_array
 
     from .cpu import dtype_name, needs_gradient
 
-    problem = _find_problem(policy)
     if problem is None:
         return f"the CUDA kernels know GMPolicy and DXPolicy; got {type(policy).__name__}"
     arrays = problem.arrays
@@ -207,14 +209,17 @@ def obstacle(policy, x_start: Array) -> str | None:
     return missing()
 
 
-def rollout(policy, x_start: Array, sigmas: np.ndarray) -> Array:
+def carry(problem, x_start: Array, sigmas: np.ndarray) -> Array:
     """Carry `x_start` along `sigmas`, as the reference does, where there is no `obstacle`.
+
+    `problem`: what `find_problem` found in a policy.
 
     Returns:
         The state at the last level, float32, a new array of the library of `x_start`.
     """
     from array_api_compat import array_namespace, device  # late: see `obstacle`
 
+    from piflow_edge.integrator import check_sigmas
     from piflow_edge.policies import MixtureRollout, RawMixture, WeightedSum
 
     xp = array_namespace(x_start)
@@ -224,7 +229,6 @@ def rollout(policy, x_start: Array, sigmas: np.ndarray) -> Array:
         return xp.reshape(xp.reshape(array, (-1,)), array.shape)  # copied only if it is not contiguous
 
     x_dst = xp.empty(x_start.shape, dtype=xp.float32, device=device(x_start))
-    problem = _find_problem(policy)
     *arrays, x_src = map(ready, problem.arrays)
     states = (x_src, ready(x_start), x_dst)
     routines = {
@@ -238,18 +242,23 @@ def rollout(policy, x_start: Array, sigmas: np.ndarray) -> Array:
             is_logstd=True,
         ),
         MixtureRollout: lambda: gm_rollout(*arrays, *states, sigmas, problem.sigma_src, eps=problem.eps),
-        WeightedSum: lambda: dx_rollout(*arrays, *states, problem.compute_weights(sigmas)),
+        WeightedSum: lambda: dx_rollout(
+            *arrays, *states, problem.compute_weights(check_sigmas(sigmas, x_start))
+        ),
     }
     routines[type(problem)]()
     return x_dst
 
 
-def _find_problem(policy):
-    """What the kernels need: of a mixture as the network gave it where the policy has kept that."""
-    from .cpu import find_problem
+def find_problem(policy):
+    """Return what a kernel needs to integrate a policy; None for velocity fields that no kernel knows.
+
+    Of a mixture that is what the network gave, where the policy has kept it.
+    """
+    from . import cpu  # late: see `obstacle`
 
     raw = getattr(policy, "for_fused_kernel", None)
-    return (raw and raw()) or find_problem(policy)
+    return (raw and raw()) or cpu.find_problem(policy)
 
 
 def _views(given: dict[str, Array], x_dst: Array, stream: int):

@@ -5,7 +5,13 @@ import numpy as np
 from piflow_edge import integrator
 from piflow_edge.arrays import Array
 from piflow_edge.errors import EngineError
-from piflow_edge.integrator import check_sigmas, restore_dtype, rollout_sigmas, take_euler_steps
+from piflow_edge.integrator import (
+    check_sigmas,
+    convert_sigmas,
+    restore_dtype,
+    rollout_sigmas,
+    take_euler_steps,
+)
 from piflow_edge.policies import VelocityField
 
 from . import cpu
@@ -77,14 +83,15 @@ def integrate(
                 f"kernel {kernel!r} takes Euler steps only; use solver 'euler', or kernel 'auto'"
             )
         return integrator.integrate(policy, x_src, sigmas, solver=solver)
-    sigmas = check_sigmas(sigmas, x_src)
     if kernel == "reference":
-        return restore_dtype(take_euler_steps(policy, x_src, sigmas), x_src)
+        return restore_dtype(take_euler_steps(policy, x_src, check_sigmas(sigmas, x_src)), x_src)
     compiled = _find_compiled(kernel, x_src)
-    reason = compiled.obstacle(policy, x_src)
+    problem = compiled.find_problem(policy)
+    reason = compiled.obstacle(policy, problem, x_src)
     if reason is None:
         settings = {"num_threads": num_threads} if compiled is cpu else {}
-        return restore_dtype(compiled.rollout(policy, x_src, sigmas, **settings), x_src)
+        sigmas = convert_sigmas(sigmas, x_src)  # the kernels see to it that they lie in [0, 1]
+        return restore_dtype(compiled.carry(problem, x_src, sigmas, **settings), x_src)
     if kernel != "auto":
         raise EngineError(f"kernel {kernel!r} cannot run: {reason}")
     if compiled.missing():

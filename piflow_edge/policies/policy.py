@@ -232,6 +232,8 @@ def cached_for_all_modes(compute: Callable[[Any], Value]) -> cached_property[Val
 
     @wraps(compute)
     def compute_outside_inference_mode(policy: Any) -> Value:
+        if type(policy.x_src) is np.ndarray:
+            return compute(policy)
         xp = array_namespace(policy.x_src)
         if is_torch_namespace(xp) and xp.is_inference_mode_enabled():
             with xp.inference_mode(False):  # else the next reader could not have gradients through it
@@ -317,7 +319,7 @@ def as_noise_levels(sigma, batch: int) -> float | np.ndarray:
 
 def spread_per_sample(value, like: Array, xp: Namespace) -> Any:
     """Return a host number, or one number per sample shaped to broadcast against `like`, in its dtype and place."""
-    if np.ndim(value) == 0:
+    if type(value) is float or np.ndim(value) == 0:
         return float(value)  # a NumPy scalar would lift a float32 state to float64
     if not is_numpy_namespace(xp):
         value = xp.asarray(value, dtype=like.dtype, device=device(like))

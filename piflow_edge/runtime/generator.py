@@ -23,7 +23,7 @@ from .arguments import convert_floats
 from .drawing.batching import cut_batches, join_arrays
 from .drawing.decoding import Decoding, check_finite, not_finite, on_host
 from .drawing.latents import Student, Workplace, draw_latents
-from .drawing.observer import Event, Observer, Progress
+from .drawing.observer import Event, Observer, Progress, build_observer
 from .drawing.recorded import ImageGraphs
 from .drawing.stopwatch import Stopwatch
 from .lifetime import Lifetime
@@ -144,7 +144,7 @@ class Generator:
             Cancelled: `cancel` was set. No part of the images is returned; a callback has seen what there was.
         """
         began = time.perf_counter()
-        observer = Observer(callback, callback_every, cancel)
+        observer = build_observer(callback, callback_every, cancel)
         settings = change_settings(settings, changes)
         asked = build_asked(
             self.conditioner, subject, labels=labels, prompts=prompt, arrays=arrays, count=count
@@ -228,7 +228,7 @@ class Generator:
             Others as a call does.
         """
         began = time.perf_counter()
-        observer = Observer(callback, None, cancel)
+        observer = build_observer(callback, None, cancel)
         given = {"arrays": arrays, "noise": noise, "image": image, "mask": mask}
         request = repeat_request(self.bundle, self.conditioner, recipe, self._run, **given)
         return self._make(request, output, observer, False, began)

@@ -24,8 +24,11 @@ def decode_there(latents: Array, spec: LatentSpec | None = None) -> Array:
 
         pixels = gpu_arrays.round(gpu_arrays.clip((pixels + 1) * 127.5, 0, 255))
         return gpu_arrays.astype(gpu_arrays.permute_dims(pixels, (0, 2, 3, 1)), "uint8")
-    pixels = np.minimum(np.maximum((pixels + 1) * 127.5, 0), 255)  # np.clip takes twice as long on small ones
-    return np.ascontiguousarray(np.rint(pixels).astype(np.uint8).transpose(0, 2, 3, 1))
+    levels = pixels + 1
+    levels *= 127.5
+    np.maximum(levels, 0, out=levels)  # np.clip takes twice as long on small ones
+    np.minimum(levels, 255, out=levels)
+    return np.rint(levels, out=levels).transpose(0, 2, 3, 1).astype(np.uint8, order="C")
 
 
 def decode_float_there(latents: Array, spec: LatentSpec | None = None) -> Array:

@@ -68,19 +68,37 @@ def complete_settings(
         ScheduleError: a setting out of range, or without what it is for.
         ShapeError: another size of image than the bundle makes.
     """
-    schedule = _make_schedule(manifest.schedule, settings)
+    bundle = (manifest.name, manifest.schedule, image_size(manifest))
+    try:
+        # Field by field, so that types are compared too: True is no number of calls, but is equal to 1.
+        return _cached_completion(*bundle, has_image, has_mask, *vars(settings).values())
+    except TypeError:  # a list cannot be looked up; what it says is for `_complete` to judge
+        return _complete(*bundle, has_image, has_mask, *vars(settings).values())
+
+
+def _complete(
+    name: str,
+    spec: ScheduleSpec,
+    size: tuple[int, int] | None,
+    has_image: bool,
+    has_mask: bool,
+    *fields: Any,
+) -> tuple[SamplingSettings, Schedule]:
+    """See `complete_settings`. `name`, `spec` and `size`: the bundle's, its schedule's and that of its images."""
+    settings = SamplingSettings(*fields)
+    schedule = _make_schedule(spec, settings)
     if settings.solver not in SOLVERS:
         raise ScheduleError(f"solver is one of {', '.join(SOLVERS)}; got {settings.solver!r}")
     check_whole("resamples", settings.resamples, 0)
     if settings.resamples and not has_mask:
         raise ScheduleError("resamples are for inpainting; give a mask, or leave them out")
-    height, width = _check_size(settings, manifest)
+    height, width = _check_size(settings, name, size)
     resamples = settings.resamples if settings.resamples is not None else _RESAMPLES if has_mask else 0
     completed = SamplingSettings(
         nfe=int(schedule.nfe),
         substeps=int(schedule.total_substeps),
         solver=settings.solver,
-        temperature=_temperature(manifest.schedule, settings.temperature, schedule.nfe),
+        temperature=_temperature(spec, settings.temperature, schedule.nfe),
         h="inf" if math.isinf(float(schedule.h)) else float(schedule.h),  # JSON has no infinity
         strength=_strength(settings.strength, has_image, has_mask, schedule.nfe),
         resamples=int(resamples),
@@ -88,6 +106,10 @@ def complete_settings(
         width=width,
     )
     return completed, schedule
+
+
+# Calls mostly come with the same settings.
+_cached_completion = lru_cache(maxsize=64, typed=True)(_complete)
 
 
 def describe_untrained(
@@ -122,28 +144,20 @@ def image_size(manifest: Manifest) -> tuple[int, int] | None:
     return height, width
 
 
-def _check_size(settings: SamplingSettings, manifest: Manifest) -> tuple[int | None, int | None]:
-    size = image_size(manifest) or (None, None)
-    for name, given, has in zip(("height", "width"), (settings.height, settings.width), size, strict=True):
+def _check_size(
+    settings: SamplingSettings, bundle: str, size: tuple[int, int] | None
+) -> tuple[int | None, int | None]:
+    height, width = size or (None, None)
+    for name, given, has in (("height", settings.height, height), ("width", settings.width, width)):
         if given is not None and given != has:
-            one = f"makes images of one size, {size[1]}x{size[0]} pixels" if has else "makes no images"
-            raise ShapeError(
-                f"bundle {manifest.name!r} {one}; leave height and width out; got {name}={given!r}"
-            )
-    return size
+            one = f"makes images of one size, {width}x{height} pixels" if has else "makes no images"
+            raise ShapeError(f"bundle {bundle!r} {one}; leave height and width out; got {name}={given!r}")
+    return height, width
 
 
 def _make_schedule(spec: ScheduleSpec, settings: SamplingSettings) -> Schedule:
     """The bundle's schedule, with what is not None instead of its own."""
-    try:
-        return _cached_schedule(spec, settings.nfe, settings.substeps, settings.h)
-    except TypeError:  # a list cannot be looked up; what it says is for Schedule to judge
-        return _cached_schedule.__wrapped__(spec, settings.nfe, settings.substeps, settings.h)
-
-
-@lru_cache(maxsize=64, typed=True)
-def _cached_schedule(spec: ScheduleSpec, nfe: Any, substeps: Any, h: Any) -> Schedule:
-    changes = {"nfe": nfe, "total_substeps": substeps, "h": h}
+    changes = {"nfe": settings.nfe, "total_substeps": settings.substeps, "h": settings.h}
     return spec.schedule(**{name: value for name, value in changes.items() if value is not None})
 
 

@@ -90,6 +90,15 @@ class Observer:
 NOBODY = Observer()
 
 
+def build_observer(
+    callback: Callable[[Progress], None] | None, every: int | None, cancel: Event | None
+) -> Observer:
+    """Return the `Observer` of a call's arguments; mostly that is `NOBODY`."""
+    return (
+        NOBODY if callback is None and every is None and cancel is None else Observer(callback, every, cancel)
+    )
+
+
 class Watch:
     """One loop's observer: wraps its network and its integration to count calls, report, and stop.
 
