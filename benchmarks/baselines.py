@@ -38,7 +38,7 @@ def per_sample(sigma: np.ndarray | float, like: Tensor) -> Tensor:
     return level(sigma, like).flatten()
 
 
-def noised(x_0: Tensor, sigma: np.ndarray, random) -> tuple[Tensor, Tensor]:
+def add_noise(x_0: Tensor, sigma: np.ndarray, random) -> tuple[Tensor, Tensor]:
     """States at `sigma` (B,) of data `x_0`, and the noise in them."""
     noise = torch.from_numpy(random.normal(tuple(x_0.shape))).to(x_0)
     return x_0 + level(sigma, x_0) * (noise - x_0), noise
@@ -185,7 +185,7 @@ def consistency_loss(
     """
     lower = whole_numbers(random, config.steps, len(x_0))
     sigma_t, sigma_next = (lower + 1) / config.steps, lower / config.steps
-    x_t, _ = noised(x_0, sigma_t, random)
+    x_t, _ = add_noise(x_0, sigma_t, random)
     with torch.no_grad():
         x_next = heun_step(velocity, x_t, sigma_t, sigma_next)
         wanted = consistency(target, x_next, sigma_next, **conditioning)
@@ -333,7 +333,7 @@ def mean_flow_loss(
     Source: Geng et al., Mean flows for one-step generative modeling, arXiv:2505.13447, Algorithm 1.
     """
     r, t = mean_flow_times(len(x_0), random, config)
-    x_t, _ = noised(x_0, t, random)
+    x_t, _ = add_noise(x_0, t, random)
     u_t = velocity(x_t, t)
     sigma, span = per_sample(t, x_t), per_sample(t - r, x_t)
     change = velocity_change(network, x_t, sigma, span, u_t, conditioning)

@@ -25,7 +25,7 @@ class Sentence:
     figures: Callable[[Mapping], Sequence[str]]
 
 
-def evaluated(found: Results) -> str:
+def tell_evaluation(found: Results) -> str:
     scores, conditions = found["evaluate_digits"]["scores"], found["evaluate_digits"]["conditions"]
     rows = [
         (one["name"], str(one["network_calls"]), f"{one['fid']:.2f}", f"{one['fid_ratio']:.2f}",
@@ -152,7 +152,7 @@ def precisions(found: Results) -> str:
 
 # Name between marks -> results it is made of, and how.
 SEVERAL: dict[str, tuple[Sequence[str], Callable[[Results], str]]] = {
-    "digits_figures": (["evaluate_digits"], evaluated),
+    "digits_figures": (["evaluate_digits"], tell_evaluation),
     "speed_and_memory": ([], speed),
     "precision_figures": (["precision"], precisions),
 }
@@ -173,7 +173,7 @@ def export_times(found: Mapping) -> Sequence[str]:
     ]  # fmt: skip
 
 
-def profiled(found: Mapping) -> Sequence[str]:
+def tell_profile(found: Mapping) -> Sequence[str]:
     shares = {name: one["share_by_operator"] for name, one in found["wide"]["profile"].items()}
     return [f"{100 * shares['int8']['DynamicQuantizeMatMul']:.0f}", f"{100 * shares['fp32']['MatMul']:.0f}"]
 
@@ -188,5 +188,5 @@ SENTENCES = (
              r"A bundle of the digits is ([\d.]+) or ([\d.]+) of fp32's[^.]*\. The ([\d.]+) M weights took (\d+) s to "
              r"export in fp32\s+and (\d+) s in all four", export_times),
     Sentence("docs/export.md", "precision",
-             r"its profile: (\d+) % of an int8 call is DynamicQuantizeMatMul, (\d+) % of an fp32", profiled),
+             r"its profile: (\d+) % of an int8 call is DynamicQuantizeMatMul, (\d+) % of an fp32", tell_profile),
 )  # fmt: skip

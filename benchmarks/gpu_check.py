@@ -78,14 +78,14 @@ def random_gm(rng, device):
 def gm_error(inputs, sigmas, sigma_src):
     """Error of the kernel, as a multiple of what rounding explains: see check_against_float64 in the tests."""
 
-    def nudged(tensor):
+    def nudge(tensor):
         sign = torch.randint_like(tensor, 0, 2, dtype=torch.float64) * 2 - 1
         return tensor.double() * (1 + 4 * ROUNDING * sign)
 
     exact = gm_exact(inputs, sigmas, sigma_src)
     sensitivity = torch.zeros_like(exact)
     for _ in range(4):
-        moved = gm_exact({name: nudged(tensor) for name, tensor in inputs.items()}, sigmas, sigma_src)
+        moved = gm_exact({name: nudge(tensor) for name, tensor in inputs.items()}, sigmas, sigma_src)
         sensitivity = torch.maximum(sensitivity, (moved - exact).abs())
     largest = max(float(tensor.abs().max()) for tensor in (exact, *inputs.values()))
     allowed = 8 * sensitivity.amax(1, keepdim=True) + 32 * ROUNDING * largest

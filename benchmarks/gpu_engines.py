@@ -114,11 +114,11 @@ def calls(generator, batch):
         # TensorRT before 10 takes class ids as int32.
         there = on_gpu({n: a.astype(engine.input_formats[n]) for n, a in inputs.items()}, 0, stream)
 
-        def queued():
+        def queue():
             engine.run(there)
             nvidia.wait_for(stream.handle)
 
-        found["network on the GPU"] = queued
+        found["network on the GPU"] = queue
     return found
 
 
@@ -138,7 +138,7 @@ def measure(timed, repeats):
     return {name: median(row[name] for row in rounds) for name in timed}
 
 
-def built(bundle, engine, precision, batches, own_kernels):
+def measure_build(bundle, engine, precision, batches, own_kernels):
     """Build time, memory and size of an engine that must be built first; None for others."""
     if engine not in building.BUILT_ENGINES:
         return None
@@ -163,7 +163,7 @@ def examine(folder, engines, batches, repeats, own_kernels=False):
             lines.append(line)
             say(f"{bundle.name}: {engine}, {precision}")
             try:
-                line["build"] = built(bundle, engine, precision, batches, own_kernels)
+                line["build"] = measure_build(bundle, engine, precision, batches, own_kernels)
                 began = time.perf_counter()
                 generator = pf.load(folder, engine=engine, precision=precision)
                 line["open_seconds"] = round(time.perf_counter() - began, 3)

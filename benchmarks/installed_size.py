@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 _TOOLS = ("pip", "setuptools", "wheel", "_distutils_hack", "distutils-precedence.pth", "pkg_resources")
 
 
-def installed(folder, packages):
+def measure_environment(folder, packages):
     """Size of a fresh environment with `packages`, by what is in it."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -36,7 +36,7 @@ def installed(folder, packages):
     return {"mb": round(sum(sizes.values()), 1), "largest": {k: round(v, 1) for k, v in largest.items()}}
 
 
-def committed(folder):
+def copy_commit(folder):
     """The project as it is committed: what lies about in a checkout, such as compiled files, might come along."""
     packed = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
@@ -54,7 +54,7 @@ def main(arguments=None):
     options = options.parse_args(arguments)
 
     with tempfile.TemporaryDirectory() as folder:
-        project = options.project or committed(Path(folder) / "project")
+        project = options.project or copy_commit(Path(folder) / "project")
         environments = {
             "piflow-edge": [str(project)],
             "piflow-edge[cpu]": [f"{project}[cpu]"],
@@ -71,7 +71,7 @@ def main(arguments=None):
         wanted, sizes = options.only or list(environments), {}
         for name in wanted:
             print(f"making the environment {name}", file=sys.stderr)
-            sizes[name] = installed(Path(folder) / name.replace(" ", ""), environments[name])
+            sizes[name] = measure_environment(Path(folder) / name.replace(" ", ""), environments[name])
     small, large = sizes.get("piflow-edge[cpu]"), sizes.get("torch")
     ratio = {"torch / piflow-edge[cpu]": large["mb"] / small["mb"]} if small and large else {}
     answer(options, {"torch": options.torch, "sizes": sizes, **ratio})

@@ -177,7 +177,7 @@ class Baseline(Method):
         train(network, loss, data, training, folder, kind="student", settings=settings, resume=True)
         return json.loads(note.read_bytes())
 
-    def trained(self, folder: Path) -> FlowNetwork:
+    def load_trained(self, folder: Path) -> FlowNetwork:
         network = self.start()
         load_weights(network, load_checkpoint(folder, kind="student").group("ema"))
         return network.requires_grad_(False)
@@ -216,7 +216,7 @@ class Regression(Baseline):
         return baselines.regression_loss(network, self.pairs, len(x_0), random, x_0.device)
 
     def sampler(self, folder):
-        network = self.trained(folder)
+        network = self.load_trained(folder)
 
         def sample(noise, labels, nfe, fresh):
             def velocity(x_t, sigma):
@@ -248,7 +248,7 @@ class Consistency(Baseline):
         )
 
     def sampler(self, folder):
-        network = self.trained(folder)
+        network = self.load_trained(folder)
 
         def sample(noise, labels, nfe, fresh):
             sigmas = Schedule(nfe).sigmas.tolist()
@@ -270,13 +270,13 @@ class MeanFlow(Baseline):
         velocity = self.setting.velocity(**conditioning)
         return baselines.mean_flow_loss(network, velocity, x_0, conditioning, random, self.config)
 
-    def trained(self, folder):
+    def load_trained(self, folder):
         network = baselines.MeanFlowNetwork(self.setting.network)
         load_weights(network, load_checkpoint(folder, kind="student").group("ema"))
         return network.to(self.setting.device).requires_grad_(False)
 
     def sampler(self, folder):
-        network = self.trained(folder)
+        network = self.load_trained(folder)
 
         def sample(noise, labels, nfe, fresh):
             return baselines.mean_flow_sample(network, noise, Schedule(nfe).sigmas.tolist(), labels=labels)

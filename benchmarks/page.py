@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.drawings import DRAWINGS
 from benchmarks.figures import SENTENCES, SEVERAL
-from benchmarks.tables import TABLES, conditions, nested
+from benchmarks.tables import TABLES, conditions, tell_nested
 from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.system.files import write_atomic
 
@@ -29,7 +29,7 @@ def read(results: Path) -> dict[str, dict]:
     return {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
 
 
-def rendered(name: str, results: Path) -> str:
+def render(name: str, results: Path) -> str:
     """What stands between the marks of one table."""
     found = read(results)
     if name in SEVERAL:
@@ -40,7 +40,7 @@ def rendered(name: str, results: Path) -> str:
         return make(found)
     if name not in found:
         return f"Not measured yet: there is no `results/{name}.json`."
-    text = TABLES.get(name, nested)(found[name])
+    text = TABLES.get(name, tell_nested)(found[name])
     if name in DRAWINGS or (results / f"{name}.png").exists():
         text = f"![{name.replace('_', ' ')}](results/{name}.png)\n\n{text}"
     return f"{text}\n\n{conditions(found[name])}".rstrip()
@@ -49,10 +49,10 @@ def rendered(name: str, results: Path) -> str:
 def rewrite(page: str, results: Path) -> str:
     """The page with every table made anew."""
     parts = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return parts.sub(lambda part: f"{part[1]}{rendered(part[2], results)}\n{part[3]}", page)
+    return parts.sub(lambda part: f"{part[1]}{render(part[2], results)}\n{part[3]}", page)
 
 
-def reworded(name: str, page: str, results: Path) -> str:
+def reword(name: str, page: str, results: Path) -> str:
     """The page with the figures in its sentences as the results have them; sys.exit where a sentence is gone."""
     found = read(results)
     for sentence in SENTENCES:
@@ -84,7 +84,7 @@ def main() -> None:
     for name in PAGES:
         page = HERE.parent / name
         text = page.read_text(encoding="utf-8")
-        new = reworded(name, rewrite(text, HERE / "results"), HERE / "results")
+        new = reword(name, rewrite(text, HERE / "results"), HERE / "results")
         if new != text:
             stale.append(name)
             if "--check" not in sys.argv[1:]:

@@ -67,7 +67,7 @@ def sizes(folder: Path) -> dict:
     }
 
 
-def exported(student, folder: Path, precisions, report: dict) -> dict:
+def export_student(student, folder: Path, precisions, report: dict) -> dict:
     """Export, and what the export itself says of size, time and agreement."""
     began, cpu = time.perf_counter(), time.process_time()
     rows = export_bundle(student, folder, precisions=precisions)
@@ -86,7 +86,7 @@ def exported(student, folder: Path, precisions, report: dict) -> dict:
     }
 
 
-def scored(folder: Path, count: int, picture: Path | None) -> dict:
+def score(folder: Path, count: int, picture: Path | None) -> dict:
     """FID of each precision beside the real digits, from the same noise; and PSNR beside fp32."""
     from piflow_edge.distill.data.datasets import load_images
 
@@ -114,7 +114,7 @@ def scored(folder: Path, count: int, picture: Path | None) -> dict:
     }
 
 
-def timed(folder: Path, batches, repeats: int) -> dict:
+def time_calls(folder: Path, batches, repeats: int) -> dict:
     """Median milliseconds of a network call in each precision, by the clock and of processor time, taken in turns."""
     generators = {name: pf.load(folder, "ort-cpu", name) for name in Bundle(folder).manifest.precisions}
     manifest, result = Bundle(folder).manifest, {}
@@ -204,17 +204,17 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         if options.student:
             folder = Path(place) / "digits"
-            result["digits"] = exported(load_student(options.student), folder, PRECISIONS, {})
+            result["digits"] = export_student(load_student(options.student), folder, PRECISIONS, {})
             picture = options.out and options.out.with_suffix(".png")
-            result["digits"] |= scored(folder, options.images, picture)
+            result["digits"] |= score(folder, options.images, picture)
         if not options.no_wide:
             student = wide_student(options.width, options.depth)
             shape = {"width": options.width, "depth": options.depth, "tokens": 256}
-            alone = exported(student, Path(place) / "fp32", ("fp32",), {})
+            alone = export_student(student, Path(place) / "fp32", ("fp32",), {})
             folder = Path(place) / "wide"
-            result["wide"] = exported(student, folder, PRECISIONS, shape)
+            result["wide"] = export_student(student, folder, PRECISIONS, shape)
             result["wide"]["export_seconds_fp32_alone"] = alone["export_seconds"]
-            result["wide"]["calls"] = timed(folder, options.batch, options.repeats)
+            result["wide"]["calls"] = time_calls(folder, options.batch, options.repeats)
             result["wide"]["profile"] = {name: profile(folder, name, 1) for name in PRECISIONS}
     text = json.dumps(result, indent=2) + "\n"
     if options.out:

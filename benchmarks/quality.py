@@ -73,7 +73,7 @@ ROUNDS, TIMED, WARMING = 3, 8, 3
 PAIRS_SHARE = 0.5
 
 
-class Watched:
+class ClockedData:
     """Images that note when each batch was asked for, which is once a step."""
 
     def __init__(self, data: ImageData, device: torch.device):
@@ -162,7 +162,7 @@ class Benchmark:
             learning_rate=options.teacher_learning_rate,
             ema_decay=0.9995,
         )
-        watched = Watched(self.data, self.device)
+        watched = ClockedData(self.data, self.device)
         train_teacher(watched, architecture, FlowMatchingConfig(), training, folder, resume=True)
         self._note_time(folder, watched, training.iterations, 0.0)
 
@@ -196,12 +196,14 @@ class Benchmark:
         missing = {run.kind: run for run in self.runs if run.kind not in known["runs"]}
         if missing:
             known["runs"] |= (
-                self._timed(missing) if self.options.minutes_per_method else self._counted(missing)
+                self._plan_by_time(missing)
+                if self.options.minutes_per_method
+                else self._plan_by_count(missing)
             )
             write_atomic(file, (json.dumps(known, indent=2) + "\n").encode())
         return known["runs"]
 
-    def _counted(self, runs: dict[str, Run]) -> dict[str, dict]:
+    def _plan_by_count(self, runs: dict[str, Run]) -> dict[str, dict]:
         """As many steps as were asked for, and as many calls of the teacher as pi-Flow makes in them."""
         options = self.options
         calls = options.iterations * options.batch_size * ImitationConfig().num_intermediate_states
@@ -214,13 +216,13 @@ class Benchmark:
             for kind, run in runs.items()
         }
 
-    def _timed(self, runs: dict[str, Run]) -> dict[str, dict]:
+    def _plan_by_time(self, runs: dict[str, Run]) -> dict[str, dict]:
         """Time a few steps of each kind of run, in turn, and share out the budget."""
         self.say("timing a few steps of each method")
         steps, before, per_pair = ({kind: [] for kind in runs} for _ in range(3))
         for _ in range(ROUNDS):
             for kind, run in runs.items():
-                method, watched = self.method(run), Watched(self.data, self.device)
+                method, watched = self.method(run), ClockedData(self.data, self.device)
                 training = replace(method.setting.training, iterations=WARMING + TIMED)
                 with TemporaryDirectory() as folder, redirect_stderr(StringIO()):
                     spent = method.train(Path(folder), watched, training, run.nfe, SAMPLING_BATCH)
@@ -246,13 +248,13 @@ class Benchmark:
     def train_all(self) -> None:
         for run in self.runs:
             plan = self.plan[run.kind]
-            method, watched = self.method(run), Watched(self.data, self.device)
+            method, watched = self.method(run), ClockedData(self.data, self.device)
             training = replace(method.setting.training, iterations=plan["iterations"])
             self.say(f"{run.name}: {plan['iterations']} steps")
             before = method.train(self.folder(run), watched, training, run.nfe, plan["pairs"])
             self._note_time(self.folder(run), watched, plan["iterations"], before)
 
-    def _note_time(self, folder: Path, watched: Watched, iterations: int, before: float) -> None:
+    def _note_time(self, folder: Path, watched: ClockedData, iterations: int, before: float) -> None:
         """Write down how long it took; of a run that was cut, the steps seen now stand for all of them."""
         taken = watched.step_seconds()
         if not len(taken):

@@ -69,15 +69,15 @@ def dx_contenders(size, batch, sigmas):
     def policy():
         return DXPolicy(grid, x_src, sigmas[0], segment_size=1.0, eps=EPS)
 
-    def compiled(num_threads):
+    def run_compiled(num_threads):
         return integrate(policy(), x_src, sigmas, kernel="cpu", num_threads=num_threads)
 
     exact = DXPolicy(grid[:1].astype(np.float64), x_src[:1].astype(np.float64), sigmas[0], segment_size=1.0)
     return exact, {
         "numpy loop": lambda: integrate(policy(), x_src, sigmas, kernel="reference"),
         "numpy closed form": lambda: policy().closed_form(x_src, sigmas),
-        "kernel, 1 thread": lambda: compiled(1),
-        "kernel, 2 threads": lambda: compiled(2),
+        "kernel, 1 thread": lambda: run_compiled(1),
+        "kernel, 2 threads": lambda: run_compiled(2),
     }
 
 

@@ -59,20 +59,20 @@ def network_at(side, config):
     return open_engine(Graph(export_network(student)), engine="ort-cpu")
 
 
-def counted(axis, sizes):
+def count_work(axis, sizes):
     """Of a side its pixels."""
     return [side**2 for side in sizes] if axis == "side" else sizes
 
 
 def line(what, axis, sizes, rounds):
-    found = growth(counted(axis, sizes), rounds)
+    found = growth(count_work(axis, sizes), rounds)
     ms, count = [median(times) for times in rounds], len(rounds[0])
     return {"what": what, "axis": axis, "sizes": sizes, "ms": ms, "rounds": count, **found}
 
 
 def relative(line):
     """(times its smallest size, times as long)."""
-    sizes, ms = counted(line["axis"], line["sizes"]), line["ms"]
+    sizes, ms = count_work(line["axis"], line["sizes"]), line["ms"]
     return [(size / sizes[0], time / ms[0]) for size, time in zip(sizes, ms, strict=True)]
 
 

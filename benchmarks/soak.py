@@ -35,40 +35,40 @@ def kinds(bundle: Path, options: pf.EngineOptions):
     """The calls, over and over: each makes 4 images, and returns nothing."""
     generator = pf.load(bundle, options=options)
     count, height, width = 4, *generator.bundle.manifest.latent.shape[-2:]
-    latents = generator(**_asked(generator, count), seed=1, output="latent").latents
+    latents = generator(**_build_call(generator, count), seed=1, output="latent").latents
     mask = np.arange(height * width).reshape(height, width) % 2 == 0
     threads = ThreadPoolExecutor(2)
 
     def half(seed):
-        generator(**_asked(generator, count // 2), seed=seed)
+        generator(**_build_call(generator, count // 2), seed=seed)
 
-    def cancelled(seed):
+    def cancel_one(seed):
         cancel = threading.Event()
         cancel.set()
         try:
-            generator(**_asked(generator, count), seed=seed, cancel=cancel)
+            generator(**_build_call(generator, count), seed=seed, cancel=cancel)
         except pf.Cancelled:
-            generator(**_asked(generator, count), seed=seed)
+            generator(**_build_call(generator, count), seed=seed)
 
     def anew(seed):
         with pf.load(bundle, options=options) as other:
-            other(**_asked(generator, count), seed=seed)
+            other(**_build_call(generator, count), seed=seed)
 
-    plain = _asked(generator, count)
+    plain, one = _build_call(generator, count), _build_call(generator, 1)
     return [
         lambda seed: generator(**plain, seed=seed),
-        lambda seed: [generator(**_asked(generator, 1), seed=seed + i, nfe=1 + i, output="numpy") for i in range(4)],
+        lambda seed: [generator(**one, seed=seed + i, nfe=1 + i, output="numpy") for i in range(4)],
         lambda seed: generator(**plain, seed=seed, h=0.5, nfe=3, output="float"),
         lambda seed: generator(**plain, seed=seed, image=latents, strength=0.5),
         lambda seed: generator(**plain, seed=seed, image=latents, mask=mask, nfe=2, resamples=1),
         lambda seed: generator(**plain, seed=seed, callback=lambda done: done.x_0, callback_every=16),
         lambda seed: list(threads.map(half, (seed, seed + 1))),
-        cancelled,
+        cancel_one,
         anew,
     ]  # fmt: skip
 
 
-def _asked(generator: pf.Generator, count: int) -> dict:
+def _build_call(generator: pf.Generator, count: int) -> dict:
     conditioning = generator.conditioner.example(count)
     return {"arrays": conditioning} if conditioning else {"count": count}
 

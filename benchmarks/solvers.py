@@ -84,7 +84,7 @@ SOLVERS = {
 }
 
 
-class Counted:
+class CountingPolicy:
     """A policy that counts its evaluations."""
 
     def __init__(self, policy, counts):
@@ -103,7 +103,7 @@ def latents(generator, noise, conditioning, solver, total_substeps):
     for segment in schedule.segments:
         outputs = generator.student.outputs(x_t.astype(np.float32), segment.sigma_src, conditioning)
         outputs = {name: value.astype(np.float64) for name, value in outputs.items()}
-        policy = Counted(generator.student.as_policy(outputs, x_t, segment.sigma_src), counts)
+        policy = CountingPolicy(generator.student.as_policy(outputs, x_t, segment.sigma_src), counts)
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
         x_t = solver(policy, x_t, segment_sigmas(*ends, schedule.shift))
     return x_t, len(counts)

@@ -52,7 +52,7 @@ def runs(command):
     return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
 
 
-def held(code, repeats):
+def measure_memory(code, repeats):
     """MB that a process holds after `code`, and its peak; medians, None where the system does not tell."""
     told = []
     for _ in range(repeats):
@@ -96,7 +96,9 @@ def main(arguments=None):
         {
             "ms": {name: round(value, 1) for name, value in ms.items()},
             "memory_mb": {
-                name: held(code, min(3, options.repeats)) for name, code in memory.items() if name in wanted
+                name: measure_memory(code, min(3, options.repeats))
+                for name, code in memory.items()
+                if name in wanted
             },
             **{name: ms[a] / ms[b] for name, (a, b) in ratios.items() if a in ms and b in ms},
             "repeats": options.repeats,

@@ -260,7 +260,7 @@ def rollout(found: Mapping) -> str:
     return table(heads, rows)
 
 
-def nested(found: Mapping) -> str:
+def tell_nested(found: Mapping) -> str:
     """Any other result: its numbers by their dotted names."""
     rows = []
 

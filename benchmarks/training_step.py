@@ -118,7 +118,7 @@ class Straightforward:
         self.config, self.training = config, training
 
     @torch.no_grad()
-    def guided(self, x_t, sigma_t, labels):
+    def guide(self, x_t, sigma_t, labels):
         u_cond = self.teacher(x_t, sigma_t.float(), labels=labels)
         u_uncond = self.teacher(x_t, sigma_t.float(), labels=torch.full_like(labels, 10))
         return u_uncond + GUIDANCE_SCALE * (u_cond - u_uncond)
@@ -152,7 +152,7 @@ class Straightforward:
             raw_t_next = raw_t_src - ends[:, i]
             x_t = self.rollout(followed, x_t, raw_t, raw_t_next)
             raw_t = raw_t_next
-            target = self.guided(x_t, raw_t, labels)
+            target = self.guide(x_t, raw_t, labels)
             loss = loss + 0.5 * F.mse_loss(policy.velocity(x_t, raw_t), target) / states
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.training, iteration)

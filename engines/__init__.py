@@ -145,7 +145,7 @@ class EngineOptions:
         if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
             raise EngineError(f"num_threads is a whole number from 1 to {_MOST_THREADS}; got {threads!r}")
         if self.cpu_affinity is not None:
-            object.__setattr__(self, "cpu_affinity", _checked_cores(self.cpu_affinity))
+            object.__setattr__(self, "cpu_affinity", _check_cores(self.cpu_affinity))
 
     @property
     def threads(self) -> int:
@@ -169,7 +169,7 @@ class EngineOptions:
 DEFAULT_OPTIONS = EngineOptions()
 
 
-def _checked_cores(cores) -> tuple[int, ...]:
+def _check_cores(cores) -> tuple[int, ...]:
     if not hasattr(os, "sched_getaffinity"):
         raise EngineError("cpu_affinity works on Linux only; leave it out, or use num_threads")
     allowed = os.sched_getaffinity(0)
@@ -268,7 +268,7 @@ def open_engine(
 
 def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine:
     passed_over: dict[str, str] = {}
-    for name in _suited(device):
+    for name in _find_suited(device):
         opener = _backend(name).opener(graph, _device(name, device), options)
         if isinstance(opener, str):
             passed_over[name] = opener.removeprefix(f"engine {name!r} ")
@@ -295,9 +295,9 @@ def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine
     raise EngineError(f"no engine can run here{f' on {device}' if device else ''}:{reasons}")
 
 
-def _suited(device: str | None) -> list[str]:
+def _find_suited(device: str | None) -> list[str]:
     kind, colon, number = (device or "").partition(":")
-    if colon and not _numbered(kind, number):
+    if colon and not _is_numbered(kind, number):
         raise EngineError(f"a device with a number is such as 'cuda:1'; got {device!r}")
     names = [name for name, (_, devices) in ENGINES.items() if not kind or kind in devices]
     if not names:
@@ -306,7 +306,7 @@ def _suited(device: str | None) -> list[str]:
     return names
 
 
-def _numbered(kind: str, number: str) -> bool:
+def _is_numbered(kind: str, number: str) -> bool:
     """Whether there may be several of a kind of device, of which this is one."""
     return kind in ("cuda", "gpu") and number.isascii() and number.isdecimal()
 
@@ -314,7 +314,7 @@ def _numbered(kind: str, number: str) -> bool:
 def _device(engine: str, device: str | None) -> str:
     devices = ENGINES[engine][1]
     kind, colon, number = (device or devices[0]).partition(":")
-    if kind not in devices or (colon and not _numbered(kind, number)):
+    if kind not in devices or (colon and not _is_numbered(kind, number)):
         raise EngineError(f"engine {engine!r} runs on {' or '.join(devices)}; got device {device!r}")
     return device or devices[0]
 

@@ -46,14 +46,14 @@ def first_non_finite(graph: Graph, inputs: dict[str, np.ndarray]) -> str | None:
         MissingExtraError, EngineError: see `layer_values`.
     """
     nodes = _onnx().load_from_string(graph.model).graph.node
-    made = {name for node in nodes for name in node.output}
+    written = {name for node in nodes for name in node.output}
     for start in range(0, len(nodes), _NODES_TOGETHER):
         part = nodes[start : start + _NODES_TOGETHER]
         values = layer_values(graph, inputs, [name for node in part for name in node.output if name])
         for node in part:
             results = (values[name] for name in node.output if name)
             if any(value.dtype.kind == "f" and not np.isfinite(value).all() for value in results):
-                weights = [name for name in node.input if name not in made and "." in name]
+                weights = [name for name in node.input if name not in written and "." in name]
                 return f"{node.name} ({node.op_type}{' with ' + ', '.join(weights) if weights else ''})"
     return None
 

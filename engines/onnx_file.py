@@ -14,7 +14,7 @@ import numpy as np
 from piflow_edge.engines import Graph
 from piflow_edge.errors import EngineError
 from piflow_edge.system import onnx_messages as onnx
-from piflow_edge.system.protobuf import FieldReader, broken, read_integers, read_text, signed
+from piflow_edge.system.protobuf import FieldReader, damage_error, read_integers, read_text, to_signed
 
 # TensorProto.DataType -> NumPy's.
 DTYPES = {code: np.dtype(name).type for code, name in onnx.DTYPES.items() if name != "bfloat16"}
@@ -83,16 +83,18 @@ class _Reader:
             elif name == "functions":
                 raise EngineError("the network has functions of its own; inline them before it is exported")
         if found is None or opset is None:
-            raise broken("it holds no graph" if found is None else "it does not say which operators it uses")
+            raise damage_error(
+                "it holds no graph" if found is None else "it does not say which operators it uses"
+            )
         return Model(found, opset)
 
     def _opset(self, data: memoryview) -> tuple[str, int]:
         values = dict(self._fields(onnx.OPERATOR_SET, data))
-        return read_text(values.get("domain", _NOTHING)), signed(values.get("version", 0))
+        return read_text(values.get("domain", _NOTHING)), to_signed(values.get("version", 0))
 
     def _graph(self, data: memoryview, depth: int) -> Subgraph:
         if depth > _DEEPEST:
-            raise broken(f"graphs are nested more than {_DEEPEST} deep")
+            raise damage_error(f"graphs are nested more than {_DEEPEST} deep")
         graph, inputs = Subgraph(), []
         for name, value in self._fields(onnx.GRAPH, data):
             if name == "node":
@@ -146,7 +148,7 @@ class _Reader:
         if kind == 1:
             return name, float(np.frombuffer(single.get("f", bytes(4)), "<f4")[0])
         if kind == 2:
-            return name, signed(single.get("i", 0))
+            return name, to_signed(single.get("i", 0))
         if kind == 3:
             return name, read_text(single.get("s", _NOTHING))
         if kind == 4:
@@ -183,14 +185,16 @@ class _Reader:
             )
         dtype = np.dtype(DTYPES[code]).newbyteorder("<")
         if any(n < 0 for n in dims) or len(dims) > _MOST_AXES:
-            raise broken(f"weight {name!r} has the shape {dims}")
+            raise damage_error(f"weight {name!r} has the shape {dims}")
         raw = single.get("raw_data")
         if single.get("data_location") == _EXTERNAL:
             raw = self._external(name, external)
         values = np.frombuffer(raw, np.uint8) if raw is not None else _values_of(dtype, listed)
         wanted = math.prod(dims) * dtype.itemsize
         if values.nbytes != wanted:
-            raise broken(f"weight {name!r} of shape {dims} takes {wanted} bytes and has {values.nbytes}")
+            raise damage_error(
+                f"weight {name!r} of shape {dims} takes {wanted} bytes and has {values.nbytes}"
+            )
         return name, values.view(dtype).reshape(dims)
 
     def _external(self, name: str, external: dict[str, str]) -> memoryview:
@@ -204,9 +208,9 @@ class _Reader:
             offset = int(external.get("offset", "0"))
             length = int(external.get("length", str(len(content) - offset)))
         except ValueError as error:
-            raise broken(f"weight {name!r} has no place in {place!r}: {error}") from error
+            raise damage_error(f"weight {name!r} has no place in {place!r}: {error}") from error
         if offset < 0 or length < 0 or offset + length > len(content):
-            raise broken(
+            raise damage_error(
                 f"weight {name!r} lies at {offset}, {length} bytes, in {place!r} of {len(content)} bytes"
             )
         return content[offset : offset + length]
@@ -214,7 +218,7 @@ class _Reader:
 
 def _whole(value: memoryview, size: int) -> memoryview:
     if len(value) % size:
-        raise broken(f"numbers of {size} bytes take {len(value)} bytes")
+        raise damage_error(f"numbers of {size} bytes take {len(value)} bytes")
     return value
 
 
@@ -230,7 +234,7 @@ def _values_of(dtype: np.dtype, listed: dict[str, list]) -> np.ndarray:
         numbers = [number % (1 << 64) for number in numbers]
     low, high = np.iinfo(stored).min, np.iinfo(stored).max
     if numbers and not low <= min(numbers) <= max(numbers) <= high:
-        raise broken(f"a weight of {dtype} holds numbers from {min(numbers)} to {max(numbers)}")
+        raise damage_error(f"a weight of {dtype} holds numbers from {min(numbers)} to {max(numbers)}")
     values = np.array(numbers, stored)
     return (
         values.astype(dtype) if dtype == np.bool_ else values.view(dtype)

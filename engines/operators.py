@@ -250,7 +250,7 @@ def _conv(
 # --- normalisation and images
 
 
-def _normalised(x, axes, epsilon):
+def _normalise(x, axes, epsilon):
     mean = x.mean(axis=axes, keepdims=True)
     return (x - mean) / np.sqrt(((x - mean) ** 2).mean(axis=axes, keepdims=True) + np.float32(epsilon))
 
@@ -258,13 +258,13 @@ def _normalised(x, axes, epsilon):
 def _layer_normalization(x, scale, bias=None, *, axis=-1, epsilon=1e-5, stash_type=1):
     _only("stash_type", stash_type, 1)
     axes = tuple(range(axis % x.ndim, x.ndim))
-    normalised = _normalised(_wide(x), axes, epsilon).astype(x.dtype) * scale
+    normalised = _normalise(_wide(x), axes, epsilon).astype(x.dtype) * scale
     return normalised if bias is None else normalised + bias
 
 
 def _instance_normalization(x, scale, bias, *, epsilon=1e-5):
     shape = (-1, *(1,) * (x.ndim - 2))
-    normalised = _normalised(_wide(x), tuple(range(2, x.ndim)), epsilon)
+    normalised = _normalise(_wide(x), tuple(range(2, x.ndim)), epsilon)
     return (normalised * _wide(scale).reshape(shape) + _wide(bias).reshape(shape)).astype(x.dtype)
 
 
@@ -303,14 +303,14 @@ def _along(axis: int, values: Array, x: Array) -> Array:
     )
 
 
-def _saturated(x: Array, dtype) -> Array:
+def _saturate(x: Array, dtype) -> Array:
     return np.clip(x, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
 
 
 def _quantize_linear(x, scale, zero_point=None, *, axis=1, saturate=1):
     zero_point = np.zeros(scale.shape, np.uint8) if zero_point is None else zero_point
     steps = np.rint(_wide(x) / _along(axis, _wide(scale), x))
-    return _saturated(steps + _along(axis, zero_point.astype(np.float32), x), zero_point.dtype)
+    return _saturate(steps + _along(axis, zero_point.astype(np.float32), x), zero_point.dtype)
 
 
 def _dequantize_linear(x, scale, zero_point=None, *, axis=1):
@@ -321,8 +321,8 @@ def _dequantize_linear(x, scale, zero_point=None, *, axis=1):
 def _dynamic_quantize_linear(x):
     low, high = min(np.float32(0), x.min()), max(np.float32(0), x.max())
     scale = (high - low) / np.float32(255) if high > low else np.float32(1)
-    zero_point = _saturated(np.rint(-low / scale), np.uint8)
-    return _saturated(np.rint(x / scale) + zero_point, np.uint8), np.array(scale, np.float32), zero_point
+    zero_point = _saturate(np.rint(-low / scale), np.uint8)
+    return _saturate(np.rint(x / scale) + zero_point, np.uint8), np.array(scale, np.float32), zero_point
 
 
 def _matmul_integer(a, b, a_zero_point=None, b_zero_point=None):

@@ -47,7 +47,7 @@ class Placement(Counter):
 
 
 @contextmanager
-def watched(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Placement]]:
+def watch_placement(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Placement]]:
     """Counts the nodes of each provider, of a session that is opened with `settings` meanwhile.
 
     From 1.24 on ONNX Runtime tells. Before, its profile of a call does: the first, on zeros, which is made here. Its
@@ -63,7 +63,7 @@ def watched(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Placement
     """
     if hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"):
         settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        yield _told
+        yield _read_placement
         return
     import tempfile  # late: newer ones need none
 
@@ -71,7 +71,7 @@ def watched(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Placement
     with tempfile.TemporaryDirectory(prefix="piflow-edge-", ignore_cleanup_errors=True) as folder:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "nodes")
-        yield lambda session: _profiled(session, batch)
+        yield lambda session: _read_profile(session, batch)
 
 
 def dtype_of(value) -> str:
@@ -80,12 +80,12 @@ def dtype_of(value) -> str:
     return _DTYPES[kind]
 
 
-def _told(session) -> Placement:
+def _read_placement(session) -> Placement:
     parts = session.get_provider_graph_assignment_info()
     return Placement((part.ep_name, node.op_type) for part in parts for node in part.get_nodes())
 
 
-def _profiled(session, batch: int) -> Placement:
+def _read_profile(session, batch: int) -> Placement:
     zeros = {
         value.name: np.zeros(
             [size if isinstance(size, int) else batch for size in value.shape], dtype_of(value)

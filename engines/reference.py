@@ -160,12 +160,12 @@ def _scan(
     lengths = {len(sequence) if sequence is not None and sequence.ndim else None for sequence in sequences}
     if len(lengths) != 1 or None in lengths:
         raise EngineError(f"node {node.name!r} (Scan) needs sequences of one length; got {lengths}")
-    made: list[list[np.ndarray]] = [[] for _ in body.outputs[len(states) :]]
+    stacks: list[list[np.ndarray]] = [[] for _ in body.outputs[len(states) :]]
     for rows in zip(*sequences, strict=True):
         inputs = dict(zip(body.inputs, [*states, *map(np.asarray, rows)], strict=True))
         found = _run(body, inputs, values)
         ends = [found[name] for name in body.outputs]
         states = ends[: len(states)]
-        for row, value in zip(made, ends[len(states) :], strict=True):
+        for row, value in zip(stacks, ends[len(states) :], strict=True):
             row.append(value)
-    return (*states, *map(np.stack, made))
+    return (*states, *map(np.stack, stacks))

@@ -14,8 +14,8 @@ from piflow_edge.errors import BundleError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion
 from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
 from piflow_edge.export.onnx_graphs.encoder_graph import export_encoder
-from piflow_edge.export.onnx_graphs.large import measure_lowered_share, named
-from piflow_edge.export.onnx_graphs.opset import lowered
+from piflow_edge.export.onnx_graphs.large import measure_lowered_share, name_files
+from piflow_edge.export.onnx_graphs.opset import lower_opset
 from piflow_edge.export.onnx_graphs.sampler_graph import export_sampler
 from piflow_edge.export.onnx_graphs.to_onnx import OPSET, network_graph
 
@@ -65,15 +65,17 @@ def convert_networks(
         calibration: what converters measure with; None where there is fp32 only.
     """
     files: dict[str, bytes] = {}
-    kept: dict[str, dict] = {}
+    float32_nodes: dict[str, dict] = {}
     listed: dict[str, dict[str, list[str]]] = {name: {} for name in manifest.networks}
     for precision in manifest.precisions:
         convert = PRECISIONS[precision].load_converter(__package__)
         converted = {name: convert(name, graph, calibration) for name, graph in exact.items()}
-        kept[precision] = {
-            name: one.kept for name, one in converted.items() if one.graph is not exact[name] or one.kept
+        float32_nodes[precision] = {
+            name: one.float32_nodes
+            for name, one in converted.items()
+            if one.graph is not exact[name] or one.float32_nodes
         }
-        for name, reasons in kept[precision].items():
+        for name, reasons in float32_nodes[precision].items():
             _tell_share(name, precision, converted[name].graph, reasons)
         for name in manifest.networks:
             graph, tag = _graph_of(name, converted, exact, manifest, precision)
@@ -81,7 +83,7 @@ def convert_networks(
                 files |= _name_files(graph, f"{name}.{tag}.onnx", manifest.networks[name].opset)
             listed[name][precision] = [file for file in files if file.startswith(f"{name}.{tag}.onnx")]
     networks = {name: replace(spec, files=listed[name]) for name, spec in manifest.networks.items()}
-    provenance = {**manifest.provenance, "kept_in_fp32": kept}
+    provenance = {**manifest.provenance, "kept_in_fp32": float32_nodes}
     return replace(manifest, networks=networks, provenance=provenance), files
 
 
@@ -107,5 +109,5 @@ def _graph_of(
 
 
 def _name_files(graph: Graph, file: str, opset: int) -> dict[str, bytes]:
-    files = named(graph, file)
-    return files if opset == OPSET else files | {file: lowered(files[file])}
+    files = name_files(graph, file)
+    return files if opset == OPSET else files | {file: lower_opset(files[file])}

@@ -20,9 +20,9 @@ _FLOAT32_INPUTS = {"Resize": (2,)}
 
 
 def convert_to_half(
-    model: onnx.ModelProto, files: Mapping[str, bytes], kept: Container[str], floats: Set[str]
+    model: onnx.ModelProto, files: Mapping[str, bytes], float32_nodes: Container[str], floats: Set[str]
 ) -> onnx.ModelProto:
-    """Put all nodes but the `kept` ones into fp16. Inputs and outputs of the graph stay float32.
+    """Put all nodes but the `float32_nodes` ones into fp16. Inputs and outputs of the graph stay float32.
 
     Args:
         model: fp32; it is left as it is.
@@ -36,12 +36,12 @@ def convert_to_half(
     Raises:
         CheckFailedError: a node has a body, of which nothing is known here.
     """
-    return _Conversion(model, files, kept, floats).convert()
+    return _Conversion(model, files, float32_nodes, floats).convert()
 
 
 class _Conversion:
-    def __init__(self, model, files: Mapping[str, bytes], kept: Container[str], floats: Set[str]):
-        self._model, self._files, self._kept, self._floats = model, files, kept, floats
+    def __init__(self, model, files: Mapping[str, bytes], float32_nodes: Container[str], floats: Set[str]):
+        self._model, self._files, self._float32_nodes, self._floats = model, files, float32_nodes, floats
         self._weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
         self._outputs = {value.name for value in model.graph.output}
         self._nodes: list[onnx.NodeProto] = []
@@ -50,7 +50,9 @@ class _Conversion:
         self._read: dict[str, set[int]] = {
             name: set() for name in self._weights
         }  # weight -> types it is read in
-        read_by_half = {name for node in model.graph.node if node.name not in kept for name in node.input}
+        read_by_half = {
+            name for node in model.graph.node if node.name not in float32_nodes for name in node.input
+        }
         # Read in both types, a weight needs two names.
         self._float_names = {
             name: f"{name}.float" if name in read_by_half else name for name in self._weights
@@ -63,7 +65,7 @@ class _Conversion:
                     f"{node.name} ({node.op_type}) has a body, and fp16 is for graphs without; export without fp16"
                 )
             new = copy.deepcopy(node)
-            if node.name in self._kept:
+            if node.name in self._float32_nodes:
                 new.input[:] = [self._read_as(name, TensorProto.FLOAT) for name in node.input]
                 self._nodes.append(new)
             else:

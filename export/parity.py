@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from piflow_edge.bundle.manifest import Manifest
-from piflow_edge.conditioning import Asked, Conditioner
+from piflow_edge.conditioning import Conditioner, ConditionRequest
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.export.conversions.calibration import count_images
@@ -50,7 +50,7 @@ def golden_samples(
         golden[f"levels.{i}"] = levels
         golden[f"velocities.{i}"] = np.stack([policy.velocity(x_src, level) for level in levels.tolist()])
         if i < schedule.nfe - 1:
-            policy = policy.tempered(spec.temperature_of(schedule.nfe))
+            policy = policy.temper(spec.temperature_of(schedule.nfe))
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
         x_dst = rollout(policy, x_src, *ends, shift=schedule.shift)
         if segment.renoises:
@@ -65,7 +65,7 @@ def _trace_prompts(conditioner: Conditioner, count: int) -> dict[str, np.ndarray
     prompts = conditioner.example_prompts(count)
     if not prompts:
         return {}
-    return {PROMPTS: np.array(prompts), **conditioner.trace(Asked(prompts=prompts))}
+    return {PROMPTS: np.array(prompts), **conditioner.trace(ConditionRequest(prompts=prompts))}
 
 
 def _resized_samples(

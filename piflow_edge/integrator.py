@@ -138,8 +138,8 @@ def _take_multisteps(policy: VelocityField, x_t: Array, sigmas: np.ndarray) -> A
     for start, stop in pairwise(_evaluations(sigmas)):
         sigma_t, sigma_next = float(sigmas[start]), float(sigmas[stop])
         last, x_0 = x_0, x_t - sigma_t * policy.velocity(x_t, sigma_t)
-        kept = sigma_next / sigma_t  # the product of all 1 - r
-        x_next = kept * x_t + (1 - kept) * x_0
+        remaining = sigma_next / sigma_t  # the product of all 1 - r
+        x_next = remaining * x_t + (1 - remaining) * x_0
         if last is not None:
             slope = (x_0 - last) / (sigma_t - sigma_last)
             x_next = x_next + _slope_weight(sigmas[start : stop + 1].tolist()) * slope

@@ -66,9 +66,9 @@ def find_options(settings: Any) -> dict[str, Option]:
 def check_options(settings: Any, error: type[Exception] = ScheduleError) -> None:
     """Raise `error` unless every field of an instance lies in its range; None does where it is the default."""
     for each in fields(settings):
-        said: Option | None = each.metadata.get("option")
+        limits: Option | None = each.metadata.get("option")
         value = getattr(settings, each.name)
-        if said is None or (value is None and each.default is None):
+        if limits is None or (value is None and each.default is None):
             continue
-        if not said.allows(value):
-            raise error(f"{said.title or each.name} is {said.describe_range()}; got {value!r}")
+        if not limits.allows(value):
+            raise error(f"{limits.title or each.name} is {limits.describe_range()}; got {value!r}")

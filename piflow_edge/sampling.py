@@ -107,7 +107,7 @@ def sample(
         x_t = hooks.enter(x_t, i)
         policy = network(x_t, segment.sigma_src)
         if i < len(segments) - 1:
-            policy = policy.tempered(settings.temperature)
+            policy = policy.temper(settings.temperature)
         x_t = hooks.integrate(policy, x_t, substep_levels(segment, schedule.shift), solver=settings.solver)
         if segment.renoises:
             x_t = segment.renoise(x_t, hooks.renoise(i + 1))

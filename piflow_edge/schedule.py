@@ -161,16 +161,16 @@ class Segment:
     @property
     def renoise_scales(self) -> tuple[float, float]:
         """Factors of the state and of fresh noise in `renoise`."""
-        kept = 1 - self.sigma_next + self.sigma_next * self.m
-        return kept, self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0))
+        state_scale = 1 - self.sigma_next + self.sigma_next * self.m
+        return state_scale, self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0))
 
     def renoise(self, x_dst: Array, noise: Array) -> Array:
         """Carry `x_dst` (B, C, H, W) at `sigma_dst` up to `sigma_next` with fresh Gaussian noise of the same shape.
 
         Source: FlowMapSDEScheduler in Lakonik/piFlow.
         """
-        kept, added = self.renoise_scales
-        return kept * x_dst + added * noise
+        state_scale, noise_scale = self.renoise_scales
+        return state_scale * x_dst + noise_scale * noise
 
 
 @dataclass(frozen=True)

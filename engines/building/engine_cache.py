@@ -171,7 +171,7 @@ def get_or_build(
     """
     path = folder() / key.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path):
+    with hold_lock(path):
         # Nobody else writes this one now, so that what lies about is of a process that was killed.
         for left in path.parent.glob(f".{path.name}.*"):
             left.unlink(missing_ok=True)
@@ -194,7 +194,7 @@ def get_or_build(
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Keep other processes out of what belongs to `path`. A process that dies, however it dies, lets go.
 
     Raises:

@@ -159,7 +159,7 @@ def build(
         planned.memory.check(target.name)
         say(f"{target.name} ({target.file}): building for {key.gpu}, batches {key.profile}; {reason}")
         with Watch(settings.ordinal) as watch:
-            data = _made(planned, settings)
+            data = _make_plan(planned, settings)
         facts = {**watch.facts(), "needed": vars(planned.memory)}
         if settings.engine == "tensorrt":
             facts["inspection"] = _inspect(data, target, settings, say)
@@ -171,7 +171,7 @@ def build(
     return Report(planned, built, reason if built else None, str(entry.path), entry.size, entry.built)
 
 
-def _made(planned: Plan, settings: BuildSettings) -> bytes:
+def _make_plan(planned: Plan, settings: BuildSettings) -> bytes:
     target, times = planned.target, None
     if settings.timing_cache:
         key = planned.key
@@ -182,7 +182,7 @@ def _made(planned: Plan, settings: BuildSettings) -> bytes:
             target.graph, target.precision, planned.profile, ordinal=settings.ordinal,
             workspace=settings.workspace, timing_cache=times, own_kernels=settings.own_kernels,
         )  # fmt: skip
-    return ort_compile.compiled(
+    return ort_compile.compile_graph(
         settings.engine, target.graph, target.precision, planned.profile, device=settings.device,
         workspace=settings.workspace, timing_cache=times,
     )  # fmt: skip

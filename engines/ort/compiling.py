@@ -24,7 +24,7 @@ def provider_options(
     workspace: int | None,
     timing_cache: Path | None,
 ) -> dict[str, str]:
-    """What the provider is told; see `compiled`."""
+    """What the provider is told; see `compile_graph`."""
     prefix = _PREFIX[engine]
     options = {"device_id": str(ordinal)}
     for place, word in enumerate(("min", "opt", "max")):
@@ -43,7 +43,7 @@ def provider_options(
     return options
 
 
-def compiled(
+def compile_graph(
     engine: str,
     graph: Graph,
     precision: str,
@@ -91,7 +91,7 @@ def compiled(
                 settings, graph.model, embed_compiled_data_into_model=True
             ).compile_to_bytes()
         else:  # onnxruntime before 1.23
-            data = _compiled_by_a_session(module, backend.provider, settings, graph, options)
+            data = _compile_by_session(module, backend.provider, settings, graph, options)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise EngineError(f"{backend.provider} cannot build the engine: {error}") from error
     if b"EPContext" not in data:
@@ -99,7 +99,7 @@ def compiled(
     return data
 
 
-def _compiled_by_a_session(module, provider: str, settings, graph: Graph, options: dict[str, str]) -> bytes:
+def _compile_by_session(module, provider: str, settings, graph: Graph, options: dict[str, str]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="piflow-edge-") as folder:
         path = Path(folder) / "compiled.onnx"
         for name, value in {"enable": "1", "embed_mode": "1", "file_path": str(path)}.items():

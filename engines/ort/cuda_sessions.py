@@ -74,14 +74,14 @@ class OrtCUDA(OrtEngine):
             options |= {"has_user_compute_stream": "1", "user_compute_stream": str(self._place.stream)}
         return options
 
-    def _opened(self, ort, graph: Graph):
+    def _open_session(self, ort, graph: Graph):
         if hasattr(ort, "preload_dlls"):  # onnxruntime 1.21: finds CUDA and cuDNN as pip installs them
             with contextlib.redirect_stdout(io.StringIO()):  # it prints what it did not find
                 ort.preload_dlls()
         from piflow_edge.kernels import gpu_arrays
 
         self._place = gpu_arrays.place_of(self.device)
-        return super()._opened(ort, graph)
+        return super()._open_session(ort, graph)
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """One network call. With any input in the GPU's memory, the outputs stay there."""
@@ -94,7 +94,7 @@ class OrtCUDA(OrtEngine):
         place = self._place or gpu_arrays.place(self.ordinal)
         binding = session.io_binding()
         # Bound, not copied: what is made for this call must last until it is queued.
-        arrays = {name: self._bound(name, array, place) for name, array in inputs.items()}
+        arrays = {name: self._bind(name, array, place) for name, array in inputs.items()}
         try:
             for name, array in arrays.items():
                 dtype = np.dtype(array.dtype)
@@ -110,7 +110,7 @@ class OrtCUDA(OrtEngine):
             raise EngineError(f"the network call failed in onnxruntime: {error}") from error
         return {name: _device_array(value, place) for name, value in zip(self._outputs, values, strict=True)}
 
-    def _bound(self, name: str, array, place):
+    def _bind(self, name: str, array, place):
         from piflow_edge.kernels import gpu_arrays
 
         if not is_on_gpu(array):  # noise levels and labels, the same for every image
@@ -157,7 +157,7 @@ class OrtTensorRT(OrtCUDA):
         opener = super().opener(graph, device, options)
         if isinstance(opener, str):
             return opener
-        if (found := cls._cached(graph, device)) is None:
+        if (found := cls._find_cached(graph, device)) is None:
             return f"it would first build an engine, for minutes; build it ahead: {cls._build_command(graph)}"
         return partial(opener, **found)
 
@@ -177,7 +177,7 @@ class OrtTensorRT(OrtCUDA):
         return f"of the system, in onnxruntime {module.__version__}"
 
     @classmethod
-    def _cached(cls, graph: Graph, device: str) -> dict[str, Any] | None:
+    def _find_cached(cls, graph: Graph, device: str) -> dict[str, Any] | None:
         """`plan` and `profile` of what `piflow-edge build` made of this graph for this GPU, or None."""
         release = cls.describe_release()
         try:
@@ -190,8 +190,8 @@ class OrtTensorRT(OrtCUDA):
     def _build_command(cls, graph: Graph) -> str:
         return f"piflow-edge build {graph.source} --engine {cls.name}"
 
-    def _opened(self, ort, graph: Graph):
-        if self._plan is None and (found := self._cached(graph, self.device)) is not None:
+    def _open_session(self, ort, graph: Graph):
+        if self._plan is None and (found := self._find_cached(graph, self.device)) is not None:
             self._plan, self._profile = found["plan"], found["profile"]
         if self._profile:
             least, _, most = self._profile.split()[0].split(":")
@@ -202,9 +202,9 @@ class OrtTensorRT(OrtCUDA):
                 self.name,
                 self._build_command(graph),
             )
-            return super()._opened(ort, graph)
+            return super()._open_session(ort, graph)
         plan, self._plan = self._plan, None  # not held beside the session
-        return super()._opened(ort, Graph(plan))
+        return super()._open_session(ort, Graph(plan))
 
     def _provider_options(self, graph: Graph) -> dict[str, str]:
         return self._gpu_options()

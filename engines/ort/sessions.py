@@ -68,7 +68,7 @@ class OrtEngine:
         ort = self.installed_runtime()
         self.device, self._options = device, options
         self._lock = contextlib.nullcontext() if self.concurrent else threading.Lock()
-        self._session = self._opened(ort, graph)
+        self._session = self._open_session(ort, graph)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @classmethod
@@ -139,21 +139,21 @@ class OrtEngine:
             )
         return settings
 
-    def _opened(self, ort, graph: Graph):
+    def _open_session(self, ort, graph: Graph):
         settings = self._settings(ort)
         give_weights(settings, graph)
         if self.provider == _CPU_PROVIDER:
-            session = self._made(ort, graph, settings)
+            session = self._make_session(ort, graph, settings)
         else:
-            with placement.watched(ort, settings, self.min_batch) as counted:
-                session = self._made(ort, graph, settings)
+            with placement.watch_placement(ort, settings, self.min_batch) as counted:
+                session = self._make_session(ort, graph, settings)
                 self._check(ort, session, counted)
         # The session keeps the file's bytes to open itself again with other providers, which is not done here.
         if getattr(session, "_model_bytes", None) is not None:
             session._model_bytes = None
         return session
 
-    def _made(self, ort, graph: Graph, settings):
+    def _make_session(self, ort, graph: Graph, settings):
         providers = [(self.provider, self._provider_options(graph))]
         try:
             # Some providers start threads of their own here, which keep to the cores of the one that starts them.
@@ -161,10 +161,10 @@ class OrtEngine:
                 # Without `enable_fallback=0` it would print an error and go on with the CPU.
                 return ort.InferenceSession(graph.model, settings, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
-            told = f"onnxruntime {ort.__version__} cannot open the network"
+            message = f"onnxruntime {ort.__version__} cannot open the network"
             if self.provider != _CPU_PROVIDER:
-                told += f" with {self.provider}. It {self._wants()}. It says"
-            raise EngineError(f"{told}: {str(error).strip()}") from error
+                message += f" with {self.provider}. It {self._wants()}. It says"
+            raise EngineError(f"{message}: {str(error).strip()}") from error
 
     def _wants(self) -> str:
         return f"needs {self.needs}; get the libraries with: pip install {self.package}{self._also()}"

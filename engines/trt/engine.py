@@ -110,7 +110,7 @@ class TensorRTEngine:
         self._api = trt_versions.api(trt.__version__)
         self.device, self._ordinal = device, nvidia.ordinal_in(device)
         if plan is None:
-            plan = _cached(graph, trt, device)
+            plan = _find_cached(graph, trt, device)
         self._lock = threading.Lock()
         self._log = trt_versions.logger(trt)
         with nvidia.current(self._ordinal):
@@ -143,7 +143,7 @@ class TensorRTEngine:
     def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
         """See `Engine`: it is passed over where it is not installed, or no engine was built of this network."""
         try:
-            plan = _cached(graph, trt_versions.tensorrt(), device)
+            plan = _find_cached(graph, trt_versions.tensorrt(), device)
         except PiFlowError as error:
             return str(error)
         return partial(cls, graph, device, options, plan=plan)
@@ -172,7 +172,7 @@ class TensorRTEngine:
         with self._lock:
             if self._engine is None:
                 raise EngineError("engine 'tensorrt' is closed; open the network again")
-            arrays = {t.name: self._checked(t, inputs) for t in self._tensors if t.is_input}
+            arrays = {t.name: self._check_input(t, inputs) for t in self._tensors if t.is_input}
             self._check_lengths(arrays)
             if (batch := self._batch(arrays)) < 1:
                 raise ShapeError("a call has one sample or more; got none")
@@ -183,9 +183,9 @@ class TensorRTEngine:
                     f"--batch {low}:{batch}:{batch}"
                 )
             self._log.errors.clear()  # of calls that went well all the same
-            return padding.run_padded(self._called, arrays, self._axes, self.min_batch)
+            return padding.run_padded(self._call, arrays, self._axes, self.min_batch)
 
-    def _called(self, arrays: dict[str, Any]) -> dict[str, Any]:
+    def _call(self, arrays: dict[str, Any]) -> dict[str, Any]:
         shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         on_gpu = [array for array in arrays.values() if is_on_gpu(array)]
         stream = stream_of(on_gpu[0]) if on_gpu else self._stream
@@ -197,10 +197,12 @@ class TensorRTEngine:
             if tensor.is_input:
                 self._bring(tensor, arrays[tensor.name], stream)
         outputs = self._free_outputs(stream)
-        made = self._queue(shapes, outputs, stream)
+        output_shapes = self._queue(shapes, outputs, stream)
         if crosses:
             nvidia.after(self._ordinal, self._stream, stream)
-        return self._on_gpu(outputs, made, stream) if on_gpu else self._on_host(outputs, made)
+        return (
+            self._on_gpu(outputs, output_shapes, stream) if on_gpu else self._on_host(outputs, output_shapes)
+        )
 
     def close(self) -> None:
         """Free its memory, once calls that are under way have ended; that of outputs goes with their arrays."""
@@ -219,7 +221,7 @@ class TensorRTEngine:
                 memory.free()
             self._recorder.close()
 
-    def _checked(self, tensor: _Tensor, inputs: dict[str, Any]):
+    def _check_input(self, tensor: _Tensor, inputs: dict[str, Any]):
         if inputs.keys() != (names := {t.name for t in self._tensors if t.is_input}):
             raise ShapeError(
                 f"the network takes {', '.join(sorted(names))}; got {', '.join(sorted(inputs)) or 'nothing'}"
@@ -289,10 +291,10 @@ class TensorRTEngine:
         call = self._calls.get(key)
         if call is None:
             # Where a profile cannot be shared, there is one context at a time.
-            kept = 1 if self._api.profile_sharing == "never" else _CALLS_KEPT
-            while len(self._calls) >= kept:
+            limit = 1 if self._api.profile_sharing == "never" else _CALLS_KEPT
+            while len(self._calls) >= limit:
                 self._forget(outputs)
-            call = self._calls[key] = self._prepared(shapes, outputs)
+            call = self._calls[key] = self._prepare(shapes, outputs)
         self._calls.move_to_end(key)
         nvidia.hold(call, outputs)
         if nvidia.is_recording():  # a part of something larger
@@ -310,7 +312,7 @@ class TensorRTEngine:
                 self._execute(call, stream)
         return call.shapes
 
-    def _prepared(self, shapes: _Shapes, outputs: _Outputs) -> _Call:
+    def _prepare(self, shapes: _Shapes, outputs: _Outputs) -> _Call:
         api = self._api
         with nvidia.current(self._ordinal):
             context = trt_versions.create_context(api, self._trt, self._engine)
@@ -325,8 +327,8 @@ class TensorRTEngine:
         if not done:
             batch = next(shapes[name][axis] for name, axis in self._axes.items())
             raise EngineError(f"TensorRT cannot prepare a call of {batch}: {'; '.join(self._log.errors)}")
-        made = [tensor.name for tensor in self._tensors if not tensor.is_input]
-        return _Call(context, {name: tuple(map(int, context.get_tensor_shape(name))) for name in made})
+        names = [tensor.name for tensor in self._tensors if not tensor.is_input]
+        return _Call(context, {name: tuple(map(int, context.get_tensor_shape(name))) for name in names})
 
     def _sizes_of_outputs(self, inputs: _Shapes, outputs: list[str]) -> _Shapes:
         """Shapes of the outputs for inputs of these shapes."""
@@ -350,13 +352,13 @@ class TensorRTEngine:
         if not call.context.execute_async_v3(stream):
             raise EngineError(f"the network call failed in TensorRT: {'; '.join(self._log.errors)}")
 
-    def _forget(self, kept: _Outputs) -> None:
-        """Drop the call that was used longest ago, once it has run, and outputs that no call uses but `kept`."""
+    def _forget(self, current: _Outputs) -> None:
+        """Drop the call that was used longest ago, once it has run, and outputs that no call uses but `current`."""
         nvidia.wait_for(self._stream)
         _, old = self._calls.popitem(last=False)
         if old.recording is not None:
             old.recording.free()
-        used = {outputs for _, outputs in self._calls} | {id(kept)}
+        used = {outputs for _, outputs in self._calls} | {id(current)}
         self._outputs = [outputs for outputs in self._outputs if id(outputs) in used]
 
     def _on_gpu(self, outputs: _Outputs, shapes: _Shapes, stream: int) -> dict[str, DeviceArray]:
@@ -381,7 +383,7 @@ class TensorRTEngine:
         return arrays
 
 
-def _cached(graph: Graph, trt, device: str) -> bytes:
+def _find_cached(graph: Graph, trt, device: str) -> bytes:
     needed = engine_cache.place("tensorrt", trt.__version__, device)
     if (found := engine_cache.newest(graph, needed)) is None:
         raise EngineNotBuiltError(

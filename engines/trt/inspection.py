@@ -109,10 +109,10 @@ def _count(layers: list[dict]) -> tuple[dict[str, int], dict[str, int]]:
         kind = f"{layer.get('LayerType', '')} {layer.get('ParameterType', '')}"
         if "reformat" in kind.lower() or "constant" in kind.lower():
             continue
-        made, read = (_format_of(layer.get(key) or []) for key in ("Outputs", "Inputs"))
-        every[made] += 1
+        writes, reads = (_format_of(layer.get(key) or []) for key in ("Outputs", "Inputs"))
+        every[writes] += 1
         if _PRODUCTS.search(kind):  # by what it multiplies: it may write another type
-            products[read] += 1
+            products[reads] += 1
     return dict(every), dict(products)
 
 

@@ -48,7 +48,7 @@ def build_plan(
     row = trt_versions.api(trt.__version__)
     logger = trt_versions.logger(trt)
     with nvidia.current(ordinal):
-        builder = _made(lambda: trt.Builder(logger), logger, "start its builder")
+        builder = _make(lambda: trt.Builder(logger), logger, "start its builder")
         network = trt_versions.create_network(row, trt, builder)
         parser = trt.OnnxParser(network, logger)
         if not trt_versions.parse(parser, graph):
@@ -63,7 +63,7 @@ def build_plan(
             trt_versions.set_workspace(trt, config, workspace)
         _add_profile(builder, config, network, profile)
         if timing_cache is not None:
-            times = config.create_timing_cache(_stored(timing_cache))
+            times = config.create_timing_cache(_read_stored(timing_cache))
             if not config.set_timing_cache(times, ignore_mismatch=False):
                 raise EngineError(f"TensorRT does not take the timing cache {timing_cache}; delete it")
         plan = builder.build_serialized_network(network, config)
@@ -92,14 +92,14 @@ def inspect_plan(plan: bytes, graph: Graph, precision: str, ordinal: int) -> trt
         return trt_inspection.inspect_engine(trt, engine, len(plan), graph, precision)
 
 
-def _made(make, logger, what: str):
+def _make(make, logger, what: str):
     try:
-        made = make()
+        result = make()
     except Exception as error:  # the bindings raise TypeError where the library returned nothing
         raise EngineError(f"TensorRT cannot {what}: {'; '.join(logger.errors) or error}") from error
-    if made is None:
+    if result is None:
         raise EngineError(f"TensorRT cannot {what}: {'; '.join(logger.errors)}")
-    return made
+    return result
 
 
 def _reasons(parser, logger) -> str:
@@ -111,19 +111,19 @@ def _add_profile(builder, config, network, profile: Mapping[str, Shapes]) -> Non
     shapes = {(tensor := network.get_input(n)).name: tuple(tensor.shape) for n in range(network.num_inputs)}
     if shapes.keys() != profile.keys():
         raise EngineError(f"the graph's inputs are {', '.join(shapes)}; the bundle says {', '.join(profile)}")
-    made = builder.create_optimization_profile()
+    ranges = builder.create_optimization_profile()
     for name, (least, best, most) in profile.items():
         if any(size not in (-1, *sizes) for size, *sizes in zip(shapes[name], least, most, strict=True)):
             raise EngineError(f"input {name} of the graph is {shapes[name]}; the bundle says {most}")
-        made.set_shape(name, least, best, most)
-    if config.add_optimization_profile(made) < 0:
+        ranges.set_shape(name, least, best, most)
+    if config.add_optimization_profile(ranges) < 0:
         raise EngineError(f"TensorRT does not take batches of {profile}")
 
 
 # --- kernel times, kept between builds: 64 hexadecimal digits of SHA-256, then TensorRT's bytes
 
 
-def _stored(path: Path) -> bytes:
+def _read_stored(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -138,10 +138,10 @@ def _stored(path: Path) -> bytes:
 
 def _store(path: Path, config) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with engine_cache.locked(path):
+    with engine_cache.hold_lock(path):
         times = config.get_timing_cache()
         # Another build may have added to the file meanwhile.
-        if others := _stored(path):
+        if others := _read_stored(path):
             times.combine(config.create_timing_cache(others), ignore_mismatch=False)
         data = bytes(times.serialize())
         write_atomic(path, sha256(data).encode() + data)

@@ -31,10 +31,10 @@ ENGINE = "ort-cpu"
 
 @dataclass
 class Conversion:
-    """A graph in another precision. `kept`: nodes left in float32 -> why, or "all"."""
+    """A graph in another precision. `float32_nodes`: nodes left in float32 -> why, or "all"."""
 
     graph: Graph
-    kept: dict[str, str] | str = field(default_factory=dict)
+    float32_nodes: dict[str, str] | str = field(default_factory=dict)
 
 
 def keep_fp32(network: str, graph: Graph, calibration: "Calibration | None") -> Conversion:

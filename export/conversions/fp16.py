@@ -43,20 +43,20 @@ def to_fp16(graph: Graph, batches: Sequence[Inputs], *, exact_outputs: bool = Tr
     """
     model = onnx.load_from_string(graph.model)
     floats = _find_floats(model)
-    kept = delicate_nodes(model, batches, graph.weights)
+    float32_nodes = delicate_nodes(model, batches, graph.weights)
     if exact_outputs:
         for output in model.graph.output:
             for node in _upstream(model, [output.name], floats):
-                kept.setdefault(node, f"leads to output {output.name}")
+                float32_nodes.setdefault(node, f"leads to output {output.name}")
     for node in model.graph.node:
         if node.op_type in FLOAT32_OPERATORS and floats.intersection([*node.input, *node.output]):
-            kept.setdefault(node.name, f"{node.op_type} is not in fp16 everywhere")
+            float32_nodes.setdefault(node.name, f"{node.op_type} is not in fp16 everywhere")
     known = {name for node in model.graph.node for name in node.output}
-    half = convert_to_half(model, graph.weights, kept, floats)
+    half = convert_to_half(model, graph.weights, float32_nodes, floats)
     compact(half, known)
     converted = graph_of(half)
     check(converted)
-    return Conversion(converted, kept)
+    return Conversion(converted, float32_nodes)
 
 
 def convert_network(network: str, graph: Graph, calibration: Calibration) -> Conversion:

@@ -167,5 +167,8 @@ def _measuring_nodes(name: str) -> list[onnx.NodeProto]:
     ]
     return [
         *_round_trip(name + _ROUNDED, back),
-        *(helper.make_node(kind, given, [f"{name}.{made}"], **more) for kind, given, made, more in steps),
+        *(
+            helper.make_node(kind, inputs, [f"{name}.{output}"], **more)
+            for kind, inputs, output, more in steps
+        ),
     ]

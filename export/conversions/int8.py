@@ -54,21 +54,23 @@ def to_int8(
     """
     layers = quantisable(onnx.load_from_string(graph.model))
 
-    def quantised(excluded: Sequence[str]) -> Graph:
+    def quantise_all_but(excluded: Sequence[str]) -> Graph:
         return quantise(graph, batches, static=static, excluded=excluded)
 
-    result = quantised([])
+    result = quantise_all_but([])
     off = accepts(result)
     if off <= 1:
         return Conversion(result)
     log.info("int8 is off by %.2f times what is allowed; measuring %d layers", off, len(layers))
-    alone = {layer: accepts(quantised([other for other in layers if other != layer])) for layer in layers}
+    alone = {
+        layer: accepts(quantise_all_but([other for other in layers if other != layer])) for layer in layers
+    }
     worst_first = sorted(layers, key=alone.get, reverse=True)
     # By halves: `result` leaves out `enough` layers, and one fewer than `too_few` + 1 would not do.
     too_few, enough, result = 0, len(layers), None
     while enough - too_few > 1:
         count = (too_few + enough) // 2
-        tried = quantised(worst_first[:count])
+        tried = quantise_all_but(worst_first[:count])
         if accepts(tried) <= 1:
             enough, result = count, tried
         else:
@@ -157,8 +159,8 @@ def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded:
 
 
 def _values(model: onnx.ModelProto) -> set[str]:
-    made = {name for node in model.graph.node for name in node.output}
-    return made | {tensor.name for tensor in model.graph.initializer}
+    outputs = {name for node in model.graph.node for name in node.output}
+    return outputs | {tensor.name for tensor in model.graph.initializer}
 
 
 @contextlib.contextmanager

@@ -71,15 +71,15 @@ def _make_piece(
     weights: Mapping[str, onnx.TensorProto],
     types: Mapping[str, int],
 ) -> Piece:
-    made = {name for node in nodes for name in node.output}
+    outputs = {name for node in nodes for name in node.output}
     read = dict.fromkeys(name for node in nodes for name in _read_names(node))
-    inputs = {name: types[name] for name in read if name in known and name not in made}
+    inputs = {name: types[name] for name in read if name in known and name not in outputs}
     return Piece(
         nodes,
         inputs,
-        sorted(made & alive),
+        sorted(outputs & alive),
         [name for name in inputs if name not in alive],
-        {name for name in (*read, *made) if types.get(name) == onnx.TensorProto.FLOAT},
+        {name for name in (*read, *outputs) if types.get(name) == onnx.TensorProto.FLOAT},
         [weights[name] for name in read if name in weights],
     )
 

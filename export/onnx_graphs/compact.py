@@ -52,8 +52,8 @@ def _merge_equal_weights(graph: onnx.GraphProto) -> None:
 def _shorten_names(graph: onnx.GraphProto, known: set[str]) -> None:
     known |= {value.name for value in [*graph.input, *graph.output]} | {""}
     known |= {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
-    made = [name for node in graph.node for name in node.output]
-    new = [name for name in [*made, *(t.name for t in graph.initializer)] if name not in known]
+    outputs = [name for node in graph.node for name in node.output]
+    new = [name for name in [*outputs, *(t.name for t in graph.initializer)] if name not in known]
     free = (name for name in map("v{:x}".format, range(len(new) + len(known))) if name not in known)
     short = dict(zip(new, free, strict=False))
     for tensor in graph.initializer:

@@ -71,8 +71,8 @@ def join_encoders(conditioner: Conditioner, encoders: Sequence[TextEncoder]) -> 
         DataError: the encoders make other arrays, or are not those of the student.
     """
     text = getattr(conditioner, "spec", conditioner)
-    told = {name: getattr(text, name) for name in ("null_prompt", "examples") if hasattr(text, name)}
-    opened = open_prompts(encoders, **told)
+    texts = {name: getattr(text, name) for name in ("null_prompt", "examples") if hasattr(text, name)}
+    opened = open_prompts(encoders, **texts)
     names, wanted = ({spec.name: spec.dtype for spec in one.inputs} for one in (opened, conditioner))
     if names != wanted or (conditioner.networks and opened.to_json() != conditioner.to_json()):
         raise DataError(

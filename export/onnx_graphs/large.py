@@ -76,7 +76,7 @@ def check(graph: Graph) -> None:
         onnx.checker.check_model(graph.model, full_check=True)
 
 
-def named(graph: Graph, name: str) -> dict[str, bytes]:
+def name_files(graph: Graph, name: str) -> dict[str, bytes]:
     """Files of a graph in a bundle: `name`, and `name`.data for the weights if they are apart."""
     if not graph.weights:
         return {name: graph.model}
@@ -91,7 +91,7 @@ def named(graph: Graph, name: str) -> dict[str, bytes]:
 
 def save(graph: Graph, path: Path) -> None:
     """Write a graph where a tool wants files."""
-    for name, data in named(graph, path.name).items():
+    for name, data in name_files(graph, path.name).items():
         (path.parent / name).write_bytes(data)
 
 

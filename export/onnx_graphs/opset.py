@@ -18,7 +18,7 @@ _NEW_DEFAULTS = {"Resize": {"antialias": 0, "keep_aspect_ratio_policy": b"stretc
 _MOST_INPUTS = {"Pad": 3, "Resize": 4}
 
 
-def lowered(data: bytes) -> bytes:
+def lower_opset(data: bytes) -> bytes:
     """The model in opset 17.
 
     Args:

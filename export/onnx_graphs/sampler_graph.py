@@ -170,8 +170,8 @@ def _time_tables(manifest: Manifest, nfe: int) -> dict[str, np.ndarray]:
     tables = {"time": _float32(segment.sigma_src for segment in segments)}
     if any(segment.renoises for segment in segments):
         tables["draw"] = np.minimum(np.arange(nfe, dtype=np.int64), nfe - 2)
-        kept, added = zip(*(segment.renoise_scales for segment in segments), strict=True)
-        tables |= {"kept": _float32(kept), "added": _float32(added)}
+        state_scales, noise_scales = zip(*(segment.renoise_scales for segment in segments), strict=True)
+        tables |= {"kept": _float32(state_scales), "added": _float32(noise_scales)}
     return tables
 
 

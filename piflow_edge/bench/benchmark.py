@@ -20,7 +20,7 @@ from piflow_edge.system.hardware import machine, power_state
 
 from .cold_start import cold_start
 from .config import ALL_ENGINES, DEFAULT_CONFIG, BenchConfig, TeacherConfig
-from .lineup import Measured, line_up_students, line_up_teacher
+from .lineup import LineupEntry, line_up_students, line_up_teacher
 from .rounds import summarize_row, time_rounds, time_waiting_rounds
 from .rows import Benchmark
 
@@ -77,9 +77,9 @@ def bench(
     return Benchmark(rows, pulse[config.warmup :], conditions, left_out)
 
 
-def _open_students(bundles: Sequence[Bundle], config: BenchConfig) -> tuple[list[Measured], list[LeftOut]]:
+def _open_students(bundles: Sequence[Bundle], config: BenchConfig) -> tuple[list[LineupEntry], list[LeftOut]]:
     """Open every bundle in every engine and precision; of "all" engines, leave out those that do not run here."""
-    contenders: list[Measured] = []
+    contenders: list[LineupEntry] = []
     left_out: list[LeftOut] = []
     every = ALL_ENGINES in config.engines
     for bundle, engine in itertools.product(bundles, ENGINES if every else config.engines):
@@ -103,13 +103,13 @@ def _open_students(bundles: Sequence[Bundle], config: BenchConfig) -> tuple[list
 
 def _open_teachers(
     bundle: Bundle,
-    students: Sequence[Measured],
+    students: Sequence[LineupEntry],
     config: BenchConfig,
     teacher: TeacherConfig,
     scale: float,
-) -> tuple[list[Measured], list[LeftOut]]:
+) -> tuple[list[LineupEntry], list[LeftOut]]:
     """Open the teacher in every engine that runs a student; leave out those that would be built of it first."""
-    contenders: list[Measured] = []
+    contenders: list[LineupEntry] = []
     left_out: list[LeftOut] = []
     for engine, device in dict.fromkeys((c.setting.engine, c.setting.device) for c in students):
         try:

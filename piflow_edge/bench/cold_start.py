@@ -15,7 +15,7 @@ _DONE = "images\n"
 _WARM_CALLS, _WARM_SECONDS = 20, 1.0
 
 
-def cold_start(told: Mapping, *, device: str = "cpu") -> dict[str, float | None]:
+def cold_start(task: Mapping, *, device: str = "cpu") -> dict[str, float | None]:
     """One fresh process that opens a bundle, or a teacher, makes images, then the same images again.
 
     Args:
@@ -38,7 +38,7 @@ def cold_start(told: Mapping, *, device: str = "cpu") -> dict[str, float | None]
     from piflow_edge.system.hardware import gpu_memory_used
 
     used = gpu_memory_used() if device != "cpu" else None
-    command = [sys.executable, "-m", "piflow_edge.bench.cold_start", json.dumps(told)]
+    command = [sys.executable, "-m", "piflow_edge.bench.cold_start", json.dumps(task)]
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop a talkative engine
         pipe = subprocess.PIPE
@@ -59,9 +59,9 @@ def cold_start(told: Mapping, *, device: str = "cpu") -> dict[str, float | None]
 
 
 def main() -> None:
-    told = json.loads(sys.argv[1])
+    task = json.loads(sys.argv[1])
     began = time.perf_counter()
-    draw = _teacher(told) if "teacher" in told else _student(told)
+    draw = _teacher(task) if "teacher" in task else _student(task)
     opened = time.perf_counter()
     draw()
     first = time.perf_counter()
@@ -88,12 +88,12 @@ def main() -> None:
     sys.stdin.read()  # what the GPU holds is read meanwhile
 
 
-def _student(told):
+def _student(task):
     from piflow_edge.runtime.loading import load
 
-    generator = load(told["bundle"], precision=told["precision"], **_place(told))
-    example = build_example(generator.conditioner, told["batch"])
-    return lambda: generator(**example, **told["request"])
+    generator = load(task["bundle"], precision=task["precision"], **_place(task))
+    example = build_example(generator.conditioner, task["batch"])
+    return lambda: generator(**example, **task["request"])
 
 
 def build_example(conditioner, batch: int) -> dict:
@@ -102,15 +102,15 @@ def build_example(conditioner, batch: int) -> dict:
     return {"arrays": example} if example else {"count": batch}
 
 
-def _place(told):
+def _place(task):
     from piflow_edge.engines import EngineOptions
 
-    cores = told["options"]["cpu_affinity"]  # JSON has lists
-    options = EngineOptions(**{**told["options"], "cpu_affinity": cores and tuple(cores)})
-    return {"engine": told["engine"], "device": told["device"], "options": options}
+    cores = task["options"]["cpu_affinity"]  # JSON has lists
+    options = EngineOptions(**{**task["options"], "cpu_affinity": cores and tuple(cores)})
+    return {"engine": task["engine"], "device": task["device"], "options": options}
 
 
-def _teacher(told):
+def _teacher(task):
     from pathlib import Path
 
     from piflow_edge.conditioning import conditioner_from_json
@@ -118,15 +118,15 @@ def _teacher(told):
     from piflow_edge.noise import philox_normal
     from piflow_edge.runtime.teacher_engine import EngineTeacher
 
-    engine = open_engine(read_graph_file(Path(told["teacher"])), **_place(told))
-    conditioner = conditioner_from_json(told["conditioner"])
+    engine = open_engine(read_graph_file(Path(task["teacher"])), **_place(task))
+    conditioner = conditioner_from_json(task["conditioner"])
     teacher = EngineTeacher(engine, conditioner)
     return lambda: teacher.sample(
-        philox_normal(told["seed"], range(told["batch"]), told["shape"]),
-        conditioner.example(told["batch"]),
-        told["steps"],
-        guidance_scale=told["guidance"],
-        shift=told["shift"],
+        philox_normal(task["seed"], range(task["batch"]), task["shape"]),
+        conditioner.example(task["batch"]),
+        task["steps"],
+        guidance_scale=task["guidance"],
+        shift=task["shift"],
     )
 
 

@@ -108,8 +108,8 @@ def _are_times(rounds: object) -> bool:
 def compare(old: Mapping, new: Mapping) -> Comparison:
     """Set `new` beside `old`, both as `Benchmark.as_json` gives them."""
     before, after = ({row["key"]: row for row in run["rows"]} for run in (old, new))
-    told = process_noise([before[key] for key in before if key in after] + [*after.values()])
-    noise = PROCESS_NOISE if told is None else told
+    measured_noise = process_noise([before[key] for key in before if key in after] + [*after.values()])
+    noise = PROCESS_NOISE if measured_noise is None else measured_noise
     changes = [
         _change(key, before[key]["rounds"], row["rounds"], noise)
         for key, row in after.items()
@@ -122,7 +122,7 @@ def compare(old: Mapping, new: Mapping) -> Comparison:
         changes,
         _change("the machine's pulse", old["machine_rounds"], new["machine_rounds"], noise),
         noise,
-        told is not None,
+        measured_noise is not None,
         [(name, was, now) for name, was, now in pairs if was != now],
         [key for key in before if key not in after],
         [key for key in after if key not in before],

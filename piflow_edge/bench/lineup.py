@@ -19,7 +19,7 @@ from .rows import Setting
 
 
 @dataclass(frozen=True)
-class Measured:
+class LineupEntry:
     """One thing that is measured. `draw`: makes one batch of images and returns the ms of each stage.
 
     `child`: for `cold_start`.
@@ -33,7 +33,7 @@ class Measured:
     waiting: Callable[[], Mapping[str, float]] | None = None
 
 
-def line_up_students(generator: Generator, config: BenchConfig) -> list[Measured]:
+def line_up_students(generator: Generator, config: BenchConfig) -> list[LineupEntry]:
     """Make a measured thing of every number of calls, substeps and batch of an opened bundle."""
     bundle, engine = generator.bundle, generator.engine
     trained = bundle.manifest.schedule
@@ -54,13 +54,13 @@ def line_up_students(generator: Generator, config: BenchConfig) -> list[Measured
         waiting = partial(draw, synchronize=True) if queued else None
         setting = Setting(bundle.name, engine.name, engine.device, generator.precision, nfe, steps, batch)
         child = {**_describe_child(bundle, setting, config), "request": request, "batch": batch}
-        found.append(Measured(setting, draw, child, nfe in generator.trained_nfes, waiting))
+        found.append(LineupEntry(setting, draw, child, nfe in generator.trained_nfes, waiting))
     return found
 
 
 def line_up_teacher(
     bundle: Bundle, engine: str, device: str, config: BenchConfig, teacher: TeacherConfig, scale: float
-) -> list[Measured]:
+) -> list[LineupEntry]:
     """Make a measured thing of the teacher for every batch, in one engine; it is steered as the bundle is.
 
     Raises:
@@ -78,7 +78,7 @@ def line_up_teacher(
     ]
 
 
-def _measure_teacher(guided, bundle, engine, device, config, teacher, scale, batch) -> Measured:
+def _measure_teacher(guided, bundle, engine, device, config, teacher, scale, batch) -> LineupEntry:
     latent, shift = bundle.manifest.latent, bundle.manifest.schedule.shift
     given = guided.conditioner.example(batch)
 
@@ -106,7 +106,7 @@ def _measure_teacher(guided, bundle, engine, device, config, teacher, scale, bat
         "guidance": scale,
         "conditioner": guided.conditioner.to_json(),
     }
-    return Measured(setting, draw, child)
+    return LineupEntry(setting, draw, child)
 
 
 def _describe_child(bundle: Bundle, setting: Setting, config: BenchConfig) -> dict:

@@ -9,7 +9,7 @@ from piflow_edge.runtime.drawing.stopwatch import STAGES
 from piflow_edge.system.progress import progress
 
 from .config import BenchConfig
-from .lineup import Measured
+from .lineup import LineupEntry
 from .rows import Row
 
 _MIN_ROUNDS = 5
@@ -18,7 +18,7 @@ _MOST_WAITING_ROUNDS = 20
 
 
 def time_rounds(
-    contenders: Sequence[Measured], config: BenchConfig
+    contenders: Sequence[LineupEntry], config: BenchConfig
 ) -> tuple[list[list[Mapping]], list[float]]:
     """Return every contender's timings, round by round with the warm-up first, and the machine's pulse."""
     order, random = list(range(len(contenders))), np.random.default_rng(config.seed)
@@ -47,7 +47,7 @@ def _time_call(draw: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
     return {**stages, "total": 1000 * (time.perf_counter() - start)}
 
 
-def time_waiting_rounds(contenders: Sequence[Measured], rounds: int) -> list[list[Mapping]]:
+def time_waiting_rounds(contenders: Sequence[LineupEntry], rounds: int) -> list[list[Mapping]]:
     """Return timings of rounds that wait for the GPU after every stage; none for contenders that need no such ones."""
     timed: list[list[Mapping]] = [[] for _ in contenders]
     for _ in range(min(rounds, _MOST_WAITING_ROUNDS)):
@@ -67,7 +67,7 @@ def _time_machine() -> float:
 
 
 def summarize_row(
-    contender: Measured,
+    contender: LineupEntry,
     timed: Sequence[Mapping],
     waited: Sequence[Mapping],
     cold: Sequence[Mapping],

@@ -76,8 +76,8 @@ def csv_text(benchmark: Benchmark) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*_COLUMNS, *stages, *(f"cold_{name}" for name in cold)])
     for row in benchmark.rows:
-        told = row.as_json()
-        cells = [told[name] for name in _COLUMNS]
+        values = row.as_json()
+        cells = [values[name] for name in _COLUMNS]
         cells += [row.split.get(stage) for stage in stages]
         writer.writerow(cells + [(row.cold or {}).get(name) for name in cold])
     return file.getvalue()
@@ -111,13 +111,13 @@ def comparison_text(comparison: Comparison) -> str:
             f"the machine itself is {comparison.machine.verdict}: a fixed piece of NumPy takes "
             f"{comparison.machine.ratio:.2f} times as long as it did"
         )
-    told = (
+    source = (
         "as their fresh processes show"
         if comparison.measured
         else "an assumption; --cold-starts 3 measures it"
     )
     lines.append(
-        f"two processes with the same work differ by up to {100 * comparison.process_noise:.1f} %, {told}"
+        f"two processes with the same work differ by up to {100 * comparison.process_noise:.1f} %, {source}"
     )
     lines += [f"only in the old run: {key}" for key in comparison.only_old]
     lines += [f"only in the new run: {key}" for key in comparison.only_new]

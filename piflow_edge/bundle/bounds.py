@@ -127,12 +127,13 @@ def _least(manifest: "Manifest", length: int | str) -> int:
 
 def _array_outside(what: str, dtype: str, lengths: list[int]) -> Iterator[str]:
     if len(lengths) > _MOST_AXES or not all(1 <= length <= _LONGEST_AXIS for length in lengths):
-        yield f"has {what} of the shape {_shown(lengths)}; up to {_MOST_AXES} axes have 1 to {_LONGEST_AXIS} each"
+        shape = _format_lengths(lengths)
+        yield f"has {what} of the shape {shape}; up to {_MOST_AXES} axes have 1 to {_LONGEST_AXIS} each"
     elif (size := math.prod(lengths) * _ITEM_BYTES[dtype]) > _LARGEST_ARRAY:
         yield f"has {what} of {size} bytes an image; {_LARGEST_ARRAY} is the most"
 
 
-def _shown(lengths: list[int]) -> str:
+def _format_lengths(lengths: list[int]) -> str:
     return f"({', '.join(f'{length!r:.24}' for length in lengths[:_MOST_AXES])})"
 
 

@@ -23,7 +23,8 @@ def describe_manifest(manifest: Manifest) -> dict[str, str]:
         "axes": "\n".join(f"{name}: {axis}" for name, axis in manifest.axes.items()),
         "assets": "\n".join(f"{name}: {file}" for name, file in manifest.assets.items()) or "none",
         "precisions": ", ".join(manifest.precisions),
-        "kept in fp32": "\n".join(_kept(manifest.provenance.get("kept_in_fp32", {}))) or "nothing",
+        "kept in fp32": "\n".join(_describe_float32_nodes(manifest.provenance.get("kept_in_fp32", {})))
+        or "nothing",
         "parameters": f"{manifest.provenance.get('parameters', 0):,}",
         "files": "\n".join(f"{name}  {spec.size:,} bytes" for name, spec in manifest.files.items()),
         "licence": manifest.license,
@@ -53,7 +54,7 @@ def _shape(sizes: list[int]) -> str:
     return " x ".join(map(str, sizes))
 
 
-def _kept(by_precision: dict) -> list[str]:
+def _describe_float32_nodes(by_precision: dict) -> list[str]:
     """One line for each graph of which nodes stay in float32; the manifest names them all."""
     lines = []
     for precision, graphs in by_precision.items():

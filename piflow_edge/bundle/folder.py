@@ -89,9 +89,7 @@ class Bundle:
             raise BundleError(f"a bundle is a folder, given by its path; got {folder!r}")
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            hint = f"; unpack it first: piflow-edge unpack {self.folder}" if self.folder.is_file() else ""
-            what = "a file" if self.folder.is_file() else "nothing"
-            raise BundleError(f"a bundle is a folder; there is {what} at {self.folder}{hint}")
+            raise BundleError(f"a bundle is a folder; there is none at {self.folder}")
         self.manifest_bytes = self._bytes(MANIFEST, limit=MANIFEST_LIMIT)
         self.manifest = parse_manifest(self.manifest_bytes, self.folder)
         listed = set(self.manifest.files) | {MANIFEST}
@@ -140,7 +138,7 @@ class Bundle:
     def _check(self, name: str) -> None:
         """`read` without keeping what was read: a file may be larger than half of the memory."""
         expected, digest, size = self.manifest.files[name], hashlib.sha256(), 0
-        with self._opened(name) as file:
+        with self._open_file(name) as file:
             while size <= expected.size and (piece := file.read(_PIECE)):
                 digest.update(piece)
                 size += len(piece)
@@ -209,11 +207,11 @@ class Bundle:
         return precision or available[0]
 
     def _bytes(self, name: str, *, limit: int) -> bytes:
-        with self._opened(name) as file:
+        with self._open_file(name) as file:
             return file.read(limit + 1)  # one more than allowed shows that it is too long
 
     @contextmanager
-    def _opened(self, name: str) -> Iterator[BinaryIO]:
+    def _open_file(self, name: str) -> Iterator[BinaryIO]:
         path = self.folder / name
         try:
             if path.is_symlink() or not path.is_file():

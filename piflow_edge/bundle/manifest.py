@@ -223,9 +223,9 @@ def guidance_trained_with(manifest: Manifest) -> float | None:
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """`bundle.json` for a manifest, its own checksum included."""
-    return sealed(asdict(manifest))
+    return seal_manifest(asdict(manifest))
 
 
-def sealed(body: dict) -> bytes:
+def seal_manifest(body: dict) -> bytes:
     """The bytes of a `bundle.json` that holds `body` and its checksum."""
     return write_json({**body, "sha256": sha256(write_json(body))})

@@ -143,15 +143,15 @@ def _problems_of_feeds(manifest: Manifest) -> Iterator[str]:
     for name, network in manifest.networks.items():
         for output, targets in network.feeds.items():
             for target in targets:
-                made, taken = _tensor(network.outputs, output), _input(manifest, target)
-                if made is None or taken is None or not _fit(made.shape, taken.shape):
+                source, target_tensor = _tensor(network.outputs, output), _input(manifest, target)
+                if source is None or target_tensor is None or not _fit(source.shape, target_tensor.shape):
                     yield f"feeds {output} of {name} to {target!r}, which does not take it; export again"
 
 
-def _fit(made: Shape, taken: Shape) -> bool:
+def _fit(source: Shape, target_tensor: Shape) -> bool:
     """Return True if an array of the one shape may be one of the other: where both have a number, it is the same."""
-    return len(made) == len(taken) and all(
-        a == b or isinstance(a, str) or isinstance(b, str) for a, b in zip(made, taken, strict=True)
+    return len(source) == len(target_tensor) and all(
+        a == b or isinstance(a, str) or isinstance(b, str) for a, b in zip(source, target_tensor, strict=True)
     )
 
 

@@ -66,7 +66,7 @@ class SigningKey:
         ed25519, serialization = _cryptography()
         try:
             key = serialization.load_pem_private_key(_content(path), password=None)
-        except (ValueError, TypeError, _unsupported()) as error:  # TypeError: it has a password
+        except (ValueError, TypeError, _unsupported_error()) as error:  # TypeError: it has a password
             raise SigningKeyError(
                 f"{path} is not a private key in PEM without a password: {error}; make one with: "
                 "openssl genpkey -algorithm ed25519 -out key.pem"
@@ -86,11 +86,13 @@ class SigningKey:
 
     def sign(self, manifest: bytes) -> bytes:
         """The content of `bundle.sig` for the bytes of a `bundle.json`."""
-        return _Signed(_VERSION, "ed25519", self._public.hex(), self._key.sign(manifest).hex()).to_bytes()
+        return _SignatureFile(
+            _VERSION, "ed25519", self._public.hex(), self._key.sign(manifest).hex()
+        ).to_bytes()
 
 
 @dataclass(frozen=True)
-class _Signed:
+class _SignatureFile:
     """All of `bundle.sig`, in order. `public_key`, `signature`: 32 and 64 bytes in hexadecimal."""
 
     format_version: int
@@ -125,7 +127,8 @@ def check_signature(
     if signed is None:
         if trusted is not None:
             raise BundleError(
-                f"{place} is not signed, and only bundles signed by {_listed(trusted)} are trusted; get the signed one"
+                f"{place} is not signed, and only bundles signed by {_list_fingerprints(trusted)} are trusted; get "
+                "the signed one"
             )
         return None
     content = _parse(signed, place)
@@ -147,20 +150,20 @@ def check_signature(
         ) from error
     if trusted is not None and fingerprint not in trusted:
         raise BundleError(
-            f"{place} is signed by {fingerprint}, which is not trusted; trusted are {_listed(trusted)}"
+            f"{place} is signed by {fingerprint}, which is not trusted; trusted are {_list_fingerprints(trusted)}"
         )
     return Signature(fingerprint, verified=True, trusted=trusted is not None)
 
 
-def _parse(signed: bytes, place: Path) -> _Signed:
+def _parse(signed: bytes, place: Path) -> _SignatureFile:
     try:
-        content = _Signed(**json.loads(signed))
+        content = _SignatureFile(**json.loads(signed))
         public, signature = bytes.fromhex(content.public_key), bytes.fromhex(content.signature)
     except (ValueError, TypeError, RecursionError) as error:
         raise BundleError(
             f"{place / SIGNATURE} is not a signature: {error}; copy the bundle again"
         ) from error
-    ours = _Signed(_VERSION, "ed25519", public.hex(), signature.hex())
+    ours = _SignatureFile(_VERSION, "ed25519", public.hex(), signature.hex())
     # Byte for byte, as bundle.json: neither a space nor a capital letter may differ.
     if signed != ours.to_bytes() or (len(public), len(signature)) != (32, 64):
         raise BundleError(
@@ -179,7 +182,7 @@ def _fingerprints(keys: Sequence[TrustedKey]) -> list[str]:
         name = "a trusted key" if isinstance(key, bytes) else os.fspath(key)
         try:
             public = serialization.load_pem_public_key(key if isinstance(key, bytes) else _content(key))
-        except (ValueError, _unsupported()) as error:
+        except (ValueError, _unsupported_error()) as error:
             raise SigningKeyError(
                 f"{name} is not a public key in PEM: {error}; make it of the private key with: "
                 "openssl pkey -in key.pem -pubout -out key.pub.pem"
@@ -204,7 +207,7 @@ def _fingerprint(public: bytes) -> str:
     return "sha256:" + sha256(_DER_PREFIX + public)
 
 
-def _listed(fingerprints: list[str]) -> str:
+def _list_fingerprints(fingerprints: list[str]) -> str:
     return ", ".join(fingerprints) or "nobody (the list of trusted keys is empty)"
 
 
@@ -220,7 +223,7 @@ def _cryptography():
     return ed25519, serialization
 
 
-def _unsupported():
+def _unsupported_error():
     from cryptography.exceptions import UnsupportedAlgorithm
 
     return UnsupportedAlgorithm

@@ -87,12 +87,12 @@ def sample(
         _refuse_beside_like(context)
         recipe = read_recipe(like)
         precision = recipe.precision
-        if not _given(context, "engine"):
+        if not _is_given(context, "engine"):
             engine = recipe.engine
-            device = device if _given(context, "device") else recipe.device
+            device = device if _is_given(context, "device") else recipe.device
     request.update(_read_files(request), output={"png": "pil", "uint8": "numpy"}.get(output, output))
     settings = engine_settings(engine, device, threads, cores)
-    chosen = recipe is None or _given(context, "engine")
+    chosen = recipe is None or _is_given(context, "engine")
     with (
         _load(
             bundle, None if chosen else recipe, precision=precision, trusted_keys=trusted_keys, **settings
@@ -182,7 +182,7 @@ def _report(result, files: list[Path], as_json: bool) -> None:
         click.echo(path)
 
 
-def _given(context: click.Context, option: str) -> bool:
+def _is_given(context: click.Context, option: str) -> bool:
     return context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
 
 
@@ -190,7 +190,7 @@ def _refuse_beside_like(context: click.Context) -> None:
     free = {"bundle", "like", "out", "output", "arrays", "noise", "image", "mask", "trusted_keys", "as_json"}
     free |= {"engine", "device", "threads", "cores"}
     for parameter in context.command.params:
-        if parameter.name not in free and _given(context, parameter.name):
+        if parameter.name not in free and _is_given(context, parameter.name):
             raise click.UsageError(f"--like says what {parameter.opts[0]} is; leave one of both out")
 
 

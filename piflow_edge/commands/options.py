@@ -27,10 +27,10 @@ class Names(click.ParamType):
         return tuple(value.split(",")) if isinstance(value, str) else value
 
 
-def click_type(annotation: Any, said: Option) -> Any:
+def click_type(annotation: Any, limits: Option) -> Any:
     """Return what click reads a field of a dataclass as, with the range that the field says."""
-    if said.choices:
-        return click.Choice(said.choices)
+    if limits.choices:
+        return click.Choice(limits.choices)
     kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
     kind = kinds[0] if type(None) in typing.get_args(annotation) else annotation
     if kind == tuple[str, ...]:
@@ -38,10 +38,10 @@ def click_type(annotation: Any, said: Option) -> Any:
     if typing.get_origin(kind) is tuple:
         return typing.get_args(kind)
     ends = {
-        "min": said.minimum if said.above is None else said.above,
-        "max": said.maximum if said.below is None else said.below,
-        "min_open": said.above is not None,
-        "max_open": said.below is not None,
+        "min": limits.minimum if limits.above is None else limits.above,
+        "max": limits.maximum if limits.below is None else limits.below,
+        "min_open": limits.above is not None,
+        "max_open": limits.below is not None,
     }
     if ends["min"] is None and ends["max"] is None:
         return kind
@@ -57,15 +57,15 @@ def field_option(settings: Any, field: str, flag: str | None = None, **changes: 
         flag: name of the option and of the command's argument, where it is not the field's.
         changes: arguments of `click.option` that go before what the field says.
     """
-    said, flag = find_options(settings)[field], flag or field
-    values: dict[str, Any] = {"help": said.help}
+    limits, flag = find_options(settings)[field], flag or field
+    values: dict[str, Any] = {"help": limits.help}
     annotation = typing.get_type_hints(type(settings))[field]
     if annotation is bool:
         values["is_flag"] = True
     else:
         values |= {"default": getattr(settings, field)}
         if "type" not in changes:
-            values["type"] = click_type(annotation, said)
+            values["type"] = click_type(annotation, limits)
     return click.option(f"--{flag.replace('_', '-')}", flag, **values | changes)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from piflow_edge.errors import ConditioningError
 
 from .arrays import Arrays
-from .base import Asked, Conditioner, build_asked
+from .base import Conditioner, ConditionRequest, build_condition_request
 from .class_labels import ClassLabels
 from .mapping import Conditioning, concatenate, count_of, take
 from .specs import TensorSpec
@@ -25,8 +25,8 @@ CONDITIONERS: dict[str, type[Conditioner]] = {
 __all__ = [
     "CONDITIONERS",
     "Arrays",
-    "Asked",
     "ClassLabels",
+    "ConditionRequest",
     "Conditioner",
     "Conditioning",
     "OpenedTextPrompts",
@@ -34,7 +34,7 @@ __all__ = [
     "TextEncoderSpec",
     "TextPrompts",
     "Unconditional",
-    "build_asked",
+    "build_condition_request",
     "concatenate",
     "conditioner_from_json",
     "count_of",

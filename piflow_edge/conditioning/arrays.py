@@ -9,7 +9,7 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError
 
-from .base import Asked, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
+from .base import ConditionRequest, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
 from .mapping import Conditioning, count_of, take
 from .specs import TensorSpec
 
@@ -50,16 +50,16 @@ class Arrays:
     def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Arrays":
         return self
 
-    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
-        refuse_others(self, asked, "arrays")
-        if asked.arrays is None:
+    def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
+        refuse_others(self, request, "arrays")
+        if request.arrays is None:
             raise ConditioningError(f"give arrays; {self.summarize()}")
-        return repeat(convert_arrays(self, asked.arrays), asked.count)
+        return repeat(convert_arrays(self, request.arrays), request.count)
 
     def example_prompts(self, count: int) -> list[str]:
         return []
 
-    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         return {}
 
     def null(self, count: int) -> dict[str, np.ndarray] | None:
@@ -71,22 +71,24 @@ class Arrays:
         random = np.random.default_rng(0)
         return {spec.name: _example(spec, count, random) for spec in self.inputs}
 
-    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
         """The SHA-256 of every array of an image, of its bytes in little endian."""
         return describe_arrays(self.inputs, conditioning)
 
-    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
-        given, count = self.encode(asked), len(descriptions)
+    def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
+        given, count = self.encode(request), len(descriptions)
         if count_of(given) == 1:
             given = repeat(given, count)
         if count_of(given) != count:
             raise ConditioningError(f"give arrays of {count} images; got {count_of(given)}")
-        for index, (found, wanted) in enumerate(zip(self.describe(asked, given), descriptions, strict=True)):
+        for index, (found, wanted) in enumerate(
+            zip(self.describe(request, given), descriptions, strict=True)
+        ):
             if found != wanted:
                 raise ConditioningError(
                     f"the arrays of image {index} are other ones than those it was made from"
                 )
-        return Asked(arrays=given)
+        return ConditionRequest(arrays=given)
 
     def title(self, description: dict[str, Any]) -> str:
         return title_arrays(description)

@@ -17,7 +17,7 @@ RunNetwork = Callable[[str, Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class ConditionRequest:
     """What a caller wants to see, before a conditioner has read it. What is None was not given.
 
     `labels`: class ids or names. `prompts`: texts. `arrays`: the network's inputs, made elsewhere. `count`: images of
@@ -31,7 +31,7 @@ class Asked:
 
 
 # The fields beside `count`, of which a kind understands some.
-_GIVEN = tuple(field.name for field in fields(Asked) if field.name != "count")
+_GIVEN = tuple(field.name for field in fields(ConditionRequest) if field.name != "count")
 
 
 class Conditioner(Protocol):
@@ -40,7 +40,8 @@ class Conditioner(Protocol):
     Where a bundle is read, a conditioner is a plain description. Whoever opens the bundle calls `open` with its
     networks and assets and uses what that returns: one whose `encode` runs networks (text) is then another object.
 
-    `kind`: its name in JSON. `positional`: the field of `Asked` that the first argument of `generator(...)` fills.
+    `kind`: its name in JSON. `positional`: the field of `ConditionRequest` that the first argument of `generator(...)`
+    fills.
     """
 
     kind: ClassVar[str]
@@ -65,7 +66,7 @@ class Conditioner(Protocol):
         """
         ...
 
-    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
+    def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         """Return the conditioning. It is for `count_of(conditioning, asked.count)` images.
 
         Raises:
@@ -78,7 +79,7 @@ class Conditioner(Protocol):
         """Return the prompts whose encodings `example` returns; empty where no prompts are read."""
         ...
 
-    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         """Return what comes before the network's inputs, such as token ids, by stage; `verify` compares it exactly."""
         ...
 
@@ -90,17 +91,17 @@ class Conditioner(Protocol):
         """Return a valid conditioning of `count` images, always the same, to try a network with."""
         ...
 
-    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
         """Return what steers each image, as JSON: for its recipe and for reports.
 
-        `conditioning`: what `encode` made of `asked`.
+        `conditioning`: what `encode` made of `request`.
         """
         ...
 
-    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
+    def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
         """Return what to ask for to get the images of these descriptions again, one each.
 
-        `asked`: what a description cannot hold and the caller gives again, such as arrays.
+        `request`: what a description cannot hold and the caller gives again, such as arrays.
 
         Raises:
             ConditioningError: the descriptions are none of its own, or what is given is something else.
@@ -125,7 +126,7 @@ class Conditioner(Protocol):
         ...
 
 
-def build_asked(conditioner: Conditioner, subject: Any = None, **named: Any) -> Asked:
+def build_condition_request(conditioner: Conditioner, subject: Any = None, **named: Any) -> ConditionRequest:
     """Return a call's arguments: `subject` came first and without a name, and fills the field that fits the kind."""
     if subject is not None:
         if named.get(conditioner.positional) is not None:
@@ -133,18 +134,18 @@ def build_asked(conditioner: Conditioner, subject: Any = None, **named: Any) -> 
                 f"{conditioner.positional} are given twice: {subject!r} is the first argument"
             )
         named[conditioner.positional] = subject
-    return Asked(**named)
+    return ConditionRequest(**named)
 
 
-def refuse_others(conditioner: Conditioner, asked: Asked, *understood: str) -> None:
-    """Raise ConditioningError if `asked` holds anything but these fields and `count`, or a `count` below 1."""
+def refuse_others(conditioner: Conditioner, request: ConditionRequest, *understood: str) -> None:
+    """Raise ConditioningError if `request` holds anything but these fields and `count`, or a `count` below 1."""
     for name in _GIVEN:
-        value = getattr(asked, name)
+        value = getattr(request, name)
         if value is not None and name not in understood:
             raise ConditioningError(
                 f"{name} have no meaning here; {conditioner.summarize()}; got {_short(value)}"
             )
-    count = asked.count
+    count = request.count
     if count is not None and (
         isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1
     ):

@@ -10,7 +10,7 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError, LabelError
 
-from .base import Asked, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
+from .base import ConditionRequest, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
 from .mapping import Conditioning
 from .specs import TensorSpec
 
@@ -48,21 +48,21 @@ class ClassLabels:
     def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "ClassLabels":
         return self
 
-    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
+    def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         """Ids of `asked.labels`: ids, names, or texts such as "3,7", "0-9" and "all". Or ids in `asked.arrays`."""
-        refuse_others(self, asked, "labels", "arrays")
-        if (asked.labels is None) == (asked.arrays is None):
+        refuse_others(self, request, "labels", "arrays")
+        if (request.labels is None) == (request.arrays is None):
             raise LabelError(f"give labels, one per image; {self.summarize()}")
-        if asked.arrays is not None:
-            ids = self._known_ids(convert_arrays(self, asked.arrays)[self.input_name])
+        if request.arrays is not None:
+            ids = self._known_ids(convert_arrays(self, request.arrays)[self.input_name])
         else:
-            ids = np.array(self._ids(asked.labels), np.int64)
-        return repeat({self.input_name: ids}, asked.count)
+            ids = np.array(self._ids(request.labels), np.int64)
+        return repeat({self.input_name: ids}, request.count)
 
     def example_prompts(self, count: int) -> list[str]:
         return []
 
-    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         return {}
 
     def null(self, count: int) -> dict[str, np.ndarray]:
@@ -71,7 +71,7 @@ class ClassLabels:
     def example(self, count: int) -> dict[str, np.ndarray]:
         return {self.input_name: np.arange(count) % len(self.names)}
 
-    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
         return [{"label": int(label)} for label in conditioning[self.input_name]]
 
     @staticmethod
@@ -79,8 +79,8 @@ class ClassLabels:
         """Return the descriptions of images of these classes; recipes once held the plain ids."""
         return [{"label": label} for label in labels]
 
-    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
-        if asked != Asked():
+    def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
+        if request != ConditionRequest():
             raise ConditioningError("the description holds the labels; give nothing else")
         labels = [description.get("label") for description in descriptions]
         if any(
@@ -88,7 +88,7 @@ class ClassLabels:
             for label, d in zip(labels, descriptions, strict=True)
         ):
             raise ConditioningError(f"a description holds one label; got {descriptions[0]!r} and so on")
-        return Asked(labels=labels)
+        return ConditionRequest(labels=labels)
 
     def title(self, description: dict[str, Any]) -> str:
         return self.names[description["label"]]

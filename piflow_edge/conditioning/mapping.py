@@ -21,8 +21,8 @@ def count_of(conditioning: Conditioning, default: int | None = None) -> int | No
     """Return how many images it steers; `default` for an empty conditioning, which does not know."""
     counts = {name: len(array) for name, array in conditioning.items()}
     if len(set(counts.values())) > 1:
-        told = ", ".join(f"{name!r} {count}" for name, count in counts.items())
-        raise ShapeError(f"every input must hold one entry per image; they hold: {told}")
+        listing = ", ".join(f"{name!r} {count}" for name, count in counts.items())
+        raise ShapeError(f"every input must hold one entry per image; they hold: {listing}")
     return next(iter(counts.values()), default)
 
 

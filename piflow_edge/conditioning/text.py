@@ -17,7 +17,7 @@ import numpy as np
 from piflow_edge.errors import ConditioningError
 
 from .arrays import Arrays, describe_arrays, specs_from_json, title_arrays
-from .base import Asked, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
+from .base import ConditionRequest, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
 from .mapping import Conditioning
 from .specs import TensorSpec
 from .tokenizer import PromptTokenizer, Tokens, check_prompt
@@ -108,16 +108,16 @@ class TextEncoderSpec:
         """Run the encoder on one prompt and return what it feeds the network, a batch of one."""
         found = run_network(self.network, self.encoder_inputs(tokens))
         fed: dict[str, np.ndarray] = {}
-        said = tokens.mask[None, self.drop_tokens :]
-        length = self.max_tokens - self.drop_tokens if self.fixed_length else said.shape[1]
-        missing = ((0, 0), (0, length - said.shape[1]))
+        mask = tokens.mask[None, self.drop_tokens :]
+        length = self.max_tokens - self.drop_tokens if self.fixed_length else mask.shape[1]
+        missing = ((0, 0), (0, length - mask.shape[1]))
         if self.hidden_input is not None:
             hidden = np.asarray(found["hidden_states"], np.float32)[:, self.drop_tokens :]
             if self.mask_input is not None:
-                hidden = np.where(said[..., None] > 0, hidden, np.float32(0))
+                hidden = np.where(mask[..., None] > 0, hidden, np.float32(0))
             fed[self.hidden_input] = np.pad(hidden, (*missing, (0, 0)))
         if self.mask_input is not None:
-            fed[self.mask_input] = np.pad(said, missing)
+            fed[self.mask_input] = np.pad(mask, missing)
         if self.pooled_input is not None:
             fed[self.pooled_input] = np.asarray(found["pooled"], np.float32)
         return fed
@@ -161,19 +161,19 @@ class TextPrompts:
         """Return the conditioner that reads prompts, with the tokenizers and encoders of `encoders`."""
         return OpenedTextPrompts(self, read_asset, run_network)
 
-    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
+    def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         """Check `asked.arrays`, encodings made elsewhere; prompts need the encoders, see `open`."""
-        refuse_others(self, asked, "prompts", "arrays")
-        if asked.arrays is None:
+        refuse_others(self, request, "prompts", "arrays")
+        if request.arrays is None:
             raise ConditioningError(
                 f"the bundle has no text encoders; give arrays: {'; '.join(map(str, self.inputs))}"
             )
-        return repeat(convert_arrays(self, asked.arrays), asked.count)
+        return repeat(convert_arrays(self, request.arrays), request.count)
 
     def example_prompts(self, count: int) -> list[str]:
         return []
 
-    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         return {}
 
     def null(self, count: int) -> dict[str, np.ndarray] | None:
@@ -183,11 +183,11 @@ class TextPrompts:
         """Random numbers in the place of encodings: to time a network, not to look at its images."""
         return Arrays(self.inputs).example(count)
 
-    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
         return describe_arrays(self.inputs, conditioning)
 
-    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
-        return Arrays(self.inputs).recall(descriptions, asked)
+    def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
+        return Arrays(self.inputs).recall(descriptions, request)
 
     def title(self, description: dict[str, Any]) -> str:
         return description["prompt"] if "prompt" in description else title_arrays(description)
@@ -234,25 +234,21 @@ class OpenedTextPrompts:
     def __init__(self, spec: TextPrompts, read_asset: ReadAsset, run_network: RunNetwork):
         self.spec, self._run = spec, run_network
         self._tokenizers = {e.name: e.build_tokenizer(read_asset(e.tokenizer_asset)) for e in spec.encoders}
-        self._kept: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
+        self._encodings: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
         self._lock = Lock()
-
-    @property
-    def encoders(self) -> tuple[TextEncoderSpec, ...]:
-        return self.spec.encoders
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         return self.spec.inputs
 
-    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
+    def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         """Encode `asked.prompts`, a text or a list of texts; or check `asked.arrays`, encodings made elsewhere."""
-        refuse_others(self.spec, asked, "prompts", "arrays")
-        if (asked.prompts is None) == (asked.arrays is None):
+        refuse_others(self.spec, request, "prompts", "arrays")
+        if (request.prompts is None) == (request.arrays is None):
             raise ConditioningError(f"give prompts, one per image; {self.spec.summarize()}")
-        if asked.arrays is not None:
-            return repeat(convert_arrays(self.spec, asked.arrays), asked.count)
-        return repeat(self._encode_all(list_prompts(asked.prompts)), asked.count)
+        if request.arrays is not None:
+            return repeat(convert_arrays(self.spec, request.arrays), request.count)
+        return repeat(self._encode_all(list_prompts(request.prompts)), request.count)
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -265,9 +261,9 @@ class OpenedTextPrompts:
         examples = self.spec.examples
         return [examples[i % len(examples)] for i in range(count)]
 
-    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         """The ids of every prompt for every encoder, int64 (B, T), shorter ones filled up with -1."""
-        prompts = list_prompts(asked.prompts)
+        prompts = list_prompts(request.prompts)
         traced = {}
         for name, tokenizer in self._tokenizers.items():
             ids = [tokenizer.encode(prompt).ids for prompt in prompts]
@@ -287,21 +283,23 @@ class OpenedTextPrompts:
     def example(self, count: int) -> dict[str, np.ndarray]:
         return self._encode_all(self.example_prompts(count))
 
-    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
+    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
         """The prompt of every image; of arrays made elsewhere, their SHA-256."""
-        if asked.prompts is None:
+        if request.prompts is None:
             return describe_arrays(self.inputs, conditioning)
-        return [{"prompt": prompt} for prompt in list_prompts(asked.prompts) for _ in range(asked.count or 1)]
+        return [
+            {"prompt": prompt} for prompt in list_prompts(request.prompts) for _ in range(request.count or 1)
+        ]
 
-    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
+    def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
         if any("sha256" in description for description in descriptions):
-            return Arrays(self.inputs).recall(descriptions, asked)
-        if asked != Asked():
+            return Arrays(self.inputs).recall(descriptions, request)
+        if request != ConditionRequest():
             raise ConditioningError("the description holds the prompts; give nothing else")
         prompts = [description.get("prompt") for description in descriptions]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ConditioningError(f"a description holds one prompt; got {descriptions[0]!r} and so on")
-        return Asked(prompts=prompts)
+        return ConditionRequest(prompts=prompts)
 
     def title(self, description: dict[str, Any]) -> str:
         return self.spec.title(description)
@@ -319,9 +317,9 @@ class OpenedTextPrompts:
         """The encodings of one prompt, a batch of one; kept for the next who asks."""
         check_prompt(prompt)
         with self._lock:
-            if prompt in self._kept:
-                self._kept.move_to_end(prompt)
-                return self._kept[prompt]
+            if prompt in self._encodings:
+                self._encodings.move_to_end(prompt)
+                return self._encodings[prompt]
         tokens = self.tokenize(prompt)
         self._warn_of_cuts(prompt, tokens)
         fed: dict[str, np.ndarray] = {}
@@ -329,9 +327,9 @@ class OpenedTextPrompts:
             fed |= spec.encode(tokens[spec.name], self._run)
         fed = convert_arrays(self.spec, fed)
         with self._lock:
-            self._kept[prompt] = fed
-            while len(self._kept) > _KEPT_PROMPTS:
-                self._kept.popitem(last=False)
+            self._encodings[prompt] = fed
+            while len(self._encodings) > _KEPT_PROMPTS:
+                self._encodings.popitem(last=False)
         return fed
 
     def _warn_of_cuts(self, prompt: str, tokens: Mapping[str, Tokens]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError
 
-from .base import Asked, ReadAsset, RunNetwork, refuse_others, require_keys
+from .base import ConditionRequest, ReadAsset, RunNetwork, refuse_others, require_keys
 from .mapping import Conditioning
 from .specs import TensorSpec
 
@@ -31,18 +31,20 @@ class Unconditional:
     def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Unconditional":
         return self
 
-    def encode(self, asked: Asked) -> dict[str, np.ndarray]:
-        if asked.arrays is not None and not len(asked.arrays):
-            asked = Asked(asked.labels, asked.prompts, None, asked.count)  # no arrays are what it takes
-        refuse_others(self, asked)
-        if asked.count is None:
+    def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
+        if request.arrays is not None and not len(request.arrays):
+            request = ConditionRequest(
+                request.labels, request.prompts, None, request.count
+            )  # no arrays are what it takes
+        refuse_others(self, request)
+        if request.count is None:
             raise ConditioningError(f"give count; {self.summarize()}")
         return {}
 
     def example_prompts(self, count: int) -> list[str]:
         return []
 
-    def trace(self, asked: Asked) -> dict[str, np.ndarray]:
+    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         return {}
 
     def null(self, count: int) -> dict[str, np.ndarray] | None:
@@ -51,13 +53,13 @@ class Unconditional:
     def example(self, count: int) -> dict[str, np.ndarray]:
         return {}
 
-    def describe(self, asked: Asked, conditioning: Conditioning) -> list[dict[str, Any]]:
-        return [{} for _ in range(asked.count or 0)]
+    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
+        return [{} for _ in range(request.count or 0)]
 
-    def recall(self, descriptions: Sequence[dict[str, Any]], asked: Asked) -> Asked:
-        if asked != Asked() or any(descriptions):
+    def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
+        if request != ConditionRequest() or any(descriptions):
             raise ConditioningError("nothing steers these images; give nothing")
-        return Asked(count=len(descriptions))
+        return ConditionRequest(count=len(descriptions))
 
     def title(self, description: dict[str, Any]) -> str:
         return ""

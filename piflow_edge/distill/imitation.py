@@ -131,7 +131,7 @@ def draw_path(
 
 def correct_in_turn(
     policy: Policy,
-    followed: Policy,
+    path_policy: Policy,
     teacher: AskTeacher,
     path: Path,
     config: ImitationConfig,
@@ -149,7 +149,7 @@ def correct_in_turn(
     predictions, targets = [], []
     for student_step, teacher_step in zip(path.student_steps, path.teacher_steps, strict=True):
         raw_t_a = np.maximum(raw_t - student_step, 0.0)
-        x_a, sigma_a = _follow(followed, x_t, raw_t, raw_t_a, config, integrate)
+        x_a, sigma_a = _follow(path_policy, x_t, raw_t, raw_t_a, config, integrate)
         raw_t = np.maximum(raw_t_a - teacher_step, 0.0)
         u_t = teacher(x_a, sigma_a)
         x_t = x_a + u_t * _per_sample(warp(raw_t, config.shift) - sigma_a, x_a)
@@ -160,7 +160,7 @@ def correct_in_turn(
 
 def correct_at_once(
     policy: Policy,
-    followed: Policy,
+    path_policy: Policy,
     teacher: AskTeacher,
     path: Path,
     config: ImitationConfig,
@@ -175,7 +175,7 @@ def correct_at_once(
     predictions, states, levels = [], [], []
     for student_step in path.student_steps:
         raw_t_a = np.maximum(raw_t - student_step, 0.0)
-        x_t, sigma_t = _follow(followed, x_t, raw_t, raw_t_a, config, integrate)
+        x_t, sigma_t = _follow(path_policy, x_t, raw_t, raw_t_a, config, integrate)
         raw_t = raw_t_a
         predictions.append(average_velocity(policy, x_t, raw_t, raw_t - path.window, config, integrate))
         states.append(x_t)
@@ -231,9 +231,9 @@ def imitation_loss(
     level = _per_sample(sigma_src, x_0)
     x_src = x_0 * (1 - level) + noise * level
     policy = student(x_src, sigma_src)
-    followed = _followed(policy, config, random)
+    path_policy = _leave_gradient(policy, config, random)
     path = draw_path(x_src, raw_t_src, length, config, random, teacher_ratio)
-    return correct(policy, followed, teacher, path, config, integrate)
+    return correct(policy, path_policy, teacher, path, config, integrate)
 
 
 def datafree_imitation_loss(
@@ -262,12 +262,12 @@ def datafree_imitation_loss(
         size = base if step < nfe - 1 else config.final_step_size_scale * base
         length = np.full(len(noise), size)
         policy = student(x_src, warp(raw_t_src, config.shift))
-        followed = _followed(policy, config, random)
+        path_policy = _leave_gradient(policy, config, random)
         path = draw_path(x_src, raw_t_src, length, config, random, teacher_ratio)
-        part = correct(policy, followed, teacher, path, config, integrate)
+        part = correct(policy, path_policy, teacher, path, config, integrate)
         total, parts = total + size * part.loss, [*parts, part]
         raw_t_dst = np.maximum(raw_t_src - size, 0.0)
-        x_src, _ = _follow(followed, part.x_t, part.raw_t, raw_t_dst, config, integrate)
+        x_src, _ = _follow(path_policy, part.x_t, part.raw_t, raw_t_dst, config, integrate)
         raw_t_src = raw_t_dst
     return total, parts
 
@@ -295,14 +295,14 @@ def average_velocity(
     return torch.where(_per_sample(counts < 2, x_t).bool(), at_point, mean)
 
 
-def _followed(policy: Policy, config: ImitationConfig, random: Random) -> Policy:
+def _leave_gradient(policy: Policy, config: ImitationConfig, random: Random) -> Policy:
     """The policy as it is followed: no gradient, and one draw of component dropout for the whole segment."""
-    followed = policy.detached()
-    if followed.num_parts and 0 < config.gm_dropout < 1:
-        shape = (len(followed.x_src), followed.num_parts)
-        uniforms = torch.from_numpy(random.uniform(shape)).to(followed.x_src.device)
-        followed = followed.dropped(uniforms, config.gm_dropout)
-    return followed
+    path_policy = policy.detach()
+    if path_policy.num_parts and 0 < config.gm_dropout < 1:
+        shape = (len(path_policy.x_src), path_policy.num_parts)
+        uniforms = torch.from_numpy(random.uniform(shape)).to(path_policy.x_src.device)
+        path_policy = path_policy.drop_parts(uniforms, config.gm_dropout)
+    return path_policy
 
 
 def _nfe_of_samples(config: ImitationConfig, batch: int, random: Random) -> int | np.ndarray:

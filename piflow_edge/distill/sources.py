@@ -70,7 +70,7 @@ def load_student(source: str | Path, *, config: str | Path | None = None) -> Stu
     if (path / "checkpoint.json").is_file():
         return student_from_checkpoint(load_checkpoint(path, kind="student"))
     if ":" in text and not path.exists():
-        student = _called(text)
+        student = _call_entry(text)
         if not isinstance(student, StudentModel):
             raise CheckpointError(
                 f"{text} must return a StudentModel; it returned a {type(student).__name__}"
@@ -225,7 +225,7 @@ def _base(base: Mapping[str, Any], sample_shape) -> FlowNetwork:
 
 
 def _from_entry(entry: str) -> FlowNetwork:
-    network = _called(entry)
+    network = _call_entry(entry)
     if not isinstance(network, FlowNetwork):
         raise CheckpointError(f"{entry} must return a FlowNetwork; it returned a {type(network).__name__}")
     if hasattr(network, "entry"):
@@ -233,7 +233,7 @@ def _from_entry(entry: str) -> FlowNetwork:
     return network.requires_grad_(False)
 
 
-def _called(entry: str) -> Any:
+def _call_entry(entry: str) -> Any:
     """What a function of the user's returns; whatever goes wrong in it is told as it is, with its place."""
     module_name, _, name = entry.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), name)):
@@ -249,7 +249,7 @@ def _called(entry: str) -> Any:
                 f"{entry}: there is no module {missing!r} to import here; for a file in this folder set PYTHONPATH=."
             ) from error
         raise CheckpointError(
-            f"{entry}: importing {module_name} failed: {_told(error)}; mend that"
+            f"{entry}: importing {module_name} failed: {_describe_failure(error)}; mend that"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -273,10 +273,10 @@ def _called(entry: str) -> Any:
     except PiFlowError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{entry} failed: {_told(error)}; mend that") from error
+        raise CheckpointError(f"{entry} failed: {_describe_failure(error)}; mend that") from error
 
 
-def _told(error: Exception) -> str:
+def _describe_failure(error: Exception) -> str:
     """The user's exception, and the user's line it came from: the command line shows no traceback."""
     frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith("<")]
     # Of a library's own lines the user can mend none.

@@ -124,9 +124,9 @@ class GuidedTeacher:
             if not len(pushed):
                 return u_cond, u_cond[pushed]
             return u_cond, self.teacher.velocity(x_t[pushed], sigma[pushed], **null)
-        asked = {name: torch.cat([null[name], given]) for name, given in conditioning.items()}
+        doubled = {name: torch.cat([null[name], given]) for name, given in conditioning.items()}
         both = self.teacher.velocity(
-            torch.cat([x_t[pushed], x_t]), torch.cat([sigma[pushed], sigma]), **asked
+            torch.cat([x_t[pushed], x_t]), torch.cat([sigma[pushed], sigma]), **doubled
         )
         return both[len(pushed) :], both[: len(pushed)]
 
@@ -223,7 +223,7 @@ def flow_matching_loss(
 def drop_conditions(
     conditioning: Mapping[str, Tensor], null: Mapping[str, Tensor], dropped: Tensor
 ) -> dict[str, Tensor]:
-    """Return the conditioning with "no condition" in place of the samples that `dropped` (B,) names.
+    """Return the conditioning with "no condition" in place of the samples that `drop_parts` (B,) names.
 
     Raises:
         ShapeError: "no condition" has another length than what is given, so that one batch cannot hold both.

@@ -142,7 +142,7 @@ def _provider_finding(onnxruntime, name: str) -> Finding:
     options.log_severity_level = 4
     x = np.array([1.5], np.float32)
     try:
-        with placement.watched(onnxruntime, options) as counted:
+        with placement.watch_placement(onnxruntime, options) as counted:
             # Without `enable_fallback=0` it prints what went wrong and takes the CPU's.
             session = onnxruntime.InferenceSession(
                 identity_model(), options, providers=[name], enable_fallback=0
@@ -303,10 +303,10 @@ def bundle_finding(bundle: os.PathLike | str, **engine: Any) -> Finding:
             check(verify(generator), generator.bundle.name)
     except PiFlowError as error:
         # Where it is the engine that is missing, its error says what to do.
-        told = re.search(r"(?:get it with|get the libraries with|once): (.+)", str(error))
+        hint = re.search(r"(?:get it with|get the libraries with|once): (.+)", str(error))
         if isinstance(error, EngineError | MissingExtraError):
             # What stands in brackets after the command is in the message too.
-            command = told[1].partition(" (")[0] if told else "use another --engine or --device"
+            command = hint[1].partition(" (")[0] if hint else "use another --engine or --device"
         elif isinstance(error, BundleError) and bundle != demo_bundle():
             command = "copy the bundle again, or export it again"
         return Finding("self-test", PROBLEM, str(error), command)

@@ -16,7 +16,7 @@ class Finding:
     fix: str | None = None
 
 
-def dotted(numbers: Sequence[int]) -> str:
+def format_version(numbers: Sequence[int]) -> str:
     """(12, 4) as "12.4"."""
     return ".".join(map(str, numbers))
 

@@ -12,7 +12,7 @@ from piflow_edge.errors import EngineError
 from piflow_edge.runtime.drawing.acceleration import PIP_COMMAND, PIP_COMMAND_12, driver_cuda_version
 from piflow_edge.system.hardware import ask_program, jetson_release, nvidia_gpus, read_text, versions
 
-from .findings import OK, PROBLEM, WARNING, Finding, dotted, major
+from .findings import OK, PROBLEM, WARNING, Finding, format_version, major
 
 ORT_GPU = "onnxruntime-gpu"
 PACKAGES = (
@@ -52,7 +52,7 @@ def nvidia_findings(installed: dict[str, str]) -> list[Finding]:
             )
         return [Finding("nvidia", PROBLEM, detail, fix)]
     names = ", ".join(f"{gpu['name']}, driver {gpu['driver_version']}" for gpu in gpus or [])
-    findings = [Finding("nvidia", OK, f"{names or 'a driver'} for CUDA {dotted(driver_cuda)}")]
+    findings = [Finding("nvidia", OK, f"{names or 'a driver'} for CUDA {format_version(driver_cuda)}")]
     if ORT_GPU in installed:
         built_for = onnxruntime_cuda()
         findings.append(cuda_finding(installed[ORT_GPU], built_for, driver_cuda))
@@ -68,7 +68,7 @@ def cuda_finding(release: str, built_for: str | None, driver_cuda: tuple[int, in
     here, runtime = f"onnxruntime-gpu {release}", cuda_runtime_version()
     if built_for is None:
         return Finding("cuda", OK, f"{here} does not say for which CUDA it was built")
-    detail = f"{here} is built for CUDA {built_for}, the driver for CUDA {dotted(driver_cuda)}"
+    detail = f"{here} is built for CUDA {built_for}, the driver for CUDA {format_version(driver_cuda)}"
     if fix := _release_for(driver_cuda, built_for):
         return Finding("cuda", PROBLEM, detail, fix)
     if runtime is None or major(runtime) != major(built_for):
@@ -121,7 +121,7 @@ def tensorrt_finding(installed: dict[str, str], driver_cuda: tuple[int, int]) ->
                 f"tensorrt tensorrt-cu{made_for} tensorrt-cu{made_for}-bindings tensorrt-cu{made_for}-libs"
             )
             return Finding("tensorrt", PROBLEM, f"{release} for CUDA {made_for}, and the driver is for CUDA "
-                           f"{dotted(driver_cuda)}", f"pip uninstall -y {names} && pip install tensorrt-cu"
+                           f"{format_version(driver_cuda)}", f"pip uninstall -y {names} && pip install tensorrt-cu"
                            f"{driver_cuda[0]}")  # fmt: skip
     try:
         trt_versions.api(trt_versions.tensorrt().__version__)
@@ -142,7 +142,7 @@ def compiler_finding(installed: dict[str, str], driver_cuda: tuple[int, int]) ->
     if "cuda-bindings" not in installed or not compilers:
         return Finding("cuda kernel", WARNING, "cuda-bindings or NVRTC is not installed", command)
     newest = max(major(installed[name]) for name in compilers)
-    detail = f"NVRTC of CUDA {newest}, driver for CUDA {dotted(driver_cuda)}"
+    detail = f"NVRTC of CUDA {newest}, driver for CUDA {format_version(driver_cuda)}"
     if newest > driver_cuda[0]:
         return Finding("cuda kernel", PROBLEM, f"{detail}, which cannot load what that compiles", command)
     return Finding("cuda kernel", OK, detail)
@@ -176,12 +176,12 @@ def _with_libraries(release: str) -> str:
 
 def jetson_findings() -> list[Finding]:
     """A Jetson's JetPack, and whether its power mode holds it back; nothing elsewhere."""
-    if (told := jetson_release()) is None:
+    if (text := jetson_release()) is None:
         return []
-    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", told)
+    release = re.search(r"R(\d+) \(release\), REVISION: ([\d.]+)", text)
     jetpack = release and _JETPACKS.get(int(release[1]))
     model = (read_text(_MODEL) or "a Jetson").rstrip("\0")
-    linux = f"Jetson Linux {release[1]}.{release[2]}" if release else told
+    linux = f"Jetson Linux {release[1]}.{release[2]}" if release else text
     detail = f"{model}, JetPack {jetpack or 'unknown'} ({linux})"
     if jetpack is not None and jetpack < 6:
         fix = "flash JetPack 6 or newer, or stay on the CPU with a Python of 3.10 or newer"
@@ -221,7 +221,7 @@ def cuda_runtime_version() -> str | None:
     for _, library in _libraries("cudart64_{}.dll", "libcudart.so.{}", (13, 12, 11)):
         number = ctypes.c_int()
         library.cudaRuntimeGetVersion(ctypes.byref(number))
-        return dotted((number.value // 1000, number.value % 1000 // 10))
+        return format_version((number.value // 1000, number.value % 1000 // 10))
     return None
 
 
@@ -245,7 +245,7 @@ def tensorrt_library() -> str | None:
 
 def parts(number: int, unit: int) -> str:
     """ "9.1.0" of 90100, whose major version counts in units of 10,000; "8.9.2" of 8902, in units of 1,000."""
-    return dotted((number // unit, number % unit // 100, number % 100))
+    return format_version((number // unit, number % unit // 100, number % 100))
 
 
 def _libraries(windows: str, linux: str, generations):

@@ -120,17 +120,17 @@ def evaluate(
     lineup = _gather(generators, teacher, data, count, steps, guidance_scale)
     plan = lineup.plan
     columns = choose_columns(plan.groups, data.shape[-1])
-    made = make_images(
+    images = make_images(
         lineup.contenders, plan, features, columns, lineup.noise_shape, seed, reference=lineup.full
     )
     real = FeatureSet(extract_real_features(data, features), f"the {REAL}")
     noise = philox_normal(seed, range(1), lineup.noise_shape)
     first = plan.conditioning(slice(1))
     times, rounds = measure_milliseconds(lineup.contenders, noise, first, [(seed, 0)])
-    scores = _score(lineup, made, real, times)
+    scores = _score(lineup, images, real, times)
     fewest, width = min(count, len(data)), real.features.shape[1]
     warnings = find_warnings(scores, lineup.students, fewest, width)
-    return Evaluation(scores, made.pictures, _conditions(lineup, real, features, seed, rounds), warnings)
+    return Evaluation(scores, images.pictures, _conditions(lineup, real, features, seed, rounds), warnings)
 
 
 def _gather(
@@ -166,12 +166,12 @@ def _gather(
     return _Lineup(contenders, plan, next(iter(shapes.values())), full, scale, students)
 
 
-def _score(lineup: _Lineup, made: MadeImages, real: FeatureSet, times: dict[str, float]) -> list[Score]:
+def _score(lineup: _Lineup, images: MadeImages, real: FeatureSet, times: dict[str, float]) -> list[Score]:
     plan, scores = lineup.plan, []
     with progress("scoring", len(lineup.contenders)) as bar:
         for contender in lineup.contenders:
             name, calls = contender.name, contender.network_calls
-            found = made.features[name]
+            found = images.features[name]
             scores.append(
                 score_of(
                     name, found, real, plan.groups, plan.group_names, network_calls=calls, ms=times[name]
@@ -182,7 +182,7 @@ def _score(lineup: _Lineup, made: MadeImages, real: FeatureSet, times: dict[str,
         return scores
     teacher = scores[0]
     return [
-        beside_teacher(s, teacher, made.features[s.name], made.features[teacher.name], made.mse[s.name])
+        beside_teacher(s, teacher, images.features[s.name], images.features[teacher.name], images.mse[s.name])
         for s in scores
     ]
 

@@ -91,10 +91,10 @@ def teacher_contenders(
     def sample(noise, conditioning, number):
         given = name_inputs(conditioning, teacher.conditioner)
         pieces = [slice(start, start + _TEACHER_BATCH) for start in range(0, len(noise), _TEACHER_BATCH)]
-        made = [
+        result = [
             teacher.sample(noise[p], take(given, p), number, guidance_scale=guidance_scale) for p in pieces
         ]
-        latents = np.concatenate(made)
+        latents = np.concatenate(result)
         return latents if decoder is None else images_of(decoder, latents)
 
     return [
@@ -115,9 +115,9 @@ def student_contenders(name: str, generator: Generator) -> list[Contender]:
         # A schedule that draws noise between calls wants the seeds, which make the same starting noise.
         start = {"seed": seeds} if noisy else {"noise": noise}
         given = name_inputs(conditioning, generator.conditioner)
-        asked = {"arrays": given} if given else {"count": len(noise)}
-        made = generator(**asked, output="latent", nfe=nfe, **start)
-        return images_of(generator, made.latents)
+        request = {"arrays": given} if given else {"count": len(noise)}
+        result = generator(**request, output="latent", nfe=nfe, **start)
+        return images_of(generator, result.latents)
 
     several = len(generator.trained_nfes) > 1
     return [

@@ -39,7 +39,7 @@ class MadeImages:
 
 
 @dataclass
-class _Kept:
+class _Collection:
     """What is kept of one contender's images so far."""
 
     features: list[np.ndarray] = field(default_factory=list)
@@ -73,7 +73,7 @@ def make_images(
     """
     size = max(1, min(_PIECE, _PIECE_VALUES // int(np.prod(plan.data.shape))))
     starts = range(0, len(plan), size)
-    kept = {contender.name: _Kept() for contender in contenders}
+    collections = {contender.name: _Collection() for contender in contenders}
     with progress("evaluating", len(starts) * len(contenders)) as bar:
         for start in starts:
             indices = range(start, min(start + size, len(plan)))
@@ -84,16 +84,16 @@ def make_images(
                 images = contender.sample(noise, conditioning, [(seed, i) for i in indices])
                 _check_images(images, contender.name, plan.data, start)
                 wanted = images if contender.name == reference else wanted
-                own = kept[contender.name]
+                own = collections[contender.name]
                 own.features.append(features(images))
                 own.error += 0.0 if wanted is None else agreement(images, wanted) * len(images)
                 own.shown |= {i: images[i - start] for i in columns if i in indices}
                 bar(contender.name)
-    rows = {name: np.stack([own.shown[i] for i in columns]) for name, own in kept.items()}
+    rows = {name: np.stack([own.shown[i] for i in columns]) for name, own in collections.items()}
     real = plan.data.batch(plan.chosen[columns])[0]
     return MadeImages(
-        {name: np.concatenate(own.features) for name, own in kept.items()},
-        {name: own.error / len(plan) for name, own in kept.items()},
+        {name: np.concatenate(own.features) for name, own in collections.items()},
+        {name: own.error / len(plan) for name, own in collections.items()},
         Pictures({REAL: real, **rows}, plan.titles(columns)),
     )
 

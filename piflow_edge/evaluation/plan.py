@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from piflow_edge.conditioning import Asked, Conditioner, Conditioning, Unconditional, take
+from piflow_edge.conditioning import Conditioner, Conditioning, ConditionRequest, Unconditional, take
 from piflow_edge.errors import DataError, PiFlowError
 
 ALL_IMAGES = "all images"
@@ -157,8 +157,8 @@ def choose_columns(groups: np.ndarray, side: int) -> list[int]:
 
 def find_titles(conditioner: Conditioner, conditioning: Conditioning, count: int) -> list[str]:
     """Return a few words for each of `count` images that a conditioning steers."""
-    asked = Asked(arrays=conditioning) if conditioning else Asked(count=count)
-    return [conditioner.title(description) for description in conditioner.describe(asked, conditioning)]
+    request = ConditionRequest(arrays=conditioning) if conditioning else ConditionRequest(count=count)
+    return [conditioner.title(description) for description in conditioner.describe(request, conditioning)]
 
 
 def number_repeated(names: Sequence[str]) -> list[str]:
@@ -202,7 +202,7 @@ def check_fit(plan: Plan, takers: Mapping[str, Conditioner]) -> None:
     conditioning, titles = plan.conditioning(first), plan.titles(first)
     for name, conditioner in takers.items():
         try:
-            given = conditioner.encode(Asked(arrays=name_inputs(conditioning, conditioner)))
+            given = conditioner.encode(ConditionRequest(arrays=name_inputs(conditioning, conditioner)))
             alike = len(titles) == 1 or titles == find_titles(conditioner, given, len(titles))
             why = "" if alike else "the names differ"
         except PiFlowError as error:

@@ -60,21 +60,21 @@ class BuildKernels(build_ext):
         flags = MSVC_FLAGS if msvc else GNU_FLAGS
         main, isa = ext.sources
 
-        def compiled(source, name, defines, flags):
+        def compile_source(source, name, defines, flags):
             folder = os.path.join(self.build_temp, name)  # apart: isa.cpp gives several objects of one name
             return self.compiler.compile(
                 [source], output_dir=folder, macros=defines, extra_postargs=flags, depends=ext.depends
             )
 
-        objects = compiled(isa, "baseline", [("PIFLOW_ISA", "baseline")], flags)
+        objects = compile_source(isa, "baseline", [("PIFLOW_ISA", "baseline")], flags)
         found = []
         for name, more in ({} if msvc else isa_flags()).items():
             try:
-                objects += compiled(isa, name, [("PIFLOW_ISA", name)], flags + more)
+                objects += compile_source(isa, name, [("PIFLOW_ISA", name)], flags + more)
                 found.append((f"PIFLOW_HAVE_{name}", "1"))
             except Exception as error:
                 self.warn(f"the compiler cannot build kernels for {name}, which are left out: {error}")
-        objects += compiled(main, "main", found, flags)
+        objects += compile_source(main, "main", found, flags)
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),

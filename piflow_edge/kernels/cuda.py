@@ -108,7 +108,7 @@ def gm_rollout(
         sigmas: noise levels in [0, 1], host float64, (S + 1,) or (S + 1, B); equal neighbours: no step.
         sigma_src: noise level of `x_src`, a float or (B,).
         eps: floor under noise levels and denominators, above 0.
-        temperature: below 1 sharpens the mixture as `GMPolicy.tempered` does; the kernel does it on the way.
+        temperature: below 1 sharpens the mixture as `GMPolicy.temper` does; the kernel does it on the way.
         is_logstd: `variance` holds the network's log-stds instead; the kernel makes variances of them.
         stream: a CUstream as a number; else that on which the library of `x_dst` is working.
 
@@ -140,7 +140,7 @@ def gm_rollout(
         plan.storage != SHARED and threads > 32 and _blocks(batch, pixels, threads) < device.multiprocessors
     ):
         threads //= 2
-    buffer = nvidia.uploaded(ordinal, levels.tobytes())
+    buffer = nvidia.upload(ordinal, levels.tobytes())
     problem = _GM(
         *(_input(arrays[name]) for name in ("means", "logweights", "x_src", "x_start", "variance")),
         *(arrays["x_dst"].pointer, buffer.pointer, eps, temperature),
@@ -173,7 +173,7 @@ def dx_rollout(
     weights = np.broadcast_to(weights, (state[0], 2 + num_nodes)).copy()
     if arrays["x_src"].pointer == arrays["x_start"].pointer:  # the kernel then reads the state once
         weights[:, 0] += weights[:, 1]
-    buffer = nvidia.uploaded(ordinal, weights.astype(np.float32).tobytes())
+    buffer = nvidia.upload(ordinal, weights.astype(np.float32).tobytes())
     function = nvidia.kernel(ordinal, "piflow_dx", (), 0)
     problem = _DX(
         *(_input(arrays[name]) for name in ("grid", "x_src", "x_start")),

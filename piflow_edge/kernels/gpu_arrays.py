@@ -90,7 +90,7 @@ class DeviceArray(DeviceView):
         """The values as NumPy's: waits for them."""
         return to_host(self)
 
-    def reshaped(self, shape: tuple[int, ...]) -> "DeviceArray":
+    def reshape(self, shape: tuple[int, ...]) -> "DeviceArray":
         """The same memory in a shape of as many numbers."""
         return replace(self, shape=shape)
 
@@ -108,33 +108,33 @@ class DeviceArray(DeviceView):
         return self.shape[0]
 
     def __add__(self, other):
-        return combined("+", self, other)
+        return combine("+", self, other)
 
     def __radd__(self, other):
-        return combined("+", other, self)
+        return combine("+", other, self)
 
     def __sub__(self, other):
-        return combined("-", self, other)
+        return combine("-", self, other)
 
     def __rsub__(self, other):
-        return combined("-", other, self)
+        return combine("-", other, self)
 
     def __mul__(self, other):
-        return combined("*", self, other)
+        return combine("*", self, other)
 
     def __rmul__(self, other):
-        return combined("*", other, self)
+        return combine("*", other, self)
 
     def __truediv__(self, other):
-        return combined("/", self, other)
+        return combine("/", self, other)
 
     def __pow__(self, power: int):
-        return combined("*", self, self) if power == 2 else NotImplemented
+        return combine("*", self, self) if power == 2 else NotImplemented
 
 
 # Most bytes of memory that nobody uses to keep for the next array: asking the driver for it waits for the GPU.
 _MOST_KEPT = 256 << 20
-_kept: dict[Place, list[nvidia.Memory]] = {}
+_spare: dict[Place, list[nvidia.Memory]] = {}
 _lock = threading.Lock()
 # Of arrays that are gone. Python may collect one at any point of a thread, also where that holds the lock: such memory
 # waits here for the next who asks.
@@ -147,7 +147,7 @@ class _Lent:
     """
 
     def __init__(self, device: Place, size: int):
-        memory = _kept_one(device, size)
+        memory = _take_spare(device, size)
         if memory is None:
             try:
                 memory = nvidia.Memory(device.ordinal, size)
@@ -164,10 +164,10 @@ def _return(device: Place, memory: nvidia.Memory) -> None:
     _returned.put((device, memory))
     if _lock.acquire(blocking=False):
         try:
-            dropped = _take_back()
+            surplus = _take_back()
         finally:
             _lock.release()
-        del dropped  # freed outside the lock
+        del surplus  # freed outside the lock
 
 
 class Pool:
@@ -199,35 +199,35 @@ class Pool:
 _thread = threading.local()  # `pool`: where this thread's arrays lie, if one lends
 
 
-def _kept_one(device: Place, size: int) -> nvidia.Memory | None:
+def _take_spare(device: Place, size: int) -> nvidia.Memory | None:
     """Memory of that size that is kept, which is then the caller's."""
     with _lock:
-        dropped = _take_back()
-        kept = _kept.get(device, [])
-        found = next((i for i, memory in enumerate(kept) if memory.size == size), None)
-        memory = None if found is None else kept.pop(found)
-    del dropped  # freed outside the lock
+        surplus = _take_back()
+        spare = _spare.get(device, [])
+        found = next((i for i, memory in enumerate(spare) if memory.size == size), None)
+        memory = None if found is None else spare.pop(found)
+    del surplus  # freed outside the lock
     return memory
 
 
 def _take_back() -> list[nvidia.Memory]:
     """Keep what was returned, with the lock held. What comes back is too much to keep."""
-    dropped = []
+    surplus = []
     while not _returned.empty():
         device, memory = _returned.get()
-        kept = _kept.setdefault(device, [])
-        kept.append(memory)
-        while builtins.sum(memory.size for memory in kept) > _MOST_KEPT:
-            dropped.append(kept.pop(0))
-    return dropped
+        spare = _spare.setdefault(device, [])
+        spare.append(memory)
+        while builtins.sum(memory.size for memory in spare) > _MOST_KEPT:
+            surplus.append(spare.pop(0))
+    return surplus
 
 
 def release(ordinal: int) -> None:
     """Give memory that is kept for later arrays back to the GPU."""
     with _lock:
-        dropped = _take_back()
-        dropped += [_kept.pop(device) for device in list(_kept) if device.ordinal == ordinal]
-    del dropped
+        surplus = _take_back()
+        surplus += [_spare.pop(device) for device in list(_spare) if device.ordinal == ordinal]
+    del surplus
 
 
 @cache
@@ -274,7 +274,7 @@ def asarray(values, *, dtype: str | None = None, device: Place) -> DeviceArray:
 
 def constant(values: np.ndarray, device: Place) -> DeviceArray:
     """Like `asarray`, for values that come again with every image: kept in the GPU's memory for the next time."""
-    buffer = nvidia.uploaded(device.ordinal, values.tobytes())
+    buffer = nvidia.upload(device.ordinal, values.tobytes())
     return DeviceArray(buffer.pointer, str(values.dtype), values.shape, device.ordinal, buffer, device.stream)
 
 
@@ -332,13 +332,13 @@ def reshape(x: DeviceArray, shape) -> DeviceArray:
         lengths[lengths.index(-1)] = x.size // builtins.max(1, -math.prod(lengths))
     if math.prod(lengths) != x.size:
         raise ShapeError(f"{x.shape} cannot become {tuple(shape)}")
-    return x.reshaped(tuple(lengths))
+    return x.reshape(tuple(lengths))
 
 
 def expand_dims(x: DeviceArray, *, axis: int) -> DeviceArray:
     """A new axis of length 1."""
     axis %= x.ndim + 1
-    return x.reshaped((*x.shape[:axis], 1, *x.shape[axis:]))
+    return x.reshape((*x.shape[:axis], 1, *x.shape[axis:]))
 
 
 def squeeze(x: DeviceArray, axis: int) -> DeviceArray:
@@ -346,55 +346,55 @@ def squeeze(x: DeviceArray, axis: int) -> DeviceArray:
     axis %= x.ndim
     if x.shape[axis] != 1:
         raise ShapeError(f"axis {axis} of {x.shape} is not of length 1")
-    return x.reshaped((*x.shape[:axis], *x.shape[axis + 1 :]))
+    return x.reshape((*x.shape[:axis], *x.shape[axis + 1 :]))
 
 
 def permute_dims(x: DeviceArray, axes) -> DeviceArray:
     """The axes in another order."""
     strides = _strides(x.shape)
     shape = tuple(x.shape[axis] for axis in axes)
-    return _launched(_COPY, shape, x, strides=[strides[axis] for axis in axes])
+    return _launch(_COPY, shape, x, strides=[strides[axis] for axis in axes])
 
 
 def astype(x: DeviceArray, dtype: str) -> DeviceArray:
     """Numbers as float32, or cut off to uint8, whose range they must be in."""
     if dtype not in (float32, uint8):
         raise EngineError(f"arrays on a GPU become float32 or uint8; got {dtype}")
-    return x if dtype == x.dtype else _launched(_COPY, x.shape, x, dtype=dtype)
+    return x if dtype == x.dtype else _launch(_COPY, x.shape, x, dtype=dtype)
 
 
 def exp(x: DeviceArray) -> DeviceArray:
     """e to the power of x."""
-    return _launched(_EXP, x.shape, x)
+    return _launch(_EXP, x.shape, x)
 
 
 def log(x: DeviceArray) -> DeviceArray:
     """Natural logarithm of x."""
-    return _launched(_LOG, x.shape, x)
+    return _launch(_LOG, x.shape, x)
 
 
 def round(x: DeviceArray) -> DeviceArray:
     """To the nearest whole number, halves to the even one."""
-    return _launched(_ROUND, x.shape, x)
+    return _launch(_ROUND, x.shape, x)
 
 
 def clip(x: DeviceArray, min: float | None = None, max: float | None = None) -> DeviceArray:
     """x within the bounds."""
-    x = x if min is None else _launched(_MAXIMUM, x.shape, x, min)
-    return x if max is None else _launched(_MINIMUM, x.shape, x, max)
+    x = x if min is None else _launch(_MAXIMUM, x.shape, x, min)
+    return x if max is None else _launch(_MINIMUM, x.shape, x, max)
 
 
 def sum(x: DeviceArray, *, axis: int, keepdims: bool = False) -> DeviceArray:
     """Along one axis."""
-    return _reduced(_SUM, x, axis, keepdims)
+    return _reduce(_SUM, x, axis, keepdims)
 
 
 def max(x: DeviceArray, *, axis: int, keepdims: bool = False) -> DeviceArray:
     """Along one axis."""
-    return _reduced(_MAX, x, axis, keepdims)
+    return _reduce(_MAX, x, axis, keepdims)
 
 
-def combined(operation: str, a: DeviceArray | float, b: DeviceArray | float) -> DeviceArray:
+def combine(operation: str, a: DeviceArray | float, b: DeviceArray | float) -> DeviceArray:
     """a + b, a - b, a * b or a / b, by its sign, with shapes broadcast; what `DeviceArray`'s operators are."""
     if not all(isinstance(x, (DeviceArray, int, float)) for x in (a, b)):
         return NotImplemented
@@ -404,10 +404,10 @@ def combined(operation: str, a: DeviceArray | float, b: DeviceArray | float) -> 
     except ValueError as error:
         raise ShapeError(f"arrays of {shapes[0]} and {shapes[1]} do not go together") from error
     code = {"+": _ADD, "-": _SUBTRACT, "*": _MULTIPLY, "/": _DIVIDE}[operation]
-    return _launched(code, shape, a, b)
+    return _launch(code, shape, a, b)
 
 
-def _launched(operation: int, shape, a, b=0.0, *, dtype: str = float32, strides=None) -> DeviceArray:
+def _launch(operation: int, shape, a, b=0.0, *, dtype: str = float32, strides=None) -> DeviceArray:
     like = a if isinstance(a, DeviceArray) else b
     result = empty(shape, dtype=dtype, device=like.device)
     if result.size == 0:
@@ -431,13 +431,13 @@ def _operand(x, shape, stream: int, strides) -> _Operand:
     return _Operand(x.pointer, padded, 0.0)
 
 
-def _reduced(operation: int, x: DeviceArray, axis: int, keepdims: bool) -> DeviceArray:
+def _reduce(operation: int, x: DeviceArray, axis: int, keepdims: bool) -> DeviceArray:
     axis %= x.ndim
     outer, length, inner = math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1 :])
     if length == 0:
         raise ShapeError(f"axis {axis} of {x.shape} holds nothing")
-    kept = (1,) if keepdims else ()
-    result = empty((*x.shape[:axis], *kept, *x.shape[axis + 1 :]), device=x.device)
+    spare = (1,) if keepdims else ()
+    result = empty((*x.shape[:axis], *spare, *x.shape[axis + 1 :]), device=x.device)
     x = view("an operand", x, x.stream, (float32,))
     if result.size:
         _run(

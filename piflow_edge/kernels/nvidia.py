@@ -135,7 +135,7 @@ def _nvrtc_version() -> str:
 
 
 @cache
-def compiled(arch: str, defines: tuple[str, ...], source: Path = SOURCE) -> bytes:
+def compile_source(arch: str, defines: tuple[str, ...], source: Path = SOURCE) -> bytes:
     """A .cu file as machine code for an architecture such as "sm_90"; needs neither driver nor GPU."""
     nvrtc = _nvrtc()
     headers = [SOURCE.with_name(name).read_bytes() for name in HEADERS]
@@ -196,7 +196,7 @@ def current(ordinal: int):
 @cache
 def kernel(ordinal: int, name: str, defines: tuple[str, ...], shared_bytes: int, source: Path = SOURCE):
     """A kernel of a .cu file, compiled and loaded for this GPU; kept for the life of the process."""
-    image = ctypes.create_string_buffer(compiled(device(ordinal).arch, defines, source))
+    image = ctypes.create_string_buffer(compile_source(device(ordinal).arch, defines, source))
     with current(ordinal) as driver:
         status, module = driver.cuModuleLoadData(ctypes.addressof(image))
         if status:
@@ -314,7 +314,7 @@ class _Buffer(Memory):
         )  # the copy may still be on its way, and the caller's stream does not wait for the default one
 
 
-class Pinned:
+class PinnedMemory:
     """Bytes of the machine's memory which a GPU reads and writes by itself, while the CPU goes on.
 
     `bytes`: a view of them. Whoever queued a copy waits for it before these are written, or read, again.
@@ -327,7 +327,7 @@ class Pinned:
         self._free = _give_back(self, ordinal, lambda driver, at: driver.cuMemFreeHost(at), self.pointer)
 
 
-def uploaded(ordinal: int, data: bytes) -> _Buffer:
+def upload(ordinal: int, data: bytes) -> _Buffer:
     """`data` in the GPU's memory. Kept, for schedules come again with every image, and need no copy then."""
     buffer = _uploaded(ordinal, data)
     hold(buffer)

@@ -148,7 +148,7 @@ class GMPolicy(Policy):
         mean = xp.sum(weights * self.x_0_means, axis=1, keepdims=True)
         return (self.x_0_variance * nu + mean) / denominator
 
-    def tempered(self, temperature: float) -> "GMPolicy":
+    def temper(self, temperature: float) -> "GMPolicy":
         """The policy with a sharper mixture: weights to the power 1/T, variance times T. No change for T >= 1.
 
         Raises:
@@ -165,7 +165,7 @@ class GMPolicy(Policy):
             logweights=self._scaled_logweights / temperature, x_0_variance=self.x_0_variance * temperature
         )
 
-    def dropped(self, uniforms: Any, p: float) -> "GMPolicy":
+    def drop_parts(self, uniforms: Any, p: float) -> "GMPolicy":
         """The policy without the components whose uniform number, (B, K), lies below `p`.
 
         A sample that would lose all its components keeps them. Used in training only; no change for `p` outside (0, 1).
@@ -178,14 +178,14 @@ class GMPolicy(Policy):
         gone = xp.reshape(gone, (*gone.shape, *(1,) * (self.logweights.ndim - 2)))
         return self._with(logweights=xp.where(gone, -xp.inf, self.logweights))
 
-    def detached(self) -> "GMPolicy":
+    def detach(self) -> "GMPolicy":
         """The policy cut off from torch's graph, sharing its memory."""
         _ = self.logweights, self.x_0_variance
         return self._with(**{name: value for name, value in detach_fields(self).items() if name != "_raw"})
 
     @property
     def num_parts(self) -> int:
-        """Components, of which `dropped` can leave some out."""
+        """Components, of which `drop_parts` can leave some out."""
         return self.means.shape[1]
 
     def for_kernel(self) -> Rollout | None:
@@ -287,7 +287,7 @@ class GMPolicySpec(PolicyKind):
         padded = np.zeros((len(sigmas), max(map(len, substeps)), 4, 1, 1), np.float32)
         for row, table in zip(padded, substeps, strict=True):
             row[: len(table)] = table
-        clipped = [min(max(temperature, self.eps), 1.0) for temperature in temperatures]  # as in `tempered`
+        clipped = [min(max(temperature, self.eps), 1.0) for temperature in temperatures]  # as in `temper`
         return {
             "sigma_src": np.array([levels[0] for levels in sigmas], np.float32),
             "sigma_dst": np.array([levels[-1] for levels in sigmas], np.float32),

@@ -49,7 +49,7 @@ class MixtureRollout:
 class RawMixture:
     """A `MixtureRollout` as the network gave it, for kernels that temper it and make its variance on the way.
 
-    `logstds`: of the components as velocities, one per sample. `temperature`: as given to `tempered`; 1 for none.
+    `logstds`: of the components as velocities, one per sample. `temperature`: as given to `temper`; 1 for none.
     """
 
     means: Array
@@ -98,22 +98,22 @@ class Policy(ABC):
 
     @property
     def num_parts(self) -> int:
-        """Parts of the policy, of which `dropped` can leave some out."""
+        """Parts of the policy, of which `drop_parts` can leave some out."""
         return 0
 
     @abstractmethod
     def velocity(self, x_t: Array, sigma_t) -> Array:
         """u_t = dx/dsigma at state `x_t` and noise level `sigma_t`, a float or (B,); shape of `x_t`."""
 
-    def tempered(self: Self, temperature: float) -> Self:
+    def temper(self: Self, temperature: float) -> Self:
         """The policy with less spread, for temperatures below 1."""
         return self
 
-    def dropped(self: Self, uniforms: Array, p: float) -> Self:
+    def drop_parts(self: Self, uniforms: Array, p: float) -> Self:
         """The policy without the parts whose uniform number, (B, `num_parts`), lies below `p`."""
         return self
 
-    def detached(self: Self) -> Self:
+    def detach(self: Self) -> Self:
         """The policy cut off from torch's graph, sharing its memory."""
         policy = object.__new__(type(self))
         vars(policy).update(detach_fields(self))

@@ -12,7 +12,7 @@ import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import DECODER, STUDENT, trained_with
-from piflow_edge.conditioning import build_asked
+from piflow_edge.conditioning import build_condition_request
 from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions
 from piflow_edge.errors import BundleError, ShapeError, UsageError
 from piflow_edge.kernels import gpu_arrays, nvidia
@@ -146,11 +146,11 @@ class Generator:
         began = time.perf_counter()
         observer = build_observer(callback, callback_every, cancel)
         settings = change_settings(settings, changes)
-        asked = build_asked(
+        condition_request = build_condition_request(
             self.conditioner, subject, labels=labels, prompts=prompt, arrays=arrays, count=count
         )
         given = {"image": image, "mask": mask, "noise": noise}
-        request = build_request(self.bundle, self.conditioner, asked, seed, settings, **given)
+        request = build_request(self.bundle, self.conditioner, condition_request, seed, settings, **given)
         return self._make(request, output, observer, synchronize, began)
 
     def prepare(
@@ -167,9 +167,13 @@ class Generator:
 
         Args and errors are those of a call.
         """
-        asked = build_asked(self.conditioner, subject, labels=labels, prompts=prompt, count=count)
+        condition_request = build_condition_request(
+            self.conditioner, subject, labels=labels, prompts=prompt, count=count
+        )
         with self._lifetime:
-            return build_request(self.bundle, self.conditioner, asked, seed, change_settings(settings, {}))
+            return build_request(
+                self.bundle, self.conditioner, condition_request, seed, change_settings(settings, {})
+            )
 
     def make_together(
         self,
@@ -249,12 +253,12 @@ class Generator:
         self._warn_if_untrained(request)
         # The policies' threads are started from this one, and keep to its cores.
         with self._lifetime, self.options.on_cores():
-            made = [
+            pieces = [
                 self._draw(request, piece, output, observer, clock)
                 for piece in cut_batches(len(request), _BATCH_SIZE, self.engine)
             ]
-            latents = join_arrays([piece for piece, _ in made])
-            images = None if output == "latent" else join_arrays([piece for _, piece in made])
+            latents = join_arrays([piece for piece, _ in pieces])
+            images = None if output == "latent" else join_arrays([piece for _, piece in pieces])
             if output == "pil":
                 from piflow_edge.system.sheets import as_pil  # Pillow is only needed where pictures are made
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.conditioning import Asked, Conditioner, Conditioning, concatenate, count_of
+from piflow_edge.conditioning import Conditioner, Conditioning, ConditionRequest, concatenate, count_of
 from piflow_edge.engines import Engine
 from piflow_edge.errors import RecipeError, ShapeError
 from piflow_edge.kernels import gpu_arrays
@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 class Request:
     """All that determines the images of a call but what runs it; for the settings see `Generator`.
 
-    `asked`: what the caller wants to see; `conditioning`: what became of it. `seeds`: (seed, index) of each image.
-    `settings`: with nothing left open; `schedule`: what they make. `start`: the image to start from or to keep a part
-    of, as latents (B, C, H, W). `drawn`: the mask, bool (B, 1, H, W). `noise`: (B, C, H, W). `start`, `drawn` and
+    `condition_request`: what the caller wants to see; `conditioning`: what became of it. `seeds`: (seed, index) of each
+    image. `settings`: with nothing left open; `schedule`: what they make. `start`: the image to start from or to keep a
+    part of, as latents (B, C, H, W). `drawn`: the mask, bool (B, 1, H, W). `noise`: (B, C, H, W). `start`, `drawn` and
     `noise` are None where they were not given. `shape`: of one image's latents.
     """
 
-    asked: Asked
+    condition_request: ConditionRequest
     conditioning: Conditioning
     seeds: Seeds
     settings: SamplingSettings
@@ -66,7 +66,7 @@ class Request:
         return draw_noise(self.seeds[piece], self.shape, draw, num_threads)
 
     def start_from(self, noise: np.ndarray, piece: slice) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-        """Return the state that some images start from, and what `Known` takes: nothing without a mask."""
+        """Return the state that some images start from, and what `KeptImage` takes: nothing without a mask."""
         x_src, strength = noise, self.settings.strength
         if self.start is not None and strength < 1:
             x_src = (1 - strength) * self.start[piece] + strength * noise
@@ -93,7 +93,7 @@ def open_conditioner(bundle: Bundle, engines: Mapping[str, Engine]) -> Condition
 def build_request(
     bundle: Bundle,
     conditioner: Conditioner,
-    asked: Asked,
+    condition_request: ConditionRequest,
     seed: Any,
     settings: SamplingSettings,
     *,
@@ -106,9 +106,9 @@ def build_request(
     `conditioner`: the bundle's, opened.
     """
     manifest = bundle.manifest
-    conditioning = conditioner.encode(asked)
+    conditioning = conditioner.encode(condition_request)
     manifest.check_lengths(conditioning)
-    seeds = read_seeds(seed, count_of(conditioning, asked.count))
+    seeds = read_seeds(seed, count_of(conditioning, condition_request.count))
     count = len(seeds)
     settings, schedule = complete_settings(
         settings, manifest, has_image=image is not None, has_mask=mask is not None
@@ -117,7 +117,7 @@ def build_request(
     if noise is not None:
         noise = convert_floats("noise", noise, manifest.latent.shape, count)
     shape = tuple(manifest.latent.shape)
-    return Request(asked, conditioning, seeds, settings, schedule, start, drawn, noise, shape)
+    return Request(condition_request, conditioning, seeds, settings, schedule, start, drawn, noise, shape)
 
 
 def join_requests(requests: Sequence[Request]) -> Request:
@@ -139,7 +139,7 @@ def join_requests(requests: Sequence[Request]) -> Request:
     }
     return replace(
         first,
-        asked=Asked(),
+        condition_request=ConditionRequest(),
         conditioning=concatenate([request.conditioning for request in requests]),
         seeds=[pair for request in requests for pair in request.seeds],
         **arrays,
@@ -150,7 +150,7 @@ def describe_request(conditioner: Conditioner, request: Request, run: dict[str, 
     """Return how to make the images of a request again; `run` is what carries it out, as a `Recipe` names it."""
     return Recipe(
         version=RECIPE_VERSION,
-        conditioning=conditioner.describe(request.asked, request.conditioning),
+        conditioning=conditioner.describe(request.condition_request, request.conditioning),
         seeds=request.seeds,
         settings=request.settings,
         noise=hash_each(request.noise),
@@ -182,7 +182,7 @@ def repeat_request(
         ShapeError: an array that does not fit the bundle.
     """
     _check_run(bundle, recipe, run)
-    asked = conditioner.recall(recipe.conditioning, Asked(arrays=arrays))
+    condition_request = conditioner.recall(recipe.conditioning, ConditionRequest(arrays=arrays))
     size, latent = len(recipe.seeds), bundle.manifest.latent
     start, drawn = read_start_and_mask(image, mask, size, latent, bundle.name)
     if noise is not None:
@@ -195,7 +195,7 @@ def repeat_request(
             raise RecipeError(f"the {name} is another than the recipe's; {hint}")
     mask = None if drawn is None else drawn[:, 0]
     given = {"image": start, "mask": mask, "noise": noise}
-    return build_request(bundle, conditioner, asked, recipe.seeds, recipe.settings, **given)
+    return build_request(bundle, conditioner, condition_request, recipe.seeds, recipe.settings, **given)
 
 
 def _check_run(bundle: Bundle, recipe: Recipe, run: dict[str, str]) -> None:

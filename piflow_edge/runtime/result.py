@@ -36,18 +36,18 @@ class Result:
 
     def __iter__(self) -> Iterator[Any]:
         """The images, or the latents where none were made."""
-        return iter(self._made)
+        return iter(self._images_or_latents)
 
     def __repr__(self) -> str:
-        kind, made = "latents" if self.images is None else "images", self._made
-        sizes = made.shape[1:] if isinstance(made, np.ndarray) else made[0].size
+        kind, items = "latents" if self.images is None else "images", self._images_or_latents
+        sizes = items.shape[1:] if isinstance(items, np.ndarray) else items[0].size
         size = "x".join(map(str, sizes))
         seeds = "noise given" if self.seeds is None else f"seeds {_shorten(self.seeds)}"
         ran = f"{self.engine} on {self.device}, {self.timings['total']:.1f} ms"
         return f"<Result: {len(self)} {kind} of {size}, {seeds}, {ran}>"
 
     @property
-    def _made(self) -> Any:
+    def _images_or_latents(self) -> Any:
         return self.latents if self.images is None else self.images
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
@@ -60,13 +60,13 @@ class Result:
         """
         from .pictures import save_images  # Pillow is only needed where pictures are written
 
-        return save_images(Path(path), self._made, self.recipe)
+        return save_images(Path(path), self._images_or_latents, self.recipe)
 
     def write(self, file: BinaryIO) -> None:
         """Write what was made into an open file: one picture, as `save` makes it, or for arrays one .npy."""
         from .pictures import write_images
 
-        write_images(file, self._made, self.recipe)
+        write_images(file, self._images_or_latents, self.recipe)
 
     def _repr_png_(self) -> bytes | None:
         """All images side by side, for a notebook; None for latents."""

@@ -20,7 +20,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.format4 import name_golden_as_format_5
 from piflow_edge.bundle.manifest import GOLDEN
 from piflow_edge.bundle.sections import ToleranceSpec
-from piflow_edge.conditioning import Asked, take
+from piflow_edge.conditioning import ConditionRequest, take
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
 from piflow_edge.kernels.rollout import integrate
@@ -100,8 +100,11 @@ def _compare_prompts(
     """What comes before the network where prompts are read: token ids, exactly, and encodings."""
     if PROMPTS not in golden:
         return []
-    asked = Asked(prompts=golden[PROMPTS].tolist())
-    traced, encoded = generator.conditioner.trace(asked), generator.conditioner.encode(asked)
+    condition_request = ConditionRequest(prompts=golden[PROMPTS].tolist())
+    traced, encoded = (
+        generator.conditioner.trace(condition_request),
+        generator.conditioner.encode(condition_request),
+    )
     ids = [(name, traced[name], golden[name]) for name in traced]
     theirs = golden_conditioning(generator.bundle, golden)
     encodings = [(name, encoded[name], theirs[name]) for name in theirs]
@@ -168,8 +171,8 @@ def _compare_whole(
         whole = rms_of_psnr(tolerances.psnr, peak=1)
         return [_worst("drawn latents", latents, whole, measure=peak_error)]
     # From the golden latents, so that this row speaks of the decoder alone.
-    images = [("images", _decoded(generator, golden["latents"]), golden["images"])]
-    drawn = [(name, _decoded(generator, ours), golden["images"][: len(ours)]) for name, ours, _ in latents]
+    images = [("images", _decode(generator, golden["latents"]), golden["images"])]
+    drawn = [(name, _decode(generator, ours), golden["images"][: len(ours)]) for name, ours, _ in latents]
     return [
         _worst("images", images, tolerances.images, measure=_levels),
         _worst("drawn images", drawn, rms_of_psnr(tolerances.psnr), measure=rms_levels),
@@ -196,7 +199,7 @@ def _check_finite(generator: Generator, outputs: dict[str, np.ndarray], x_t, sig
     )
 
 
-def _decoded(generator: Generator, latents: np.ndarray) -> np.ndarray:
+def _decode(generator: Generator, latents: np.ndarray) -> np.ndarray:
     try:
         return generator.decode(latents)
     except NotFiniteError as error:
@@ -246,7 +249,7 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
         )
         latents.append((f"latents of nfe{nfe}", found["latents"], expected))
         if bundle.manifest.makes_images:  # of the graph's own latents, as above
-            images.append((f"images of nfe{nfe}", found["images"], _decoded(generator, found["latents"])))
+            images.append((f"images of nfe{nfe}", found["images"], _decode(generator, found["latents"])))
     return latents, images
 
 

@@ -70,8 +70,8 @@ def memory() -> Memory | None:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes there
-        told = ask_program("ps", "-o", "rss=", "-p", str(os.getpid()))
-        return Memory(int(told) * 1024 / 1e6 if told else peak, peak)
+        kibibytes = ask_program("ps", "-o", "rss=", "-p", str(os.getpid()))
+        return Memory(int(kibibytes) * 1024 / 1e6 if kibibytes else peak, peak)
     return None
 
 

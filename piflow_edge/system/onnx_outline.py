@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from piflow_edge.errors import EngineError
 from piflow_edge.system import onnx_messages as onnx
-from piflow_edge.system.protobuf import FieldReader, broken, read_integers, read_text, signed
+from piflow_edge.system.protobuf import FieldReader, damage_error, read_integers, read_text, to_signed
 
 # Domains whose operators compute, and do nothing else. "com.microsoft": ONNX Runtime's own, which quantised graphs use.
 KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -76,7 +76,7 @@ def read_outline(model: bytes | memoryview) -> Outline:
     """
     data = memoryview(model)
     if data[4:8] == b"ORTM":  # ONNX Runtime would read it as its own format, whatever else it is
-        raise broken("it is in ONNX Runtime's own format")
+        raise damage_error("it is in ONNX Runtime's own format")
     walk = _Walk()
     walk.model(data)
     return walk.outline
@@ -138,7 +138,7 @@ class _Walk:
 
     def _graph(self, data: memoryview, depth: int, *, is_main: bool | None = None) -> None:
         if depth > _DEEPEST:
-            raise broken(f"graphs are nested more than {_DEEPEST} deep")
+            raise damage_error(f"graphs are nested more than {_DEEPEST} deep")
         is_main = depth == 1 if is_main is None else is_main
         weights: set[str] = set()
         for name, value in self._reader.fields(onnx.GRAPH, data):
@@ -166,7 +166,7 @@ class _Walk:
         if "shape" in facts:
             dims = [dict(self._reader.fields(onnx.DIMENSION, dim)) for _, dim in
                     self._reader.fields(onnx.SHAPE, facts["shape"])]  # fmt: skip
-            shape = tuple(signed(dim["dim_value"]) if "dim_value" in dim else None for dim in dims)
+            shape = tuple(to_signed(dim["dim_value"]) if "dim_value" in dim else None for dim in dims)
         return GraphTensor(name, onnx.DTYPES.get(facts.get("elem_type", 0)), shape)
 
     def _function(self, data: memoryview) -> None:
@@ -232,7 +232,9 @@ class _Walk:
         if where == _IN_THE_FILE and not entries:
             return tensor
         if where != _EXTERNAL or not entries or has_values:
-            raise broken(f"weight {tensor!r} says both that its values are in the file and that they are not")
+            raise damage_error(
+                f"weight {tensor!r} says both that its values are in the file and that they are not"
+            )
         self.outline.places.append(self._place(tensor, code, dims, entries, is_weight))
         return tensor
 
@@ -242,27 +244,27 @@ class _Walk:
             fields = dict(self._reader.fields(onnx.ENTRY, entry))
             key, value = (_read_name(fields.get(name, _NOTHING)) for name in ("key", "value"))
             if key in found or key not in _PLACE_KEYS:
-                raise broken(f"the place of weight {tensor!r} has {key!r} twice, or is not to have it")
+                raise damage_error(f"the place of weight {tensor!r} has {key!r} twice, or is not to have it")
             found[key] = value
         if code not in onnx.BITS or len(dims) > _MOST_AXES or any(size < 0 for size in dims):
-            raise broken(f"weight {tensor!r} has the type {code} and the shape {dims}")
+            raise damage_error(f"weight {tensor!r} has the type {code} and the shape {dims}")
         size = -(-math.prod(dims) * onnx.BITS[code] // 8)
         offset, length = (
             _read_count(tensor, key, found[key]) if key in found else None for key in ("offset", "length")
         )
         if length not in (None, size):
-            raise broken(f"weight {tensor!r} of {size} bytes takes {length} bytes")
+            raise damage_error(f"weight {tensor!r} of {size} bytes takes {length} bytes")
         return Place(tensor, found.get("location", ""), offset or 0, size, is_weight)
 
 
 def _read_count(tensor: str, key: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise broken(f"weight {tensor!r} has no place in its file: {key} is {text[:40]!r}")
+        raise damage_error(f"weight {tensor!r} has no place in its file: {key} is {text[:40]!r}")
     return int(text)
 
 
 def _read_name(value: memoryview) -> str:
     name = read_text(value)
     if len(name) > _LONGEST_NAME:
-        raise broken(f"a name has {len(name)} characters: {name[:40]!r}...")
+        raise damage_error(f"a name has {len(name)} characters: {name[:40]!r}...")
     return name

@@ -58,7 +58,7 @@ class FieldReader:
         while at < end:
             self._left -= 1
             if self._left < 0:
-                raise broken(f"it has more than {self._most} parts")
+                raise damage_error(f"it has more than {self._most} parts")
             key, at = (data[at], at + 1) if data[at] < 0x80 else read_varint(data, at)
             wire = key & 7
             if wire == _VARINT:
@@ -66,12 +66,12 @@ class FieldReader:
             else:
                 size, at = _size(data, at, wire)
                 if size > end - at:
-                    raise broken(f"a part of {size} bytes stands where {end - at} are left")
+                    raise damage_error(f"a part of {size} bytes stands where {end - at} are left")
                 value, at = data[at : at + size], at + size
             name, repeated = known.get(key) or _refuse_key(message, key)
             if not repeated:
                 if name in seen:
-                    raise broken(f"{name} of a {message.name} stands there twice")
+                    raise damage_error(f"{name} of a {message.name} stands there twice")
                 seen.add(name)
             yield name, value
 
@@ -82,7 +82,7 @@ def _size(data: memoryview, at: int, wire: int) -> tuple[int, int]:
         return read_varint(data, at)
     if wire in (_FIXED32, _FIXED64):
         return (4 if wire == _FIXED32 else 8), at
-    raise broken(f"wire type {wire} at byte {at} is none that ONNX uses")
+    raise damage_error(f"wire type {wire} at byte {at} is none that ONNX uses")
 
 
 def _refuse_key(message: Message, key: int):
@@ -91,11 +91,11 @@ def _refuse_key(message: Message, key: int):
         if known >> 3 == number:
             found = "a number" if wire != _BYTES else "bytes"
             wanted = "a message or text" if known & 7 == _BYTES else "a number"
-            raise broken(f"{name} of a {message.name}: {found} stands where {wanted} should")
-    raise broken(f"field {number} of a {message.name} is none that this release knows")
+            raise damage_error(f"{name} of a {message.name}: {found} stands where {wanted} should")
+    raise damage_error(f"field {number} of a {message.name} is none that this release knows")
 
 
-def broken(what: str) -> EngineError:
+def damage_error(what: str) -> EngineError:
     """The error for a file that cannot be read."""
     return EngineError(f"the file is not a whole ONNX model: {what}; copy it again or export again")
 
@@ -105,16 +105,16 @@ def read_varint(data: memoryview, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
-            raise broken("it ends within a number")
+            raise damage_error("it ends within a number")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value & 0xFFFF_FFFF_FFFF_FFFF, at
-    raise broken("a number has more than 64 bits")
+    raise damage_error("a number has more than 64 bits")
 
 
-def signed(value: int) -> int:
+def to_signed(value: int) -> int:
     """A varint as a whole number: negative ones come as 64 bits."""
     return value - (1 << 64) if value >> 63 else value
 
@@ -124,17 +124,17 @@ def read_text(value: memoryview) -> str:
     try:
         return str(value, "utf-8")
     except UnicodeDecodeError as error:
-        raise broken(f"a name is not UTF-8: {error}") from error
+        raise damage_error(f"a name is not UTF-8: {error}") from error
 
 
 def read_integers(value: int | memoryview, most: float = math.inf) -> list[int]:
     """Whole numbers of a repeated field: one alone, or up to `most` in a row."""
     if isinstance(value, int):
-        return [signed(value)]
+        return [to_signed(value)]
     numbers, at = [], 0
     while at < len(value):
         number, at = read_varint(value, at)
-        numbers.append(signed(number))
+        numbers.append(to_signed(number))
         if len(numbers) > most:
-            raise broken(f"a list has more than {most} numbers")
+            raise damage_error(f"a list has more than {most} numbers")
     return numbers

@@ -58,7 +58,7 @@ def side_by_side(rows: dict[str, Sequence[Image.Image]], headings: Sequence[str]
     draw = ImageDraw.Draw(sheet)
     pitch = (grid.width - _GAP) // len(headings), (grid.height - _GAP) // len(rows)
     for x, heading in enumerate(headings):
-        text = _fitted(font, heading, pitch[0] - 6)
+        text = _fit_text(font, heading, pitch[0] - 6)
         draw.text((left + _GAP + x * pitch[0], 2), text, "black", font)
     for y, name in enumerate(rows):
         middle = top + _GAP + y * pitch[1] + (pitch[1] - _TEXT_SIZE) // 2
@@ -98,7 +98,7 @@ def _width(font, text: str) -> int:
     return int(font.getlength(_printable(font, text))) + 1
 
 
-def _fitted(font, text: str, width: int) -> str:
+def _fit_text(font, text: str, width: int) -> str:
     """As much of the text as fits into `width` pixels."""
     while text and _width(font, text) > width:
         text = text[:-1]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from piflow_edge.bench.comparison_of_runs import PROCESS_NOISE, compare, process_noise, read_benchmark
 from piflow_edge.cli import main
-from piflow_edge.conditioning import Asked, ClassLabels, Unconditional
+from piflow_edge.conditioning import ClassLabels, ConditionRequest, Unconditional
 from piflow_edge.errors import DataError, PiFlowError, ScheduleError
 from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.schedule import warp
@@ -99,7 +99,7 @@ DIGITS = ClassLabels(tuple("0123456789"))
 
 class TestTeacher:
     noise = np.random.default_rng(0).standard_normal((2, 1, 2, 2), np.float32)
-    given = DIGITS.encode(Asked(labels=[4, 6]))
+    given = DIGITS.encode(ConditionRequest(labels=[4, 6]))
 
     def test_guidance_is_one_call_of_two_samples_per_image(self):
         engine = Line()

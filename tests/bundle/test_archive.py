@@ -21,7 +21,7 @@ def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def refused(archive, tmp_path, words, **settings):
+def assert_refused(archive, tmp_path, words, **settings):
     """It is refused, and nothing of it is left anywhere."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(BundleError, match=words):
@@ -30,7 +30,7 @@ def refused(archive, tmp_path, words, **settings):
     assert left <= {tmp_path / "new"}  # the folder above, which stays empty
 
 
-def zipped(tmp_path, entries):
+def write_zip(tmp_path, entries):
     """An archive with these (name or ZipInfo, content), in order."""
     with zipfile.ZipFile(tmp_path / "made.zip", "w") as archive:
         for entry, content in entries:
@@ -83,7 +83,7 @@ def test_an_altered_bundle_is_not_packed(bundle, tmp_path):
 
 
 def test_a_plain_stored_archive_unpacks_too(bundle, tmp_path):
-    archive = zipped(tmp_path, in_order(bundle))
+    archive = write_zip(tmp_path, in_order(bundle))
     assert contents(unpack(archive, tmp_path / "out").folder) == contents(bundle)
 
 
@@ -93,14 +93,14 @@ def test_a_plain_stored_archive_unpacks_too(bundle, tmp_path):
 )
 def test_names_that_lead_elsewhere_are_refused(bundle, tmp_path, name):
     placeholder = "q" * max(len(name.encode()), 1)
-    data = zipped(tmp_path, [*in_order(bundle), (placeholder, b"x")]).read_bytes()
+    data = write_zip(tmp_path, [*in_order(bundle), (placeholder, b"x")]).read_bytes()
     if name:  # put in afterwards: zipfile would mend some of them
         assert data.count(placeholder.encode()) >= 2
         data = data.replace(placeholder.encode(), name.encode())
         (tmp_path / "made.zip").write_bytes(data)
     else:
-        zipped(tmp_path, [*in_order(bundle), (zipfile.ZipInfo("", (1980, 1, 1, 0, 0, 0)), b"x")])
-    refused(tmp_path / "made.zip", tmp_path, "leads out")
+        write_zip(tmp_path, [*in_order(bundle), (zipfile.ZipInfo("", (1980, 1, 1, 0, 0, 0)), b"x")])
+    assert_refused(tmp_path / "made.zip", tmp_path, "leads out")
 
 
 def with_attributes(name, attributes):
@@ -113,35 +113,35 @@ def with_attributes(name, attributes):
 def test_links_and_other_things_are_refused(bundle, tmp_path, kind):
     others = [(name, data) for name, data in in_order(bundle) if name != "LICENSE"]
     link = with_attributes("LICENSE", (kind | 0o777) << 16)
-    refused(zipped(tmp_path, [*others, (link, b"/etc/passwd")]), tmp_path, "is a link")
+    assert_refused(write_zip(tmp_path, [*others, (link, b"/etc/passwd")]), tmp_path, "is a link")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", ["LICENSE", "license"])
 def test_a_name_twice_is_refused(bundle, tmp_path, name):
-    refused(zipped(tmp_path, [*in_order(bundle), (name, b"x")]), tmp_path, "there twice")
+    assert_refused(write_zip(tmp_path, [*in_order(bundle), (name, b"x")]), tmp_path, "there twice")
 
 
 def test_what_is_not_listed_or_missing_is_refused(bundle, tmp_path):
     entries = in_order(bundle)
-    refused(zipped(tmp_path, [*entries, ("x.py", b"x")]), tmp_path, "x.py does not belong")
+    assert_refused(write_zip(tmp_path, [*entries, ("x.py", b"x")]), tmp_path, "x.py does not belong")
     for missing, words in [("LICENSE", "LICENSE is missing"), ("bundle.json", "holds no bundle")]:
         left = [(name, data) for name, data in entries if name != missing]
-        refused(zipped(tmp_path, left), tmp_path, words)
-    refused(zipped(tmp_path, []), tmp_path, "holds no bundle")
+        assert_refused(write_zip(tmp_path, left), tmp_path, words)
+    assert_refused(write_zip(tmp_path, []), tmp_path, "holds no bundle")
 
 
 def test_sizes_other_than_the_listed_are_refused(bundle, tmp_path):
     for change in (lambda data: data + b" ", lambda data: data[:-1]):
         entries = [(name, change(data) if name == "LICENSE" else data) for name, data in in_order(bundle)]
-        refused(zipped(tmp_path, entries), tmp_path, r"LICENSE, bundle\.json")
+        assert_refused(write_zip(tmp_path, entries), tmp_path, r"LICENSE, bundle\.json")
     huge = [(name, data if name != "bundle.json" else b" " * (1 << 21)) for name, data in in_order(bundle)]
-    refused(zipped(tmp_path, huge), tmp_path, "bundle.json has 2097152 bytes")
+    assert_refused(write_zip(tmp_path, huge), tmp_path, "bundle.json has 2097152 bytes")
 
 
 def test_another_content_of_the_same_size_is_refused(bundle, tmp_path):
     entries = [(name, data[::-1] if name == "LICENSE" else data) for name, data in in_order(bundle)]
-    refused(zipped(tmp_path, entries), tmp_path, "LICENSE .* does not match its checksum")
+    assert_refused(write_zip(tmp_path, entries), tmp_path, "LICENSE .* does not match its checksum")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -149,7 +149,7 @@ def test_compressed_entries_are_refused(bundle, tmp_path, method):
     with zipfile.ZipFile(tmp_path / "made.zip", "w", method) as archive:
         for name, data in in_order(bundle):
             archive.writestr(name, data)
-    refused(tmp_path / "made.zip", tmp_path, "is compressed")
+    assert_refused(tmp_path / "made.zip", tmp_path, "is compressed")
 
 
 # Where fields stand in an entry of the table of contents (APPNOTE.TXT 6.3.10, section 4.3.12).
@@ -167,21 +167,21 @@ def with_field(data, name, field, value, kind):
 
 
 def test_encrypted_entries_are_refused(bundle, tmp_path):
-    archive = zipped(tmp_path, in_order(bundle))
+    archive = write_zip(tmp_path, in_order(bundle))
     archive.write_bytes(with_field(archive.read_bytes(), "LICENSE", FLAGS, 1, "<H"))
-    refused(archive, tmp_path, "is encrypted")
+    assert_refused(archive, tmp_path, "is encrypted")
 
 
 def test_overlapping_entries_are_refused(bundle, tmp_path):
-    archive = zipped(tmp_path, in_order(bundle))
+    archive = write_zip(tmp_path, in_order(bundle))
     data = archive.read_bytes()
     for field in (SIZE, PACKED_SIZE):
         data = with_field(data, "LICENSE", field, len(data) - 1, "<L")
     archive.write_bytes(data)
-    refused(archive, tmp_path, "overlap")
+    assert_refused(archive, tmp_path, "overlap")
 
 
-def moved(data, offset):
+def move_places(data, offset):
     """Bytes of an archive to stand after `offset` others, with every place in it told anew."""
     data = bytearray(data)
     count, (table,) = (
@@ -212,9 +212,9 @@ def with_gap(data):
     "change",
     [
         lambda data: b"x" + data,
-        lambda data: b"#!/bin/sh\nrm -rf ~\n" + moved(data, 19),
+        lambda data: b"#!/bin/sh\nrm -rf ~\n" + move_places(data, 19),
         lambda data: (
-            data + moved(data, len(data))
+            data + move_places(data, len(data))
         ),  # two archives: the first one for who reads from the beginning
         lambda data: data + data,
         lambda data: data + b"x",
@@ -229,12 +229,12 @@ def test_bytes_that_belong_to_no_entry_are_refused(bundle, tmp_path, change):
     pack(bundle, tmp_path / "a.zip")
     data = change((tmp_path / "a.zip").read_bytes())
     (tmp_path / "a.zip").write_bytes(data)
-    refused(tmp_path / "a.zip", tmp_path, r"is not as piflow-edge pack writes it|is not a whole \.zip")
+    assert_refused(tmp_path / "a.zip", tmp_path, r"is not as piflow-edge pack writes it|is not a whole \.zip")
 
 
 def test_an_entry_of_which_the_table_knows_nothing_is_refused(bundle, tmp_path):
     """Who reads from the beginning would unpack it."""
-    archive = zipped(tmp_path, [*in_order(bundle), ("LICENSE-2", b"mine")])
+    archive = write_zip(tmp_path, [*in_order(bundle), ("LICENSE-2", b"mine")])
     data = archive.read_bytes()
     (table,) = struct.unpack_from("<L", data, len(data) - 6)
     at = data.index(b"LICENSE-2", table) - 46
@@ -244,7 +244,7 @@ def test_an_entry_of_which_the_table_knows_nothing_is_refused(bundle, tmp_path):
     archive.write_bytes(data)
     with zipfile.ZipFile(archive) as whole:
         assert whole.namelist() == [name for name, _ in in_order(bundle)]
-    refused(archive, tmp_path, "bytes before")
+    assert_refused(archive, tmp_path, "bytes before")
 
 
 # Where fields stand in the header of an entry, and values that are not those of the table of contents.
@@ -259,14 +259,14 @@ def test_an_entry_that_says_other_than_the_table_is_refused(bundle, tmp_path, pl
     data = bytearray((tmp_path / "a.zip").read_bytes())
     struct.pack_into(kind, data, start + place, value)
     (tmp_path / "a.zip").write_bytes(data)
-    refused(tmp_path / "a.zip", tmp_path, "other facts of 'LICENSE'")
+    assert_refused(tmp_path / "a.zip", tmp_path, "other facts of 'LICENSE'")
 
 
 def test_extra_fields_are_refused(bundle, tmp_path):
     entry = zipfile.ZipInfo("LICENSE")
     entry.extra = struct.pack("<HHB", 0x5455, 1, 0)  # times of change, as other programs add
     entries = [(entry if name == "LICENSE" else name, data) for name, data in in_order(bundle)]
-    refused(zipped(tmp_path, entries), tmp_path, "other facts of 'LICENSE'")
+    assert_refused(write_zip(tmp_path, entries), tmp_path, "other facts of 'LICENSE'")
 
 
 def test_numbers_of_64_bits_are_no_hindrance(bundle, tmp_path, monkeypatch):
@@ -276,7 +276,7 @@ def test_numbers_of_64_bits_are_no_hindrance(bundle, tmp_path, monkeypatch):
     assert b"PK\6\6" in (tmp_path / "a.zip").read_bytes()
     assert contents(unpack(tmp_path / "a.zip", tmp_path / "out").folder) == contents(bundle)
     (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes() + b"x")
-    refused(tmp_path / "a.zip", tmp_path, r"after its table of contents|is not a whole \.zip")
+    assert_refused(tmp_path / "a.zip", tmp_path, r"after its table of contents|is not a whole \.zip")
 
 
 def test_a_table_of_contents_without_end_is_refused(tmp_path):
@@ -285,7 +285,7 @@ def test_a_table_of_contents_without_end_is_refused(tmp_path):
     table = (entry + b"x") * (1 << 15)
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1 << 15, 1 << 15, len(table), 0, 0)
     (tmp_path / "many.zip").write_bytes(table + end)
-    refused(tmp_path / "many.zip", tmp_path, "table of contents")
+    assert_refused(tmp_path / "many.zip", tmp_path, "table of contents")
 
 
 def test_an_archive_by_somebody_else_is_refused_before_it_is_unpacked(bundle, tmp_path, monkeypatch):
@@ -296,16 +296,16 @@ def test_an_archive_by_somebody_else_is_refused_before_it_is_unpacked(bundle, tm
     monkeypatch.setattr(
         "piflow_edge.bundle.archive.new_folder", lambda folder: pytest.fail("it was unpacked")
     )
-    refused(tmp_path / "unsigned.zip", tmp_path, "not signed", trusted_keys=[public])
-    refused(tmp_path / "signed.zip", tmp_path, "is not trusted", trusted_keys=[public])
+    assert_refused(tmp_path / "unsigned.zip", tmp_path, "not signed", trusted_keys=[public])
+    assert_refused(tmp_path / "signed.zip", tmp_path, "is not trusted", trusted_keys=[public])
 
 
 def test_what_is_no_archive_is_refused(tmp_path):
-    refused(tmp_path / "nowhere.zip", tmp_path, "cannot be read")
-    refused(tmp_path, tmp_path, "cannot be read")
+    assert_refused(tmp_path / "nowhere.zip", tmp_path, "cannot be read")
+    assert_refused(tmp_path, tmp_path, "cannot be read")
     for data in (b"", b"PK\5\6", b"x" * 100, b"PK\5\6" + b"\xff" * 18):
         (tmp_path / "x.zip").write_bytes(data)
-        refused(tmp_path / "x.zip", tmp_path, "not a whole .zip")
+        assert_refused(tmp_path / "x.zip", tmp_path, "not a whole .zip")
 
 
 def test_damaged_archives_are_refused_or_unpack_to_the_same(bundle, tmp_path):

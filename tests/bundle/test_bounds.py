@@ -8,7 +8,7 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle, demo_bundle
-from piflow_edge.bundle.manifest import sealed
+from piflow_edge.bundle.manifest import seal_manifest
 from piflow_edge.errors import BundleError
 
 
@@ -21,7 +21,7 @@ def edit(folder, change):
     body = json.loads((folder / "bundle.json").read_bytes())
     del body["sha256"]
     change(body)
-    (folder / "bundle.json").write_bytes(sealed(body))
+    (folder / "bundle.json").write_bytes(seal_manifest(body))
 
 
 def sets(section, **values):
@@ -108,16 +108,16 @@ def test_files_that_some_systems_take_for_one_are_refused(digits):
         Bundle(digits)
 
 
-def nested(depth, opening, closing):
+def nest(depth, opening, closing):
     return f'{{"a": {opening * depth}{closing * depth}}}'.encode()
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (nested(33, "[", "]"), "32 deep"),
-        (nested(900, "[", "]"), "32 deep"),
-        (nested(100_000, "[", "]"), "not JSON"),
+        (nest(33, "[", "]"), "32 deep"),
+        (nest(900, "[", "]"), "32 deep"),
+        (nest(100_000, "[", "]"), "not JSON"),
         (b'{"a":' * 200_000, "larger than 1048576 bytes|not JSON"),
         (b"[" * (100 << 20), "larger than 1048576 bytes"),
         (b'{"a": ' + b"9" * 1_000_000 + b"}", "not JSON|format version"),

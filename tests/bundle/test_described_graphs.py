@@ -7,7 +7,7 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import demo_bundle
-from piflow_edge.bundle.manifest import sealed
+from piflow_edge.bundle.manifest import seal_manifest
 from piflow_edge.errors import BundleError
 from tests.helpers.hostile_bundle import seal
 from tests.helpers.protobuf import fields_of, message
@@ -35,7 +35,7 @@ def test_a_manifest_of_other_outputs_is_refused(digits, change, words, engine):
     body = json.loads((digits / "bundle.json").read_bytes())
     del body["sha256"]
     change(body["networks"]["student"]["outputs"])
-    (digits / "bundle.json").write_bytes(sealed(body))
+    (digits / "bundle.json").write_bytes(seal_manifest(body))
     with pytest.raises(BundleError, match=words):
         pf.load(digits, engine=engine)
 
@@ -43,10 +43,10 @@ def test_a_manifest_of_other_outputs_is_refused(digits, change, words, engine):
 def without(number, name):
     """The student's graph without one of its inputs or outputs."""
 
-    def left(graph):
+    def keep_fields(graph):
         return [f for f in fields_of(graph) if f[0] != number or dict(fields_of(f[1]))[1] != name.encode()]
 
-    return lambda graph: message(*left(graph))
+    return lambda graph: message(*keep_fields(graph))
 
 
 def twice(graph):

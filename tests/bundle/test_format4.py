@@ -10,7 +10,7 @@ import pytest
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.bundle.manifest import sealed
+from piflow_edge.bundle.manifest import seal_manifest
 from piflow_edge.conditioning import ClassLabels, TensorSpec
 from piflow_edge.errors import BundleError
 from piflow_edge.runtime.graphs import find_targets
@@ -64,7 +64,7 @@ def test_one_that_makes_no_sense_is_refused(tmp_path, change, words):
     body = json.loads((folder / "bundle.json").read_bytes())
     del body["sha256"]
     change(body)
-    (folder / "bundle.json").write_bytes(sealed(body))
+    (folder / "bundle.json").write_bytes(seal_manifest(body))
     with pytest.raises(BundleError, match=words):
         Bundle(folder)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import demo_bundle
-from piflow_edge.bundle.manifest import sealed
+from piflow_edge.bundle.manifest import seal_manifest
 from piflow_edge.errors import PiFlowError
 from piflow_edge.runtime.verification import verify
 
@@ -134,7 +134,7 @@ def test_a_manifest_that_says_anything_makes_a_picture_or_one_of_our_errors(fold
         body = copy.deepcopy(BODY)
         for change in changes:
             apply(body, *change)
-        (folder / "bundle.json").write_bytes(sealed(body))
+        (folder / "bundle.json").write_bytes(seal_manifest(body))
         try:
             draw_from(folder)
         except PiFlowError as error:

@@ -31,7 +31,7 @@ CONDITIONER = Arrays(
 )
 
 
-class Steered(torch.nn.Module):
+class SteeredNetwork(torch.nn.Module):
     """Pixels that attend to tokens, of which a mask hides some, and a pooled vector on top."""
 
     def __init__(self):
@@ -57,7 +57,7 @@ class Steered(torch.nn.Module):
 def make_steered_student():
     torch.manual_seed(0)
     network = attach_policy_head(
-        ModuleNetwork(Steered(), (1, 8, 8), entry=f"{__name__}:make_steered_student"), GMPolicySpec(3)
+        ModuleNetwork(SteeredNetwork(), (1, 8, 8), entry=f"{__name__}:make_steered_student"), GMPolicySpec(3)
     )
     return StudentModel(network, nfe=2, total_substeps=16, conditioner=CONDITIONER)
 

@@ -8,11 +8,11 @@ import pytest
 from piflow_edge.conditioning import (
     CONDITIONERS,
     Arrays,
-    Asked,
     ClassLabels,
+    ConditionRequest,
     TensorSpec,
     Unconditional,
-    build_asked,
+    build_condition_request,
     conditioner_from_json,
     count_of,
 )
@@ -33,7 +33,7 @@ def encodings(count=2, tokens=3):
 
 
 def ids(labels, conditioner=PETS, **asked):
-    return conditioner.encode(Asked(labels=labels, **asked))["labels"].tolist()
+    return conditioner.encode(ConditionRequest(labels=labels, **asked))["labels"].tolist()
 
 
 @pytest.mark.parametrize("conditioner", EVERY_KIND, ids=lambda c: c.kind)
@@ -48,7 +48,7 @@ def test_an_example_is_what_encode_takes_as_arrays(conditioner):
     example = conditioner.example(5)
     assert list(example) == [spec.name for spec in conditioner.inputs]
     assert count_of(example, 5) == 5
-    again = conditioner.encode(Asked(arrays=example, count=None if example else 5))
+    again = conditioner.encode(ConditionRequest(arrays=example, count=None if example else 5))
     for name, array in example.items():
         np.testing.assert_array_equal(again[name], array)
         np.testing.assert_array_equal(conditioner.example(5)[name], array)
@@ -57,8 +57,8 @@ def test_an_example_is_what_encode_takes_as_arrays(conditioner):
 @pytest.mark.parametrize("conditioner", EVERY_KIND, ids=lambda c: c.kind)
 def test_descriptions_recall_the_same_conditioning(conditioner):
     example = conditioner.example(3)
-    told = json.loads(json.dumps(conditioner.describe(Asked(count=3), example)))
-    given = Asked(arrays=example) if conditioner.kind == "arrays" else Asked()
+    told = json.loads(json.dumps(conditioner.describe(ConditionRequest(count=3), example)))
+    given = ConditionRequest(arrays=example) if conditioner.kind == "arrays" else ConditionRequest()
     asked = conditioner.recall(told, given)
     again = conditioner.encode(asked)
     assert count_of(again, asked.count) == 3
@@ -69,9 +69,9 @@ def test_descriptions_recall_the_same_conditioning(conditioner):
 @pytest.mark.parametrize("conditioner", EVERY_KIND, ids=lambda c: c.kind)
 def test_what_a_kind_has_no_meaning_for_is_refused_by_name(conditioner):
     with pytest.raises(ConditioningError, match=r"prompts .*'an apple'"):
-        conditioner.encode(Asked(prompts="an apple"))
+        conditioner.encode(ConditionRequest(prompts="an apple"))
     with pytest.raises(ConditioningError, match=r"count .* 0"):
-        conditioner.encode(Asked(count=0))
+        conditioner.encode(ConditionRequest(count=0))
 
 
 @pytest.mark.parametrize(
@@ -125,22 +125,22 @@ def test_count_is_of_each_label():
 )
 def test_a_label_error_names_the_value_and_the_classes(label, told):
     with pytest.raises(LabelError, match=told):
-        PETS.encode(Asked(labels=label))
+        PETS.encode(ConditionRequest(labels=label))
 
 
 def test_a_thousand_names_do_not_fill_the_screen():
     many = ClassLabels(tuple(f"class {i}" for i in range(1000)))
     with pytest.raises(LabelError, match=r"1000 .* 999") as caught:
-        many.encode(Asked(labels="unicorn"))
+        many.encode(ConditionRequest(labels="unicorn"))
     assert len(str(caught.value)) < 500
 
 
 def test_ids_as_arrays_are_held_to_the_classes():
-    np.testing.assert_array_equal(PETS.encode(Asked(arrays={"labels": [2, 1]}))["labels"], [2, 1])
+    np.testing.assert_array_equal(PETS.encode(ConditionRequest(arrays={"labels": [2, 1]}))["labels"], [2, 1])
     with pytest.raises(LabelError, match="got label 3"):
-        PETS.encode(Asked(arrays={"labels": [0, 3]}))
+        PETS.encode(ConditionRequest(arrays={"labels": [0, 3]}))
     with pytest.raises(LabelError, match="give labels"):
-        PETS.encode(Asked(labels=[0], arrays={"labels": [0]}))
+        PETS.encode(ConditionRequest(labels=[0], arrays={"labels": [0]}))
 
 
 def test_no_condition_is_the_class_after_the_last():
@@ -149,28 +149,30 @@ def test_no_condition_is_the_class_after_the_last():
 
 def test_the_input_of_a_network_may_have_another_name():
     renamed = ClassLabels(("a", "b"), "class_labels")
-    assert renamed.encode(Asked(labels="b"))["class_labels"].tolist() == [1]
+    assert renamed.encode(ConditionRequest(labels="b"))["class_labels"].tolist() == [1]
     assert renamed.inputs == (TensorSpec("class_labels", "int64", ("batch",)),)
 
 
 def test_titles_are_names_and_equal_for_what_is_the_same():
-    assert [PETS.title(d) for d in PETS.describe(Asked(), PETS.example(4))] == [
+    assert [PETS.title(d) for d in PETS.describe(ConditionRequest(), PETS.example(4))] == [
         "cat",
         "dog",
         "Hedgehog",
         "cat",
     ]
-    same = TEXT.encode(Asked(arrays=encodings(1), count=2))
-    titles = [TEXT.title(d) for e in (same, encodings(1, tokens=2)) for d in TEXT.describe(Asked(), e)]
+    same = TEXT.encode(ConditionRequest(arrays=encodings(1), count=2))
+    titles = [
+        TEXT.title(d) for e in (same, encodings(1, tokens=2)) for d in TEXT.describe(ConditionRequest(), e)
+    ]
     assert titles[0] == titles[1] != titles[2]
 
 
 def test_arrays_become_what_the_network_takes():
     given = {"mask": np.ones((2, 3), bool), "hidden": np.zeros((2, 3, 4), np.float64).transpose(0, 1, 2)}
-    encoded = TEXT.encode(Asked(arrays=given))
+    encoded = TEXT.encode(ConditionRequest(arrays=given))
     assert list(encoded) == ["hidden", "mask"]
     assert encoded["hidden"].dtype == np.float32
-    assert TEXT.encode(Asked(arrays=given, count=3))["mask"].shape == (6, 3)
+    assert TEXT.encode(ConditionRequest(arrays=given, count=3))["mask"].shape == (6, 3)
 
 
 @pytest.mark.parametrize(
@@ -189,22 +191,22 @@ def test_arrays_become_what_the_network_takes():
 )
 def test_arrays_that_do_not_fit_are_refused(change, told):
     with pytest.raises((ShapeError, ConditioningError), match=told):
-        TEXT.encode(Asked(arrays=encodings() | change))
+        TEXT.encode(ConditionRequest(arrays=encodings() | change))
 
 
 def test_missing_arrays_are_named():
     with pytest.raises(ConditioningError, match=r"hidden float32 \(batch, tokens, 4\)"):
-        TEXT.encode(Asked())
+        TEXT.encode(ConditionRequest())
     with pytest.raises(ConditioningError, match="'mask' is missing"):
-        TEXT.encode(Asked(arrays={"hidden": encodings()["hidden"]}))
+        TEXT.encode(ConditionRequest(arrays={"hidden": encodings()["hidden"]}))
     with pytest.raises(ConditioningError, match="got none"):
-        TEXT.encode(Asked(arrays=encodings(count=0)))
+        TEXT.encode(ConditionRequest(arrays=encodings(count=0)))
 
 
 def test_whole_numbers_must_fit():
     short = Arrays((TensorSpec("ids", "int32", ("batch",)),))
     with pytest.raises(ShapeError, match="fit into int32"):
-        short.encode(Asked(arrays={"ids": np.array([2**40])}))
+        short.encode(ConditionRequest(arrays={"ids": np.array([2**40])}))
 
 
 def test_no_condition_of_arrays_may_be_shorter_than_what_is_given():
@@ -222,14 +224,14 @@ def test_examples_of_arrays_are_rows_that_were_seen():
 
 def test_recall_wants_the_arrays_that_were_used():
     rows = encodings(2)
-    told = TEXT.describe(Asked(), rows)
+    told = TEXT.describe(ConditionRequest(), rows)
     with pytest.raises(ConditioningError, match="give arrays"):
-        TEXT.recall(told, Asked())
+        TEXT.recall(told, ConditionRequest())
     other = rows | {"hidden": rows["hidden"] + 1}
     with pytest.raises(ConditioningError, match="image 0"):
-        TEXT.recall(told, Asked(arrays=other))
+        TEXT.recall(told, ConditionRequest(arrays=other))
     one = {name: array[:1] for name, array in rows.items()}
-    assert count_of(TEXT.recall([told[0]] * 3, Asked(arrays=one)).arrays) == 3
+    assert count_of(TEXT.recall([told[0]] * 3, ConditionRequest(arrays=one)).arrays) == 3
 
 
 @pytest.mark.parametrize(
@@ -260,18 +262,18 @@ def test_json_that_makes_no_sense_is_refused(body):
 
 
 def test_the_first_argument_of_a_call_is_what_the_kind_is_asked_with():
-    assert build_asked(PETS, 3, count=2) == Asked(labels=3, count=2)
-    assert build_asked(Unconditional(), 4) == Asked(count=4)
-    assert build_asked(TEXT, None, labels=None) == Asked()
+    assert build_condition_request(PETS, 3, count=2) == ConditionRequest(labels=3, count=2)
+    assert build_condition_request(Unconditional(), 4) == ConditionRequest(count=4)
+    assert build_condition_request(TEXT, None, labels=None) == ConditionRequest()
     with pytest.raises(ConditioningError, match=r"labels .*twice"):
-        build_asked(PETS, 3, labels=[3])
+        build_condition_request(PETS, 3, labels=[3])
 
 
 def test_nothing_steers_an_unconditional_model():
     none = Unconditional()
-    assert none.encode(Asked(count=4)) == {}
+    assert none.encode(ConditionRequest(count=4)) == {}
     assert none.null(2) is None
     with pytest.raises(ConditioningError, match=r"labels .* count; got 3"):
-        none.encode(Asked(labels=3))
+        none.encode(ConditionRequest(labels=3))
     with pytest.raises(ConditioningError, match="give count"):
-        none.encode(Asked())
+        none.encode(ConditionRequest())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from piflow_edge.conditioning import (
-    Asked,
+    ConditionRequest,
     TensorSpec,
     TextEncoderSpec,
     TextPrompts,
@@ -113,7 +113,7 @@ def test_padding_may_stand_before_the_prompt():
     ],
 )
 def test_what_is_no_prompt_is_refused_with_the_value(prompt, fact):
-    asked = Asked(prompts=prompt) if prompt is not None else Asked(prompts=[None])
+    asked = ConditionRequest(prompts=prompt) if prompt is not None else ConditionRequest(prompts=[None])
     with pytest.raises(ConditioningError, match=fact):
         words().encode(asked)
 
@@ -127,10 +127,10 @@ def test_what_is_no_tokenizer_is_refused(file):
 def test_prompts_reach_the_inputs_each_encoded_alone():
     calls = []
     text = words(calls=calls)
-    both = text.encode(Asked(prompts=["a red apple", "cat"]))
+    both = text.encode(ConditionRequest(prompts=["a red apple", "cat"]))
     assert [len(ids) for _, ids in calls] == [1, 1]
     assert {network for network, _ in calls} == {"encoder.words"}
-    alone = text.encode(Asked(prompts="cat"))
+    alone = text.encode(ConditionRequest(prompts="cat"))
     length = alone["mask"].shape[1]
     np.testing.assert_array_equal(both["hidden"][1, :length], alone["hidden"][0])
     assert not both["hidden"][1, length:].any()
@@ -142,11 +142,11 @@ def test_a_repeated_prompt_costs_no_encoder_call_and_old_ones_are_forgotten():
     calls = []
     text = words(calls=calls)
     for _ in range(3):
-        text.encode(Asked(prompts=["cat", "cat"], count=2))
+        text.encode(ConditionRequest(prompts=["cat", "cat"], count=2))
     assert len(calls) == 1
     for number in range(100):
-        text.encode(Asked(prompts=str(number)))
-    text.encode(Asked(prompts="cat"))
+        text.encode(ConditionRequest(prompts=str(number)))
+    text.encode(ConditionRequest(prompts="cat"))
     assert len(calls) == 102
 
 
@@ -154,7 +154,7 @@ def test_what_is_cut_off_is_said_once(caplog):
     text = words()
     with caplog.at_level(logging.WARNING, "piflow_edge"):
         for _ in range(2):
-            text.encode(Asked(prompts="a red apple on a wooden table"))
+            text.encode(ConditionRequest(prompts="a red apple on a wooden table"))
     assert len(caplog.records) == 1
     assert "table" in caplog.text
     assert "'a red" not in caplog.text
@@ -164,7 +164,7 @@ def test_a_fixed_length_drops_the_template_and_hides_padding():
     spec = TextEncoderSpec("words", 12, template="a photo of {}", drop_tokens=4, pooled_input=None,
                            hidden_input="hidden", mask_input="mask")  # fmt: skip
     text = words(TextPrompts((spec,), TEXT.inputs[:2]))
-    encoded = text.encode(Asked(prompts="a cat"))
+    encoded = text.encode(ConditionRequest(prompts="a cat"))
     tokens = text.tokenize("a cat")["words"]
     assert encoded["hidden"].shape == (1, 8, 4)
     assert encoded["mask"].sum() == len(tokens.ids) - 4
@@ -174,7 +174,7 @@ def test_a_fixed_length_drops_the_template_and_hides_padding():
 
 def test_no_condition_is_the_encoding_of_the_null_prompt():
     text = words()
-    null, empty = text.null(3), text.encode(Asked(prompts=[""] * 3))
+    null, empty = text.null(3), text.encode(ConditionRequest(prompts=[""] * 3))
     for name, array in empty.items():
         np.testing.assert_array_equal(null[name], array)
     assert words(TextPrompts(TEXT.encoders, TEXT.inputs, None)).null(1) is None
@@ -182,10 +182,10 @@ def test_no_condition_is_the_encoding_of_the_null_prompt():
 
 def test_descriptions_hold_the_prompts_and_recall_them():
     text = words()
-    asked = Asked(prompts=["a cat", "קוד 👩‍🚀"], count=2)
+    asked = ConditionRequest(prompts=["a cat", "קוד 👩‍🚀"], count=2)
     told = json.loads(json.dumps(text.describe(asked, text.encode(asked))))
     assert [text.title(one) for one in told] == ["a cat"] * 2 + ["קוד 👩‍🚀"] * 2
-    again = text.encode(text.recall(told, Asked()))
+    again = text.encode(text.recall(told, ConditionRequest()))
     for name, array in text.encode(asked).items():
         np.testing.assert_array_equal(again[name], array)
 
@@ -193,11 +193,11 @@ def test_descriptions_hold_the_prompts_and_recall_them():
 def test_encodings_made_elsewhere_are_taken_checked_and_recognised():
     text = words()
     given = text.example(3)
-    asked = Asked(arrays=given)
+    asked = ConditionRequest(arrays=given)
     told = text.describe(asked, text.encode(asked))
     assert text.recall(told, asked).arrays.keys() == given.keys()
     with pytest.raises(ConditioningError, match="other ones"):
-        text.recall(told, Asked(arrays={**given, "pooled": given["pooled"] + 1}))
+        text.recall(told, ConditionRequest(arrays={**given, "pooled": given["pooled"] + 1}))
 
 
 def test_it_comes_back_from_json_and_altered_json_is_refused():

@@ -136,7 +136,7 @@ class TestFolder:
     def copy(self, autoencoder_folder, tmp_path):
         return shutil.copytree(autoencoder_folder, tmp_path / "copy")
 
-    def refused(self, folder, words):
+    def assert_refused(self, folder, words):
         with pytest.raises(DataError, match=words):
             load_autoencoder(folder)
 
@@ -145,35 +145,35 @@ class TestFolder:
         (folder / "config.json").write_text(json.dumps(config | changes))
 
     def test_absent(self, tmp_path):
-        self.refused(tmp_path, r"a folder with config\.json, .* there is none in")
+        self.assert_refused(tmp_path, r"a folder with config\.json, .* there is none in")
 
     def test_a_whole_pipeline(self, copy, tmp_path):
         (tmp_path / "pipeline").mkdir()
         copy.rename(tmp_path / "pipeline" / "vae")
-        self.refused(tmp_path / "pipeline", r"there is none in .*; give .*vae")
+        self.assert_refused(tmp_path / "pipeline", r"there is none in .*; give .*vae")
 
     @pytest.mark.parametrize("text", ["{", "[]", "{}"])
     def test_another_config(self, copy, text):
         (copy / "config.json").write_text(text)
-        self.refused(copy, "cannot be read|holds None")
+        self.assert_refused(copy, "cannot be read|holds None")
 
     def test_another_class(self, copy):
         self.configure(copy, _class_name="UNet2DModel")
-        self.refused(copy, "an AutoencoderKL or an AutoencoderTiny; .* holds 'UNet2DModel'")
+        self.assert_refused(copy, "an AutoencoderKL or an AutoencoderTiny; .* holds 'UNet2DModel'")
 
     def test_a_scale_for_each_channel(self, copy):
         self.configure(copy, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
-        self.refused(copy, "scales each channel by itself")
+        self.assert_refused(copy, "scales each channel by itself")
 
     def test_weights_that_are_pickled(self, copy):
         weights = copy / "diffusion_pytorch_model.safetensors"
         weights.rename(weights.with_suffix(".bin"))
-        self.refused(copy, "no safetensors weights")
+        self.assert_refused(copy, "no safetensors weights")
 
     def test_weights_that_are_cut(self, copy):
         weights = copy / "diffusion_pytorch_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-        self.refused(copy, "cannot be loaded")
+        self.assert_refused(copy, "cannot be loaded")
 
     def test_weights_that_lack_a_tensor(self, copy):
         from safetensors.torch import load_file, save_file
@@ -182,11 +182,11 @@ class TestFolder:
         tensors = load_file(weights)
         del tensors["decoder.conv_out.bias"]
         save_file(tensors, weights, metadata={"format": "pt"})
-        self.refused(copy, r"decoder\.conv_out\.bias is missing")
+        self.assert_refused(copy, r"decoder\.conv_out\.bias is missing")
 
     def test_weights_of_another_width(self, copy):
         self.configure(copy, block_out_channels=[8, 32])
-        self.refused(copy, r"loaded|shape")
+        self.assert_refused(copy, r"loaded|shape")
 
     def test_without_diffusers(self, copy, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "diffusers", None)

@@ -25,7 +25,7 @@ def spread(sigma):
     return ((1 - sigma) ** 2 * STD**2 + sigma**2) ** 0.5
 
 
-def moved(x_t, sigma_t, sigma):
+def move(x_t, sigma_t, sigma):
     """Where the flow carries `x_t`; levels are tensors that broadcast with it."""
     return (1 - sigma) * MEAN + spread(sigma) * (x_t - (1 - sigma_t) * MEAN) / spread(sigma_t)
 
@@ -43,7 +43,7 @@ def mean_velocity(x_t, sigma, span=None):
     """The exact MeanFlow network; without `span` the mean is over all levels below, the consistency model's."""
     sigma = sigma.view(-1, 1, 1, 1)
     span = sigma if span is None else span.view(-1, 1, 1, 1)
-    mean = (x_t - moved(x_t, sigma, sigma - span)) / span.clamp(min=1e-9)
+    mean = (x_t - move(x_t, sigma, sigma - span)) / span.clamp(min=1e-9)
     return torch.where(span > 1e-9, mean, velocity_at(x_t, sigma))
 
 
@@ -63,7 +63,7 @@ def levels(steps, start=1.0, stop=0.0):
 def order(solver, coarse, start, stop):
     """Measured from the errors at `coarse` steps and at twice as many."""
     x_t = noise()
-    exact = moved(x_t, torch.tensor(start), torch.tensor(stop))
+    exact = move(x_t, torch.tensor(start), torch.tensor(stop))
     errors = [
         (solver(velocity, x_t, levels(n, start, stop)) - exact).abs().max().item()
         for n in (coarse, 2 * coarse)
@@ -111,7 +111,7 @@ def test_regression_ends_where_a_segment_ends():
     def exact(x_t, sigma, labels):
         dst = torch.tensor([down[round(s, 3)] for s in sigma.tolist()], dtype=x_t.dtype).view(-1, 1, 1, 1)
         src = sigma.view(-1, 1, 1, 1)
-        return (moved(x_t, src, dst) - x_t) / (dst - src)
+        return (move(x_t, src, dst) - x_t) / (dst - src)
 
     loss = baselines.regression_loss(exact, pairs, 64, IterationRandom(0, 0), torch.device("cpu"))
     assert loss < 1e-6
@@ -225,7 +225,7 @@ def test_mean_flow_levels_are_ordered_and_apart_as_often_as_asked():
 @pytest.mark.parametrize("steps", [1, 3])
 def test_mean_flow_sampling_is_exact_with_the_exact_mean_velocity(steps):
     x_0 = baselines.mean_flow_sample(mean_velocity, noise(), levels(steps))
-    torch.testing.assert_close(x_0, moved(noise(), torch.tensor(1.0), torch.tensor(0.0)))
+    torch.testing.assert_close(x_0, move(noise(), torch.tensor(1.0), torch.tensor(0.0)))
 
 
 def test_mean_flow_starts_as_its_teacher_whatever_the_span():
@@ -271,7 +271,7 @@ def test_training_brings_one_call_towards_the_exact_flow(method):
         span = {"span": torch.ones(256)} if method == "meanflow" else {}
         with torch.no_grad():
             x_0 = x_1 - network(x_1, torch.ones(256), labels=labels, **span)
-        return (x_0 - moved(x_1, torch.tensor(1.0), torch.tensor(0.0))).square().mean().item()
+        return (x_0 - move(x_1, torch.tensor(1.0), torch.tensor(0.0))).square().mean().item()
 
     before = error()
     for iteration in range(150):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from piflow_edge.distill.data.array_cache import cached
+from piflow_edge.distill.data.array_cache import load_or_build
 from piflow_edge.errors import DataError
 from piflow_edge.system import cache_folder as places
 from piflow_edge.system.cache_folder import cache_folder
@@ -17,7 +17,7 @@ from piflow_edge.system.files import sha256
 ARRAY = np.arange(24, dtype=np.uint8).reshape(4, 2, 3)
 
 
-class Kept:
+class CachedSet:
     def __init__(self, array, known):
         self.array, self.names = array, known["names"]
 
@@ -39,7 +39,7 @@ def keep(place, builds, fail=None):
         writer.append(ARRAY[1:])
         return {"names": ["a", "b"]}
 
-    return cached(place, "the set", build, Kept)
+    return load_or_build(place, "the set", build, CachedSet)
 
 
 def files(place):
@@ -120,7 +120,7 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from piflow_edge.distill.data.array_cache import cached
+from piflow_edge.distill.data.array_cache import load_or_build
 from piflow_edge.system.files import sha256
 
 place, log = Path(sys.argv[1]), Path(sys.argv[2])
@@ -139,7 +139,7 @@ def build(writer):
         time.sleep(0.05)
     return {}
 
-array = cached(place, "the set", build, Kept).array
+array = load_or_build(place, "the set", build, Kept).array
 assert array.shape == (10, 1000) and (array == np.arange(10)[:, None]).all()
 """
 
@@ -161,7 +161,7 @@ def test_items_that_grow_are_rewritten_in_place(place):
         writer.append(np.full((1, 3, 3), 99, np.uint8))
         return {"names": []}
 
-    found = cached(place, "the set", build, Kept).array
+    found = load_or_build(place, "the set", build, CachedSet).array
     np.testing.assert_array_equal(found[:4], ARRAY[:, :1].repeat(3, axis=1))
     assert found.shape == (5, 3, 3) and (found[4] == 99).all()
 

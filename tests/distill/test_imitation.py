@@ -19,7 +19,7 @@ from tests.helpers.golden_policies import sampler_shift
 OUTPUTS = ("means", "logweights", "logstds", "denoising_output")
 
 
-class Recorded:
+class RecordedRandom:
     """Random numbers in the order the authors drew them."""
 
     def __init__(self, case, names):
@@ -119,7 +119,7 @@ def test_loss_and_gradients_are_the_authors(case, dtype):
     x_0 = torch.from_numpy(case["x_0"].astype(dtype))
     leaves, student = toy_student(case, dtype)
     teacher = ToyTeacher(case, dtype)
-    random = Recorded(case, case.params["random_draw_order"])
+    random = RecordedRandom(case, case.params["random_draw_order"])
     part = imitation_loss(
         student, teacher, x_0, config_of(case), random, teacher_ratio=case.params["teacher_ratio"]
     )
@@ -134,7 +134,7 @@ def test_datafree_loss_and_gradients_are_the_authors(case, dtype):
     steps = [toy_student(case, dtype, f"step{i}_") for i in range(case.params["nfe"])]
     students = iter(student for _, student in steps)
     noise = torch.from_numpy(case["noise"].astype(dtype))
-    random = Recorded(case, case.params["random_draw_order"][1:])  # the noise comes first
+    random = RecordedRandom(case, case.params["random_draw_order"][1:])  # the noise comes first
     loss, parts = datafree_imitation_loss(
         lambda x_src, sigma_src: next(students)(x_src, sigma_src), ToyTeacher(case, dtype), noise,
         config_of(case), random, teacher_ratio=case.params["teacher_ratio"],
@@ -188,7 +188,7 @@ def test_only_the_policy_velocity_carries_a_gradient():
         return torch.zeros_like(x_t)
 
     x_0 = torch.from_numpy(case["x_0"].astype(np.float64))
-    random = Recorded(case, case.params["random_draw_order"])
+    random = RecordedRandom(case, case.params["random_draw_order"])
     config = config_of(case)
     imitation_loss(remember, teacher, x_0, config, random).loss.backward()
     found = {name: leaf.grad.clone() for name, leaf in leaves.items()}

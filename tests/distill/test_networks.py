@@ -180,11 +180,11 @@ def test_a_wrong_output_layer_or_order_is_named():
 
 
 def test_a_module_that_does_not_read_its_number_of_planes_is_told_to():
-    class Fixed(Patches):
+    class FixedPatches(Patches):
         def forward(self, x_t, t, y):
             return super().forward(x_t, t, y)[:, :3]
 
-    network = ModuleNetwork(Fixed(), (3, 4, 6), output_layer="final", names={"labels": "y"})
+    network = ModuleNetwork(FixedPatches(), (3, 4, 6), output_layer="final", names={"labels": "y"})
     x_t, conditioning = example(network)
     with pytest.raises(ShapeError, match=r"9 planes .*\(3, 4, 6\).*out_channels"):
         attach_policy_head(network, GMPolicySpec(2))(x_t, SIGMA, **conditioning)

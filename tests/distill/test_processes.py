@@ -50,10 +50,10 @@ def make_data(*, broken=False):
     images = (labels[:, None, None, None] - 0.5 + 0.1 * rng.standard_normal((64, 1, 4, 4))).astype(np.float32)
     if broken:
         images[5] = np.nan  # every step that draws this image is to be skipped
-    return Watched("flat", images, ClassLabels(("dark", "light")), {"labels": labels})
+    return WatchedData("flat", images, ClassLabels(("dark", "light")), {"labels": labels})
 
 
-class Watched(ImageData):
+class WatchedData(ImageData):
     """Data that lets something happen when its n-th batch is asked for, or takes its time over each."""
 
     count, at, happens, delay = 0, None, None, 0.0
@@ -61,10 +61,10 @@ class Watched(ImageData):
     def batch(self, indices):
         if np.array_equal(indices, [0, 1]):  # a look at what the data are like, before the first step
             return super().batch(indices)
-        Watched.count += 1
-        if Watched.count == Watched.at:
-            Watched.happens()
-        time.sleep(Watched.delay)
+        WatchedData.count += 1
+        if WatchedData.count == WatchedData.at:
+            WatchedData.happens()
+        time.sleep(WatchedData.delay)
         return super().batch(indices)
 
 
@@ -106,7 +106,7 @@ def child(index, count, port, jobs):
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
     for folder, settings, *before in jobs:
-        Watched.count, Watched.at = 0, None
+        WatchedData.count, WatchedData.at = 0, None
         for call in before:
             call(index)
         try:
@@ -170,11 +170,11 @@ def assert_same_weights(one, other):
 
 def interrupt_second_process(index):
     if index == 1:
-        Watched.at, Watched.happens = 7, lambda: signal.raise_signal(signal.SIGINT)
+        WatchedData.at, WatchedData.happens = 7, lambda: signal.raise_signal(signal.SIGINT)
 
 
 def interrupt(index):
-    Watched.at, Watched.happens = 7, lambda: signal.raise_signal(signal.SIGINT)
+    WatchedData.at, WatchedData.happens = 7, lambda: signal.raise_signal(signal.SIGINT)
 
 
 def share_weights(index, precision="no"):
@@ -202,13 +202,13 @@ def scale_losses(index):
 
     from piflow_edge.distill.loop import processes
 
-    class Scaled(Accelerator):
+    class ScalingAccelerator(Accelerator):
         def __init__(self, **settings):
             super().__init__(**settings)
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
             self.native_amp = True
 
-    processes.Accelerator = Scaled
+    processes.Accelerator = ScalingAccelerator
 
 
 @pytest.fixture(scope="module")
@@ -357,18 +357,18 @@ def kill_itself(calls, index):
     """Let the main process kill itself right before the n-th time it asks for a file to be synced or renamed."""
     done = 0
 
-    def counted(call, *arguments):
+    def count_calls(call, *arguments):
         nonlocal done
         done += 1
         if done == calls and index == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return call(*arguments)
 
-    os.fsync, os.replace = partial(counted, os.fsync), partial(counted, os.replace)
+    os.fsync, os.replace = partial(count_calls, os.fsync), partial(count_calls, os.replace)
 
 
 def take_time(index):
-    Watched.delay = 0.02
+    WatchedData.delay = 0.02
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -172,7 +172,7 @@ def test_a_provider_that_takes_nothing_is_an_error(on_cpu, monkeypatch, has_comp
         monkeypatch.delattr(onnxruntime, "ModelCompiler")
     graph = Graph(model((5, outside("w"))), {"w": np.ones(4, np.float32).tobytes()})
     with pytest.raises(EngineError, match=r"took no part of the graph|cannot build"):
-        ort_compile.compiled(on_cpu, graph, "fp16", PROFILE, device="cuda:1", workspace=GIB,
+        ort_compile.compile_graph(on_cpu, graph, "fp16", PROFILE, device="cuda:1", workspace=GIB,
                              timing_cache=tmp_path / "times")  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def gpu(monkeypatch, tmp_path):
 PLAN, NETWORK = four_to_six(), identity_model()
 
 
-def cached(engine, graph, profile="4:4:6"):
+def fill_cache(engine, graph, profile="4:4:6"):
     release = ort_compile.BACKENDS[engine].describe_release()
     place = engine_cache.place(engine, release, "cuda")
     key = EngineKey(onnx=graph.sha256, precision="fp16", profile=profile, options="", **place)
@@ -234,14 +234,14 @@ def test_a_compiled_engine_is_found_again_with_its_batches(on_cpu, gpu, caplog):
     assert (
         inputs_of(found) == ["x"] and words in caplog.text and (found.min_batch, found.max_batch) == (1, None)
     )
-    cached(on_cpu, graph)
+    fill_cache(on_cpu, graph)
     found = backend(graph, "cuda", EngineOptions())
     assert inputs_of(found) == ["x", "noise", "level"] and (found.min_batch, found.max_batch) == (4, 6)
 
 
 def test_auto_reads_a_compiled_engine_once(on_cpu, gpu, monkeypatch):
     backend, graph, read = ort_compile.BACKENDS[on_cpu], Graph(NETWORK), []
-    path, whole = cached(on_cpu, graph), engine_cache.Entry.read
+    path, whole = fill_cache(on_cpu, graph), engine_cache.Entry.read
     monkeypatch.setattr(engine_cache.Entry, "read", lambda self: read.append(self.path) or whole(self))
     found = backend.opener(graph, "cuda", EngineOptions())()
     assert read == [path] and found.max_batch == 6 and inputs_of(found) == ["x", "noise", "level"]
@@ -249,7 +249,7 @@ def test_auto_reads_a_compiled_engine_once(on_cpu, gpu, monkeypatch):
 
 def test_auto_neither_uses_a_damaged_engine_nor_builds_another(on_cpu, gpu):
     graph = Graph(NETWORK)
-    path = cached(on_cpu, graph)
+    path = fill_cache(on_cpu, graph)
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     reason = ort_compile.BACKENDS[on_cpu].opener(graph, "cuda", EngineOptions())
     assert "it would first build an engine" in reason
@@ -257,7 +257,7 @@ def test_auto_neither_uses_a_damaged_engine_nor_builds_another(on_cpu, gpu):
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 6])
 def test_a_call_of_fewer_than_it_was_compiled_for_gives_what_was_asked_for(on_cpu, gpu, batch):
-    cached(on_cpu, Graph(NETWORK))
+    fill_cache(on_cpu, Graph(NETWORK))
     found = ort_compile.BACKENDS[on_cpu](Graph(NETWORK), "cuda", EngineOptions())
     x, noise = np.arange(3 * batch, dtype=np.float32).reshape(batch, 3), np.ones((2, batch, 3), np.float32)
     outputs = found.run({"x": x, "noise": noise, "level": np.array([0.5], np.float32)})

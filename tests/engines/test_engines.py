@@ -214,7 +214,7 @@ def test_the_nodes_of_a_provider_that_takes_them_are_counted(monkeypatch, small_
     if not tells:
         tell_no_assignment(monkeypatch)
     settings = onnxruntime.SessionOptions()
-    with placement.watched(onnxruntime, settings) as counted:
+    with placement.watch_placement(onnxruntime, settings) as counted:
         session = onnxruntime.InferenceSession(
             small_graph.model, settings, providers=["CPUExecutionProvider"]
         )
@@ -242,7 +242,7 @@ def test_work_that_a_provider_leaves_to_the_cpu_is_described(nodes, rest):
 def test_an_engine_that_leaves_products_to_the_cpu_warns_with_the_share(monkeypatch, small_graph, caplog):
     """On the real library, of whose nodes some pass for another provider's."""
     pytest.importorskip("onnxruntime")
-    counted = placement._told
+    counted = placement._read_placement
 
     def tell(session):
         whole = counted(session)
@@ -251,7 +251,7 @@ def test_an_engine_that_leaves_products_to_the_cpu_warns_with_the_share(monkeypa
         )
         return placement.Placement([*nodes, ("Another", "MatMul")])
 
-    monkeypatch.setattr(placement, "_told", tell)
+    monkeypatch.setattr(placement, "_read_placement", tell)
     monkeypatch.setattr(ort, "_CPU_PROVIDER", "Another")
     backend = backend_of("CPUExecutionProvider")
     with caplog.at_level(logging.WARNING):

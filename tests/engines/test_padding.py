@@ -8,7 +8,7 @@ from piflow_edge.engines.padding import run_padded
 AXES = {"x_t": 0, "class_labels": 0}
 
 
-def doubled(inputs):
+def double(inputs):
     assert len(inputs["x_t"]) == len(inputs["class_labels"]) >= 4
     return {"u": 2 * inputs["x_t"] + inputs["class_labels"][:, None]}
 
@@ -16,7 +16,7 @@ def doubled(inputs):
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
 def test_results_are_those_of_the_samples_given(count):
     inputs = {"x_t": np.arange(2.0 * count).reshape(count, 2), "class_labels": np.arange(count)}
-    found = run_padded(doubled, inputs, AXES, 4)["u"]
+    found = run_padded(double, inputs, AXES, 4)["u"]
     np.testing.assert_array_equal(found, 2 * inputs["x_t"] + np.arange(count)[:, None])
 
 

@@ -332,7 +332,7 @@ def message(*fields):
 OPSET = (8, message((1, b""), (2, 18)))
 
 
-def nested(depth):
+def nest(depth):
     graph = b""
     for _ in range(depth):
         graph = message((1, message((4, b"Scan"), (5, message((1, b"body"), (20, 5), (6, graph))))))
@@ -349,7 +349,7 @@ def nested(depth):
         (b"\x3a\xff\xff\xff\xff\x0f", "0 are left"),
         (b"\x3b", "wire type 3"),
         (message((7, 5)), "message"),
-        (message(OPSET, (7, nested(9))), "8 deep"),
+        (message(OPSET, (7, nest(9))), "8 deep"),
         (message(OPSET, (7, message((5, message((1, 1 << 40), (2, 1), (9, b"1234")))))), "takes 4398046511104 bytes"),
         (message(OPSET, (7, message((5, message((1, 2**64 - 1), (2, 1), (9, b"")))))), "has the shape"),
         (message(OPSET, (7, message((5, message((2, 16), (9, b"12")))))), "of ONNX type 16"),

@@ -49,7 +49,7 @@ def small_model():
     return small_network.model()
 
 
-def built(precision="fp32", graph=None, **settings):
+def build(precision="fp32", graph=None, **settings):
     graph = graph or Graph(small_model().SerializeToString())
     settings = {"ordinal": 0, "workspace": None, "timing_cache": None} | settings
     return json.loads(trt_build.build_plan(graph, precision, small_network.profile(), **settings))
@@ -96,7 +96,7 @@ def test_newer_releases_of_a_known_kind_are_taken():
 
 @every()
 def test_every_release_builds_what_it_is_given(release):
-    plan = built(workspace=1 << 30)
+    plan = build(workspace=1 << 30)
     assert plan["release"] == release
     assert plan["pools"] == {"WORKSPACE": 1 << 30}
     assert plan["profile"]["x_t"] == [[1, 2, 3], [2, 2, 3], [4, 2, 3]]
@@ -106,7 +106,7 @@ def test_every_release_builds_what_it_is_given(release):
 
 @every()
 def test_types_come_from_the_graph_where_a_release_can_and_else_from_flags(release):
-    plan = built("fp16")
+    plan = build("fp16")
     if trt_versions.api(release).strongly_typed:
         assert plan["typed"] and not plan["flags"] and not plan["pinned"]
         return
@@ -115,13 +115,13 @@ def test_types_come_from_the_graph_where_a_release_can_and_else_from_flags(relea
     # with one pinned TensorRT 8.6 built no engine on an H100.
     assert {"scaled", "u", "w"} <= set(plan["pinned"])
     assert not {"narrow", "wide", "axes"} & set(plan["pinned"])
-    assert built("fp32")["pinned"] == [] and built("int8-qdq")["flags"] == ["INT8"]
+    assert build("fp32")["pinned"] == [] and build("int8-qdq")["flags"] == ["INT8"]
 
 
 @every()
 def test_cublas_and_cudnn_can_be_left_out(release):
-    assert built(own_kernels=True)["tactics"] == ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
-    assert built()["tactics"] is None
+    assert build(own_kernels=True)["tactics"] == ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
+    assert build()["tactics"] is None
 
 
 @every(["8.5.3.1", "11.4.0.106"])
@@ -133,7 +133,7 @@ def test_weights_in_files_beside_the_model_are_read(release, tmp_path):
     weights = {"model.bin": (tmp_path / "model.bin").read_bytes()}
     graph = Graph(path.read_bytes(), weights)
     assert len(weights["model.bin"]) == small_network.TABLE.nbytes
-    read = onnx.load_from_string(base64.b64decode(built(graph=graph)["onnx"]))
+    read = onnx.load_from_string(base64.b64decode(build(graph=graph)["onnx"]))
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(read.graph.initializer[0]), small_network.TABLE)
 
 
@@ -142,7 +142,7 @@ def test_what_the_parser_cannot_read_is_told(release):
     model = small_model()
     model.graph.node[-1].op_type = "DynamicQuantizeLinear"
     with pytest.raises(EngineError, match="DynamicQuantizeLinear"):
-        built(graph=Graph(model.SerializeToString()))
+        build(graph=Graph(model.SerializeToString()))
 
 
 @every(["10.3.0"])
@@ -155,12 +155,12 @@ def test_a_bundle_that_says_other_inputs_than_the_graph_has_is_refused(release):
 @every(["8.6.1", "10.3.0"])
 def test_kernel_times_are_kept_between_builds_and_a_damaged_file_is_not_trusted(release, tmp_path):
     times = tmp_path / "a" / "kernels.timing"
-    built(timing_cache=times)
+    build(timing_cache=times)
     first = times.read_bytes()
-    built(timing_cache=times)
+    build(timing_cache=times)
     assert first.endswith(b"kernel;") and len(times.read_bytes()) > len(first)
     times.write_bytes(first[:-1] + b"!")
-    built(timing_cache=times)
+    build(timing_cache=times)
     assert times.read_bytes() == first
 
 

@@ -8,7 +8,7 @@ import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill.data.autoencoder import load_autoencoder
 from piflow_edge.errors import BundleError, CheckFailedError
-from piflow_edge.export.onnx_graphs.opset import lowered
+from piflow_edge.export.onnx_graphs.opset import lower_opset
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.runtime.verification import verify
 from tests.conftest import make_student
@@ -40,7 +40,7 @@ def test_a_whole_bundle_in_opset_17(autoencoder_folder, tmp_path):
 
 def test_reductions_get_their_axes_as_an_attribute():
     model = onnx.load_from_string(
-        lowered(model_of(helper.make_node("ReduceMax", ["x", "axes"], ["y"], keepdims=1)))
+        lower_opset(model_of(helper.make_node("ReduceMax", ["x", "axes"], ["y"], keepdims=1)))
     )
     (node,) = model.graph.node
     assert list(node.input) == ["x"] and not model.graph.initializer
@@ -57,7 +57,7 @@ def test_reductions_get_their_axes_as_an_attribute():
 )  # fmt: skip
 def test_what_opset_17_lacks_is_named(node, problem):
     with pytest.raises(CheckFailedError, match=problem):
-        lowered(model_of(node))
+        lower_opset(model_of(node))
 
 
 def test_other_opsets_are_refused(tmp_path):

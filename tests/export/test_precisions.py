@@ -61,10 +61,10 @@ def test_every_precision_reproduces_the_golden_samples(folder, precision):
 
 
 def test_fp16_keeps_the_time_embedding_and_the_outputs_in_float32(folder):
-    kept = Bundle(folder).manifest.provenance["kept_in_fp32"]["fp16"]["student"]
+    float32_nodes = Bundle(folder).manifest.provenance["kept_in_fp32"]["fp16"]["student"]
     model = onnx.load_from_string(Bundle(folder).read_network("student", "fp16").model)
     types = {node.name: node.op_type for node in model.graph.node}
-    assert {"Cos", "Sin", "LogSoftmax"} <= {types[name] for name in kept}
+    assert {"Cos", "Sin", "LogSoftmax"} <= {types[name] for name in float32_nodes}
     values = [*model.graph.input, *model.graph.output]
     dtypes = {value.name: value.type.tensor_type.elem_type for value in values}
     assert set(dtypes.values()) == {TensorProto.FLOAT, TensorProto.INT64}
@@ -72,10 +72,10 @@ def test_fp16_keeps_the_time_embedding_and_the_outputs_in_float32(folder):
 
 def test_the_graph_in_fp16_says_what_was_kept_in_float32(folder):
     """TensorRT before 10 pins by it; the list in the manifest is for people."""
-    kept = Bundle(folder).manifest.provenance["kept_in_fp32"]["fp16"]["student"]
+    float32_nodes = Bundle(folder).manifest.provenance["kept_in_fp32"]["fp16"]["student"]
     model = read_model(read_graph(Bundle(folder), "student", "fp16"))
     inputs = {name: "float32" if name in ("x_t", "t") else "int64" for name in model.graph.inputs}
-    assert set(find_wide_nodes(model, inputs)) == set(kept)
+    assert set(find_wide_nodes(model, inputs)) == set(float32_nodes)
 
 
 @pytest.mark.parametrize("precision", ALL)
@@ -178,7 +178,7 @@ def test_a_layer_that_is_left_out_stays_in_float32(student, kind, static):
     def accepts(graph):  # a made-up cost: this one layer may not be quantised
         return 0.5 if holds(graph.model, matrix) else 2.0
 
-    assert list(to_int8(Graph(student), [BATCH], static=static, accepts=accepts).kept) == [name]
+    assert list(to_int8(Graph(student), [BATCH], static=static, accepts=accepts).float32_nodes) == [name]
 
 
 def test_a_student_that_cannot_be_quantised_is_refused(student):
@@ -196,10 +196,10 @@ def test_the_layer_that_int8_spoils_is_found_by_what_verify_checks(tmp_path):
     made.tensors[f"{block}mlp.2.weight"][:, 0] = 0
     rows = export_bundle(made, tmp_path / "spoilt", precisions=("fp32", "int8"))
     assert all(row.passed for row in rows)
-    kept = Bundle(tmp_path / "spoilt").manifest.provenance["kept_in_fp32"]["int8"]["student"]
+    float32_nodes = Bundle(tmp_path / "spoilt").manifest.provenance["kept_in_fp32"]["int8"]["student"]
     graph = read_graph(Bundle(tmp_path / "spoilt"), "student", "int8")
     assert holds(graph.model, made.tensors[f"{block}mlp.2.weight"].numpy())
-    assert len(kept) == 1 and "of what is allowed" in next(iter(kept.values()))
+    assert len(float32_nodes) == 1 and "of what is allowed" in next(iter(float32_nodes.values()))
     exact = network_graph(network_of(made))
     manifest = Bundle(tmp_path / "spoilt").manifest
     calibration = Calibration(exact, manifest, [2])

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 import torch
 
 import piflow_edge as pf
-from piflow_edge.conditioning import Asked
+from piflow_edge.conditioning import ConditionRequest
 from piflow_edge.distill.networks.flow_network import attach_policy_head
 from piflow_edge.distill.networks.text_dit import TextDiTConfig, TextDiTNetwork
 from piflow_edge.distill.networks.text_encoders import open_prompts
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 def test_a_prompt_gives_the_picture_that_pytorch_gives(folder):
     with pf.load(folder) as generator:
         found = generator("a red apple", seed=3, output="latent").latents
-        encoded = open_prompts([tiny_text_encoder("bert")]).encode(Asked(prompts="a red apple"))
+        encoded = open_prompts([tiny_text_encoder("bert")]).encode(ConditionRequest(prompts="a red apple"))
         expected = generator(arrays=encoded, seed=3, output="latent").latents
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
@@ -86,7 +86,7 @@ def test_without_its_encoder_a_bundle_takes_encodings(tmp_path):
     with pf.load(tmp_path / "out") as generator:
         with pytest.raises(ConditioningError, match="text encoders"):
             generator("a cat")
-        encoded = open_prompts([tiny_text_encoder("bert")]).encode(Asked(prompts="a cat"))
+        encoded = open_prompts([tiny_text_encoder("bert")]).encode(ConditionRequest(prompts="a cat"))
         assert generator(arrays=encoded, output="numpy").images.shape == (1, 16, 16, 3)
 
 

@@ -16,8 +16,8 @@ def seal(folder, name, data):
     (folder / name).write_bytes(data)
     files = {**manifest.files, name: FileSpec(sha256(data), len(data))}
     networks = {key: _list_beside(network, name) for key, network in manifest.networks.items()}
-    sealed = dataclasses.replace(manifest, files=files, networks=networks)
-    (folder / "bundle.json").write_bytes(manifest_bytes(sealed))
+    seal_manifest = dataclasses.replace(manifest, files=files, networks=networks)
+    (folder / "bundle.json").write_bytes(manifest_bytes(seal_manifest))
 
 
 def _list_beside(network, name):

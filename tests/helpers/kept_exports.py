@@ -26,7 +26,7 @@ class _Fingerprint(pickle.Pickler):
         return NotImplemented
 
 
-class _Kept:
+class _ExportedProgram:
     """An exported program, as far as our code looks at it. Whoever alters the model has one of his own."""
 
     def __init__(self, data):
@@ -59,7 +59,7 @@ def kept_exports(folder):
             work = folder / f"{os.urandom(8).hex()}.part"
             work.write_bytes(export(module, example, **settings).model_proto.SerializeToString())
             os.replace(work, file)
-        return _Kept(file.read_bytes())
+        return _ExportedProgram(file.read_bytes())
 
     with mock.patch.object(torch.onnx, "export", kept):
         yield

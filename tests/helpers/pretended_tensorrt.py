@@ -60,7 +60,7 @@ def _class(module, kind, members):
         if what == "":
             namespace[name] = found if isinstance(found, property) else _unknown(kind, name)
         else:
-            namespace[name] = _checked(kind, name, what, found)
+            namespace[name] = _check_call(kind, name, what, found)
     if kind not in ("ILogger", "Logger"):  # Python classes are made of those
 
         def set_known(self, name, value):
@@ -81,7 +81,7 @@ def _unknown(kind, name):
     return property(fail)
 
 
-def _checked(kind, name, what, found):
+def _check_call(kind, name, what, found):
     alternatives = [
         [word.strip() for word in one.strip("() ").split(",") if word.strip()] for one in what.split("|")
     ]
@@ -320,7 +320,7 @@ class OnnxParser:
         ):  # a parser infers no types: all but inputs read FLOAT until the build
             tensor = trt.ITensor.__new__(trt.ITensor)
             dtype = {10: "HALF", 6: "INT32", 7: "INT64"}.get(elem_type, "FLOAT")
-            tensor._name, tensor._shape, tensor._dtype = name, shape, trt.DataType[_known(trt, dtype)]
+            tensor._name, tensor._shape, tensor._dtype = name, shape, trt.DataType[_name_dtype(trt, dtype)]
             return tensor
 
         def layer_of(kind, name, node, outputs):
@@ -359,7 +359,7 @@ class OnnxParser:
         return True
 
 
-def _known(trt, dtype):
+def _name_dtype(trt, dtype):
     return "INT32" if dtype == "INT64" and "INT64" not in trt.DataType.__members__ else dtype
 
 
@@ -418,7 +418,7 @@ class ICudaEngine:
 
     def get_tensor_dtype(self, name):
         kind = {"tensor(float)": "FLOAT", "tensor(int64)": "INT64", "tensor(float16)": "HALF"}
-        return self._trt.DataType[_known(self._trt, kind[self._io[name].type])]
+        return self._trt.DataType[_name_dtype(self._trt, kind[self._io[name].type])]
 
     def get_tensor_profile_shape(self, name, profile_index):
         return self._plan["profile"][name]

@@ -56,18 +56,18 @@ def exact_and_allowed(inputs, x_start, sigmas, *, temperature=1.0, eps=1e-4):
     """
 
     def exact(inputs, x_start):
-        policy = GMPolicy(**wide(inputs), eps=eps).tempered(temperature)
+        policy = GMPolicy(**wide(inputs), eps=eps).temper(temperature)
         return integrate(policy, x_start.astype(np.float64), sigmas, kernel="reference")
 
-    def nudged(rng, a):
+    def nudge(rng, a):
         return a * (1 + 4 * ROUNDING * rng.choice([-1.0, 1.0], a.shape)) if isinstance(a, np.ndarray) else a
 
     expected = exact(inputs, x_start)
     sensitivity = np.zeros_like(expected)
     for seed in range(4):
         rng = np.random.default_rng(seed)
-        moved = {k: v if k == "sigma_src" else nudged(rng, v) for k, v in inputs.items()}
-        sensitivity = np.maximum(sensitivity, np.abs(exact(moved, nudged(rng, x_start)) - expected))
+        moved = {k: v if k == "sigma_src" else nudge(rng, v) for k, v in inputs.items()}
+        sensitivity = np.maximum(sensitivity, np.abs(exact(moved, nudge(rng, x_start)) - expected))
     # Channels of a position share its mixture weights; four draws may miss the worst direction, by some 8.
     sensitivity = 8 * sensitivity.max(axis=1, keepdims=True)
     largest = max(np.abs(a).max() for a in (expected, x_start, inputs["x_src"], inputs["means"]))

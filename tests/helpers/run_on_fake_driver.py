@@ -19,7 +19,7 @@ class OnHost:
 assert nvidia.device(0) == nvidia.Device(arch="sm_87", multiprocessors=3, shared_bytes=163 << 10)
 
 # An image of the pretended driver; NVRTC itself looks for a real one. See fake_driver.cpp.
-nvidia.compiled = lambda arch, defines, source: b"5 3 0"
+nvidia.compile_source = lambda arch, defines, source: b"5 3 0"
 case, sigmas = gm_case(0, K=5, C=3), levels(1.0)
 policy = GMPolicy(**case)
 inputs = (policy.means, policy.logweights, policy.x_0_variance, policy.x_src, policy.x_src)
@@ -32,7 +32,7 @@ for stream in (0, 42):
 nvidia._uploaded.cache_clear()  # frees what was copied
 
 nvidia.kernel.cache_clear()
-nvidia.compiled = lambda arch, defines, source: b"of another version"
+nvidia.compile_source = lambda arch, defines, source: b"of another version"
 try:
     cuda.gm_rollout(*map(OnHost, (*inputs, x_dst)), sigmas, 1.0)
 except EngineError as error:

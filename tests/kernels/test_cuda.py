@@ -83,14 +83,14 @@ def gpu_on_host(library, monkeypatch):
     def kernel(ordinal, name, defines, shared_bytes):
         return name, {key: int(value) for key, _, value in (define.partition("=") for define in defines)}
 
-    def uploaded(ordinal, data):
+    def upload(ordinal, data):
         buffer = np.frombuffer(data, np.uint8)
         return SimpleNamespace(pointer=buffer.ctypes.data, keep=buffer)
 
     monkeypatch.setattr(nvidia, "device", lambda ordinal: nvidia.Device("sm_00", 3, gpu.shared_bytes))
     monkeypatch.setattr(nvidia, "kernel", kernel)
     monkeypatch.setattr(nvidia, "launch", launch)
-    monkeypatch.setattr(nvidia, "uploaded", uploaded)
+    monkeypatch.setattr(nvidia, "upload", upload)
     monkeypatch.setattr(nvidia, "ordinal_of", lambda pointer: 0)
     monkeypatch.setattr(nvidia, "wait_for", lambda stream: gpu.launches.append(f"wait for {stream}"))
     return gpu
@@ -115,7 +115,7 @@ def carry_gm(policy, x_start, sigmas, replaced=None):
     return x_dst
 
 
-def fused() -> str | None:
+def find_fused_isa() -> str | None:
     """An instruction set of the CPU kernel that has fused multiply-add, as GPUs have."""
     return next((isa for isa in cpu.isas() if isa != "baseline"), None)
 
@@ -144,7 +144,7 @@ def fused() -> str | None:
     logstd=st.floats(-10.0, 2.0),
     sharpness=st.sampled_from([1.0, 100.0]),
 )
-@pytest.mark.skipif(fused() is None, reason="no CPU kernel with fused multiply-add to compare with")
+@pytest.mark.skipif(find_fused_isa() is None, reason="no CPU kernel with fused multiply-add to compare with")
 def test_any_gm_rollout_is_the_cpu_kernels_to_the_bit_or_as_good(
     gpu_on_host, seed, B, mixture, size, storage, per_sample, offset, substeps, logstd, sharpness
 ):
@@ -170,7 +170,7 @@ def test_any_gm_rollout_is_the_cpu_kernels_to_the_bit_or_as_good(
         exact, allowed = exact_and_allowed(case, x_start, sigmas)
         assert np.all(np.abs(x_end - exact) <= allowed)
     else:
-        np.testing.assert_array_equal(x_end, cpu.rollout(policy, x_start, sigmas, isa=fused()))
+        np.testing.assert_array_equal(x_end, cpu.rollout(policy, x_start, sigmas, isa=find_fused_isa()))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -210,7 +210,7 @@ def test_the_kernel_tempers_a_mixture_and_makes_its_variance_on_the_way(gpu_on_h
             is_logstd=True,
         )  # fmt: skip
     # NumPy's exponential may round otherwise.
-    expected = carry_gm(policy.tempered(temperature), case["x_src"], levels(0.8))
+    expected = carry_gm(policy.temper(temperature), case["x_src"], levels(0.8))
     np.testing.assert_allclose(x_dst, expected, rtol=0, atol=1e-5)
 
 
@@ -226,7 +226,7 @@ def test_half_precision_is_widened_exactly(library):
 @pytest.mark.parametrize("mode", ["grid", "polynomial"])
 @pytest.mark.parametrize("offset", [0.0, 0.5])
 @pytest.mark.parametrize("sigma_src", [1.0, np.array([1.0, 0.4])])
-@pytest.mark.skipif(fused() is None, reason="no CPU kernel with fused multiply-add to compare with")
+@pytest.mark.skipif(find_fused_isa() is None, reason="no CPU kernel with fused multiply-add to compare with")
 def test_a_dx_rollout_is_the_cpu_kernels_to_the_bit(gpu_on_host, mode, offset, sigma_src):
     case = dx_case(3, N=6, C=3, size=(11, 13), sigma_src=sigma_src, mode=mode)
     policy, sigmas = DXPolicy(**case), levels(sigma_src, 0.0 * np.asarray(sigma_src), 64)
@@ -234,7 +234,7 @@ def test_a_dx_rollout_is_the_cpu_kernels_to_the_bit(gpu_on_host, mode, offset, s
     x_dst = np.empty_like(x_start)
     arrays = (OnHost(array) for array in (policy.grid, policy.x_src, x_start, x_dst))
     cuda.dx_rollout(*arrays, policy.rollout_weights(sigmas))
-    np.testing.assert_array_equal(x_dst, cpu.rollout(policy, x_start, sigmas, isa=fused()))
+    np.testing.assert_array_equal(x_dst, cpu.rollout(policy, x_start, sigmas, isa=find_fused_isa()))
 
 
 def test_a_nan_stays_in_its_pixel(gpu_on_host):
@@ -289,10 +289,10 @@ def test_nvrtc_compiles_every_storage(arch):
         for K, C in MIXTURES:
             plan = cuda.gm_plan(K, C, 99 << 10)
             storages.add(plan.storage)
-            code = nvidia.compiled(arch, plan.defines(K, C))
+            code = nvidia.compile_source(arch, plan.defines(K, C))
             assert code.startswith(b"\x7fELF") and b"piflow_gm" in code
         assert storages == {REGISTERS, SHARED, LOCAL}
-        assert b"piflow_dx" in nvidia.compiled(arch, ())
+        assert b"piflow_dx" in nvidia.compile_source(arch, ())
     except EngineError as error:
         if "run-time compiler NVRTC" in str(error):
             pytest.skip("NVRTC is not installed")
@@ -317,7 +317,7 @@ def test_nvcc_keeps_the_mixtures_students_have_in_registers(arch, tmp_path):
 @pytest.mark.skipif(not HAS_BINDINGS, reason="cuda-bindings is not installed")
 def test_an_unknown_gpu_is_named_with_the_compilers_words():
     with pytest.raises(EngineError, match=r"sm_1 .*newer(?s:.*)gpu-architecture|NVRTC"):
-        nvidia.compiled("sm_1", ())
+        nvidia.compile_source("sm_1", ())
 
 
 # --- what is refused
@@ -503,7 +503,7 @@ def test_tensors_on_a_gpu_reach_the_kernel_in_one_launch(torch_on_host, gpu_on_h
         assert launch.stream == 3
         assert (x_end.dtype, x_end.shape) == (x_start.dtype, x_start.shape)
         widened = x_start.float().contiguous().numpy()
-        expected = cpu.rollout(kind(**case), widened, levels(1.0), isa=fused())
+        expected = cpu.rollout(kind(**case), widened, levels(1.0), isa=find_fused_isa())
         # The result is rounded to the state's format. DX adds two weights up where it starts at the very tensor
         # it came from, and the CPU kernel got a copy.
         rounding = 2**-11 if x_start.dtype == torch_on_host.float16 else 0
@@ -537,7 +537,7 @@ def test_auto_leaves_gradients_to_the_reference(torch_on_host, gpu_on_host):
     integrate(GMPolicy(**case), case["x_src"], levels(1.0)).square().sum().backward()
     assert torch_on_host.count_nonzero(case["means"].grad) > 0
     assert not gpu_on_host.launches
-    integrate(GMPolicy(**case).detached(), case["x_src"], levels(1.0))
+    integrate(GMPolicy(**case).detach(), case["x_src"], levels(1.0))
     assert len(gpu_on_host.launches) == 1
 
 
@@ -625,9 +625,9 @@ def test_the_gpu_computes_what_the_reference_does(K, C):
     x_end = [integrate(policy, policy.x_src, sigmas, kernel=kernel).cpu() for kernel in ("auto", "cuda")]
     assert torch.equal(*x_end)
     np.testing.assert_allclose(x_end[0].numpy(), exact, rtol=0, atol=1e-4)
-    if fused() and not takes_gram_form(K, C):
+    if find_fused_isa() and not takes_gram_form(K, C):
         np.testing.assert_array_equal(
-            x_end[0].numpy(), cpu.rollout(GMPolicy(**case), case["x_src"], sigmas, isa=fused())
+            x_end[0].numpy(), cpu.rollout(GMPolicy(**case), case["x_src"], sigmas, isa=find_fused_isa())
         )
 
 

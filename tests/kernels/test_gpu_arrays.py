@@ -19,7 +19,7 @@ import numpy as np
 from piflow_edge.errors import PiFlowError
 from piflow_edge.kernels import gpu_arrays as xp, nvidia
 
-nvidia.compiled = lambda arch, defines, source: b"arrays" if source.name == "arrays.cu" else "{K} {C} 0".format(
+nvidia.compile_source = lambda arch, defines, source: b"arrays" if source.name == "arrays.cu" else "{K} {C} 0".format(
     **{key[-1]: value for key, _, value in (define.partition("=") for define in defines)}).encode()
 nvidia.check_available = lambda: None  # NVRTC itself looks for a real driver
 fake = ctypes.CDLL("libcuda.so.1")
@@ -160,7 +160,7 @@ sigmas = np.linspace(1.0, 0.25, 9)
 for K, C in [(5, 3), (8, 1)]:
     arrays = gm(K, C)
     there = [xp.asarray(array, device=place) for array in arrays]
-    ours, theirs = GMPolicy(*there, 1.0).tempered(0.5), GMPolicy(*arrays, 1.0).tempered(0.5)
+    ours, theirs = GMPolicy(*there, 1.0).temper(0.5), GMPolicy(*arrays, 1.0).temper(0.5)
     for level in (1.0, 0.4):
         velocity = xp.to_host(ours.velocity(there[-1], level))
         np.testing.assert_allclose(velocity, theirs.velocity(arrays[-1], level), rtol=0, atol=2e-5)
@@ -241,7 +241,7 @@ np.testing.assert_allclose(again.images, there.images, rtol=0, atol=1e-4)
 
 from piflow_edge.bench.benchmark import bench
 from piflow_edge.bench.config import BenchConfig
-from piflow_edge.conditioning import Asked
+from piflow_edge.conditioning import ConditionRequest
 calls, call = [], pf.Generator.__call__
 
 def noted(self, *arguments, synchronize=False, **more):
@@ -258,7 +258,7 @@ pf.Generator.__call__ = call
 seen = []
 generator(**arguments, callback=lambda done: seen.append((type(done.x_t), type(done.x_0))))
 assert seen == [(np.ndarray, np.ndarray)] * 2
-STEERED = generator.conditioner.encode(Asked(labels=[1, 2, 3]))
+STEERED = generator.conditioner.encode(ConditionRequest(labels=[1, 2, 3]))
 network = generator.engine.run(generator.student.inputs(xp.asarray(theirs.latents, device=place), 0.5, STEERED))
 assert all(value.stream == place.stream for value in network.values())
 decode = generator.decoder.run
@@ -512,7 +512,7 @@ def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
 @pytest.mark.parametrize("arch", ["sm_87", "sm_90", "sm_120"])
 def test_nvrtc_compiles_the_arithmetic(arch):
     try:
-        code = nvidia.compiled(arch, (), gpu_arrays.SOURCE)
+        code = nvidia.compile_source(arch, (), gpu_arrays.SOURCE)
     except EngineError as error:
         if re.search("needs NVIDIA|newer one may", str(error)):
             pytest.skip(str(error).splitlines()[0])

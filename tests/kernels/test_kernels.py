@@ -46,7 +46,7 @@ def test_rollout_is_the_authors(case, library, isa):
     params = case.params
     policy = make_policy(case, library, np.float32)
     if "temperature" in params:
-        policy = policy.tempered(params["temperature"])
+        policy = policy.temper(params["temperature"])
     raw_t = [case[name].astype(np.float64) for name in ("raw_t_start", "raw_t_end")]
     sigmas = substep_sigmas(*raw_t, count_substeps(*raw_t, params["total_substeps"]), sampler_shift(case))
     x_end = cpu.rollout(policy, library.array(case["x_t_start"]), sigmas, isa=isa)
@@ -76,7 +76,7 @@ def test_rollout_among_empty_channels_is_the_authors(case, isa):
         widened(policy.x_src, 1),
         policy.sigma_src,
         eps=policy.eps,
-    ).tempered(case.params.get("temperature", 1.0))
+    ).temper(case.params.get("temperature", 1.0))
     assert takes_gram_form(policy.means.shape[1], 12)
     x_end = cpu.rollout(policy, widened(case["x_t_start"], 1), sigmas, isa=isa)
     case.check("x_t_end", x_end[:, :C], np.float32)
@@ -96,7 +96,7 @@ def test_the_closed_form_is_the_authors(case, library, dtype):
 def check_against_float64(inputs, x_start, sigmas, *, temperature=1.0, eps=1e-4):
     """Hold the kernel, on every instruction set, to the reference computed in float64 from the same numbers."""
     expected, allowed = exact_and_allowed(inputs, x_start, sigmas, temperature=temperature, eps=eps)
-    policy = GMPolicy(**inputs, eps=eps).tempered(temperature)
+    policy = GMPolicy(**inputs, eps=eps).temper(temperature)
     for isa in cpu.isas():
         x_end = cpu.rollout(policy, x_start, sigmas, isa=isa)
         assert x_end.dtype == np.float32
@@ -197,7 +197,7 @@ def test_every_sample_has_its_own_levels_and_number_of_steps(mixture):
 @pytest.mark.parametrize("C", [3, 8])
 def test_dropped_components_have_no_weight(C):
     inputs = gm_case(4, K=5, C=C)
-    policy = GMPolicy(**inputs).dropped(np.array([[0, 1, 0, 1, 1]] * 2), 0.5)
+    policy = GMPolicy(**inputs).drop_parts(np.array([[0, 1, 0, 1, 1]] * 2), 0.5)
     kept = [1, 3, 4]
     alone = GMPolicy(**inputs | {k: inputs[k][:, kept] for k in ("means", "logweights")})
     x_src = inputs["x_src"]
@@ -325,10 +325,10 @@ def test_arrays_lie_in_memory_as_they_like():
     inputs = gm_case(8)
     expected = cpu.rollout(GMPolicy(**inputs), inputs["x_src"], levels(1.0))
 
-    def transposed(a):
+    def transpose(a):
         return np.ascontiguousarray(np.moveaxis(a, -1, 0)).transpose(*range(1, a.ndim), 0)
 
-    def misaligned(a):
+    def misalign(a):
         buffer = np.zeros(a.nbytes + 1, np.uint8)
         view = buffer[1:].view(a.dtype).reshape(a.shape)
         view[...] = a
@@ -342,7 +342,7 @@ def test_arrays_lie_in_memory_as_they_like():
     def big_endian(a):
         return a.astype(">f4")
 
-    for change in (transposed, misaligned, read_only, big_endian):
+    for change in (transpose, misalign, read_only, big_endian):
         changed = {k: change(v) if k != "sigma_src" else v for k, v in inputs.items()}
         x_end = integrate(
             GMPolicy(**changed), changed["x_src"].astype("=f4", copy=False), levels(1.0), kernel="cpu"
@@ -475,7 +475,7 @@ def test_gradients_go_through_the_reference(leaf):
     assert torch.count_nonzero(tensors[leaf].grad) > 0
     with torch.no_grad():
         without = integrate(policy, tensors["x_src"], levels(1.0))
-    detached = integrate(policy.detached(), tensors["x_src"].detach(), levels(1.0), kernel="cpu")
+    detached = integrate(policy.detach(), tensors["x_src"].detach(), levels(1.0), kernel="cpu")
     assert torch.equal(without, detached)
 
 

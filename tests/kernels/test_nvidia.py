@@ -133,11 +133,11 @@ def test_a_process_that_used_the_gpu_ends_without_a_word(run):
         """
 from piflow_edge.kernels import gpu_arrays as xp
 
-nvidia.compiled = lambda arch, defines, source: b"arrays"
+nvidia.compile_source = lambda arch, defines, source: b"arrays"
 place = xp.place(0)  # a stream for the life of the process
 array = xp.asarray(np.ones(4, np.float32), device=place) + 1
 _ = array * 2  # whose memory is kept for the next array
-buffer = nvidia.uploaded(0, bytes(16))
+buffer = nvidia.upload(0, bytes(16))
 stream, memory = nvidia.Stream(0), nvidia.Memory(0, 16)
 recording = nvidia.Recording(0, stream.handle, lambda: nvidia.fill(0, memory.pointer, 1, 16, stream.handle))
 circle = [memory, recording]

@@ -71,7 +71,7 @@ def test_equal_widths_are_a_gm_policy():
     shared = inputs | {"logstds": inputs["logstds"][:, :1]}
     ours, theirs = GMKPolicy(**inputs, sigma_src=0.9), GMPolicy(**shared, sigma_src=0.9)
     x_t = inputs["x_src"] * 0.5
-    for one, other in [(ours, theirs), (ours.tempered(0.4), theirs.tempered(0.4))]:
+    for one, other in [(ours, theirs), (ours.temper(0.4), theirs.temper(0.4))]:
         for sigma in (0.9, 0.4, 0.01, np.array([0.3, 0.0])):
             np.testing.assert_allclose(one.velocity(x_t, sigma), other.velocity(x_t, sigma), rtol=1e-9)
 
@@ -103,7 +103,7 @@ def test_every_library_gives_the_same(library):
 def test_a_dropped_component_and_a_wrong_shape():
     inputs = gmk_inputs(7)
     policy = GMKPolicy(**inputs, sigma_src=1.0)
-    dropped = policy.dropped(np.array([[0, 1, 1], [1, 0, 1.0]]), 0.5)
+    dropped = policy.drop_parts(np.array([[0, 1, 1], [1, 0, 1.0]]), 0.5)
     assert np.isneginf(dropped.logweights[0, 0]).all() and type(dropped) is GMKPolicy
     assert np.isfinite(dropped.velocity(inputs["x_src"], 0.2)).all()
     with pytest.raises(PiFlowError, match="logstds must have the shape"):

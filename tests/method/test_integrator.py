@@ -15,7 +15,7 @@ def test_rollout_is_the_authors(case, library, dtype):
     params = case.params
     policy = make_policy(case, library, dtype)
     if "temperature" in params:
-        policy = policy.tempered(params["temperature"])
+        policy = policy.temper(params["temperature"])
     raw_t = [case[name].astype(np.float64) for name in ("raw_t_start", "raw_t_end")]
     counts = count_substeps(*raw_t, params["total_substeps"])
     np.testing.assert_array_equal(counts, case["num_substeps"])

@@ -16,7 +16,7 @@ def test_velocity_is_the_authors(case, library, dtype):
 @pytest.mark.parametrize("case", cases("gmflow_policy"), ids=case_id)
 def test_tempered_velocity_is_the_authors(case, library, dtype):
     for i, temperature in enumerate(case.params["temperatures"]):
-        policy = make_policy(case, library, dtype).tempered(temperature)
+        policy = make_policy(case, library, dtype).temper(temperature)
         u = [velocity(policy, case, query, library, dtype) for query in range(len(case["x_t"]))]
         case.check(f"u_temp{i}", u, dtype)
 
@@ -24,7 +24,7 @@ def test_tempered_velocity_is_the_authors(case, library, dtype):
 @pytest.mark.parametrize("case", cases("gmflow_policy", lambda name: "dropout" in name), ids=case_id)
 def test_dropped_velocity_is_the_authors(case, library, dtype):
     uniforms = library.array(case["dropout_uniforms"])
-    policy = make_policy(case, library, dtype).dropped(uniforms, float(case["dropout_p"]))
+    policy = make_policy(case, library, dtype).drop_parts(uniforms, float(case["dropout_p"]))
     u = [velocity(policy, case, query, library, dtype) for query in range(len(case["x_t"]))]
     case.check("u_drop", u, dtype)
 
@@ -73,7 +73,7 @@ def test_whoever_asks_a_policy_first_takes_no_gradients_from_the_next(first):
         tensor = x_t if leaf == "x_t" else inputs[leaf]
         tensor.requires_grad_()
         for asked in (False, True):
-            policy = GMPolicy(**inputs, sigma_src=0.9).tempered(0.8)
+            policy = GMPolicy(**inputs, sigma_src=0.9).temper(0.8)
             if asked:
                 with getattr(torch, first)():
                     policy.velocity(x_t, 0.4)
@@ -165,4 +165,4 @@ def test_dx_settings_that_make_no_sense_are_refused(change):
 def test_negative_temperature_is_refused():
     policy = GMPolicy(**gm_inputs(np.random.default_rng(8)), sigma_src=1.0)
     with pytest.raises(PiFlowError, match="temperature"):
-        policy.tempered(-0.1)
+        policy.temper(-0.1)

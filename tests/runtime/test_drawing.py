@@ -9,7 +9,7 @@ import pytest
 import piflow_edge as pf
 from piflow_edge import Cancelled, PiFlowError, SamplingSettings, Schedule
 from piflow_edge.kernels.rollout import integrate
-from piflow_edge.runtime.drawing.inpainting import Known
+from piflow_edge.runtime.drawing.inpainting import KeptImage
 from piflow_edge.runtime.drawing.latents import draw
 from piflow_edge.runtime.drawing.observer import Observer
 from piflow_edge.schedule import count_substeps, segment_sigmas, unwarp
@@ -23,26 +23,26 @@ def event(is_set):
     return SimpleNamespace(is_set=is_set)
 
 
-def draw_plainly(network, x_t, schedule, settings, renoise, known):
+def draw_plainly(network, x_t, schedule, settings, renoise, kept_image):
     """The same images by one loop that holds everything, written without the hooks."""
     segments = schedule.segments_below(settings.strength)
-    repeats = settings.resamples if known is not None else 0
-    x_t = x_t if known is None else known.put_into(x_t, settings.strength)
+    repeats = settings.resamples if kept_image is not None else 0
+    x_t = x_t if kept_image is None else kept_image.put_into(x_t, settings.strength)
     for i, segment in enumerate(segments):
         sigma = segment.sigma_src
         for j in range(repeats if sigma < 1 else 0):
-            policy = network(x_t, sigma).tempered(settings.temperature)
+            policy = network(x_t, sigma).temper(settings.temperature)
             substeps = count_substeps(unwarp(sigma, schedule.shift), 0.0, schedule.total_substeps)
-            x_0 = known.put_into(
+            x_0 = kept_image.put_into(
                 integrate(policy, x_t, segment_sigmas(sigma, 0.0, substeps, schedule.shift)), 0.0
             )
             x_t = (1 - sigma) * x_0 + sigma * renoise(len(segments) + i * repeats + j + 1)
         policy = network(x_t, sigma)
         if i < len(segments) - 1:
-            policy = policy.tempered(settings.temperature)
+            policy = policy.temper(settings.temperature)
         ends = sigma, segment.sigma_dst, segment.substeps
         x_t = integrate(policy, x_t, segment_sigmas(*ends, schedule.shift))
-        x_t = x_t if known is None else known.put_into(x_t, segment.sigma_dst)
+        x_t = x_t if kept_image is None else kept_image.put_into(x_t, segment.sigma_dst)
         if segment.renoises:
             x_t = segment.renoise(x_t, renoise(i + 1))
     return x_t
@@ -54,9 +54,11 @@ def draw_plainly(network, x_t, schedule, settings, renoise, known):
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_what_surrounds_the_loop_is_the_plain_loop_bit_for_bit(network, h, resamples, strength):
     schedule = Schedule(nfe=3, shift=2.0, total_substeps=40, h=h)
-    known = None if resamples is None else Known(noise(seed=1), (np.arange(4) > 1) * 1.0, noise(seed=2))
+    kept_image = (
+        None if resamples is None else KeptImage(noise(seed=1), (np.arange(4) > 1) * 1.0, noise(seed=2))
+    )
     settings = SamplingSettings(temperature=0.3, strength=strength, resamples=resamples or 0)
-    how = dict(renoise=lambda draw: noise(seed=10 + draw), known=known)
+    how = dict(renoise=lambda draw: noise(seed=10 + draw), kept_image=kept_image)
     expected = draw_plainly(network, noise(), schedule, settings, **how)
     seen = []
     for observer in (Observer(), Observer(seen.append)):
@@ -122,36 +124,36 @@ def test_keeping_at_every_substep_is_keeping_at_every_call(network, h):
     # of its pieces, here after every substep; without one only where the network is called next.
     schedule = Schedule(nfe=3, total_substeps=30, h=h)
     drawn = (np.arange(4) > 1).astype(float)
-    known = Known(noise(seed=1), drawn, noise(seed=2))
-    settings = dict(known=known, renoise=lambda draw: noise(seed=10 + draw))
+    kept_image = KeptImage(noise(seed=1), drawn, noise(seed=2))
+    settings = dict(kept_image=kept_image, renoise=lambda draw: noise(seed=10 + draw))
     states = []
     often = draw(network, noise(), schedule, PLAIN, observer=Observer(states.append, 1), **settings)
     seldom = draw(network, noise(), schedule, PLAIN, **settings)
     np.testing.assert_allclose(often, seldom, rtol=0, atol=1e-12)
     for x_0 in (often, seldom, *(done.x_0 for done in states)):
-        np.testing.assert_array_equal(x_0[..., drawn == 0], known.x_0[..., drawn == 0])
+        np.testing.assert_array_equal(x_0[..., drawn == 0], kept_image.x_0[..., drawn == 0])
     for done in states:
-        kept = (1 - done.sigma_t) * known.x_0 + done.sigma_t * known.noise
+        kept = (1 - done.sigma_t) * kept_image.x_0 + done.sigma_t * kept_image.noise
         np.testing.assert_allclose(done.x_t[..., drawn == 0], kept[..., drawn == 0], rtol=0, atol=1e-12)
 
 
 def test_the_network_sees_what_is_kept_at_the_level_it_is_called():
     drawn = (np.arange(4) > 1).astype(float)
-    known = Known(noise(seed=1), drawn, noise(seed=2))
+    kept_image = KeptImage(noise(seed=1), drawn, noise(seed=2))
     seen = []
 
     def network(x_src, sigma_src):
         seen.append((x_src, sigma_src))
         return dx_network(x_src, sigma_src)
 
-    draw(network, noise(), Schedule(nfe=4), PLAIN, known=known)
+    draw(network, noise(), Schedule(nfe=4), PLAIN, kept_image=kept_image)
     for x_src, sigma_src in seen:
-        kept = (1 - sigma_src) * known.x_0 + sigma_src * known.noise
+        kept = (1 - sigma_src) * kept_image.x_0 + sigma_src * kept_image.noise
         np.testing.assert_allclose(x_src[..., drawn == 0], kept[..., drawn == 0], rtol=0, atol=1e-12)
 
 
 def test_resamples_draw_noise_of_their_own_and_are_counted():
-    known, draws, seen = Known(noise(seed=1), np.array([0.0, 0, 1, 1]), noise(seed=2)), [], []
+    kept_image, draws, seen = KeptImage(noise(seed=1), np.array([0.0, 0, 1, 1]), noise(seed=2)), [], []
 
     def renoise(draw):
         draws.append(draw)
@@ -160,7 +162,13 @@ def test_resamples_draw_noise_of_their_own_and_are_counted():
     schedule = Schedule(nfe=3, h=0.5)
     settings = SamplingSettings(resamples=2)
     draw(
-        dx_network, noise(), schedule, settings, known=known, renoise=renoise, observer=Observer(seen.append)
+        dx_network,
+        noise(),
+        schedule,
+        settings,
+        kept_image=kept_image,
+        renoise=renoise,
+        observer=Observer(seen.append),
     )
     assert len(draws) == len(set(draws)) == 2 + 2 * 2  # after two segments, and twice within two
     assert [(done.call, done.nfe) for done in seen] == [(1, 7), (4, 7), (7, 7)]
@@ -191,9 +199,9 @@ def test_asked_to_stop_it_stops_between_substeps():
 
 
 def test_it_hears_while_it_fits_what_is_drawn_to_what_is_kept():
-    known, asked = Known(noise(seed=1), np.array([0.0, 0, 1, 1]), noise(seed=2)), []
+    known, asked = KeptImage(noise(seed=1), np.array([0.0, 0, 1, 1]), noise(seed=2)), []
     observer = Observer(cancel=event(lambda: asked.append(None)))
-    draw(dx_network, noise(), Schedule(nfe=2, total_substeps=128), SamplingSettings(resamples=1), known=known,
+    draw(dx_network, noise(), Schedule(nfe=2, total_substeps=128), SamplingSettings(resamples=1), kept_image=known,
          renoise=lambda draw: noise(seed=10 + draw), observer=observer)  # fmt: skip
     assert len(asked) == 3 + 3 * 4  # before each call, and every 16 of three times 64 substeps
 

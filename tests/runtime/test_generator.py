@@ -179,9 +179,9 @@ def test_a_latent_bundle_starts_from_latents_and_says_so_of_images(latent_bundle
         mask = np.zeros((height, width), bool)
         mask[:, width // 2 :] = True  # in pixels, of which each latent has several
         kept = ~mask[:: height // first.latents.shape[2], :: width // first.latents.shape[3]]
-        inpainted = generator([2], seed=4, image=first.latents, mask=mask, output="latent").latents
-        np.testing.assert_array_equal(inpainted[0][:, kept], first.latents[0][:, kept])
-        assert not np.array_equal(inpainted, first.latents)
+        inpaint = generator([2], seed=4, image=first.latents, mask=mask, output="latent").latents
+        np.testing.assert_array_equal(inpaint[0][:, kept], first.latents[0][:, kept])
+        assert not np.array_equal(inpaint, first.latents)
 
 
 def test_more_images_than_the_engine_takes_are_split():
@@ -423,7 +423,7 @@ class TestInpainting:
         white = np.random.default_rng(0).standard_normal((self.count, PIXELS))
         return (white @ np.linalg.cholesky(COVARIANCE).T).astype(np.float32)
 
-    def inpainted(self, images, **settings):
+    def inpaint(self, images, **settings):
         mask = self.drawn.reshape(SIDE, SIDE)
         image = images.reshape(-1, 1, SIDE, SIDE)
         made = gaussian_generator()(
@@ -438,7 +438,7 @@ class TestInpainting:
 
     def test_what_is_kept_is_exact(self, images):
         for settings in ({}, {"h": "inf"}, {"strength": 0.5}, {"nfe": 2, "substeps": 7, "resamples": 1}):
-            found = self.inpainted(images, **settings)
+            found = self.inpaint(images, **settings)
             np.testing.assert_array_equal(found[:, ~self.drawn], images[:, ~self.drawn])
             assert not np.isclose(found[:, self.drawn], images[:, self.drawn]).all(axis=1).any()
 
@@ -448,7 +448,7 @@ class TestInpainting:
         kept = images[:, ~self.drawn]
         errors, seams = [], []
         for resamples in (0, 4, 16):
-            found = self.inpainted(images, resamples=resamples)
+            found = self.inpaint(images, resamples=resamples)
             regressed = np.linalg.lstsq(kept, found[:, self.drawn], rcond=None)[0].T
             errors.append(np.linalg.norm(regressed - exact) / np.linalg.norm(exact))
             seams.append(self.seam(found) / self.seam(images))

@@ -22,11 +22,11 @@ from piflow_edge.system.files import write_atomic
 log = logging.getLogger(__name__)
 
 
-class Hashed(Protocol):
+class HasFingerprint(Protocol):
     def fingerprint(self) -> str: ...
 
 
-Kept = TypeVar("Kept", bound=Hashed)
+Content = TypeVar("Content", bound=HasFingerprint)
 
 
 class ArrayWriter:
@@ -76,12 +76,12 @@ class ArrayWriter:
         return self._file.tell()
 
 
-def cached(
+def load_or_build(
     place: Path,
     what: str,
     build: Callable[[ArrayWriter], dict],
-    restore: Callable[[np.ndarray, dict], Kept],
-) -> Kept:
+    restore: Callable[[np.ndarray, dict], Content],
+) -> Content:
     """What is kept at `place`; built first unless it is there and whole.
 
     Several processes may ask at once: one builds, the others wait for it.
@@ -95,46 +95,46 @@ def cached(
     Raises:
         DataError: the cache folder cannot be written.
     """
-    kept = _restored(place, what, restore)
-    if kept is None:
+    content = _restore(place, what, restore)
+    if content is None:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with _hold_lock(place.with_suffix(".lock")) as alone:
                 if alone:  # what a killed process left
                     for stale in place.parent.glob(f".{place.name}.*"):
                         stale.unlink()
-                kept = _restored(place, what, restore)  # another process may have built it meanwhile
-                if kept is None:
-                    kept = _build(place, build, restore)
+                content = _restore(place, what, restore)  # another process may have built it meanwhile
+                if content is None:
+                    content = _build(place, build, restore)
         except OSError as error:
             raise DataError(
                 f"{what} cannot be kept in {place.parent}: {error.strerror or error}; make room there, or set "
                 "PIFLOW_EDGE_CACHE to another folder"
             ) from error
-    return kept
+    return content
 
 
-def _restored(place: Path, what: str, restore: Callable[[np.ndarray, dict], Kept]) -> Kept | None:
+def _restore(place: Path, what: str, restore: Callable[[np.ndarray, dict], Content]) -> Content | None:
     try:
         known = json.loads(place.with_suffix(".json").read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        return _damaged(what, place, error)
+        return _warn_of_damage(what, place, error)
     try:
         array = np.load(place.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        kept = restore(array, known["known"])
-        whole = kept.fingerprint() == known["sha256"]
+        content = restore(array, known["known"])
+        whole = content.fingerprint() == known["sha256"]
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
-        return _damaged(what, place, error)
-    return kept if whole else _damaged(what, place, "the checksum differs")
+        return _warn_of_damage(what, place, error)
+    return content if whole else _warn_of_damage(what, place, "the checksum differs")
 
 
-def _damaged(what: str, place: Path, reason: object) -> None:
+def _warn_of_damage(what: str, place: Path, reason: object) -> None:
     log.warning("%s in the cache (%s) is damaged and made again: %s", what, place.parent, reason)
 
 
-def _build(place: Path, build: Callable[[ArrayWriter], dict], restore: Callable[[np.ndarray, dict], Kept]):
+def _build(place: Path, build: Callable[[ArrayWriter], dict], restore: Callable[[np.ndarray, dict], Content]):
     array, description = place.with_suffix(".npy"), place.with_suffix(".json")
     work = array.with_name(f".{array.name}.{os.urandom(4).hex()}")
     try:
@@ -146,9 +146,9 @@ def _build(place: Path, build: Callable[[ArrayWriter], dict], restore: Callable[
         os.replace(work, array)
     finally:
         work.unlink(missing_ok=True)
-    kept = restore(np.load(array, mmap_mode="r", allow_pickle=False), known)
-    write_atomic(description, json.dumps({"sha256": kept.fingerprint(), "known": known}).encode())
-    return kept
+    content = restore(np.load(array, mmap_mode="r", allow_pickle=False), known)
+    write_atomic(description, json.dumps({"sha256": content.fingerprint(), "known": known}).encode())
+    return content
 
 
 @contextlib.contextmanager

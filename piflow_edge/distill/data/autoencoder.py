@@ -14,7 +14,7 @@ from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.files import sha256
 from piflow_edge.system.progress import progress
 
-from .array_cache import ArrayWriter, cached
+from .array_cache import ArrayWriter, load_or_build
 from .datasets import ImageData, Latent
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
@@ -113,7 +113,7 @@ def encode(data: ImageData, autoencoder: Autoencoder, *, device: str | None = No
         return {}
 
     key = sha256(json.dumps([_LATENTS_FORMAT, data.fingerprint(), autoencoder.sha256]).encode())[:32]
-    return cached(cache_folder() / "latents" / key, f"the latents of {data.name!r}", build, restore)
+    return load_or_build(cache_folder() / "latents" / key, f"the latents of {data.name!r}", build, restore)
 
 
 def _encode_all(data: ImageData, autoencoder: Autoencoder, device: str, writer: ArrayWriter) -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from piflow_edge.conditioning import Asked, OpenedTextPrompts, TensorSpec, TextPrompts
+from piflow_edge.conditioning import ConditionRequest, OpenedTextPrompts, TensorSpec, TextPrompts
 from piflow_edge.errors import DataError
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.files import sha256
 from piflow_edge.system.progress import progress
 
-from .array_cache import ArrayWriter, cached
+from .array_cache import ArrayWriter, load_or_build
 from .captions import Captions
 from .image_data import CaptionedData, ImageData
 
@@ -67,7 +67,7 @@ def _cached_encodings(captions: Captions, prompts: OpenedTextPrompts, encoder: s
         shapes: dict[str, list[int]] = {}
         with progress("encoding captions", len(captions.texts)) as bar:
             for text in captions.texts:
-                encoding = fill_up(prompts.encode(Asked(prompts=[text])), prompts.spec)
+                encoding = fill_up(prompts.encode(ConditionRequest(prompts=[text])), prompts.spec)
                 row = pack_row(encoding, specs)
                 if not np.isfinite(row).all():
                     raise DataError(
@@ -80,7 +80,7 @@ def _cached_encodings(captions: Captions, prompts: OpenedTextPrompts, encoder: s
 
     description = [_FORMAT, encoder, prompts.to_json(), captions.texts]
     place = cache_folder() / "encodings" / sha256(json.dumps(description).encode())[:32]
-    return cached(place, "the encodings of the captions", build, restore)
+    return load_or_build(place, "the encodings of the captions", build, restore)
 
 
 def fill_up(encoding: Mapping[str, np.ndarray], spec: TextPrompts) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from piflow_edge.conditioning import Asked, Conditioner
+from piflow_edge.conditioning import Conditioner, ConditionRequest
 from piflow_edge.system.progress import progress
 
 from .captions import Captions
@@ -105,8 +105,8 @@ class ImageData:
     def titles(self, indices: np.ndarray) -> list[str]:
         """Return a few words for each of the items at `indices`."""
         given = self.conditioning(indices)
-        asked = Asked(arrays=given) if given else Asked(count=len(indices))
-        return [self.conditioner.title(entry) for entry in self.conditioner.describe(asked, given)]
+        request = ConditionRequest(arrays=given) if given else ConditionRequest(count=len(indices))
+        return [self.conditioner.title(entry) for entry in self.conditioner.describe(request, given)]
 
     def settings(self) -> dict:
         """What a checkpoint records of the data, beside its name."""

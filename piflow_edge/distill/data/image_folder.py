@@ -19,7 +19,7 @@ from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.files import sha256
 from piflow_edge.system.progress import progress
 
-from .array_cache import ArrayWriter, cached
+from .array_cache import ArrayWriter, load_or_build
 from .captions import Captions, find_caption_file, read_caption_file, read_text_files
 from .image_data import ImageData, pieces
 
@@ -83,7 +83,7 @@ def _read_classes(path: Path, folders: list[Path], size: tuple[int, int] | None)
     ids = np.array(labels, np.int64)[decoded.kept]
     for lost in sorted(set(range(len(folders))) - set(ids.tolist())):
         lines = [entry for entry in decoded.skipped if entry[0].startswith(f"{folders[lost].name}/")]
-        raise DataError(f"none of the images in {folders[lost]} can be used:{_named(lines)}")
+        raise DataError(f"none of the images in {folders[lost]} can be used:{_name_files(lines)}")
     names = tuple(f.name for f in folders)
     return ImageData(path.resolve().name, decoded.images, ClassLabels(names), {"labels": ids})
 
@@ -109,11 +109,11 @@ def _decode(path: Path, files: list[Path], size: tuple[int, int] | None) -> Deco
         return _decode_all(path, files, size, writer)
 
     place = cache_folder() / "images" / _key(path, files, size)
-    decoded = cached(place, f"the decoded copy of {path}", build, restore)
+    decoded = load_or_build(place, f"the decoded copy of {path}", build, restore)
     if decoded.skipped:
         log.warning(
             "skipped %d of %d images in %s that cannot be used:%s",
-            len(decoded.skipped), len(files), path, _named(decoded.skipped),
+            len(decoded.skipped), len(files), path, _name_files(decoded.skipped),
         )  # fmt: skip
     return decoded
 
@@ -159,7 +159,7 @@ def _decode_all(path: Path, files: list[Path], size: tuple[int, int] | None, wri
     if 2 * len(skipped) > len(files):
         raise DataError(
             f"more than half of the images in {path} cannot be used ({len(skipped)} of {len(files)}):"
-            f"{_named(skipped)}"
+            f"{_name_files(skipped)}"
         )
     return {"kept": kept, "skipped": skipped}
 
@@ -205,7 +205,7 @@ class _ImageSink:
         self._writer.append(pixels.repeat(self._channels // len(pixels), axis=0)[None])
 
 
-def _named(skipped: list) -> str:
+def _name_files(skipped: list) -> str:
     lines = "".join(f"\n  {name}: {reason}" for name, reason in skipped[:_NAMED])
     return lines + (f"\n  and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else "")
 

@@ -71,15 +71,15 @@ def open_journal(folder: Path, title: str, config, run, start: int) -> Iterator[
 
 def _open_log(path: Path, start: int):
     """The log with its lines up to iteration `start`, to be added to a line at a time, so that it can be watched."""
-    kept = []
+    lines = []
     if start and path.exists():
         for line in path.read_text().splitlines():
             try:
                 if json.loads(line)["iteration"] <= start:
-                    kept.append(line + "\n")
+                    lines.append(line + "\n")
             except ValueError:  # cut off when the run was killed
                 continue
-    write_atomic(path, "".join(kept).encode())
+    write_atomic(path, "".join(lines).encode())
     return path.open("a", buffering=1)
 
 

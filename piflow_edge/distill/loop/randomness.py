@@ -41,7 +41,7 @@ class SharedRandom:
 
     def __init__(self, random: IterationRandom, batch_size: int):
         self.random, self.batch_size = random, batch_size
-        self.drawn: list = []
+        self.draws: list = []
 
     def rows(self, rows: slice) -> "Share":
         """The numbers of these rows of the batch."""
@@ -52,7 +52,7 @@ class Share:
     """Rows of a `SharedRandom`: asked for (n, ...), it draws (batch_size, ...) and returns its own n rows."""
 
     def __init__(self, shared: SharedRandom, rows: slice):
-        self._shared, self._rows, self._asked = shared, rows, 0
+        self._shared, self._rows, self._count = shared, rows, 0
 
     def uniform(self, shape) -> np.ndarray:
         return self._next(self._shared.random.uniform, shape)
@@ -67,13 +67,13 @@ class Share:
     def iteration(self) -> int:
         return self._shared.random.iteration
 
-    def _draw(self, draw, asked):
+    def _draw(self, draw, size):
         """The next of the batch's draws, made by whichever share comes first."""
-        drawn = self._shared.drawn
-        if self._asked == len(drawn):
-            drawn.append(draw(asked))
-        self._asked += 1
-        return drawn[self._asked - 1]
+        draws = self._shared.draws
+        if self._count == len(draws):
+            draws.append(draw(size))
+        self._count += 1
+        return draws[self._count - 1]
 
     def _next(self, draw, shape) -> np.ndarray:
         whole = (self._shared.batch_size, *shape[1:])

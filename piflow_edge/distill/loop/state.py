@@ -123,7 +123,7 @@ class State:
             scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
+    def use_averages(self) -> Iterator[nn.Module]:
         """The network with its averaged weights, for as long as the block runs; to be called as it is, ungathered."""
         self._swap()
         self.network.eval()
@@ -139,9 +139,9 @@ class State:
 
     def _swap(self) -> None:
         for weights, average in zip(local(self.parameters.values()), local(self.ema.values()), strict=True):
-            kept = weights.clone()
+            copy = weights.clone()
             weights.copy_(average)
-            average.copy_(kept)
+            average.copy_(copy)
 
 
 def _plain(name: str) -> str:

@@ -100,19 +100,19 @@ def train_classifier(
     torch.manual_seed(seed)
     order = IterationRandom(seed, 0).permutation(len(data))
     split = len(order) // 6 if held_out is None else held_out
-    held, kept = order[:split], order[split:]
+    test, train = order[:split], order[split:]
     labels = torch.from_numpy(ids.astype(np.int64))
     background = _background(data)
     reach = max(1, size // 8)
 
     classifier = SmallClassifier(channels, size, len(names), width)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3, weight_decay=1e-4)
-    steps = epochs * max(1, len(kept) // _BATCH_SIZE)
+    steps = epochs * max(1, len(train) // _BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with progress("training the classifier", steps) as bar:
         for step in range(steps):
             random = IterationRandom(seed, step + 1)
-            picked = kept[random.choice(len(kept), _BATCH_SIZE)]
+            picked = train[random.choice(len(train), _BATCH_SIZE)]
             down, right = random.choice(2 * reach + 1, 2) - reach
             wide = F.pad(_images(data, picked, size) - background, (reach,) * 4) + background
             shifted = wide[..., reach + down :, reach + right :][..., :size, :size]
@@ -135,8 +135,8 @@ def train_classifier(
 
     return TrainedClassifier(
         classifier,
-        {"train": accuracy(kept), "held_out": accuracy(held)},
-        {"train": len(kept), "held_out": len(held)},
+        {"train": accuracy(train), "held_out": accuracy(test)},
+        {"train": len(train), "held_out": len(test)},
     )
 
 

@@ -19,7 +19,7 @@ from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.policies import PolicySpec
 
 from .dit import DiT, DiTConfig
-from .heads import PolicyProjection, widened
+from .heads import PolicyProjection, widen_layer
 from .lora import LoRAConfig, adapters_off, inject_lora
 
 # Floors where a prediction is divided by the noise level, or by 1 minus it: a network that predicts noise says
@@ -316,7 +316,7 @@ def attach_policy_head(
         raise ShapeError("a policy head is attached to a teacher; this network has one already")
     student = network if lora else copy.deepcopy(network)
     channels, layer = student.sample_shape[0], student._projection()
-    wide = widened(layer, head, channels, student.planes, channel_major=student.channel_major, seed=seed)
+    wide = widen_layer(layer, head, channels, student.planes, channel_major=student.channel_major, seed=seed)
     student.requires_grad_(lora is None)
     if lora:
         inject_lora(student.module, lora, leave_out=student.output_layer, seed=seed)

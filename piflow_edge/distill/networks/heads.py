@@ -29,7 +29,7 @@ class PolicyProjection(nn.Module):
         return self.teacher(features) if self.as_teacher else self.policy(features)
 
 
-def widened(
+def widen_layer(
     layer: nn.Linear | nn.Conv2d,
     head: PolicySpec,
     channels: int,

@@ -45,7 +45,7 @@ class Unit(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-class Mixed(nn.Module):
+class Branches(nn.Module):
     """Branches side by side, their channels joined: chains of units, then a pooling, perhaps with a unit after it.
 
     Args:
@@ -82,11 +82,11 @@ class Mixed(nn.Module):
                 else:
                     y = z
             found.append(y)
-        pooled = self._pooled(x)
+        pooled = self._apply_pool(x)
         found.append(self.branch_pool(pooled) if hasattr(self, "branch_pool") else pooled)
         return torch.cat(found, 1)
 
-    def _pooled(self, x: Tensor) -> Tensor:
+    def _apply_pool(self, x: Tensor) -> Tensor:
         if self._pool == "halve":
             return F.max_pool2d(x, 3, 2)
         if self._pool == "max":
@@ -94,24 +94,24 @@ class Mixed(nn.Module):
         return F.avg_pool2d(x, 3, 1, 1, count_include_pad=self._pool == "average")
 
 
-def _block_a(c_in: int, pool: str, pool_out: int) -> Mixed:
+def _block_a(c_in: int, pool: str, pool_out: int) -> Branches:
     chains: list[_Units] = [
         {"branch1x1": (64, 1)},
         {"branch5x5_1": (48, 1), "branch5x5_2": (64, 5)},
         {"branch3x3dbl_1": (64, 1), "branch3x3dbl_2": (96, 3), "branch3x3dbl_3": (96, 3)},
     ]
-    return Mixed(c_in, chains, pool, pool_out)
+    return Branches(c_in, chains, pool, pool_out)
 
 
-def _block_b(c_in: int) -> Mixed:
+def _block_b(c_in: int) -> Branches:
     chains: list[_Units] = [
         {"branch3x3": (384, 3)},
         {"branch3x3dbl_1": (64, 1), "branch3x3dbl_2": (96, 3), "branch3x3dbl_3": (96, 3)},
     ]
-    return Mixed(c_in, chains, "halve", 0)
+    return Branches(c_in, chains, "halve", 0)
 
 
-def _block_c(c_in: int, width: int, pool: str) -> Mixed:
+def _block_c(c_in: int, width: int, pool: str) -> Branches:
     row, column = (1, 7), (7, 1)
     chains: list[_Units] = [
         {"branch1x1": (192, 1)},
@@ -124,10 +124,10 @@ def _block_c(c_in: int, width: int, pool: str) -> Mixed:
             "branch7x7dbl_5": (192, row),
         },
     ]
-    return Mixed(c_in, chains, pool, 192)
+    return Branches(c_in, chains, pool, 192)
 
 
-def _block_d(c_in: int) -> Mixed:
+def _block_d(c_in: int) -> Branches:
     chains: list[_Units] = [
         {"branch3x3_1": (192, 1), "branch3x3_2": (320, 3)},
         {
@@ -137,10 +137,10 @@ def _block_d(c_in: int) -> Mixed:
             "branch7x7x3_4": (192, 3),
         },
     ]
-    return Mixed(c_in, chains, "halve", 0)
+    return Branches(c_in, chains, "halve", 0)
 
 
-def _block_e(c_in: int, pool: str) -> Mixed:
+def _block_e(c_in: int, pool: str) -> Branches:
     row, column = (1, 3), (3, 1)
     chains: list[_Units] = [
         {"branch1x1": (320, 1)},
@@ -152,7 +152,7 @@ def _block_e(c_in: int, pool: str) -> Mixed:
             "branch3x3dbl_3b": (384, column),
         },
     ]
-    return Mixed(c_in, chains, pool, 192)
+    return Branches(c_in, chains, pool, 192)
 
 
 class Inception(nn.Module):

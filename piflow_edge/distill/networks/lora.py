@@ -43,7 +43,7 @@ def inject_lora(module: nn.Module, config: LoRAConfig, *, leave_out: str, seed: 
 @contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
     """The module as it was before `inject_lora`."""
-    layers = _adapted(module)
+    layers = _find_adapted(module)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -56,13 +56,13 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 def fold_lora(module: nn.Module) -> None:
     """Add the adapters to the weights they adapt, and take them out: the same function, nothing left of peft."""
     for name, part in list(module.named_modules()):
-        if part in _adapted(module):
+        if part in _find_adapted(module):
             part.merge()
             parent, _, last = name.rpartition(".")
             setattr(module.get_submodule(parent), last, part.get_base_layer())
 
 
-def _adapted(module: nn.Module) -> Sequence[nn.Module]:
+def _find_adapted(module: nn.Module) -> Sequence[nn.Module]:
     tuners = _peft().tuners.tuners_utils
     return [part for part in module.modules() if isinstance(part, tuners.BaseTunerLayer)]
 

@@ -95,7 +95,7 @@ def read_dit_weights(
     The output layer is as it was saved, however many planes it writes.
     """
     table = weights.get("pos_embed")
-    weights = _renamed(weights, _PIFLOW if style == "piflow" else _SIT)
+    weights = _rename_weights(weights, _PIFLOW if style == "piflow" else _SIT)
     try:
         embed, classes = weights["patch_embed.weight"], weights["class_embed.weight"]
         width, channels, patch, _ = embed.shape
@@ -123,9 +123,9 @@ def _check_table(table: Tensor, config: DiTConfig) -> None:
         )
 
 
-def _renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def _rename_weights(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     ours, unknown = {}, []
-    for name, tensor in _joined(weights).items():
+    for name, tensor in _join_projections(weights).items():
         if _LEFT_OUT.match(name):
             continue
         number = re.search(r"(?<=blocks\.)\d+", name)
@@ -145,13 +145,13 @@ def _renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[st
     return ours
 
 
-def _joined(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _join_projections(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Separate projections to queries, keys and values as one."""
-    joined = {}
+    result = {}
     for name, tensor in weights.items():
         if ".to_q." in name:
             parts = [weights[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
-            joined[name.replace(".to_q.", ".to_qkv.")] = torch.cat(parts)
+            result[name.replace(".to_q.", ".to_qkv.")] = torch.cat(parts)
         elif ".to_k." not in name and ".to_v." not in name:
-            joined[name] = tensor
-    return joined
+            result[name] = tensor
+    return result

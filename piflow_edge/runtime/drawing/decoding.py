@@ -34,13 +34,13 @@ class Decoding:
 
         Beside each piece, "finite.0", ..., what is NaN where the decoder made NaN or infinity.
         """
-        made, found = decode_float_there if as_float else decode_there, {}
+        convert, found = decode_float_there if as_float else decode_there, {}
         if self._decoder is None:
-            return {"images.0": made(latents, self._manifest.latent)}
+            return {"images.0": convert(latents, self._manifest.latent)}
         for i, piece in enumerate(self._pieces(len(latents))):
             (decoded,) = self._decoder.run(self.inputs(latents[piece])).values()
             found[f"finite.{i}"] = gpu_arrays.sum_up_finiteness(decoded)
-            found[f"images.{i}"] = made(decoded)
+            found[f"images.{i}"] = convert(decoded)
         return found
 
     def with_decoder(self, decoder: Engine | None) -> "Decoding":
@@ -57,23 +57,23 @@ class Decoding:
         Raises:
             NotFiniteError: the decoder made NaN or infinity.
         """
-        made = decode_float_there if as_float else decode_there
+        convert = decode_float_there if as_float else decode_there
         if self._decoder is None:
-            return on_host(clock.run("decode", made, latents, self._manifest.latent), clock)
+            return on_host(clock.run("decode", convert, latents, self._manifest.latent), clock)
         images = []
         for piece in self._pieces(len(latents)):
-            images.append(on_host(clock.run("decode", self._decode, latents[piece], made), clock))
+            images.append(on_host(clock.run("decode", self._decode, latents[piece], convert), clock))
         return join_arrays(images)
 
-    def _decode(self, latents: Any, made: Callable[..., Any]) -> Any:
+    def _decode(self, latents: Any, convert: Callable[..., Any]) -> Any:
         (decoded,) = self._decoder.run(self.inputs(latents)).values()
         check_finite(decoded, "the decoder", self._manifest, self._precision, self._decoder)
-        return made(decoded)
+        return convert(decoded)
 
 
-def check_finite(made: Any, network: str, manifest: Manifest, precision: str, engine: Engine) -> None:
+def check_finite(array: Any, network: str, manifest: Manifest, precision: str, engine: Engine) -> None:
     """NotFiniteError for NaN and infinity: they would be black, or whatever the processor makes of them."""
-    if not gpu_arrays.all_finite(made):
+    if not gpu_arrays.all_finite(array):
         raise not_finite(network, manifest, precision, engine)
 
 

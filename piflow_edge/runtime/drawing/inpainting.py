@@ -14,7 +14,7 @@ from piflow_edge.schedule import Schedule, count_substeps, segment_sigmas, unwar
 
 
 @dataclass(frozen=True)
-class Known:
+class KeptImage:
     """What inpainting keeps of an image.
 
     `x_0`: the image, (B, C, H, W) in latent units. `drawn`: of its dtype, broadcasts to it; 1 where the student draws,
@@ -37,10 +37,10 @@ class Known:
         one has no influence on another.
         """
 
-        def kept(policy: Policy, x_t: Array, sigmas: np.ndarray, **how: Any) -> Array:
+        def integrate_and_keep(policy: Policy, x_t: Array, sigmas: np.ndarray, **how: Any) -> Array:
             return self.put_into(integrate(policy, x_t, sigmas, **how), float(sigmas[-1]))
 
-        return kept
+        return integrate_and_keep
 
 
 def count_calls(schedule: Schedule, settings: SamplingSettings) -> int:
@@ -50,7 +50,7 @@ def count_calls(schedule: Schedule, settings: SamplingSettings) -> int:
 
 
 def resample_before_calls(
-    known: Known,
+    kept_image: KeptImage,
     network: Callable[[Array, float], Policy],
     integrate: Integrate,
     renoise: Callable[[int], Array],
@@ -69,10 +69,10 @@ def resample_before_calls(
         if sigma_src == 1:
             return x_t
         for repeat in range(repeats):
-            policy = network(x_t, sigma_src).tempered(settings.temperature)
+            policy = network(x_t, sigma_src).temper(settings.temperature)
             fresh = renoise(len(segments) + index * repeats + repeat + 1)
             x_0 = integrate(policy, x_t, _levels_to_0(sigma_src, schedule), solver=settings.solver)
-            x_t = (1 - sigma_src) * known.put_into(x_0, 0.0) + sigma_src * fresh
+            x_t = (1 - sigma_src) * kept_image.put_into(x_0, 0.0) + sigma_src * fresh
         return x_t
 
     return enter

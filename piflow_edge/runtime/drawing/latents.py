@@ -20,7 +20,7 @@ from piflow_edge.runtime.request import Request
 from piflow_edge.sampling import Hooks, SamplingSettings, sample
 from piflow_edge.schedule import Schedule
 
-from .inpainting import Known, count_calls, resample_before_calls
+from .inpainting import KeptImage, count_calls, resample_before_calls
 from .observer import NOBODY, Observer, Watch
 from .stopwatch import Stopwatch
 
@@ -70,14 +70,14 @@ def draw_latents(
         return place(clock.run("noise", request.draw_noise, piece, draw, where.num_threads))
 
     noise = clock.run("noise", request.draw_noise, piece, 0, where.num_threads)
-    x_src, kept = request.start_from(noise, piece)
+    x_src, known = request.start_from(noise, piece)
     return draw(
         partial(student.policy, conditioning=take(request.conditioning, piece)),
         place(x_src),
         request.schedule,
         request.settings,
         renoise=renoise,
-        known=Known(*map(place, kept)) if kept else None,
+        kept_image=KeptImage(*map(place, known)) if known else None,
         observer=observer,
         first=piece.start,
         clock=clock,
@@ -92,7 +92,7 @@ def draw(
     settings: SamplingSettings,
     *,
     renoise: Callable[[int], Array] | None = None,
-    known: Known | None = None,
+    kept_image: KeptImage | None = None,
     observer: Observer = NOBODY,
     first: int = 0,
     clock: Stopwatch | None = None,
@@ -104,7 +104,7 @@ def draw(
         network, schedule, settings: as of `sample`, but `settings` has no None for what the loop needs.
         x_src: the state at noise level `settings.strength`.
         renoise: as in `Hooks`; also draws the noise of `settings.resamples`.
-        known: the part of an image to keep; the rest is drawn.
+        kept_image: the part of an image to keep; the rest is drawn.
         observer: who looks on. Where rollouts are cut for that, latents differ by rounding.
         first: number of the first image, for reports.
         clock: adds up the stages "network" and "policy".
@@ -117,21 +117,21 @@ def draw(
     settings, preview = settings.fill(strength=1.0, temperature=1.0, resamples=0), integrate
     if clock is not None:
         network, integrate = clock.wrap("network", network), clock.wrap("policy", integrate)
-    kept = integrate if known is None else known.wrap_integrate(integrate)
+    integrate_kept = integrate if kept_image is None else kept_image.wrap_integrate(integrate)
     if observer.is_watching:
         nfe = (
             len(schedule.segments_below(settings.strength))
-            if known is None
+            if kept_image is None
             else count_calls(schedule, settings)
         )
-        watch = Watch(observer, nfe, preview, known, first)
+        watch = Watch(observer, nfe, preview, kept_image, first)
         network = watch.wrap_network(network)
-        integrate, kept = (
+        integrate, integrate_kept = (
             watch.wrap_integrate(integrate, report=False),
-            watch.wrap_integrate(kept, report=True),
+            watch.wrap_integrate(integrate_kept, report=True),
         )
     hooks = {} if renoise is None else {"renoise": renoise}
-    if known is not None:
-        x_src = known.put_into(x_src, settings.strength)
-        hooks["enter"] = resample_before_calls(known, network, integrate, renoise, schedule, settings)
-    return sample(network, x_src, schedule, settings, Hooks(integrate=kept, **hooks))
+    if kept_image is not None:
+        x_src = kept_image.put_into(x_src, settings.strength)
+        hooks["enter"] = resample_before_calls(kept_image, network, integrate, renoise, schedule, settings)
+    return sample(network, x_src, schedule, settings, Hooks(integrate=integrate_kept, **hooks))

@@ -14,7 +14,7 @@ from piflow_edge.integrator import Integrate, integrate
 from piflow_edge.policies import Policy
 from piflow_edge.runtime.arguments import check_whole
 
-from .inpainting import Known
+from .inpainting import KeptImage
 
 # Substeps between two looks at whether to go on. Cutting a rollout costs some 20 microseconds a piece.
 _WATCHED_SUBSTEPS = 16
@@ -32,7 +32,7 @@ class Progress:
 
     `call`: student calls made for these images so far, of `nfe`; `substep`, of `substeps`: Euler steps done in the
     segment of the last one. `sigma_t`: the noise level. `first`: number of the first of these images within the whole
-    call, which may be made in pieces. `state`, `policy`, `known`, `integrate`: what `x_t` and `x_0` are made of.
+    call, which may be made in pieces. `state`, `policy`, `kept_image`, `integrate`: what `x_t` and `x_0` are made of.
     """
 
     call: int
@@ -42,7 +42,7 @@ class Progress:
     sigma_t: float
     state: Array
     policy: Policy
-    known: Known | None = None
+    kept_image: KeptImage | None = None
     first: int = 0
     integrate: Integrate = integrate
 
@@ -57,7 +57,7 @@ class Progress:
         # The Euler step down to 0 ends in x_t - sigma_t u_t, which is the estimate; so every kernel can give it.
         levels = np.array([self.sigma_t, 0.0])
         x_0 = self.integrate(self.policy, self.state, levels) if self.sigma_t > 0 else self.state
-        return _on_host(x_0 if self.known is None else self.known.put_into(x_0, 0.0))
+        return _on_host(x_0 if self.kept_image is None else self.kept_image.put_into(x_0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -102,32 +102,37 @@ def build_observer(
 class Watch:
     """One loop's observer: wraps its network and its integration to count calls, report, and stop.
 
-    `nfe`: calls that the loop is going to make. `integrate`, `known`, `first`: for the reports, as in `Progress`.
+    `nfe`: calls that the loop is going to make. `integrate`, `kept_image`, `first`: for the reports, as in `Progress`.
     """
 
     def __init__(
-        self, observer: Observer, nfe: int, integrate: Integrate, known: Known | None = None, first: int = 0
+        self,
+        observer: Observer,
+        nfe: int,
+        integrate: Integrate,
+        kept_image: KeptImage | None = None,
+        first: int = 0,
     ):
-        self._observer, self._nfe, self._known, self._first = observer, nfe, known, first
+        self._observer, self._nfe, self._kept_image, self._first = observer, nfe, kept_image, first
         self._preview = integrate
         self._calls = 0
 
     def wrap_network(self, network: Callable[[Array, float], Policy]) -> Callable[[Array, float], Policy]:
         """Return the network; it counts its calls, and stops before one where that was asked for."""
 
-        def watched(x_t: Array, sigma_src: float) -> Policy:
+        def call_watched(x_t: Array, sigma_src: float) -> Policy:
             self._check(sigma_src)
             policy = network(x_t, sigma_src)
             self._calls += 1
             return policy
 
-        return watched
+        return call_watched
 
     def wrap_integrate(self, integrate: Integrate, *, report: bool) -> Integrate:
         """Return the integration; it is cut where to look on, and calls the callback if `report`."""
         callback, every = (self._observer.callback, self._observer.every) if report else (None, None)
 
-        def watched(policy: Policy, x_t: Array, sigmas: np.ndarray, *, solver: str) -> Array:
+        def call_watched(policy: Policy, x_t: Array, sigmas: np.ndarray, *, solver: str) -> Array:
             substeps = len(sigmas) - 1
             looks = _WATCHED_SUBSTEPS if self._observer.cancel is not None and solver == "euler" else None
             for start, stop in _cuts(substeps, every, looks):
@@ -136,11 +141,11 @@ class Watch:
                 sigma_t = float(sigmas[stop])
                 if callback is not None and (stop == substeps or (every and stop % every == 0)):
                     done = (self._calls, self._nfe, stop, substeps, sigma_t)
-                    callback(Progress(*done, x_t, policy, self._known, self._first, self._preview))
+                    callback(Progress(*done, x_t, policy, self._kept_image, self._first, self._preview))
                 self._check(sigma_t)
             return x_t
 
-        return watched
+        return call_watched
 
     def _check(self, sigma_t: float) -> None:
         if self._observer.cancel is not None and self._observer.cancel.is_set():

@@ -92,7 +92,7 @@ class RecordedComputation:
     def _pin(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         dtype = np.dtype(dtype)
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        pinned = nvidia.Pinned(self._place.ordinal, max(1, size))
+        pinned = nvidia.PinnedMemory(self._place.ordinal, max(1, size))
         self._held.append(pinned)
         return np.frombuffer(pinned.bytes, dtype, size // dtype.itemsize).reshape(shape)
 
@@ -166,8 +166,8 @@ class ImageGraphs:
             if graph is None and (graph := self._record(key, request, shown, inputs)) is None:
                 return None
             self._graphs.move_to_end(key)
-            made = clock.run("transfer", graph.run, inputs)
-            return {name: array.copy() for name, array in made.items()}
+            outputs = clock.run("transfer", graph.run, inputs)
+            return {name: array.copy() for name, array in outputs.items()}
 
     def free(self) -> None:
         """Give all memory back, before the engines are closed."""

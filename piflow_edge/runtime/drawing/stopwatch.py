@@ -39,10 +39,10 @@ class Stopwatch:
     def wrap(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function; each of its calls is a stage."""
 
-        def timed(*arguments: Any, **more: Any) -> Any:
+        def call_timed(*arguments: Any, **more: Any) -> Any:
             began = time.perf_counter()
             result = function(*arguments, **more)
             self.add(stage, began)
             return result
 
-        return timed
+        return call_timed

@@ -49,14 +49,8 @@ class Batcher:
 
     def check_room(self, count: int = 1) -> None:
         """Raise BusyError unless so many images more may wait."""
-        if self.count_waiting() + count > self._max_waiting:
-            raise self.refuse()
-
-    def refuse(self) -> BusyError:
-        """Count a request that is refused, and return the error that says when there should be room."""
-        self._counters.refused.labels(self._name).inc()
-        waiting = self.count_waiting()
-        return BusyError(waiting, max(1, math.ceil(waiting * self._seconds_per_image)))
+        if (waiting := self.count_waiting()) + count > self._max_waiting:
+            raise self._refuse(waiting)
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn.
@@ -73,7 +67,7 @@ class Batcher:
                 self._waiting.append(job)
                 self._changed.notify()
                 return
-        raise self.refuse()
+        raise self._refuse(waiting)
 
     def abandon(self, job: Job) -> None:
         """Forget a job whose caller is gone. Its batch stops after the next network call if it has no other callers."""
@@ -96,6 +90,10 @@ class Batcher:
         for job in waiting:
             self._settle(job, error=stopping)
         self._thread.join()
+
+    def _refuse(self, waiting: int) -> BusyError:
+        self._counters.refused.labels(self._name).inc()
+        return BusyError(waiting, max(1, math.ceil(waiting * self._seconds_per_image)))
 
     def _work(self) -> None:
         while batch := self._take_batch():

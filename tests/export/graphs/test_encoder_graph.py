@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 import torch
 
-from piflow_edge.conditioning import Asked
+from piflow_edge.conditioning import ConditionRequest
 from piflow_edge.distill.networks.text_encoders import open_prompts
 from piflow_edge.engines import open_engine
 from piflow_edge.export.onnx_graphs.encoder_graph import export_encoder
@@ -29,7 +29,7 @@ def test_a_prompt_is_encoded_as_in_transformers(kind):
             lambda asset: encoder.tokenizer, lambda name, inputs: graph.run(dict(inputs))
         )
         for prompt in ["a red apple", "", "a", *nasty_prompts(40)]:
-            theirs, found = (text.encode(Asked(prompts=prompt)) for text in (torch_side, ours))
+            theirs, found = (text.encode(ConditionRequest(prompts=prompt)) for text in (torch_side, ours))
             for name, array in theirs.items():
                 np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5)
 

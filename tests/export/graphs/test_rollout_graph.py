@@ -45,7 +45,7 @@ def gmk_error(arrays, sigmas, temperature, eps=1e-4):
     K = arrays["means"].shape[1]
     widths = arrays["logstds"] + np.linspace(-1, 1, K).reshape(1, K, *(1,) * (arrays["means"].ndim - 2))
     arrays = arrays | {"logstds": widths}
-    exact = GMKPolicy(*arrays.values(), sigmas[0], eps=eps).tempered(temperature)
+    exact = GMKPolicy(*arrays.values(), sigmas[0], eps=eps).temper(temperature)
     expected = integrate(exact, arrays["x_src"], sigmas, kernel="reference")
     found = run(GMKPolicySpec(K, eps), arrays, sigmas, temperature)
     return np.abs(found - expected).max()
@@ -53,7 +53,7 @@ def gmk_error(arrays, sigmas, temperature, eps=1e-4):
 
 def gm_error(arrays, sigmas, temperature, eps=1e-4):
     """Greatest difference between the graph and the same rollout in float64."""
-    exact = GMPolicy(*arrays.values(), sigmas[0], eps=eps).tempered(temperature)
+    exact = GMPolicy(*arrays.values(), sigmas[0], eps=eps).temper(temperature)
     expected = integrate(exact, arrays["x_src"], sigmas, kernel="reference")
     found = run(GMPolicySpec(arrays["means"].shape[1], eps), arrays, sigmas, temperature)
     return np.abs(found - expected).max()
