@@ -69,7 +69,7 @@ def convert_floats(what: str, given: Any, shape: Sequence[int], count: int | Non
 def read_start_and_mask(
     image: Any, mask: Any, count: int, spec: LatentSpec, name: str
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return latents (B, C, H, W) of a given image, and bool (B, 1, H, W) of a mask; None for what is not given."""
+    """Return latents (B, C, H, W) of a given image, and (B, 1, H, W) of a mask; None for what is not given."""
     if mask is not None and image is None:
         raise ShapeError("a mask says what to draw into an image; give the image too")
     if image is None:

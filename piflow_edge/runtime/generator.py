@@ -120,7 +120,7 @@ class Generator:
             image: to start from, or for `mask` to keep a part of: one, or one per image to make. PIL, uint8
                 (H, W, C), or latents (C, H, W) as `Result.latents` has them, which a bundle of latents wants.
             mask: white or True where something is to be drawn into `image`: a PIL image or an array (H, W), as large as
-                the image or its latents; or one per image. All else stays, exactly.
+                the image or its latents; or one per image. Black stays, exactly; grey mixes the two.
             output: "pil", "numpy" (uint8), "float" (0 to 1) or "latent" (images are not made).
             callback: called with a `Progress` after every student call's segment; its `x_0` is the clean latents as the
                 policy sees them, which `decode` shows. What it raises, such as `Cancelled`, reaches the caller.

@@ -1,6 +1,8 @@
 """Latents <-> the pixels of images."""
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import numpy as np
 from piflow_edge.arrays import Array
 from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.errors import ShapeError
+from piflow_edge.system.pixels import to_eight_bits
+
+log = logging.getLogger(__name__)
 
 
 def decode(latents: Array, spec: LatentSpec | None = None) -> np.ndarray:
@@ -97,32 +102,69 @@ def read_image(images: Any, spec: LatentSpec, name: str) -> np.ndarray:
 
 
 def read_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """What a caller gives as a mask -> bool (B or 1, 1, H, W), True where the student draws.
+    """What a caller gives as a mask -> (B or 1, 1, H, W): bool, True where the student draws, or float32 if it is soft.
 
     Args:
-        mask: a PIL image or a list of them, or an array (H, W) or (B, H, W): bool, or numbers of which those above half
-            of white (of 255 for whole numbers, of 1 for others) are to be drawn. H and W those of the latents, or
-            whole multiples, as an image has them: then a latent is kept only where all its pixels are.
+        mask: a PIL image or a list of them, or an array (H, W) or (B, H, W): bool, or numbers, up to 255 if they are
+            whole and up to 1 if not. 0 keeps the image, the largest number shows what is drawn, and what lies between
+            mixes the two in this share. H and W those of the latents, or whole multiples, as an image has them: then a
+            latent takes the largest of its pixels. Of a picture whose alpha varies and whose colour does not, the
+            mask is its alpha.
         size: (H, W) of the latents.
+
+    Raises:
+        ShapeError: another size, or nothing that can be a mask.
     """
-    array = _array(mask, "L")
-    if array.dtype.kind == "f":
-        array = array > 0.5
-    elif array.dtype.kind in "iu":
+    array = _array(mask, "mask")
+    if array.dtype.kind in "iu":
         if array.size and array.max() == 1:  # else nothing would be drawn
             raise ShapeError(
                 "a mask of whole numbers has 255 for white; this one has 0 and 1: give it as bool"
             )
-        array = array > 127
+        array = array / np.float32(255)
     array = array if array.ndim == 3 else array[None]
     (height, width), (rows, columns) = size, array.shape[-2:] if array.ndim == 3 else (0, 0)
     factor = rows // height
-    if array.dtype != bool or not factor or (rows, columns) != (height * factor, width * factor):
+    is_number = array.dtype == bool or array.dtype.kind == "f"
+    if not is_number or not factor or (rows, columns) != (height * factor, width * factor):
         raise ShapeError(
             f"a mask is an image of {width}x{height}, or a whole multiple of that, white where something is to be "
             f"drawn; got {np.shape(mask) or getattr(mask, 'size', mask)!s}"
         )
-    return array.reshape(len(array), 1, height, factor, width, factor).any((3, 5))
+    share = array.reshape(len(array), 1, height, factor, width, factor).max((3, 5))
+    if not ((share >= 0) & (share <= 1)).all():
+        raise ShapeError(f"a mask lies between 0 and 1, or 0 and 255; got {array.min():g} to {array.max():g}")
+    if not share.any():
+        log.warning("the mask selects nothing: the image stays as it is")
+    elif (share == 1).all():
+        log.warning("the mask selects everything: nothing of the image is kept")
+    is_hard = bool(((share == 0) | (share == 1)).all())
+    return share.astype(bool if is_hard else np.float32)
+
+
+def _mask_of_picture(image: Any) -> Any:
+    """A picture as the grey one of a mask; its alpha, where that is what varies."""
+    if "transparency" not in image.info and "A" not in image.getbands():
+        return image.convert("L")
+    image = image.convert("RGBA")
+    alpha = image.getchannel("A")
+    varies = [low < high for low, high in image.getextrema()]
+    if not varies[3] and alpha.getextrema()[0] == 255:
+        return image.convert("L")
+    if any(varies[:3]):
+        raise ShapeError(
+            "both colour and alpha of the mask vary, so either could be meant; give it in grey, white where something "
+            "is to be drawn"
+        )
+    return alpha
+
+
+# What a picture is brought to, by what it is for.
+_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "L": lambda image: image.convert("L"),
+    "RGB": lambda image: image.convert("RGB"),
+    "mask": _mask_of_picture,
+}
 
 
 def open_image(path: Path) -> Any:
@@ -161,15 +203,15 @@ def open_array(path: Path) -> np.ndarray:
     return array
 
 
-def _array(images: Any, mode: str) -> np.ndarray:
-    """PIL images, or what is an array already, as an array."""
+def _array(images: Any, use: str) -> np.ndarray:
+    """PIL images, or what is an array already, as an array. `use`: one of `_CONVERSIONS`."""
     if isinstance(images, (str, os.PathLike)):
         raise ShapeError(
             f"give what is in the file, as PIL.Image.open reads it, not its path; got {images!r}"
         )
     listed = images if isinstance(images, (list, tuple)) else [images]
     if listed and all(hasattr(image, "convert") for image in listed):
-        arrays = [np.asarray(image.convert(mode)) for image in listed]
+        arrays = [np.asarray(_CONVERSIONS[use](to_eight_bits(image))) for image in listed]
         if len({array.shape for array in arrays}) > 1:
             raise ShapeError("images of one call must have one size; give them one by one")
         return np.stack(arrays) if images is listed else arrays[0]

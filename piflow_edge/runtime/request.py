@@ -29,8 +29,9 @@ class Request:
 
     `condition_request`: what the caller wants to see; `conditioning`: what became of it. `seeds`: (seed, index) of each
     image. `settings`: with nothing left open; `schedule`: what they make. `start`: the image to start from or to keep a
-    part of, as latents (B, C, H, W). `drawn`: the mask, bool (B, 1, H, W). `noise`: (B, C, H, W). `start`, `drawn` and
-    `noise` are None where they were not given. `shape`: of one image's latents.
+    part of, as latents (B, C, H, W). `drawn`: the mask, (B, 1, H, W), bool or from 0 to 1.
+    `noise`: (B, C, H, W). `start`, `drawn` and `noise` are None where they were not given. `shape`: of one image's
+    latents.
     """
 
     condition_request: ConditionRequest
@@ -72,7 +73,8 @@ class Request:
             x_src = (1 - strength) * self.start[piece] + strength * noise
         if self.drawn is None:
             return x_src, ()
-        return x_src, (self.start[piece], self.drawn[piece].astype(np.float32), noise)
+        share = self.drawn[piece].astype(np.float32)
+        return x_src, (self.start[piece], np.ceil(share), share, noise)
 
 
 def open_conditioner(bundle: Bundle, engines: Mapping[str, Engine]) -> Conditioner:

@@ -1,8 +1,11 @@
 """Pixels as networks that look at images take them: rounded to 8 bits, resized, in another range of values."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+
+from piflow_edge.errors import ShapeError
 
 # Mean and standard deviation of ImageNet's pixels, by which most classifiers' inputs are normalised.
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
@@ -34,6 +37,21 @@ def quantise_images(images: np.ndarray) -> np.ndarray:
     """Return images in [-1, 1], (M, C, H, W), as bytes (M, H, W, C)."""
     levels = np.rint(np.clip((images + 1) * 127.5, 0, 255)).astype(np.uint8)
     return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
+
+
+def to_eight_bits(image: Any) -> Any:
+    """Return a picture of Pillow with 16 bits a pixel in 8, as PNG and TIFF may have; others as they are.
+
+    Raises:
+        ShapeError: whole or real numbers, whose range is anybody's guess.
+    """
+    if image.mode.startswith("I;16"):
+        from PIL import Image  # it is loaded: the picture came from it
+
+        return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ShapeError(f"its mode is {image.mode!r}, of numbers of any range; convert it to 8 bits")
+    return image
 
 
 def resize_images(images: np.ndarray, height: int | None, width: int | None) -> np.ndarray:

@@ -152,6 +152,19 @@ class TestKinds:
         found = self.one(tmp_path / "2", Image.new("CMYK", (2, 2), (0, 255, 255, 0)), "0.tif")
         assert found[:, 0, 0].tolist() == [255, 0, 0]
 
+    @pytest.mark.parametrize("name", ["0.png", "0.tif", "big.tif"])
+    def test_sixteen_bits_become_eight(self, tmp_path, name):
+        deep = np.array([[0, 128, 129, 257], [30000, 65280, 65535, 1]], np.uint16)
+        image = Image.fromarray(deep)
+        if name == "big.tif":
+            image = Image.frombytes("I;16B", (4, 2), deep.astype(">u2").tobytes())
+        expected = [[0, 0, 1, 1], [117, 254, 255, 0]]
+        exif = Image.Exif()
+        exif[0x0112] = 3  # half a turn to show
+        assert self.one(tmp_path / "a", image, name)[0].tolist() == expected
+        turned = self.one(tmp_path / "b", image, name, exif=exif)[0]
+        assert turned.tolist() == [row[::-1] for row in expected[::-1]]
+
 
 class TestBroken:
     def grow(self, folder, count=10):
@@ -165,10 +178,10 @@ class TestBroken:
         (cats / "text.png").write_bytes(b"not an image")
         (cats / "empty.png").write_bytes(b"")
         (cats / "cut.png").write_bytes(whole[:45])
-        Image.fromarray(np.full((6, 6), 40000, np.uint16)).save(cats / "deep.png")
+        Image.fromarray(np.full((6, 6), 40000, np.int32)).save(cats / "deep.tif")
         Image.fromarray(np.full((6, 6), 0.5, np.float32)).save(cats / "floats.tif")
         (cats / "nowhere.png").symlink_to(folder / "gone.png")
-        return ["cut.png", "deep.png", "empty.png", "floats.tif", "nowhere.png", "text.png"]
+        return ["cut.png", "deep.tif", "empty.png", "floats.tif", "nowhere.png", "text.png"]
 
     def test_they_are_named_with_their_reason_and_skipped(self, folder, caplog):
         self.grow(folder)
@@ -179,7 +192,7 @@ class TestBroken:
         assert record.levelno == logging.WARNING and "skipped 6 of 26 images" in record.getMessage()
         lines = record.getMessage().splitlines()[1:]
         assert [line.strip().partition(":")[0] for line in lines] == [f"cats/{name}" for name in names]
-        assert "more than 8 bits per channel" in lines[1] and "'F'" in lines[3]
+        assert "its mode is 'I', of numbers of any range" in lines[1] and "'F'" in lines[3]
         assert "not an image" in lines[2] and "not an image" in lines[5]
 
     def test_they_are_named_again_when_the_cache_is_used(self, folder, caplog):

@@ -442,6 +442,16 @@ class TestInpainting:
             np.testing.assert_array_equal(found[:, ~self.drawn], images[:, ~self.drawn])
             assert not np.isclose(found[:, self.drawn], images[:, self.drawn]).all(axis=1).any()
 
+    def test_a_soft_mask_mixes_what_is_drawn_and_what_is_given(self, images):
+        image = images[:8].reshape(-1, 1, SIDE, SIDE)
+        hard = self.drawn.reshape(SIDE, SIDE)
+        half, whole = (
+            gaussian_generator()([0] * 8, seed=1, image=image, mask=mask, output="latent").latents
+            for mask in (hard * 0.5, hard)
+        )
+        # What is drawn is the same, so half of it and half of the image are shown; rounded once in float32.
+        np.testing.assert_allclose(half, np.where(hard, 0.5 * whole + 0.5 * image, image), rtol=0, atol=1e-6)
+
     def test_resamples_bring_what_is_drawn_to_the_conditional(self, images):
         known = COVARIANCE[np.ix_(~self.drawn, ~self.drawn)]
         exact = COVARIANCE[np.ix_(self.drawn, ~self.drawn)] @ np.linalg.inv(known)

@@ -81,6 +81,58 @@ def test_a_mask_of_another_size_is_refused(mask):
         read_mask(mask, (2, 3))
 
 
+GREYS = np.array([[0, 51, 255], [255, 0, 0]], np.uint8)
+SHARES = GREYS / np.float32(255)
+
+
+def with_alpha(colour, alpha):
+    planes = [np.broadcast_to(np.uint8(plane), GREYS.shape) for plane in (*colour, alpha)]
+    return Image.fromarray(np.stack(planes, axis=-1), "RGBA")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        GREYS,
+        SHARES.astype(np.float64),
+        Image.fromarray(GREYS),
+        Image.fromarray(GREYS.astype(np.uint16) * 257),
+        Image.fromarray(GREYS).convert("RGB"),
+        with_alpha([255] * 3, GREYS),
+        with_alpha([0] * 3, GREYS),  # as paint programs save a brush: black, where it was not used too
+        with_alpha([GREYS] * 3, 255),
+    ],
+    ids=["bytes", "floats", "grey", "16 bits", "colour", "white alpha", "black alpha", "opaque"],
+)
+def test_a_soft_mask_has_its_shares_however_it_is_given(mask):
+    found = read_mask(mask, (2, 3))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[0, 0], SHARES, rtol=0, atol=1e-7)
+
+
+def test_a_latent_takes_the_largest_share_of_its_pixels():
+    mask = np.zeros((4, 6), np.float32)
+    mask[:2, :2] = [[0.2, 0.7], [0.1, 0.0]]
+    assert read_mask(mask, (2, 3))[0, 0].tolist() == [[np.float32(0.7), 0, 0], [0, 0, 0]]
+
+
+def test_a_mask_that_can_be_read_in_two_ways_is_refused():
+    with pytest.raises(PiFlowError, match="both colour and alpha"):
+        read_mask(with_alpha([GREYS] * 3, GREYS), (2, 3))
+    with pytest.raises(PiFlowError, match="got 0 to 2"):
+        read_mask(GREYS / 127.5, (2, 3))
+    with pytest.raises(PiFlowError, match="got nan"):
+        read_mask(np.full((2, 3), np.nan), (2, 3))
+
+
+def test_a_mask_of_nothing_or_all_is_said(caplog):
+    read_mask(np.zeros((2, 3), bool), (2, 3))
+    read_mask(Image.new("L", (3, 2), 255), (2, 3))
+    assert [record.getMessage()[:24] for record in caplog.records] == [
+        "the mask selects nothing", "the mask selects everyth",
+    ]  # fmt: skip
+
+
 def test_a_mask_is_not_a_path():
     with pytest.raises(PiFlowError, match=r"path; got .*m\.png"):
         read_mask(Path("m.png"), (2, 3))

@@ -17,6 +17,7 @@ from piflow_edge.conditioning import ClassLabels, Unconditional
 from piflow_edge.errors import DataError
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.files import sha256
+from piflow_edge.system.pixels import to_eight_bits
 from piflow_edge.system.progress import progress
 
 from .array_cache import ArrayWriter, load_or_build
@@ -214,10 +215,8 @@ def _read(file: Path, size: tuple[int, int] | None) -> np.ndarray | str:
     """Pixels uint8 (C, H, W), C being 1 or 3; or why there are none."""
     try:
         with Image.open(file) as image:  # of an animation, the first frame
-            if image.mode.startswith(("I", "F")):
-                # Pillow would clip these to white; their range is anybody's guess.
-                return f"its mode is {image.mode!r}, more than 8 bits per channel; convert it to 8 bits"
-            image = _over_white(ImageOps.exif_transpose(image))
+            # To 8 bits first: Pillow would clip 16 to white.
+            image = _over_white(to_eight_bits(ImageOps.exif_transpose(image)))
             if size:
                 image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
             pixels = np.asarray(image)

@@ -18,17 +18,26 @@ class KeptImage:
     """What inpainting keeps of an image.
 
     `x_0`: the image, (B, C, H, W) in latent units. `drawn`: of its dtype, broadcasts to it; 1 where the student draws,
-    0 where `x_0` is kept. `noise`: Gaussian noise like `x_0`, of the kept part at noise levels above 0.
+    0 where `x_0` is kept. `share`: like it, how much of what is drawn the result shows, from 0 to 1; the rest is `x_0`.
+    `noise`: Gaussian noise like `x_0`, of the kept part at noise levels above 0.
     """
 
     x_0: Array
     drawn: Array
+    share: Array
     noise: Array
 
     def put_into(self, x_t: Array, sigma_t: float) -> Array:
-        """`x_t` with the kept part as it is at noise level `sigma_t`; at 0, exactly `x_0`."""
+        """`x_t` with the kept part as it is at noise level `sigma_t`; at 0, exactly `x_0`.
+
+        All of a soft part counts as drawn: two noises mixed are weaker than one, which the student takes for image.
+        """
         kept = self.x_0 if sigma_t == 0 else (1 - sigma_t) * self.x_0 + sigma_t * self.noise
         return self.drawn * x_t + (1 - self.drawn) * kept  # 0 and 1 multiply without rounding
+
+    def finish(self, x_0: Array) -> Array:
+        """The result: what is drawn and what is kept, mixed where the mask is soft."""
+        return self.share * x_0 + (1 - self.share) * self.x_0
 
     def wrap_integrate(self, integrate: Integrate) -> Integrate:
         """Return the integration; the kept part is put back at its end, where the network sees it next.
@@ -38,7 +47,8 @@ class KeptImage:
         """
 
         def integrate_and_keep(policy: Policy, x_t: Array, sigmas: np.ndarray, **how: Any) -> Array:
-            return self.put_into(integrate(policy, x_t, sigmas, **how), float(sigmas[-1]))
+            x_t, sigma_t = integrate(policy, x_t, sigmas, **how), float(sigmas[-1])
+            return self.finish(x_t) if sigma_t == 0 else self.put_into(x_t, sigma_t)
 
         return integrate_and_keep
 

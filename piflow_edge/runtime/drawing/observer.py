@@ -57,7 +57,7 @@ class Progress:
         # The Euler step down to 0 ends in x_t - sigma_t u_t, which is the estimate; so every kernel can give it.
         levels = np.array([self.sigma_t, 0.0])
         x_0 = self.integrate(self.policy, self.state, levels) if self.sigma_t > 0 else self.state
-        return _on_host(x_0 if self.kept_image is None else self.kept_image.put_into(x_0, 0.0))
+        return _on_host(x_0 if self.kept_image is None else self.kept_image.finish(x_0))
 
 
 @dataclass(frozen=True)
