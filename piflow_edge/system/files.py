@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place, synced, then renamed over it."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,13 +11,16 @@ from typing import BinaryIO
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Put `data` at `path`: a reader, a full disk or Ctrl-C at any moment leaves the old file or the new one."""
-    with atomic_file(path) as file:
+    with atomic_file(path, size=len(data)) as file:
         file.write(data)
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears at `path` only when the block ends without an error; see `write_atomic`."""
+def atomic_file(path: Path, *, size: int | None = None) -> Iterator[BinaryIO]:
+    """A file to write that appears at `path` only when the block ends without an error; see `write_atomic`.
+
+    `size`: bytes that will be written, where it is known: a full disk's error says it.
+    """
     work = _beside(path)
     try:
         with work.open("xb") as file:
@@ -26,9 +30,22 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(work, path)
     except BaseException as error:
         work.unlink(missing_ok=True)
-        if isinstance(error, OSError) and str(error.filename) == str(work):
-            error.filename, error.filename2 = str(path), None  # what the caller asked for
+        if isinstance(error, OSError):
+            _name_file(error, work, path, size)
         raise
+
+
+def _name_file(error: OSError, work: Path, path: Path, size: int | None) -> None:
+    """Let an error say what the caller asked for: a failed write names no file, and others the temporary one."""
+    if error.filename is None or str(error.filename) == str(work):
+        error.filename = str(path)
+        if error.filename2 is not None:
+            del error.filename2  # of a rename, where it went
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        import shutil  # slow to import, and the runtime only hashes
+
+        need = "" if size is None else f", {size / 1e6:.1f} MB to write"
+        error.strerror = f"{error.strerror}{need}, {shutil.disk_usage(path.parent).free / 1e6:.1f} MB free"
 
 
 @contextmanager
@@ -62,8 +79,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name next to `path` that nobody else uses."""
-    return path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    """A hidden name next to `path` that nobody else uses, short where that of `path` is as long as names may be."""
+    return path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}")
 
 
 def sha256(data: bytes) -> str:

@@ -1,0 +1,33 @@
+"""Files that are whole or absent, and what is said when they cannot be written."""
+
+import errno
+import os
+
+import pytest
+
+from piflow_edge.system.files import new_folder, write_atomic
+
+LONGEST = "é" * 125 + ".json"  # 255 bytes
+
+
+def test_a_name_as_long_as_names_may_be(tmp_path):
+    write_atomic(tmp_path / LONGEST, b"data")
+    assert (tmp_path / LONGEST).read_bytes() == b"data" and len(os.listdir(tmp_path)) == 1
+    with new_folder(tmp_path / LONGEST[:-5]) as folder:
+        write_atomic(folder / "inside", b"")
+    assert (tmp_path / LONGEST[:-5] / "inside").is_file()
+
+
+def test_a_full_disk_says_what_did_not_fit(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space .*, 2\.5 MB to write, [\d.]+ MB free: '.*weights'"):
+        write_atomic(tmp_path / "weights", bytes(2_500_000))
+    assert not os.listdir(tmp_path)
+
+
+def test_another_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/file'$"):
+        write_atomic(tmp_path / "nowhere" / "file", b"")
