@@ -238,6 +238,10 @@ class OpenedTextPrompts:
         self._lock = Lock()
 
     @property
+    def encoders(self) -> tuple[TextEncoderSpec, ...]:
+        return self.spec.encoders
+
+    @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         return self.spec.inputs
 

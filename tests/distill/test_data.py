@@ -323,8 +323,23 @@ def test_conditions_of_any_name(tmp_path):
     assert load_images(str(tmp_path / "set.npz")).batch(np.array([1]))[1].keys() == {"labels", "mask"}
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_npz_with_the_channels_first(tmp_path, order):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 6), np.uint8)
+    np.savez(tmp_path / "set.npz", images=np.asarray(pixels, order=order), labels=np.arange(5) % 2)
+    data = load_images(str(tmp_path / "set.npz"))
+    assert data.shape == (3, 4, 6)
+    np.testing.assert_array_equal(levels(data), pixels)
+
+
+def test_classes_without_images_are_named(tmp_path, caplog):
+    np.savez(tmp_path / "set.npz", images=np.full((10, 3, 3), 9, np.uint8), labels=np.arange(1, 11))
+    assert len(load_images(str(tmp_path / "set.npz")).conditioner.names) == 11
+    assert "1 classes of" in caplog.text and "no images: '0'" in caplog.text
+
+
 GOOD = dict(latents=np.zeros((3, 4, 2, 2), np.float32), scale=1.0, shift=0.0, labels=[0, 1, 0])
-PIXELS = np.zeros((2, 3, 3), np.uint8)
+PIXELS = np.full((2, 3, 3), 9, np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +347,26 @@ PIXELS = np.zeros((2, 3, 3), np.uint8)
     [
         (dict(images=PIXELS), r"'images' or 'latents', .*'labels'"),
         (dict(images=np.zeros((2, 3, 3)), labels=[0, 1]), "must be uint8"),
+        (
+            dict(images=np.full((2, 3, 3), 0.5), labels=[0, 1]),
+            r"from 0.5 to 0.5: give np.rint\(images \* 255\)",
+        ),
+        (dict(images=np.array([-1.0, 0.5] * 9).reshape(2, 3, 3), labels=[0, 1]), r"\(images \+ 1\) \* 127.5"),
+        (dict(images=np.full((2, 3, 3), 1.5), labels=[0, 1]), r"np.rint\(images\)"),
+        (dict(images=np.full((2, 3, 3), 400.0), labels=[0, 1]), "from 400 to 400$"),
+        (dict(images=np.ones((2, 3, 3), np.uint16), labels=[0, 1]), r"images / 257"),
+        (dict(images=np.ones((2, 3, 3), np.uint8), labels=[0, 1]), "no number above 1, .* multiply by 255"),
+        (
+            dict(images=np.full((2, 3, 5, 3), 9, np.uint8), labels=[0, 1]),
+            r"\(3, 5\) pixels of 3 .* \(5, 3\) pixels",
+        ),
+        (
+            dict(images=np.full((2, 8, 8, 4), 9, np.uint8), labels=[0, 1]),
+            r"1 or 3 channels.* transparent over white",
+        ),
+        (dict(images=np.full((2, 8, 8, 5), 9, np.uint8), labels=[0, 1]), r"1 or 3 channels"),
+        (dict(images=PIXELS, labels=[0, -2]), "0 or more; image 1 has -2"),
+        (dict(images=PIXELS, labels=[3, 1_000_000]), "go up to 1000000 with 2 different"),
         (dict(images=PIXELS, labels=[0]), "one class id"),
         (dict(images=PIXELS, labels=[0.5, 1.0]), "one class id"),
         (dict(images=PIXELS, labels=[0, 5], class_names=["a", "b"]), "only 2"),

@@ -380,3 +380,17 @@ def test_labels_dropped_in_training_are_the_null_class():
     share = (seen[0] == TINY.null_label).float().mean().item()
     assert share == pytest.approx(0.5, abs=0.1)  # four standard errors of 400 throws
     assert set(seen[0].tolist()) == {0, TINY.null_label}
+
+
+def test_a_finished_run_can_be_made_longer(teacher, data, tmp_path):
+    run(teacher, data, tmp_path, config=replace(SHORT, learning_rate_decay="inverse-sqrt"))
+    longer = replace(SHORT, iterations=9, batch_size=4, learning_rate_decay="inverse-sqrt")
+    assert run(teacher, data, tmp_path, config=longer, resume=True).iteration == 9
+    with pytest.raises(CheckpointError, match="iterations are 6, and 9 are done"):
+        run(teacher, data, tmp_path, config=replace(longer, iterations=6), resume=True)
+
+
+def test_the_learning_rate_falls_with_the_root_of_the_steps():
+    config = TrainingConfig(learning_rate=1.0, warmup=100, learning_rate_decay="inverse-sqrt")
+    rates = [training.learning_rate(config, iteration) for iteration in (0, 49, 99, 399, 9999)]
+    assert rates == pytest.approx([0.01, 0.5, 1.0, 0.5, 0.1])

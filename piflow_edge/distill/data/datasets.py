@@ -51,7 +51,10 @@ def load_images(source: str, *, size: int | tuple[int, int] | None = None) -> Im
         return _digits()
     if path.suffix == ".npz" and path.is_file():
         return read_npz(path)
-    raise DataError(f"data is 'digits', an .npz file or a folder with one folder per class; got {source!r}")
+    what = f"{source!r} is another kind of file" if path.exists() else f"there is nothing at {source!r}"
+    raise DataError(
+        f"data is 'digits', an .npz file, or a folder of images by class or with captions; {what}"
+    )
 
 
 def check_same_latents(settings: Mapping, data: ImageData) -> None:

@@ -1,5 +1,6 @@
 """An `.npz` of images or latents. Large arrays that are not compressed stay on the disk."""
 
+import logging
 import struct
 import zipfile
 import zlib
@@ -18,6 +19,8 @@ from .image_data import PIECE, ImageData, Latent, pieces
 _IN_PLACE_FROM = 64 << 20
 # What numbers of a kind are handed to the network as.
 _DTYPES = {"f": "float32", "i": "int64", "u": "int64", "b": "bool"}
+log = logging.getLogger(__name__)
+
 # Items that are not finite and are named; the others are counted.
 _NAMED = 10
 
@@ -109,11 +112,47 @@ def name_axes(arrays: Mapping[str, np.ndarray]) -> tuple[TensorSpec, ...]:
 
 
 def _images(path: Path, images: np.ndarray) -> np.ndarray:
+    """Pixels as (M, C, H, W); those of another kind are refused, since wrong images train without a word."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size:
         raise DataError(
-            f"images in {path} must be uint8 (M, H, W) or (M, H, W, C); got {images.dtype} {images.shape}"
+            f"images in {path} must be uint8 (M, H, W), (M, H, W, C) or (M, C, H, W), 0 for black to 255; got "
+            f"{images.dtype} {images.shape}{_conversion(images)}"
         )
-    return images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    if len(images) > 1 and images.max() <= 1:
+        raise DataError(
+            f"images in {path} hold no number above 1, so all are black; if 1 stands for white, multiply by 255"
+        )
+    if images.ndim == 3:
+        return images[:, None]
+    channels = [axis for axis in (3, 1) if images.shape[axis] in (1, 3)]
+    if len(channels) == 1:
+        return np.moveaxis(images, channels[0], 1)
+    if not channels:
+        raise DataError(
+            f"images in {path} must have 1 or 3 channels, as the last axis or the second; got {images.shape}"
+            + ("; lay what is transparent over white first" if images.shape[3] == 4 else "")
+        )
+    one, other = (f"{images.shape[1:3]} pixels of {images.shape[3]} channels",
+                  f"{images.shape[2:]} pixels of {images.shape[1]}")  # fmt: skip
+    raise DataError(
+        f"images in {path} {images.shape} can be read as {one}, or as {other}; leave out the axis of channels where it "
+        "is one, or give images of another size"
+    )
+
+
+def _conversion(images: np.ndarray) -> str:
+    """How numbers of another kind become bytes, as the end of a message."""
+    kind = images.dtype.kind
+    if kind not in "fiub" or not images.size:
+        return ""
+    if kind == "f":
+        low, high = float(np.nanmin(images)), float(np.nanmax(images))
+        ranges = ((0, 1, "images * 255"), (-1, 1, "(images + 1) * 127.5"), (0, 255, "images"))
+        fitting = next((way for least, most, way in ranges if least <= low and high <= most), None)
+        return f"; they run from {low:g} to {high:g}" + (
+            f": give np.rint({fitting}).astype(np.uint8)" if fitting else ""
+        )
+    return "; of 16 bits, give (images / 257).round().astype(np.uint8)" if images.dtype == np.uint16 else ""
 
 
 def _latents(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Latent]:
@@ -143,14 +182,35 @@ def _classes(
     path: Path, arrays: Mapping[str, np.ndarray], count: int
 ) -> tuple[ClassLabels, dict[str, np.ndarray]]:
     labels = arrays["labels"]
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
-            f"labels in {path} must be one class id, 0 or more, per image; got {labels.dtype} {labels.shape}"
+            f"labels in {path} must be one class id, 0 or more, per image ({count}); got {labels.dtype} "
+            f"{labels.shape}"
         )
-    names = arrays.get("class_names", np.arange(labels.max() + 1))
-    if labels.max() >= len(names):
-        raise DataError(f"labels in {path} go up to {labels.max()}; class_names has only {len(names)}")
-    return ClassLabels(tuple(str(n) for n in names)), {"labels": labels.astype(np.int64)}
+    if labels.min() < 0:
+        raise DataError(f"labels in {path} must be 0 or more; image {labels.argmin()} has {labels.min()}")
+    highest = int(labels.max())
+    if "class_names" in arrays:
+        names = tuple(map(str, arrays["class_names"]))
+        if highest >= len(names):
+            raise DataError(f"labels in {path} go up to {highest}; class_names has only {len(names)}")
+    else:
+        _check_numbering(path, labels, highest)
+        names = tuple(map(str, range(highest + 1)))
+    if empty := sorted(set(range(highest + 1)) - set(np.unique(labels).tolist())):
+        shown = ", ".join(repr(names[i]) for i in empty[:_NAMED])
+        log.warning("%d classes of %s have no images: %s", len(empty), path, shown)
+    return ClassLabels(names), {"labels": labels.astype(np.int64)}
+
+
+def _check_numbering(path: Path, labels: np.ndarray, highest: int) -> None:
+    """Refuse labels that leave most numbers out: every one costs a row of weights that nothing trains."""
+    found = len(np.unique(labels))
+    if 2 * found < highest + 1 and highest >= _NAMED:
+        raise DataError(
+            f"labels in {path} go up to {highest} with {found} different ones; number the classes from 0 without gaps "
+            "(np.unique(labels, return_inverse=True)[1]), or give class_names for all"
+        )
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

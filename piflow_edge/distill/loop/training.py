@@ -111,7 +111,7 @@ def train(
             step, done = take_step(state, loss, data, config, pieces, iteration, stopped), iteration + 1
             if journal:
                 journal.step(done, step.loss, step.norm, step.learning_rate, state.skipped)
-            _check_progress(state, run, config, done)
+            _check_progress(state, run, config, folder, done)
             if step.stop or (done % run.save_every == 0 and done < config.iterations):
                 save(done)
             if step.stop:
@@ -239,11 +239,12 @@ def _show(preview: Preview, state: State, journal, done: int) -> None:
             journal.pictures(done, images)
 
 
-def _check_progress(state: State, run: RunConfig, config: TrainingConfig, done: int) -> None:
+def _check_progress(state: State, run: RunConfig, config: TrainingConfig, folder: Path, done: int) -> None:
+    saved = "the last checkpoint is whole" if (folder / "checkpoint.json").exists() else "none was saved yet"
     if state.skipped_in_a_row >= min(run.max_skipped_in_a_row, config.iterations):
         raise CheckFailedError(
-            f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, up to iteration {done}; the "
-            f"last checkpoint is whole. Look at the learning rate ({config.learning_rate:g}; try a third), at the data "
+            f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, up to iteration {done}; "
+            f"{saved}. Look at the learning rate ({config.learning_rate:g}; try a third), at the data "
             "(finite, about -1 to 1?), at what the teacher returns for it, and at mixed precision "
             f"({state.processes.mixed_precision}; 'no' or 'bf16' hold larger numbers than 'fp16')"
         )

@@ -49,8 +49,14 @@ class Batcher:
 
     def check_room(self, count: int = 1) -> None:
         """Raise BusyError unless so many images more may wait."""
-        if (waiting := self.count_waiting()) + count > self._max_waiting:
-            raise self._refuse(waiting)
+        if self.count_waiting() + count > self._max_waiting:
+            raise self.refuse()
+
+    def refuse(self) -> BusyError:
+        """Count a request that is refused, and return the error that says when there should be room."""
+        self._counters.refused.labels(self._name).inc()
+        waiting = self.count_waiting()
+        return BusyError(waiting, max(1, math.ceil(waiting * self._seconds_per_image)))
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn.
@@ -67,7 +73,7 @@ class Batcher:
                 self._waiting.append(job)
                 self._changed.notify()
                 return
-        raise self._refuse(waiting)
+        raise self.refuse()
 
     def abandon(self, job: Job) -> None:
         """Forget a job whose caller is gone. Its batch stops after the next network call if it has no other callers."""
@@ -90,10 +96,6 @@ class Batcher:
         for job in waiting:
             self._settle(job, error=stopping)
         self._thread.join()
-
-    def _refuse(self, waiting: int) -> BusyError:
-        self._counters.refused.labels(self._name).inc()
-        return BusyError(waiting, max(1, math.ceil(waiting * self._seconds_per_image)))
 
     def _work(self) -> None:
         while batch := self._take_batch():

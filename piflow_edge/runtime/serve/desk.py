@@ -3,9 +3,10 @@
 import asyncio
 import base64
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from .jobs import Job, JobProgress
 from .limits import ServeSettings
 from .orders import Order, OrderError
 
+# Pixels up to which an image becomes a file sooner than another thread begins with it.
+_FEW_PIXELS = 1 << 14
 # Seeds that a server draws fit into a number of JavaScript.
 _SEEDS = 2**53
 
@@ -60,6 +63,7 @@ class Desk:
                     f"bundle {name!r} makes latents and has no decoder; export it with --autoencoder"
                 )
             self.generators[name] = generator
+        self._room = (limits.max_waiting + limits.max_batch) * len(self.generators)
         bounds = {"max_batch": limits.max_batch, "max_waiting": limits.max_waiting}
         self.batchers = {
             name: Batcher(generator, counters, **bounds) for name, generator in self.generators.items()
@@ -83,6 +87,21 @@ class Desk:
             )
         return name
 
+    @contextmanager
+    def entry(self) -> Iterator[None]:
+        """Let a request in, from before its body is read until it is answered: there is room for so many.
+
+        Raises:
+            BusyError: too many are in. Without this they would pile up before the queue that `place` looks at.
+        """
+        if self._room <= 0:
+            raise max(self.batchers.values(), key=Batcher.count_waiting).refuse()
+        self._room -= 1
+        try:
+            yield
+        finally:
+            self._room += 1
+
     @asynccontextmanager
     async def place(
         self, order: Order, on_progress: Callable[[JobProgress], None] | None = None
@@ -97,9 +116,10 @@ class Desk:
         batcher = self.batchers[name]
         batcher.check_room()  # before work is spent on prompts
         seed = secrets.randbelow(_SEEDS) if order.seed is None else order.seed
-        request = await run_in_threadpool(
-            self.generators[name].prepare, **order.asked, seed=seed, settings=order.settings
-        )
+        generator = self.generators[name]
+        prepare = partial(generator.prepare, **order.asked, seed=seed, settings=order.settings)
+        # Prompts run an encoder; all else takes less time than another thread takes to begin.
+        request = await run_in_threadpool(prepare) if generator.conditioner.networks else prepare()
         if len(request) > self.limits.max_images:
             raise OrderError(f"a request makes up to {self.limits.max_images} images; got {len(request)}")
         job = Job(request, on_progress)
@@ -165,6 +185,8 @@ async def wait_until_gone(request: Request) -> None:
 
 async def encode_result(result: Result, format: str) -> list[Picture]:
     """Return the images of a result as files that hold their recipes; the loop goes on meanwhile."""
+    if result.images[..., 0].size <= _FEW_PIXELS:
+        return _encode_result(result, format)
     return await run_in_threadpool(_encode_result, result, format)
 
 

@@ -74,20 +74,22 @@ class Endpoints:
             yield
 
     async def generations(self, request: Request) -> Response:
-        order = openai_shape.read_order(await read_body(request, self._limits), self._limits)
-        result = await self._desk.fulfil(order, request)
-        pictures, urls = await encode_result(result, order.format), None
+        with self._desk.entry():
+            order = openai_shape.read_order(await read_body(request, self._limits), self._limits)
+            result = await self._desk.fulfil(order, request)
+            pictures, urls = await encode_result(result, order.format), None
         if order.has_urls:
             names = [self._pictures.add(picture.content, FORMATS[order.format]) for picture in pictures]
             urls = [str(request.url_for("picture", name=name)) for name in names]
         return JSONResponse(openai_shape.describe_pictures(pictures, urls))
 
     async def generate(self, request: Request) -> Response:
-        order = native_shape.read_order(await read_body(request, self._limits), self._limits)
-        if order.has_progress:
-            return await native_shape.open_stream(self._desk, order)
-        result = await self._desk.fulfil(order, request)
-        pictures = await encode_result(result, order.format)
+        with self._desk.entry():
+            order = native_shape.read_order(await read_body(request, self._limits), self._limits)
+            if order.has_progress:
+                return await native_shape.open_stream(self._desk, order)
+            result = await self._desk.fulfil(order, request)
+            pictures = await encode_result(result, order.format)
         name = self._desk.find_bundle(order.bundle)
         return JSONResponse(native_shape.describe_result(name, result, pictures))
 
