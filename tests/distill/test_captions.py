@@ -141,7 +141,7 @@ class TestFolders:
 
 class TestArrays:
     def save(self, folder, captions, **more):
-        images = np.zeros((3, 8, 8, 3), np.uint8)
+        images = np.full((3, 8, 8, 3), 9, np.uint8)
         np.savez(folder / "set.npz", images=images, captions=captions, **more)
         return load_images(str(folder / "set.npz"))
 
