@@ -69,6 +69,11 @@ class RunConfig:
     save_every: int = option(500, "Steps between checkpoints.", minimum=1)
     log_every: int = option(50, "Steps between lines of log.jsonl.", minimum=1)
     sample_every: int = option(0, "Steps between sheets of samples, in samples/; 0 is none.", minimum=0)
+    compare_every: int = option(
+        200,
+        "Steps between comparisons of a student with its teacher, from the same noise; 0 is none.",
+        minimum=0,
+    )
     tensorboard: bool = option(False, "Also log for TensorBoard, in tensorboard/.")
 
     def __post_init__(self):

@@ -30,6 +30,7 @@ from piflow_edge.sampling import Hooks, sample
 from piflow_edge.schedule import Schedule
 from piflow_edge.system.pixels import quantise_images
 
+from .agreement import Agreement, Draw
 from .configs import ImitationConfig
 from .imitation import correct_at_once, correct_in_turn, datafree_imitation_loss, imitation_loss
 from .sources import TeacherModel
@@ -131,6 +132,10 @@ def distill(
     guided = GuidedTeacher(student if lora else teacher.network, guidance, null=null)
     log.info("the teacher is guided by %g", guided.guidance.scale)
     check_start(student, guided.teacher, data.batch(np.arange(2) % len(data))[1])
+    draw = student_draw(head, imitation, integrate)
+    agreement = None
+    if run.compare_every:
+        agreement = Agreement(guided, draw, student, data.conditioner, shift=imitation.shift).measure
     settings = {
         "imitation": asdict(imitation),
         "guidance": asdict(guided.guidance),
@@ -148,7 +153,8 @@ def distill(
         settings=settings,
         run=run,
         frozen=[] if lora else [teacher.network],
-        preview=student_preview(student, head, data, imitation, integrate) if run.sample_every else None,
+        preview=student_preview(student, data, draw) if run.sample_every else None,
+        compare=agreement,
         resume=resume,
     )
 
@@ -165,25 +171,30 @@ def check_teacher(teacher: TeacherModel, data: ImageData) -> None:
     check_fit(teacher.network, data)
 
 
-def student_preview(
-    student: FlowNetwork, head: PolicySpec, data: ImageData, imitation: ImitationConfig, integrate: Integrate
-) -> Preview:
-    """Return what makes the sheets of samples of a student: images with as many calls as it is trained for."""
-    noise, conditioning = preview_inputs(student, data.conditioner)
+def student_draw(head: PolicySpec, imitation: ImitationConfig, integrate: Integrate) -> Draw:
+    """Return what makes a student's images, with as many calls as it is trained for."""
     schedule = Schedule(
         max(imitation.nfes), imitation.shift, imitation.final_step_size_scale, imitation.total_substeps
     )
 
+    def draw(network: nn.Module, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        def call(x_src, sigma_src):
+            levels = np.full(len(x_src), sigma_src)
+            return policy_of(network, head, x_src, levels, conditioning, eps=imitation.policy_eps)
+
+        return sample(call, noise, schedule, hooks=Hooks(integrate=integrate))
+
+    return draw
+
+
+def student_preview(student: FlowNetwork, data: ImageData, draw: Draw) -> Preview:
+    """Return what makes the sheets of samples of a student."""
+    noise, conditioning = preview_inputs(student, data.conditioner)
+
     def preview(network: nn.Module) -> np.ndarray:
         device = next(network.parameters()).device
         given = {name: tensor.to(device) for name, tensor in conditioning.items()}
-
-        def call(x_src, sigma_src):
-            levels = np.full(len(x_src), sigma_src)
-            return policy_of(network, head, x_src, levels, given, eps=imitation.policy_eps)
-
-        x_0 = sample(call, noise.to(device), schedule, hooks=Hooks(integrate=integrate))
-        return quantise_images(x_0.cpu().numpy())
+        return quantise_images(draw(network, noise.to(device), given).cpu().numpy())
 
     return preview
 

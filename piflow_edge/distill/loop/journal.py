@@ -14,6 +14,8 @@ from piflow_edge.system.files import write_atomic
 from piflow_edge.system.progress import announce, progress
 from piflow_edge.system.sheets import as_pil, encode_png, image_grid
 
+from .curves import describe_trend, draw_curves, read_curves
+
 # Pictures in a row of a sample sheet.
 _COLUMNS = 10
 
@@ -25,15 +27,26 @@ class Journal:
         self.folder, self.config, self.run, self.start = folder, config, run, start
         self.bar, self.log, self.board = bar, log, board
         self.began = time.perf_counter()
+        self.errors: dict[int, float] = {}  # to the teacher, by iteration
 
     def step(self, done: int, loss: float, norm: float, learning_rate: float, skipped: int) -> None:
         """Tell of one step; `done` counts it."""
         speed = (done - self.start) * self.config.batch_size / (time.perf_counter() - self.began)
-        self.bar(f"loss {loss:.4f}, {speed:.0f} images/s" + (f", {skipped} steps skipped" if skipped else ""))
+        error = f", error to the teacher {list(self.errors.values())[-1]:.4f}" if self.errors else ""
+        skips = f", {skipped} steps skipped" if skipped else ""
+        self.bar(f"loss {loss:.4f}{error}, {speed:.0f} images/s{skips}")
         if done % self.run.log_every and done < self.config.iterations:
             return
         line = {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, "skipped": skipped}
         line |= {"images_per_s": speed}
+        self._write(done, line)
+
+    def compare(self, done: int, error: float) -> None:
+        """Tell how far the student's images are from the teacher's."""
+        self.errors[done] = error
+        self._write(done, {"error_to_teacher": error})
+
+    def _write(self, done: int, line: dict[str, float]) -> None:
         # JSON knows no NaN and no infinity.
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         self.log.write(json.dumps({"iteration": done, **line}) + "\n")
@@ -41,6 +54,12 @@ class Journal:
             for name, value in line.items():
                 if value is not None:
                     self.board.add_scalar(name, value, done)
+
+    def sum_up(self) -> None:
+        """Draw the curves, and tell what they say, at the end of a run or where it is stopped."""
+        draw_curves(self.folder / "log.jsonl", self.folder / "curves.png")
+        if said := describe_trend(self.errors):
+            announce(said)
 
     def pictures(self, done: int, images: np.ndarray) -> None:
         """Keep images, uint8 (B, H, W, C), as `samples/<iterations>.png`."""
@@ -66,7 +85,10 @@ def open_journal(folder: Path, title: str, config, run, start: int) -> Iterator[
         )
         bar = stack.enter_context(progress(title, config.iterations, start=start))
         log = stack.enter_context(_open_log(folder / "log.jsonl", start))
-        yield Journal(folder, config, run, start, bar, log, board)
+        journal = Journal(folder, config, run, start, bar, log, board)
+        journal.errors = read_curves(folder / "log.jsonl").get("error_to_teacher", {})
+        stack.callback(journal.sum_up)
+        yield journal
 
 
 def _open_log(path: Path, start: int):

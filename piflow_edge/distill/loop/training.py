@@ -26,7 +26,7 @@ from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, Eng
 from piflow_edge.system.files import sha256
 
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from .journal import open_journal, summary_writer
+from .journal import Journal, open_journal, summary_writer
 from .processes import Processes
 from .randomness import IterationRandom, Share, SharedRandom
 from .state import State
@@ -39,6 +39,8 @@ _MAY_CHANGE = ("training.iterations", "training.batch_size")
 
 # (network, x_0, conditioning, random) -> scalar. The network to call is the one given: it is prepared for training.
 Loss = Callable[[nn.Module, Tensor, dict[str, Tensor], Share], Tensor]
+# (network) -> how far its images are from what they should be.
+Compare = Callable[[nn.Module], float]
 # (network) -> images, uint8 (B, H, W, C) with C 1 or 3, from the same noise each time.
 Preview = Callable[[nn.Module], np.ndarray]
 
@@ -55,6 +57,7 @@ def train(
     run: RunConfig = DEFAULT_RUN,
     frozen: Sequence[nn.Module] = (),
     preview: Preview | None = None,
+    compare: Compare | None = None,
     resume: bool = False,
 ) -> Checkpoint:
     """Train `network` in place and leave a checkpoint in `folder`.
@@ -73,6 +76,7 @@ def train(
         run: how to carry the run out.
         frozen: other networks the loss calls; they are put on the device and run in mixed precision too.
         preview: makes the sheets of samples, from the averaged weights.
+        compare: measures the error to the teacher, with the averaged weights.
         resume: go on from the checkpoint in `folder` instead of refusing to overwrite it.
 
     Raises:
@@ -117,7 +121,11 @@ def train(
             if step.stop:
                 raise KeyboardInterrupt
             if preview and run.sample_every and done % run.sample_every == 0:
-                _show(preview, state, journal, done)
+                _with_averages(
+                    preview, state, journal, lambda images, done=done: journal.pictures(done, images)
+                )
+            if compare and run.compare_every and done % run.compare_every == 0:
+                _with_averages(compare, state, journal, lambda error, done=done: journal.compare(done, error))
     final = save(config.iterations)
     processes.end()
     return final
@@ -230,13 +238,13 @@ def gradients(
     return total
 
 
-def _show(preview: Preview, state: State, journal, done: int) -> None:
-    """A sheet of samples, made by the main process; by all, where none has all the weights."""
+def _with_averages(make: Callable, state: State, journal: Journal | None, note: Callable) -> None:
+    """What the averaged weights make goes to `note`; the main process makes it, or all where none has all weights."""
     if journal or state.processes.sharded:
         with state.use_averages() as network:
-            images = preview(network)
+            found = make(network)
         if journal:
-            journal.pictures(done, images)
+            note(found)
 
 
 def _check_progress(state: State, run: RunConfig, config: TrainingConfig, folder: Path, done: int) -> None:
