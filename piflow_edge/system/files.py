@@ -35,6 +35,19 @@ def atomic_file(path: Path, *, size: int | None = None) -> Iterator[BinaryIO]:
         raise
 
 
+def check_room(folder: Path, size: int, what: str) -> None:
+    """Raise OSError where a file of `size` bytes would not fit beside the one it replaces: known before a long run.
+
+    `what`: it is, for the message. `folder` exists.
+    """
+    import shutil  # slow to import, and the runtime only hashes
+
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size:
+        need = f"{what} takes {size / 1e6:.0f} MB, and room is needed for two; {free / 1e6:.0f} MB are free"
+        raise OSError(errno.ENOSPC, f"not enough room on the disk: {need}", str(folder))
+
+
 def _name_file(error: OSError, work: Path, path: Path, size: int | None) -> None:
     """Let an error say what the caller asked for: a failed write names no file, and others the temporary one."""
     if error.filename is None or str(error.filename) == str(work):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from piflow_edge.system.files import new_folder, write_atomic
+from piflow_edge.system.files import check_room, new_folder, write_atomic
 
 LONGEST = "é" * 125 + ".json"  # 255 bytes
 
@@ -31,3 +31,9 @@ def test_a_full_disk_says_what_did_not_fit(tmp_path, monkeypatch):
 def test_another_error_names_the_file_that_was_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/file'$"):
         write_atomic(tmp_path / "nowhere" / "file", b"")
+
+
+def test_room_for_two_is_known_before_the_first_is_written(tmp_path):
+    check_room(tmp_path, 1000, "a checkpoint")
+    with pytest.raises(OSError, match=r"a checkpoint takes 1000000000000 MB, .* two; \d+ MB are free: '.*'"):
+        check_room(tmp_path, 10**18, "a checkpoint")

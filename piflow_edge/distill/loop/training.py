@@ -23,7 +23,7 @@ from piflow_edge.distill.configs import DEFAULT_RUN, RunConfig, TrainingConfig
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.networks.flow_network import FlowNetwork, describe, find_misfit
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError, EngineError
-from piflow_edge.system.files import sha256
+from piflow_edge.system.files import check_room, sha256
 
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .journal import Journal, open_journal, summary_writer
@@ -34,6 +34,8 @@ from .state import State
 # What a run killed while it wrote a file leaves behind; see `files.write_atomic`.
 _LEFT_BEHIND = re.compile(r"\.(checkpoint\.json|log\.jsonl|weights-.*\.safetensors)\.[0-9a-f]{8}")
 
+# Of one trained parameter in a checkpoint: itself, its average and two moments, in float32.
+_CHECKPOINT_BYTES = 16
 # Settings that may be others when a run goes on: it is made longer, or its batches cut for another machine.
 _MAY_CHANGE = ("training.iterations", "training.batch_size")
 
@@ -145,6 +147,8 @@ def _prepare_folder(
     if run.tensorboard:
         summary_writer()  # its absence is better known before the run
     folder.mkdir(parents=True, exist_ok=True)
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    check_room(folder, trained * _CHECKPOINT_BYTES, "a checkpoint")
     for left in filter(_LEFT_BEHIND.fullmatch, os.listdir(folder)):
         (folder / left).unlink()
     return checkpoint
