@@ -145,7 +145,18 @@ def gm_contenders(size, batch, substeps, device):
         "kernel": kernel(inputs),
         "kernel, means in float16": kernel(half),
         "kernel, in a CUDA graph": in_a_graph(kernel(inputs)),
+        "so, with one thread a pixel": in_a_graph_of(0, kernel(inputs)),
+        "so, with four where they fit": in_a_graph_of(10**9, kernel(inputs)),
     }
+
+
+def in_a_graph_of(few_pixels, call):
+    """The call, recorded as if so many pixels were few; which of the two is faster says where the bound belongs."""
+    chosen, cuda._FEW_PIXELS = cuda._FEW_PIXELS, few_pixels
+    try:
+        return in_a_graph(call)
+    finally:
+        cuda._FEW_PIXELS = chosen
 
 
 def dx_contenders(size, batch, substeps, device):

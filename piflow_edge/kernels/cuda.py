@@ -26,6 +26,9 @@ _GROUP = 4
 _MOST_THREADS = 128
 # Numbers of a pixel that fit the 255 registers a thread may have; with more, ptxas spills in earnest.
 _MOST_IN_REGISTERS = 240
+# Pixels of one image up to which four threads share each: that is still no more than a warp for every multiprocessor of
+# a large GPU. By this and the mixture alone, whatever the batch is: four parts of a sum round otherwise than one.
+_FEW_PIXELS = 32 * 32
 
 
 class _Input(ctypes.Structure):
@@ -56,6 +59,7 @@ class Plan:
     storage: int  # where a pixel's numbers lie: REGISTERS, SHARED or LOCAL
     threads: int  # in a block
     shared_bytes: int  # for a block
+    lanes: int = 1  # threads that share a pixel: 1, or with REGISTERS also 4
 
     def defines(self, num_components: int, num_channels: int) -> tuple[str, ...]:
         """Macros for rollout.cu."""
@@ -64,13 +68,20 @@ class Plan:
             f"PIFLOW_C={num_channels}",
             f"PIFLOW_STORAGE={self.storage}",
             f"PIFLOW_THREADS={self.threads}",
+            f"PIFLOW_LANES={self.lanes}",
         )
 
 
-def gm_plan(num_components: int, num_channels: int, shared_bytes: int) -> Plan:
-    """Where K and C leave a pixel's numbers, on a GPU whose blocks may have `shared_bytes` of shared memory."""
+def gm_plan(num_components: int, num_channels: int, pixels: int, shared_bytes: int) -> Plan:
+    """How to roll out a mixture of K components of C channels at each of an image's pixels.
+
+    `shared_bytes`: of shared memory that the GPU's blocks may have.
+    """
     padded = math.ceil(num_components / _GROUP) * _GROUP
     over_components, over_channels = padded * (num_channels + 3), 4 * num_channels
+    fits_when_shared = over_components // _GROUP + over_channels <= _MOST_IN_REGISTERS
+    if pixels <= _FEW_PIXELS and num_components > _GROUP and fits_when_shared:
+        return Plan(REGISTERS, _MOST_THREADS, _STEP_BYTES, lanes=_GROUP)
     if over_components + over_channels <= _MOST_IN_REGISTERS:
         return Plan(REGISTERS, _MOST_THREADS, _STEP_BYTES)
     for threads in (128, 64, 32):
@@ -131,14 +142,12 @@ def gm_rollout(
         raise ScheduleError(f"eps is above 0; got {eps}")
 
     device, pixels = nvidia.device(ordinal), math.prod(size)
-    plan = gm_plan(num_components, num_channels, device.shared_bytes)
+    plan = gm_plan(num_components, num_channels, pixels, device.shared_bytes)
     defines = plan.defines(num_components, num_channels)
     function = nvidia.kernel(ordinal, "piflow_gm", defines, plan.shared_bytes)
     # A small image is spread over all multiprocessors; shared memory is cut for one number of threads only.
-    threads = plan.threads
-    while (
-        plan.storage != SHARED and threads > 32 and _blocks(batch, pixels, threads) < device.multiprocessors
-    ):
+    threads, size = plan.threads, pixels * plan.lanes
+    while plan.storage != SHARED and threads > 32 and _blocks(batch, size, threads) < device.multiprocessors:
         threads //= 2
     buffer = nvidia.upload(ordinal, levels.tobytes())
     problem = _GM(
@@ -146,8 +155,9 @@ def gm_rollout(
         *(arrays["x_dst"].pointer, buffer.pointer, eps, temperature),
         *(batch, pixels, len(levels) - 2, is_logstd),
     )
-    blocks = _blocks(batch, pixels, threads)
-    nvidia.launch(ordinal, function, blocks, threads, plan.shared_bytes, stream, problem)
+    nvidia.launch(
+        ordinal, function, _blocks(batch, size, threads), threads, plan.shared_bytes, stream, problem
+    )
 
 
 def dx_rollout(

@@ -93,6 +93,9 @@ PIFLOW_FN GmStep gm_step(double sigma, double sigma_next, double sigma_src, doub
 
 // Components are stored in groups of four, their offsets as (group, channel, member). Sums over k run in the
 // same order whatever V is, so that no result depends on how pixels are grouped.
+//
+// On a GPU four neighbouring threads may share a pixel: then each has one member of every group (`kHeld` is 1,
+// not 4), and what runs over all members goes through `over_group`. Sums over k then are of four parts.
 constexpr int kGroup = 4;
 
 using Index = long long;  // int64_t, without the header that NVRTC does not have
@@ -101,9 +104,35 @@ PIFLOW_FN constexpr int padded_components(int num_components) {
   return (num_components + kGroup - 1) / kGroup * kGroup;
 }
 
-// Everything one vector of pixels needs during the rollout. K counts the padding, whose weights vanish.
-// Groups of components lie kSpread groups apart: 1, or the number of pixels whose groups alternate.
-template <class V, int kSpread = 1>
+struct Larger {
+  template <class V>
+  PIFLOW_FN V operator()(V a, V b) const {
+    return max_or_second(a, b);
+  }
+};
+struct Sum {
+  template <class V>
+  PIFLOW_FN V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+// One number of a group's four, of which kHeld are at hand: in the same order either way, for neither + nor max
+// cares which of two comes first. `of_neighbour` is in rollout.cu.
+template <int kHeld, class V, class F>
+PIFLOW_FN V over_group(const V* parts, F f) {
+  if constexpr (kHeld == kGroup) {
+    return f(f(parts[0], parts[1]), f(parts[2], parts[3]));
+  } else {
+    const V two = f(parts[0], of_neighbour(parts[0], 1));
+    return f(two, of_neighbour(two, 2));
+  }
+}
+
+// Everything one vector of pixels needs during the rollout. K counts the components that are held, with the
+// padding, whose weights vanish; of each group kHeld. Groups of components lie kSpread groups apart: 1, or the
+// number of pixels whose groups alternate.
+template <class V, int kSpread = 1, int kHeld = kGroup>
 struct GmTile {
   int K, C;
   V* offsets;                              // K * C
@@ -135,38 +164,41 @@ struct GmTile {
 
   // Where a group's first member stands, and a component, among the K numbers of one kind.
   static PIFLOW_FN Index group(int k) { return Index(k) * kSpread; }
-  static PIFLOW_FN Index at(int k) { return group(k / kGroup * kGroup) + k % kGroup; }
-  PIFLOW_FN Index group(int k, int c) const { return (Index(k) * C + Index(c) * kGroup) * kSpread; }
-  PIFLOW_FN V& offset(int k, int c) const { return offsets[group(k / kGroup * kGroup, c) + k % kGroup]; }
+  static PIFLOW_FN Index at(int k) { return group(k / kHeld * kHeld) + k % kHeld; }
+  PIFLOW_FN Index group(int k, int c) const { return (Index(k) * C + Index(c) * kHeld) * kSpread; }
+  PIFLOW_FN V& offset(int k, int c) const { return offsets[group(k / kHeld * kHeld, c) + k % kHeld]; }
 };
 
 // sum_k weights_k offsets_kc for N channels from c on. The first call (`kFresh`) finds base-2 logits in
 // `weights`, makes weights of them on the way, which the others use, and tells their sum.
-template <int N, bool kFresh, class V, int kSpread>
-PIFLOW_FN void gm_weigh(GmTile<V, kSpread> tile, int c, V largest, V* sums, V* total) {
-  V totals[kGroup];
-  for (int j = 0; j < kGroup; ++j) totals[j] = V::splat(0.0f);
+template <int N, bool kFresh, class V, int kSpread, int kHeld>
+PIFLOW_FN void gm_weigh(GmTile<V, kSpread, kHeld> tile, int c, V largest, V* sums, V* total) {
+  V totals[kHeld];
+  for (int j = 0; j < kHeld; ++j) totals[j] = V::splat(0.0f);
   for (int i = 0; i < N; ++i) sums[i] = V::splat(0.0f);
   PIFLOW_UNROLL_COMPONENTS
-  for (int k = 0; k < tile.K; k += kGroup) {
+  for (int k = 0; k < tile.K; k += kHeld) {
     const V* offsets = tile.offsets + tile.group(k, c);
     V* weights = tile.weights + tile.group(k);
-    for (int j = 0; j < kGroup; ++j) {
+    for (int j = 0; j < kHeld; ++j) {
       V w = weights[j];
       if (kFresh) {
         w = exp2_of_nonpositive(w - largest);
         weights[j] = w;
         totals[j] = totals[j] + w;
       }
-      for (int i = 0; i < N; ++i) sums[i] = fma(w, offsets[i * kGroup * kSpread + j], sums[i]);
+      for (int i = 0; i < N; ++i) sums[i] = fma(w, offsets[i * kHeld * kSpread + j], sums[i]);
     }
   }
-  if (kFresh) *total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
+  if (kFresh) *total = over_group<kHeld>(totals, Sum());
+  if constexpr (kHeld < kGroup) {
+    for (int i = 0; i < N; ++i) sums[i] = over_group<kHeld>(sums + i, Sum());
+  }
 }
 
 // f(c, mean) for each channel from c on, in blocks of up to N whose sums fit the registers.
-template <int N, class V, int kSpread, class F>
-PIFLOW_FN void gm_mean_blocks(GmTile<V, kSpread> tile, int c, bool fresh, V largest, V total, F f) {
+template <int N, class V, int kSpread, int kHeld, class F>
+PIFLOW_FN void gm_mean_blocks(GmTile<V, kSpread, kHeld> tile, int c, bool fresh, V largest, V total, F f) {
   if constexpr (N > 0) {
     PIFLOW_UNROLL_CHANNELS
     for (; c + N <= tile.C; c += N, fresh = false) {
@@ -185,8 +217,8 @@ PIFLOW_FN void gm_mean_blocks(GmTile<V, kSpread> tile, int c, bool fresh, V larg
 
 // f(c, mean) for each channel, with mean = sum_k softmax_2(weights)_k offsets_kc; on entry `weights` are
 // base-2 logits, on return used up. `largest` is the greatest of them.
-template <class V, int kSpread, class F>
-PIFLOW_FN void gm_for_each_mean(GmTile<V, kSpread> tile, V largest, F f) {
+template <class V, int kSpread, int kHeld, class F>
+PIFLOW_FN void gm_for_each_mean(GmTile<V, kSpread, kHeld> tile, V largest, F f) {
   // Exponentials run between the sums of the first channels, so that neither waits for the other; but ahead
   // of them where registers are too few for both.
   constexpr bool kTogether = V::registers >= 32;
@@ -195,13 +227,20 @@ PIFLOW_FN void gm_for_each_mean(GmTile<V, kSpread> tile, V largest, F f) {
   gm_mean_blocks<8>(tile, 0, kTogether, largest, total, f);
 }
 
-// Source point -> fixed vectors, and y at the start. On entry the tile holds `means` in offsets, natural
-// log-weights in logweights (padding: 0 and -inf), x_src in noise, and x_start - x_src in y.
-template <class V, int kSpread>
-PIFLOW_FN void gm_enter(GmTile<V, kSpread> tile, double sigma_src, double sigma_start) {
+template <class V, int kSpread, int kHeld>
+PIFLOW_FN V gm_largest_logweight(GmTile<V, kSpread, kHeld> tile) {
   V largest = tile.logweights[0];
   PIFLOW_UNROLL_COMPONENTS
   for (int k = 1; k < tile.K; ++k) largest = max_or_second(largest, tile.logweights[tile.at(k)]);
+  if constexpr (kHeld < kGroup) largest = over_group<kHeld>(&largest, Larger());
+  return largest;
+}
+
+// Source point -> fixed vectors, and y at the start. On entry the tile holds `means` in offsets, natural
+// log-weights in logweights (padding: 0 and -inf), x_src in noise, and x_start - x_src in y.
+template <class V, int kSpread, int kHeld>
+PIFLOW_FN void gm_enter(GmTile<V, kSpread, kHeld> tile, double sigma_src, double sigma_start) {
+  const V largest = gm_largest_logweight(tile);
   PIFLOW_UNROLL_COMPONENTS
   for (int k = 0; k < tile.K; ++k) {
     const Index i = tile.at(k);
@@ -219,11 +258,11 @@ PIFLOW_FN void gm_enter(GmTile<V, kSpread> tile, double sigma_src, double sigma_
     tile.y[c] = fma(ahead, g, tile.y[c]);
   }
   PIFLOW_UNROLL_COMPONENTS
-  for (int k = 0; k < tile.K; k += kGroup) {
+  for (int k = 0; k < tile.K; k += kHeld) {
     V* half_squares = tile.half_squares + tile.group(k);
     PIFLOW_UNROLL_CHANNELS
     for (int c = 0; c < tile.C; ++c) {
-      for (int j = 0; j < kGroup; ++j) {
+      for (int j = 0; j < kHeld; ++j) {
         V& d = tile.offsets[tile.group(k, c) + j];
         d = d - tile.velocity[c];
         half_squares[j] = fma(d * V::splat(0.5f), d, half_squares[j]);
@@ -232,8 +271,8 @@ PIFLOW_FN void gm_enter(GmTile<V, kSpread> tile, double sigma_src, double sigma_
   }
 }
 
-template <class V, int kSpread>
-PIFLOW_FN void gm_substep(GmTile<V, kSpread> tile, const GmStep& step) {
+template <class V, int kSpread, int kHeld>
+PIFLOW_FN void gm_substep(GmTile<V, kSpread, kHeld> tile, const GmStep& step) {
   const bool floored = step.logit_velocity != 0 || step.add_velocity != 0;
   {
     const V from_y = V::splat(step.logit_y), from_noise = V::splat(step.logit_noise);
@@ -247,28 +286,27 @@ PIFLOW_FN void gm_substep(GmTile<V, kSpread> tile, const GmStep& step) {
   }
 
   const V square = V::splat(-step.logit_square);
-  V largest[kGroup];
-  for (int j = 0; j < kGroup; ++j) largest[j] = V::splat(-3.4e38f);
+  V largest[kHeld];
+  for (int j = 0; j < kHeld; ++j) largest[j] = V::splat(-3.4e38f);
   PIFLOW_UNROLL_COMPONENTS
-  for (int k = 0; k < tile.K; k += kGroup) {
-    V logits[kGroup];
+  for (int k = 0; k < tile.K; k += kHeld) {
+    V logits[kHeld];
     const Index group = tile.group(k);
-    for (int j = 0; j < kGroup; ++j) {
+    for (int j = 0; j < kHeld; ++j) {
       logits[j] = fma(square, tile.half_squares[group + j], tile.logweights[group + j]);
     }
     const V* offsets = tile.offsets + tile.group(k, 0);
     PIFLOW_UNROLL_CHANNELS
-    for (int c = 0; c < tile.C; ++c, offsets += kGroup * kSpread) {
+    for (int c = 0; c < tile.C; ++c, offsets += kHeld * kSpread) {
       const V f = tile.slope[c];
-      for (int j = 0; j < kGroup; ++j) logits[j] = fma(offsets[j], f, logits[j]);
+      for (int j = 0; j < kHeld; ++j) logits[j] = fma(offsets[j], f, logits[j]);
     }
-    for (int j = 0; j < kGroup; ++j) {
+    for (int j = 0; j < kHeld; ++j) {
       tile.weights[group + j] = logits[j];
       largest[j] = max_or_second(logits[j], largest[j]);
     }
   }
-  const V largest_of_all =
-      max_or_second(max_or_second(largest[0], largest[1]), max_or_second(largest[2], largest[3]));
+  const V largest_of_all = over_group<kHeld>(largest, Larger());
 
   const V keep = V::splat(step.keep_y), add_noise = V::splat(step.add_noise);
   const V add_mean = V::splat(step.add_mean);
@@ -283,8 +321,8 @@ PIFLOW_FN void gm_substep(GmTile<V, kSpread> tile, const GmStep& step) {
 }
 
 // The state at sigma_dst, once the substeps are done: x_src + (sigma_dst - s) g + y.
-template <class V, int kSpread>
-PIFLOW_FN V gm_leave(GmTile<V, kSpread> tile, int c, V x_src, double sigma_src, double sigma_dst) {
+template <class V, int kSpread, int kHeld>
+PIFLOW_FN V gm_leave(GmTile<V, kSpread, kHeld> tile, int c, V x_src, double sigma_src, double sigma_dst) {
   return x_src + fma(V::splat(float(sigma_dst - sigma_src)), tile.velocity[c], tile.y[c]);
 }
 

@@ -15,6 +15,12 @@
 //   kLocal      for mixtures too large even so: the thread's own memory, which the hardware interleaves in
 //               the same way and keeps in the L1 and L2 caches as it can.
 //
+// Where an image has few pixels, one thread each leaves most of a GPU idle, and a substep takes as long as its
+// instructions come one after the other. There four neighbouring threads share a pixel (PIFLOW_LANES is 4): each has
+// every fourth component, in registers, and sums go through `of_neighbour`. What is left of a pixel all four work out,
+// alike to the last bit. How many threads a pixel has depends on the mixture and on the image's size alone, not on how
+// many images come at a time, for sums of four parts round otherwise.
+//
 // Means are kept in float32 also where they come in half precision: what is kept are their differences to
 // their mean, which half precision would round.
 #if defined(PIFLOW_STORAGE)
@@ -85,6 +91,12 @@ PIFLOW_FN float widened(unsigned short bits, Index format) {
   return (sign ? -value : value) * (finite ? 0x1p112f : 1.0f);
 }
 
+// Of the thread whose number differs in these bits, of four that share a pixel.
+template <class V>
+PIFLOW_FN V of_neighbour(V value, int bits) {
+  return {__shfl_xor_sync(0xffffffffu, value.v, bits)};
+}
+
 PIFLOW_FN Scalar load(Input input, Index i) {
   if (input.format == kFloat32) return {static_cast<const float*>(input.numbers)[i]};
   return {widened(static_cast<const unsigned short*>(input.numbers)[i], input.format)};
@@ -97,11 +109,9 @@ PIFLOW_FN float gm_variance(const GmProblem& p, Index sample, double sigma_src) 
   return p.temperature < 1 ? variance * float(p.temperature) : variance;
 }
 
-template <int kSpread>
-PIFLOW_FN void gm_sharpen(GmTile<Scalar, kSpread> tile, float temperature) {
-  Scalar largest = tile.logweights[0];
-  PIFLOW_UNROLL_COMPONENTS
-  for (int k = 1; k < tile.K; ++k) largest = max_or_second(largest, tile.logweights[tile.at(k)]);
+template <int kSpread, int kHeld>
+PIFLOW_FN void gm_sharpen(GmTile<Scalar, kSpread, kHeld> tile, float temperature) {
+  const Scalar largest = gm_largest_logweight(tile);
   PIFLOW_UNROLL_COMPONENTS
   for (int k = 0; k < tile.K; ++k) {
     Scalar& logweight = tile.logweights[tile.at(k)];
@@ -109,23 +119,26 @@ PIFLOW_FN void gm_sharpen(GmTile<Scalar, kSpread> tile, float temperature) {
   }
 }
 
-template <int K, int C, int kSpread>
-PIFLOW_FN void gm_carry(const GmProblem& p, GmTile<Scalar, kSpread> tile, GmStep* steps) {
-  const Index tiles = (p.pixels + blockDim.x - 1) / blockDim.x;
-  const Index sample = blockIdx.x / tiles, place = blockIdx.x % tiles * blockDim.x + threadIdx.x;
+template <int K, int C, int kSpread, int kHeld>
+PIFLOW_FN void gm_carry(const GmProblem& p, GmTile<Scalar, kSpread, kHeld> tile, GmStep* steps) {
+  constexpr int kLanes = kGroup / kHeld;  // threads that share a pixel
+  const Index lane = threadIdx.x % kLanes, in_block = blockDim.x / kLanes;
+  const Index tiles = (p.pixels + in_block - 1) / in_block;
+  const Index sample = blockIdx.x / tiles, place = blockIdx.x % tiles * in_block + threadIdx.x / kLanes;
   const bool inside = place < p.pixels;
   const Index pixel = inside ? place : p.pixels - 1;  // past the end: the last one again, for the barriers
 
   const Index mixture = sample * K * p.pixels + pixel, state = sample * C * p.pixels + pixel;
   PIFLOW_UNROLL_COMPONENTS
-  for (int k = 0; k < tile.K; ++k) {
+  for (int held = 0; held < tile.K; ++held) {
+    const Index k = kLanes * held + lane;
     const bool padding = k >= K;
-    tile.logweights[tile.at(k)] =
+    tile.logweights[tile.at(held)] =
         padding ? Scalar{-__uint_as_float(0x7f800000u)} : load(p.logweights, mixture + k * p.pixels);
     PIFLOW_UNROLL_CHANNELS
     for (int c = 0; c < C; ++c) {
-      const Index i = (sample * K * C + Index(k) * C + c) * p.pixels + pixel;
-      tile.offset(k, c) = padding ? Scalar{0.0f} : load(p.means, i);
+      const Index i = (sample * K * C + k * C + c) * p.pixels + pixel;
+      tile.offset(held, c) = padding ? Scalar{0.0f} : load(p.means, i);
     }
   }
   if (p.temperature < 1) gm_sharpen(tile, float(p.temperature));
@@ -145,14 +158,12 @@ PIFLOW_FN void gm_carry(const GmProblem& p, GmTile<Scalar, kSpread> tile, GmStep
       steps[i] = gm_step(sigmas[i * p.batch], sigmas[(i + 1) * p.batch], sigma_src, variance, p.eps);
     }
     __syncthreads();
-    for (int i = 0; i < count; ++i) {
-      if (sigmas[i * p.batch] == sigmas[(i + 1) * p.batch]) continue;  // others of the batch still move
-      gm_substep(tile, steps[i]);
-    }
+    // Where a level comes twice, for others of the batch still move, the step's coefficients leave y as it is.
+    for (int i = 0; i < count; ++i) gm_substep(tile, steps[i]);
   }
 
   const double sigma_dst = p.levels[(1 + p.substeps) * p.batch + sample];
-  if (!inside) return;
+  if (!inside || lane) return;
   PIFLOW_UNROLL_CHANNELS
   for (int c = 0; c < C; ++c) {
     const Index i = state + c * p.pixels;
@@ -160,10 +171,10 @@ PIFLOW_FN void gm_carry(const GmProblem& p, GmTile<Scalar, kSpread> tile, GmStep
   }
 }
 
-// Threads is the size of the block; with kShared exactly, else at most.
-template <int K, int C, Storage kStorage, int kThreads>
+// Threads is the size of the block; with kShared exactly, else at most. Lanes is 4 with kRegisters only, else 1.
+template <int K, int C, Storage kStorage, int kThreads, int kLanes>
 PIFLOW_FN void gm_rollout(const GmProblem& p) {
-  constexpr int kPadded = padded_components(K);
+  constexpr int kPadded = padded_components(K) / kLanes;
   GmStep* steps = reinterpret_cast<GmStep*>(shared);
   Scalar channels[GmTile<Scalar>::channel_size(C)];
   if constexpr (kStorage == kShared) {
@@ -171,8 +182,9 @@ PIFLOW_FN void gm_rollout(const GmProblem& p) {
     Scalar* components = reinterpret_cast<Scalar*>(mine);
     gm_carry<K, C>(p, GmTile<Scalar, kThreads>::carve(components, channels, kPadded, C), steps);
   } else {
-    Scalar components[GmTile<Scalar>::component_size(kPadded, C)];
-    gm_carry<K, C>(p, GmTile<Scalar>::carve(components, channels, kPadded, C), steps);
+    using Tile = GmTile<Scalar, 1, kGroup / kLanes>;
+    Scalar components[Tile::component_size(kPadded, C)];
+    gm_carry<K, C>(p, Tile::carve(components, channels, kPadded, C), steps);
   }
 }
 
@@ -198,7 +210,7 @@ PIFLOW_FN void dx_rollout(const DxProblem& p) {
 #if defined(PIFLOW_STORAGE)
 extern "C" __global__ void __launch_bounds__(PIFLOW_THREADS) piflow_gm(const piflow::GmProblem problem) {
   using namespace piflow;
-  gm_rollout<PIFLOW_K, PIFLOW_C, Storage(PIFLOW_STORAGE), PIFLOW_THREADS>(problem);
+  gm_rollout<PIFLOW_K, PIFLOW_C, Storage(PIFLOW_STORAGE), PIFLOW_THREADS, PIFLOW_LANES>(problem);
 }
 #endif
 #if defined(__CUDACC__)

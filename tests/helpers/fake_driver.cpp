@@ -1,6 +1,6 @@
 // As much of CUDA's driver as the rollouts and the engines call, with host memory for device memory and the CPU
 // for a GPU: NVIDIA's bindings load it as libcuda.so.1, so that the calls made through them are tested where there
-// is no driver. An image is the text "K C storage", or "arrays". What an argument must be is checked; an error is a
+// is no driver. An image is the text "K C storage lanes", or "arrays". What an argument must be is checked; an error is a
 // status no call should see. What is queued is done late, see fake_streams.h, or recorded where a stream is captured.
 #include <dlfcn.h>
 #include <stdio.h>
@@ -27,7 +27,7 @@ static char the_context;
 static void* const kContext = &the_context;
 
 struct Module {
-  int num_components, num_channels, storage;
+  int num_components, num_channels, storage, lanes;
 };
 struct Function {
   std::string name;
@@ -55,11 +55,12 @@ DRIVER cuCtxPopCurrent_v2(void** context) { return *context = kContext, contexts
 DRIVER cuModuleLoadData(void** handle, const void* image) {
   if (!contexts) return kUnexpected;
   const char* text = static_cast<const char*>(image);
-  auto* module = new Module{0, 0, 0};  // kept to the end, as the process keeps its modules
+  auto* module = new Module{0, 0, 0, 0};  // kept to the end, as the process keeps its modules
   *handle = module;
   if (strcmp(text, "arrays") == 0) return kOk;
-  const int read = sscanf(text, "%d %d %d", &module->num_components, &module->num_channels, &module->storage);
-  return read == 3 ? kOk : kInvalidImage;
+  const int read = sscanf(text, "%d %d %d %d", &module->num_components, &module->num_channels, &module->storage,
+                          &module->lanes);
+  return read == 4 ? kOk : kInvalidImage;
 }
 DRIVER cuModuleGetFunction(void** function, void* handle, const char* name) {
   const std::string known[] = {"piflow_gm", "piflow_elementwise", "piflow_reduce"};
@@ -344,7 +345,7 @@ DRIVER cuLaunchKernel(void* handle, unsigned blocks, unsigned y, unsigned z, uns
   const auto problem = *static_cast<const piflow::GmProblem*>(arguments[0]);
   const Module m = function.module;
   return queue(stream, [=] {
-    if (run_gm(m.num_components, m.num_channels, m.storage, blocks, threads, problem)) {
+    if (run_gm(m.num_components, m.num_channels, m.storage, m.lanes, blocks, threads, problem)) {
       fprintf(stderr, "the pretended driver has no mixture of %d components of %d channels\n", m.num_components,
               m.num_channels);
       abort();

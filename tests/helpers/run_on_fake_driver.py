@@ -6,6 +6,7 @@ from piflow_edge import GMPolicy
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import cuda, nvidia
 from piflow_edge.kernels.rollout import integrate
+from tests.helpers.driver_images import compile_for_fake_driver
 from tests.helpers.rollout_cases import gm_case, levels, wide
 
 
@@ -18,8 +19,7 @@ class OnHost:
 
 assert nvidia.device(0) == nvidia.Device(arch="sm_87", multiprocessors=3, shared_bytes=163 << 10)
 
-# An image of the pretended driver; NVRTC itself looks for a real one. See fake_driver.cpp.
-nvidia.compile_source = lambda arch, defines, source: b"5 3 0"
+nvidia.compile_source = compile_for_fake_driver
 case, sigmas = gm_case(0, K=5, C=3), levels(1.0)
 policy = GMPolicy(**case)
 inputs = (policy.means, policy.logweights, policy.x_0_variance, policy.x_src, policy.x_src)

@@ -35,12 +35,14 @@ NVCC = shutil.which("nvcc")
 ARCHS = ("sm_87", "sm_89", "sm_90", "sm_120")  # Orin, Ada, Hopper, Blackwell
 
 COMPILED = [(1, 1), (3, 2), (4, 16), (5, 3), (8, 1), (17, 17)]  # as MIXTURES in cuda_on_host.cpp
-# Storage, and the shared memory of a pretended GPU that brings it about; with the last, a block has 32 threads.
+# Storage, and the shared memory of a pretended GPU that brings it about; with "narrow", a block has 32 threads, with
+# "four threads" that many share a pixel.
 STORAGES = {
     "registers": (REGISTERS, 0),
     "shared": (SHARED, 227 << 10),
     "local": (LOCAL, 0),
     "narrow": (SHARED, 0),
+    "four threads": (REGISTERS, 0),
 }
 
 
@@ -59,7 +61,7 @@ def library(tmp_path_factory):
     compile_on_host("cuda_on_host.cpp", path)
     library = ctypes.CDLL(str(path))
     library.widen.restype = ctypes.c_float
-    library.run_gm.argtypes = (*(ctypes.c_int,) * 3, *(ctypes.c_uint,) * 2, ctypes.c_void_p)
+    library.run_gm.argtypes = (*(ctypes.c_int,) * 4, *(ctypes.c_uint,) * 2, ctypes.c_void_p)
     library.run_dx.argtypes = (*(ctypes.c_uint,) * 2, ctypes.c_void_p)
     return library
 
@@ -76,7 +78,7 @@ def gpu_on_host(library, monkeypatch):
         )
         if name == "piflow_dx":
             return library.run_dx(blocks, threads, ctypes.addressof(problem))
-        sizes = (defines[f"PIFLOW_{name}"] for name in ("K", "C", "STORAGE"))
+        sizes = (defines[f"PIFLOW_{name}"] for name in ("K", "C", "STORAGE", "LANES"))
         assert library.run_gm(*sizes, blocks, threads, ctypes.addressof(problem)) == 0
         return None
 
@@ -163,10 +165,14 @@ def test_any_gm_rollout_is_the_cpu_kernels_to_the_bit_or_as_good(
         gpu_on_host.shared_bytes = cuda._STEP_BYTES + 32 * 4 * 4 * -(-K // 4) * (C + 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_MOST_IN_REGISTERS", 10**6 if kind == REGISTERS else 0)
+        patch.setattr(cuda, "_FEW_PIXELS", 10**6 if storage == "four threads" else 0)
         x_end = carry_gm(policy, x_start, sigmas)
-    assert kind == gpu_on_host.launches[-1].PIFLOW_STORAGE
-    assert storage != "narrow" or gpu_on_host.launches[-1].threads == 32
-    if takes_gram_form(K, C):
+    launch = gpu_on_host.launches[-1]
+    assert kind == launch.PIFLOW_STORAGE
+    assert storage != "narrow" or launch.threads == 32
+    shared_by = 4 if storage == "four threads" and K > 4 else 1
+    assert shared_by == launch.PIFLOW_LANES
+    if takes_gram_form(K, C) or shared_by == 4:
         exact, allowed = exact_and_allowed(case, x_start, sigmas)
         assert np.all(np.abs(x_end - exact) <= allowed)
     else:
@@ -175,7 +181,7 @@ def test_any_gm_rollout_is_the_cpu_kernels_to_the_bit_or_as_good(
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_gm_rollout_is_the_reference(gpu_on_host, shift):
-    case = gm_case(1, K=5, C=3, size=(12, 13))
+    case = gm_case(1, K=5, C=3, size=(5, 7))
     policy, sigmas = GMPolicy(**case), levels(1.0, 0.0, 300)  # more substeps than are worked out at a time
     exact = integrate(GMPolicy(**wide(case)), case["x_src"].astype(np.float64), sigmas, kernel="reference")
     # 300 steps that round a state of up to 4 about twice, in float32.
@@ -204,6 +210,7 @@ def test_the_kernel_tempers_a_mixture_and_makes_its_variance_on_the_way(gpu_on_h
     given = gm_inputs(policy, case["x_src"]) | raw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_MOST_IN_REGISTERS", 10**6 if kind == REGISTERS else 0)
+        patch.setattr(cuda, "_FEW_PIXELS", 10**6 if storage == "four threads" else 0)
         cuda.gm_rollout(
             **{name: OnHost(np.ascontiguousarray(a)) for name, a in given.items()},
             x_dst=OnHost(x_dst), sigmas=levels(0.8), sigma_src=0.8, eps=policy.eps, temperature=temperature,
@@ -249,10 +256,21 @@ def test_a_nan_stays_in_its_pixel(gpu_on_host):
 
 
 def test_small_images_are_cut_small_enough_for_every_multiprocessor(gpu_on_host):
-    for size, threads in {(8, 8): 32, (12, 15): 64, (20, 20): 128}.items():
+    for size, shared_by, threads in [((4, 4), 4, 32), ((8, 8), 4, 64), ((12, 8), 4, 128), ((40, 40), 1, 128)]:
         case = gm_case(5, B=1, size=size)
         carry_gm(GMPolicy(**case), case["x_src"], levels(1.0))
-        assert gpu_on_host.launches[-1].threads == threads
+        launch = gpu_on_host.launches[-1]
+        assert (launch.PIFLOW_LANES, launch.threads) == (shared_by, threads)
+
+
+@pytest.mark.parametrize("size", [(3, 7), (32, 32), (33, 32)])
+def test_an_image_is_the_same_in_every_batch(gpu_on_host, size):
+    case, sigmas = gm_case(5, B=3, K=8, C=1, size=size), levels(1.0, substeps=3)
+    together = carry_gm(GMPolicy(**case), case["x_src"], sigmas)
+    for i in range(3):
+        one = {name: a[i : i + 1] if isinstance(a, np.ndarray) else a for name, a in case.items()}
+        np.testing.assert_array_equal(together[i : i + 1], carry_gm(GMPolicy(**one), one["x_src"], sigmas))
+    assert len({launch.PIFLOW_LANES for launch in gpu_on_host.launches}) == 1
 
 
 # --- where a pixel's numbers lie
@@ -260,19 +278,21 @@ def test_small_images_are_cut_small_enough_for_every_multiprocessor(gpu_on_host)
 
 @pytest.mark.parametrize(("K", "C"), [(8, 1), (32, 4), (8, 16)])
 def test_the_mixtures_students_have_stay_in_registers(K, C):
-    assert cuda.gm_plan(K, C, 99 << 10).storage == REGISTERS
+    for pixels, shared_by in {8 * 8: 4, 32 * 32: 4, 64 * 64: 1}.items():
+        plan = cuda.gm_plan(K, C, pixels, 99 << 10)
+        assert (plan.storage, plan.lanes) == (REGISTERS, shared_by)
 
 
 @pytest.mark.parametrize("shared_bytes", [99 << 10, 163 << 10, 227 << 10])
 def test_a_block_never_asks_for_more_shared_memory_than_there_is(shared_bytes):
     for K in range(1, 130, 3):
         for C in (1, 3, 16, 64, 128):
-            plan = cuda.gm_plan(K, C, shared_bytes)
+            plan = cuda.gm_plan(K, C, 64 * 64, shared_bytes)
             assert plan.shared_bytes <= shared_bytes
             if plan.storage == SHARED:
                 numbers = (K + 3) // 4 * 4 * (C + 3)
                 assert plan.shared_bytes == cuda._STEP_BYTES + 4 * numbers * plan.threads
-    assert cuda.gm_plan(128, 128, shared_bytes).storage == LOCAL
+    assert cuda.gm_plan(128, 128, 64 * 64, shared_bytes).storage == LOCAL
 
 
 # --- compiled for every GPU
@@ -286,12 +306,12 @@ MIXTURES = [(8, 1), (32, 4), (8, 16), (32, 16), (64, 32), (16, 512)]
 def test_nvrtc_compiles_every_storage(arch):
     try:
         storages = set()
-        for K, C in MIXTURES:
-            plan = cuda.gm_plan(K, C, 99 << 10)
-            storages.add(plan.storage)
+        for (K, C), pixels in [*((mixture, 64 * 64) for mixture in MIXTURES), ((8, 1), 8 * 8)]:
+            plan = cuda.gm_plan(K, C, pixels, 99 << 10)
+            storages.add((plan.storage, plan.lanes))
             code = nvidia.compile_source(arch, plan.defines(K, C))
             assert code.startswith(b"\x7fELF") and b"piflow_gm" in code
-        assert storages == {REGISTERS, SHARED, LOCAL}
+        assert storages == {(REGISTERS, 1), (SHARED, 1), (LOCAL, 1), (REGISTERS, 4)}
         assert b"piflow_dx" in nvidia.compile_source(arch, ())
     except EngineError as error:
         if "run-time compiler NVRTC" in str(error):
@@ -302,8 +322,12 @@ def test_nvrtc_compiles_every_storage(arch):
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_keeps_the_mixtures_students_have_in_registers(arch, tmp_path):
-    for K, C in MIXTURES[:3]:
-        plan = cuda.gm_plan(K, C, 99 << 10)
+    for (K, C), pixels in [
+        *((mixture, 64 * 64) for mixture in MIXTURES[:3]),
+        ((32, 4), 32 * 32),
+        ((8, 16), 32 * 32),
+    ]:
+        plan = cuda.gm_plan(K, C, pixels, 99 << 10)
         defines = [f"-D{define}" for define in plan.defines(K, C)]
         flags = [*nvidia.OPTIONS, "-Werror", "all-warnings", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
         command = [NVCC, *flags, *defines, nvidia.SOURCE, "-o", tmp_path / "rollout.cubin"]
@@ -361,7 +385,7 @@ def test_weights_of_another_policy_are_refused(gpu_on_host):
         cuda.dx_rollout(*arrays, np.ones(5))
 
 
-def test_arrays_in_host_memory_are_refused():
+def test_arrays_in_host_memory_are_refind_fused_isa():
     case = gm_case(6)
     arrays = gm_inputs(GMPolicy(**case), case["x_src"])
     with pytest.raises(EngineError, match=r"GPU memory; means .*ndarray"):
@@ -625,7 +649,7 @@ def test_the_gpu_computes_what_the_reference_does(K, C):
     x_end = [integrate(policy, policy.x_src, sigmas, kernel=kernel).cpu() for kernel in ("auto", "cuda")]
     assert torch.equal(*x_end)
     np.testing.assert_allclose(x_end[0].numpy(), exact, rtol=0, atol=1e-4)
-    if find_fused_isa() and not takes_gram_form(K, C):
+    if find_fused_isa() and not takes_gram_form(K, C) and cuda.gm_plan(K, C, 17 * 19, 99 << 10).lanes == 1:
         np.testing.assert_array_equal(
             x_end[0].numpy(), cpu.rollout(GMPolicy(**case), case["x_src"], sigmas, isa=find_fused_isa())
         )

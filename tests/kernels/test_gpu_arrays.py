@@ -19,9 +19,10 @@ import numpy as np
 from piflow_edge.errors import PiFlowError
 from piflow_edge.kernels import gpu_arrays as xp, nvidia
 
-nvidia.compile_source = lambda arch, defines, source: b"arrays" if source.name == "arrays.cu" else "{K} {C} 0".format(
-    **{key[-1]: value for key, _, value in (define.partition("=") for define in defines)}).encode()
-nvidia.check_available = lambda: None  # NVRTC itself looks for a real driver
+from tests.helpers.driver_images import compile_for_fake_driver
+
+nvidia.compile_source = compile_for_fake_driver
+nvidia.check_available = lambda: None
 fake = ctypes.CDLL("libcuda.so.1")
 COUNTS = "bytes", "streams", "graphs", "waits", "launches", "ins", "outs", "syncs"
 counts = lambda: dict(zip(COUNTS, map(fake.fake_count, range(8))))

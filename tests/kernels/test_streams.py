@@ -14,11 +14,12 @@ import ctypes, sys
 import numpy as np
 from piflow_edge.kernels import device_arrays, gpu_arrays as xp, nvidia
 from piflow_edge.kernels.gpu_arrays import DeviceArray
+from tests.helpers.driver_images import compile_for_fake_driver
 
 order, taken_out = int(sys.argv[1]), sys.argv[2]
 fake = ctypes.CDLL("libcuda.so.1")
 fake.fake_set_order(order)
-nvidia.compile_source = lambda arch, defines, source: b"arrays" if source.name == "arrays.cu" else b"5 3 0"
+nvidia.compile_source = compile_for_fake_driver
 whole = {"wait_for": nvidia.wait_for, "after": nvidia.after}
 if taken_out:
     setattr(nvidia, taken_out, lambda *arguments: None)
