@@ -1,6 +1,7 @@
 # make demo   the main job on handwritten digits; prints where the report is
 # make test   all tests
 # make test-runtime   those that need no torch, on the oldest and the newest Python at hand
+# make web   the JavaScript package, with Node.js
 # make docs   the documentation's site, in site/
 # make benchmarks   all figures of benchmarks/README.md, on a machine that does nothing else
 # All make what they need first, in .venv (and .venv-runtime, which has no torch), and work offline after that.
@@ -30,7 +31,7 @@ ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard piflow_edge/kernels/*.h piflow_edge/kernels/*.cpp piflow_edge/kernels/*.py)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean benchmarks docs
+.PHONY: demo test lint clean benchmarks docs web
 
 demo: $(VENV)/.installed
 	$(BIN)/piflow-edge demo --out $(DEMO)
@@ -82,6 +83,16 @@ $(RUNTIME)/.installed: $(VENV)/.installed
 	@rm -rf build .wheel
 	$(PIP) wheel -q --no-deps --no-build-isolation -w .wheel .
 	set -- .wheel/*.whl; $(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q "$$1[cpu]"
+	@touch $@
+
+# The JavaScript package, compiled into what is committed. Without Node.js its tests are left out.
+WEB := piflow_edge/web
+
+web: $(WEB)/node_modules/.installed
+	cd $(WEB) && node_modules/.bin/tsc -p .
+
+$(WEB)/node_modules/.installed: $(WEB)/package-lock.json
+	cd $(WEB) && npm ci --ignore-scripts --no-audit --no-fund --silent
 	@touch $@
 
 # The small networks that ship with the package: the digits teacher, the classifier FID is measured with, and the bundle

@@ -1,0 +1,233 @@
+/** The generator an app embeds: a bundle, opened, that makes images. */
+import { Bundle } from "./bundle.js";
+import { openConditioner } from "./conditioning.js";
+import { Cancelled, RequestError } from "./errors.js";
+import { drawNoise } from "./noise.js";
+import { restore, toPixels, toRGBA } from "./pictures/pixels.js";
+import { encodePng } from "./pictures/png.js";
+import { buildRecipe, writeRecipe } from "./pictures/recipe.js";
+import { readPolicy } from "./policies/index.js";
+import { planSegments, publishedTemperature } from "./schedule.js";
+import { importOrt, Session } from "./sessions.js";
+import { RELEASE } from "./release.js";
+const DECODER = "decoder";
+const STUDENT = "student";
+/** Images that share a network call. */
+const BATCH_SIZE = 16;
+/** One image, and how to make it again. */
+export class Image {
+    pixels;
+    recipe;
+    constructor(pixels, recipe) {
+        this.pixels = pixels;
+        this.recipe = recipe;
+    }
+    get width() {
+        return this.pixels.width;
+    }
+    get height() {
+        return this.pixels.height;
+    }
+    get channels() {
+        return this.pixels.channels;
+    }
+    /** A byte for each channel of each pixel, row by row. */
+    get data() {
+        return this.pixels.data;
+    }
+    /** For a canvas. */
+    toImageData() {
+        return new ImageData(toRGBA(this.pixels), this.width, this.height);
+    }
+    /** A PNG file that holds the recipe. */
+    toPng() {
+        return encodePng(this.pixels, this.recipe && writeRecipe(this.recipe));
+    }
+}
+/** Open a bundle: the address of its folder on a web server or, in Node.js, its path. */
+export async function load(address, options = {}) {
+    const bundle = await Bundle.open(address, options);
+    const precision = options.precision ?? bundle.manifest.precisions[0];
+    const ort = options.ort ?? (await importOrt());
+    const providers = options.executionProviders ?? (options.ort ? undefined : ["wasm"]);
+    const names = Object.keys(bundle.manifest.networks).filter((name) => name === STUDENT || name === DECODER || name.startsWith("encoder."));
+    const sessions = {};
+    for (const name of names)
+        sessions[name] = await Session.open(bundle, name, precision, ort, providers);
+    const conditioner = await openConditioner(bundle, (name, arrays) => sessions[name].run(arrays));
+    const generate = new Drawing(bundle, precision, sessions, conditioner, providers?.join(",") ?? "default");
+    const call = (subject, settings = {}) => generate.make(subject, settings);
+    return Object.assign(call, { bundle, close: () => generate.close() });
+}
+class Drawing {
+    bundle;
+    precision;
+    sessions;
+    conditioner;
+    device;
+    kind;
+    shape;
+    queue = Promise.resolve();
+    constructor(bundle, precision, sessions, conditioner, device) {
+        this.bundle = bundle;
+        this.precision = precision;
+        this.sessions = sessions;
+        this.conditioner = conditioner;
+        this.device = device;
+        this.kind = readPolicy(bundle.manifest.policy);
+        this.shape = bundle.manifest.latent.shape;
+    }
+    make(subject, options) {
+        const made = this.queue.then(() => this.draw(subject, options));
+        this.queue = made.catch(() => undefined);
+        return made;
+    }
+    async close() {
+        await this.queue;
+        for (const session of Object.values(this.sessions))
+            await session.close();
+    }
+    async draw(subject, options) {
+        const began = performance.now();
+        const { arrays, descriptions } = await this.conditioner.encode(this.readSubject(subject));
+        const plan = this.plan(options);
+        const seeds = readSeeds(options.seed ?? 0, descriptions.length);
+        const result = { images: [], latents: [], timings: { noise: 0, network: 0, policy: 0, decode: 0, total: 0 } };
+        for (let first = 0; first < descriptions.length; first += BATCH_SIZE) {
+            const piece = seeds.slice(first, first + BATCH_SIZE);
+            const steering = takePiece(arrays, first, piece.length);
+            const latents = await this.sample(plan, piece, steering, options, first, result.timings);
+            const recipes = piece.map((pair, i) => this.describe(descriptions[first + i], pair, plan));
+            const images = await this.decode(latents, recipes, result.timings);
+            result.images.push(...images);
+            const size = latents.length / piece.length;
+            piece.forEach((_, i) => result.latents.push(latents.slice(i * size, (i + 1) * size)));
+        }
+        result.timings.total = performance.now() - began;
+        return result;
+    }
+    readSubject(subject) {
+        const isBare = typeof subject !== "object" || Array.isArray(subject);
+        return isBare ? { [this.conditioner.positional]: subject } : subject;
+    }
+    /** The sampling loop: a network call at the start of every segment, whose policy is integrated to its end. */
+    async sample(plan, seeds, steering, options, first, timings) {
+        const [channels, height, width] = this.shape;
+        const size = { batch: seeds.length, channels, pixels: height * width };
+        let state = measure(timings, "noise", () => this.drawNoises(seeds, 0));
+        const { segments } = plan;
+        for (const [i, { sigmas, renoise }] of segments.entries()) {
+            if (options.signal?.aborted)
+                throw new Cancelled(`stopped after ${i} network calls, as was asked for`);
+            const before = performance.now();
+            const outputs = await this.callStudent(state, sigmas[0], steering, seeds.length);
+            timings.network += performance.now() - before;
+            const temperature = i < segments.length - 1 ? plan.temperature : 1;
+            const policy = this.kind.open(outputs, state, size, sigmas[0], temperature);
+            state = measure(timings, "policy", () => policy.integrate(state, sigmas));
+            const sigmaT = sigmas[sigmas.length - 1];
+            if (options.onProgress) {
+                const seen = state;
+                const preview = () => this.preview(policy, seen, sigmaT, timings);
+                await options.onProgress({ call: i + 1, nfe: segments.length, sigmaT, first, preview });
+            }
+            if (renoise) {
+                const fresh = this.drawNoises(seeds, i + 1);
+                state = state.map((value, at) => renoise[0] * value + renoise[1] * fresh[at]);
+            }
+        }
+        if (options.signal?.aborted)
+            throw new Cancelled("stopped after the last network call, as was asked for");
+        return state;
+    }
+    callStudent(state, sigmaT, steering, batch) {
+        return this.sessions[STUDENT].run({
+            x_t: { data: state, shape: [batch, ...this.shape] },
+            t: { data: new Float32Array(batch).fill(sigmaT), shape: [batch] },
+            ...steering,
+        });
+    }
+    drawNoises(seeds, draw) {
+        const size = this.shape[0] * this.shape[1] * this.shape[2];
+        const noise = new Float32Array(seeds.length * size);
+        seeds.forEach(([seed, index], i) => noise.set(drawNoise(seed, index, size, draw), i * size));
+        return noise;
+    }
+    /** An Euler step down to 0 ends in the policy's estimate of the clean latents. */
+    preview(policy, state, sigmaT, timings) {
+        const estimate = sigmaT > 0 ? policy.integrate(state, Float64Array.of(sigmaT, 0)) : state;
+        return this.decode(estimate, [], timings);
+    }
+    async decode(latents, recipes, timings) {
+        const before = performance.now();
+        let { data, shape } = restore(latents, this.bundle.manifest.latent);
+        if (this.sessions[DECODER]) {
+            const spec = this.bundle.manifest.networks[DECODER];
+            const outputs = await this.sessions[DECODER].run({ [spec.inputs[0].name]: { data, shape } });
+            data = outputs[spec.outputs[0].name];
+            shape = [shape[0], ...spec.outputs[0].shape.slice(1)];
+        }
+        const images = toPixels(data, shape).map((pixels, i) => new Image(pixels, recipes[i]));
+        timings.decode += performance.now() - before;
+        return images;
+    }
+    /** The settings with nothing left open, and what they make. */
+    plan(options) {
+        const { schedule, latent, networks } = this.bundle.manifest;
+        const nfe = options.nfe ?? schedule.nfe;
+        const substeps = options.substeps ?? schedule.total_substeps;
+        const h = options.h ?? schedule.h;
+        const asked = options.temperature ?? schedule.temperature;
+        const temperature = asked === "auto" ? publishedTemperature(nfe) : Number(asked);
+        if (!(temperature >= 0 && temperature < Infinity)) {
+            throw new RequestError(`temperature is 0 or more, or "auto"; got ${asked}`);
+        }
+        const segments = planSegments({
+            nfe,
+            shift: schedule.shift,
+            finalStepSizeScale: schedule.final_step_size_scale,
+            totalSubsteps: substeps,
+            h: Number(h === "inf" ? Infinity : h),
+        });
+        const [height, width] = (networks[DECODER]?.outputs[0].shape ?? latent.shape).slice(-2);
+        const rest = { solver: "euler", strength: 1, resamples: 0, height, width };
+        return { segments, temperature, settings: { nfe, substeps, temperature, h, ...rest } };
+    }
+    describe(conditioning, pair, plan) {
+        return buildRecipe({
+            bundle: this.bundle.manifest.name,
+            bundle_sha256: this.bundle.sha256,
+            precision: this.precision,
+            engine: "onnxruntime-web",
+            device: this.device,
+            conditioning: [conditioning],
+            seeds: [pair],
+            settings: plan.settings,
+            release: RELEASE,
+        });
+    }
+}
+function readSeeds(seed, count) {
+    const pairs = Array.isArray(seed) ? seed : Array.from({ length: count }, (_, i) => [seed, i]);
+    if (pairs.length !== count)
+        throw new RequestError(`give one (seed, index) per image: ${count} images, ${pairs.length} pairs`);
+    for (const number of pairs.flat()) {
+        const isWhole = typeof number === "bigint" || Number.isSafeInteger(number);
+        if (!isWhole || number < 0 || BigInt(number) >= 1n << 64n) {
+            throw new RequestError(`a seed is a whole number from 0 to 2^64 - 1, above 2^53 a BigInt; got ${number}`);
+        }
+    }
+    return pairs;
+}
+function takePiece(arrays, first, count) {
+    return Object.fromEntries(Object.entries(arrays).map(([name, { data, shape }]) => {
+        const size = data.length / shape[0];
+        return [name, { data: data.slice(first * size, (first + count) * size), shape: [count, ...shape.slice(1)] }];
+    }));
+}
+function measure(timings, stage, compute) {
+    const before = performance.now();
+    const made = compute();
+    timings[stage] += performance.now() - before;
+    return made;
+}

@@ -1,0 +1,31 @@
+/** How an image was made, as `piflow_edge/runtime/recipe.py` reads it. */
+import type { Seed } from "../noise.js";
+export interface Recipe {
+    version: number;
+    bundle: string;
+    bundle_sha256: string;
+    precision: string;
+    engine: string;
+    device: string;
+    conditioning: object[];
+    seeds: [Seed, Seed][];
+    settings: {
+        nfe: number;
+        substeps: number;
+        solver: "euler";
+        temperature: number;
+        h: number | "inf";
+        strength: number;
+        resamples: number;
+        height: number | null;
+        width: number | null;
+    };
+    noise: null;
+    image: null;
+    mask: null;
+    release: string;
+}
+/** The recipe of images that started from a seed. */
+export declare function buildRecipe(made: Omit<Recipe, "version" | "noise" | "image" | "mask">): Recipe;
+/** One line of JSON in ASCII. Whole numbers above 2^53 keep their digits. */
+export declare function writeRecipe(recipe: Recipe): string;

@@ -1,0 +1,23 @@
+/** The one registry of policies: what `bundle.json` calls them. */
+import { BundleError } from "../errors.js";
+import { gridKind } from "./grid.js";
+import { mixtureKind } from "./mixture.js";
+const KINDS = {
+    gm: (described) => mixtureKind(described.eps, described.num_components, true),
+    gmk: (described) => mixtureKind(described.eps, described.num_components, false),
+    dx: (described) => gridKind({
+        numNodes: described.num_nodes,
+        segmentSize: described.segment_size,
+        shift: described.shift,
+        mode: described.mode,
+        eps: described.eps,
+    }),
+};
+/** The kind of policy that a bundle describes. */
+export function readPolicy(described) {
+    const kind = described?.kind;
+    if (!Object.hasOwn(KINDS, kind)) {
+        throw new BundleError(`this release knows policies ${Object.keys(KINDS).join(", ")}; got ${kind}`);
+    }
+    return KINDS[kind](described);
+}

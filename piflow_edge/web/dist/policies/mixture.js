@@ -1,0 +1,179 @@
+/**
+ * Policies "gm" and "gmk": a Gaussian mixture at every position, carried to other states and noise levels by Bayes'
+ * rule. The formulas are those of `piflow_edge/policies/gm.py` and `gmk.py`, worked out in float64.
+ */
+class MixturePolicy {
+    means;
+    logweights;
+    variances;
+    xSrc;
+    size;
+    sigmaSrc;
+    eps;
+    /** `variances`: of the components in x_0, (B, K). `logweights`: (B, K, pixels). `means`: velocities (B, K, C, pixels). */
+    constructor(means, logweights, variances, xSrc, size, sigmaSrc, eps) {
+        this.means = means;
+        this.logweights = logweights;
+        this.variances = variances;
+        this.xSrc = xSrc;
+        this.size = size;
+        this.sigmaSrc = sigmaSrc;
+        this.eps = eps;
+    }
+    integrate(state, sigmas) {
+        const { batch, channels, pixels } = this.size;
+        const components = this.variances.length / batch;
+        const times = planSubsteps(sigmas, this.sigmaSrc, this.eps);
+        const end = new Float32Array(state.length);
+        const pixel = new MixturePixel(components, channels);
+        for (let b = 0; b < batch; b++) {
+            const variances = this.variances.subarray(b * components, (b + 1) * components);
+            pixel.setTerms(computeTerms(variances, times, channels, this.eps));
+            for (let p = 0; p < pixels; p++) {
+                for (let c = 0; c < channels; c++) {
+                    const at = (b * channels + c) * pixels + p;
+                    pixel.x[c] = state[at];
+                    pixel.xSrc[c] = this.xSrc[at];
+                }
+                for (let k = 0; k < components; k++) {
+                    pixel.logweights[k] = this.logweights[(b * components + k) * pixels + p];
+                    for (let c = 0; c < channels; c++) {
+                        const u = this.means[((b * components + k) * channels + c) * pixels + p];
+                        pixel.x0Means[k * channels + c] = pixel.xSrc[c] - this.sigmaSrc * u;
+                    }
+                }
+                pixel.integrate(times);
+                for (let c = 0; c < channels; c++)
+                    end[(b * channels + c) * pixels + p] = pixel.x[c];
+            }
+        }
+        return end;
+    }
+}
+/** The mixture at one position, and its state. What depends on time alone is worked out once for all positions. */
+class MixturePixel {
+    components;
+    channels;
+    x;
+    xSrc;
+    x0Means;
+    logweights;
+    nu;
+    weights;
+    halfSquares;
+    terms = { variances: [], denominators: [], excesses: [], volumes: [] };
+    constructor(components, channels) {
+        this.components = components;
+        this.channels = channels;
+        this.x = new Float64Array(channels);
+        this.xSrc = new Float64Array(channels);
+        this.nu = new Float64Array(channels);
+        this.x0Means = new Float64Array(components * channels);
+        this.logweights = new Float64Array(components);
+        this.weights = new Float64Array(components);
+        this.halfSquares = new Float64Array(components);
+    }
+    setTerms(terms) {
+        this.terms = terms;
+    }
+    integrate(times) {
+        const { x, xSrc, nu, x0Means, weights, components, channels } = this;
+        const { variances, denominators } = this.terms;
+        this.computeHalfSquares();
+        for (let i = 0; i < times.length; i++) {
+            const { ofState, ofSource, floor, step } = times[i];
+            for (let c = 0; c < channels; c++)
+                nu[c] = ofState * x[c] - ofSource * xSrc[c];
+            this.weigh(i, times[i].zeta);
+            for (let c = 0; c < channels; c++) {
+                let x0 = 0;
+                for (let k = 0; k < components; k++) {
+                    x0 += (weights[k] * (x0Means[k * channels + c] + variances[k] * nu[c])) / denominators[i * components + k];
+                }
+                x[c] += ((x[c] - x0) / floor) * step;
+            }
+        }
+    }
+    /** The posterior weights of the components at the i-th substep. */
+    weigh(i, zeta) {
+        const { components, channels, nu, weights, x0Means, logweights, halfSquares } = this;
+        const { denominators, excesses, volumes } = this.terms;
+        let halfSquare = 0;
+        for (let c = 0; c < channels; c++)
+            halfSquare += 0.5 * nu[c] * nu[c];
+        let largest = -Infinity;
+        for (let k = 0; k < components; k++) {
+            const at = i * components + k;
+            let evidence = excesses[at] * halfSquare - zeta * halfSquares[k];
+            for (let c = 0; c < channels; c++)
+                evidence += x0Means[k * channels + c] * nu[c];
+            weights[k] = logweights[k] + evidence / denominators[at] - volumes[at];
+            if (weights[k] > largest)
+                largest = weights[k];
+        }
+        let total = 0;
+        for (let k = 0; k < components; k++)
+            total += weights[k] = Math.exp(weights[k] - largest);
+        for (let k = 0; k < components; k++)
+            weights[k] /= total;
+    }
+    computeHalfSquares() {
+        const { halfSquares, x0Means, channels } = this;
+        for (let k = 0; k < halfSquares.length; k++) {
+            halfSquares[k] = 0;
+            for (let c = 0; c < channels; c++)
+                halfSquares[k] += 0.5 * x0Means[k * channels + c] ** 2;
+        }
+    }
+}
+/** Where all variances are alike, excesses are 0, and volumes the same for all, so that they change no weight. */
+function computeTerms(variances, times, channels, eps) {
+    const size = times.length * variances.length;
+    const terms = {
+        variances,
+        denominators: new Float64Array(size),
+        excesses: new Float64Array(size),
+        volumes: new Float64Array(size),
+    };
+    const widest = Math.max(...variances);
+    times.forEach(({ zeta }, i) => {
+        variances.forEach((variance, k) => {
+            const at = i * variances.length + k;
+            terms.denominators[at] = Math.max(variance * zeta + 1, eps);
+            terms.excesses[at] = (variance - widest) / Math.max(widest * zeta + 1, eps);
+            terms.volumes[at] = Math.log(terms.denominators[at]) * 0.5 * channels;
+        });
+    });
+    return terms;
+}
+/** What the state says about x_0 beyond what the source said: exactly nothing at the source itself. */
+function planSubsteps(sigmas, sigmaSrc, eps) {
+    const source = Math.max(sigmaSrc, eps);
+    return Array.from(sigmas.subarray(0, -1), (sigma, i) => {
+        const floor = Math.max(sigma, eps);
+        return {
+            floor,
+            step: sigmas[i + 1] - sigma,
+            zeta: ((1 - floor) / floor) ** 2 - ((1 - source) / source) ** 2,
+            ofState: (1 - floor) / floor ** 2,
+            ofSource: (1 - source) / source ** 2,
+        };
+    });
+}
+/** A kind of mixture. `hasOneVariance`: all components of an image share one. */
+export function mixtureKind(eps, components, hasOneVariance) {
+    return {
+        outputs: ["means", "logweights", "logstds"],
+        open(outputs, xSrc, size, sigmaSrc, temperature) {
+            const sharpness = Math.min(Math.max(temperature, eps), 1);
+            const logweights = Float64Array.from(outputs.logweights, (value) => value / sharpness);
+            const perImage = hasOneVariance ? 1 : components;
+            const variances = Float64Array.from({ length: size.batch * components }, (_, i) => {
+                const b = Math.floor(i / components);
+                const logstd = outputs.logstds[b * perImage + (hasOneVariance ? 0 : i % components)];
+                return Math.exp(2 * logstd) * sigmaSrc ** 2 * sharpness;
+            });
+            return new MixturePolicy(outputs.means, logweights, variances, xSrc, size, sigmaSrc, eps);
+        },
+    };
+}

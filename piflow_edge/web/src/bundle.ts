@@ -1,0 +1,130 @@
+/** A bundle: `bundle.json`, and files that are handed out only after their checksum matched. */
+
+import { BundleError } from "./errors.js";
+import { openFolder, sha256, type ReadFile } from "./files.js";
+
+const MANIFEST = "bundle.json";
+const FORMAT = 5;
+const MANIFEST_LIMIT = 1 << 20;
+/** The last lines of a manifest: its own checksum, which is that of everything else. */
+const OWN_CHECKSUM = /,\n  "sha256": "([0-9a-f]{64})"\n\}\n$/;
+
+export interface TensorSpec {
+  name: string;
+  dtype: string;
+  shape: (number | string)[];
+}
+
+export interface NetworkSpec {
+  inputs: TensorSpec[];
+  outputs: TensorSpec[];
+  files: Record<string, string[]>;
+}
+
+/** What of `bundle.json` is used here; `docs/export.md` says what it all means. */
+export interface Manifest {
+  format_version: number;
+  name: string;
+  policy: any;
+  schedule: {
+    nfe: number;
+    shift: number;
+    final_step_size_scale: number;
+    total_substeps: number;
+    h: number | string;
+    temperature: number | string;
+  };
+  conditioning: any;
+  latent: {
+    kind: "pixels" | "latents";
+    shape: [number, number, number];
+    scale: number;
+    shift: number;
+    mean: number[];
+    deviation: number[];
+    packing: number;
+  };
+  networks: Record<string, NetworkSpec>;
+  assets: Record<string, string>;
+  precisions: string[];
+  files: Record<string, { sha256: string; size: number }>;
+}
+
+export interface OpenOptions {
+  /** SHA-256 that `bundle.json` must have: then nobody but its maker can change the bundle. */
+  sha256?: string;
+}
+
+export class Bundle {
+  private constructor(
+    readonly manifest: Manifest,
+    /** SHA-256 of `bundle.json`. */
+    readonly sha256: string,
+    private readonly readFile: ReadFile,
+  ) {}
+
+  /** Read and check the manifest of a bundle; its files are checked when they are read. */
+  static async open(address: string | URL, options: OpenOptions = {}): Promise<Bundle> {
+    const readFile = openFolder(address);
+    const data = await readFile(MANIFEST);
+    if (data.length > MANIFEST_LIMIT) throw new BundleError(`${MANIFEST} is larger than ${MANIFEST_LIMIT} bytes`);
+    const digest = await sha256(data);
+    if (options.sha256 !== undefined && digest !== options.sha256) {
+      throw new BundleError(`${MANIFEST} has SHA-256 ${digest}, not the ${options.sha256} that was asked for`);
+    }
+    return new Bundle(await parseManifest(data), digest, readFile);
+  }
+
+  /** The content of one file, after its size and hash matched the manifest. */
+  async read(name: string): Promise<Uint8Array> {
+    const expected = this.manifest.files[name];
+    if (!Object.hasOwn(this.manifest.files, name)) throw new BundleError(`the bundle does not list ${name}`);
+    const data = await this.readFile(name);
+    if (data.length !== expected.size || (await sha256(data)) !== expected.sha256) {
+      throw new BundleError(`${name} does not match its checksum in ${MANIFEST}; copy the bundle again`);
+    }
+    return data;
+  }
+
+  /** A network's file, and the files that it keeps weights in, by their names. */
+  async readNetwork(name: string, precision: string): Promise<[Uint8Array, Record<string, Uint8Array>]> {
+    const network = this.manifest.networks[name];
+    const files = network?.files[precision];
+    if (!files?.length) throw new BundleError(`the bundle has no ${name} in ${precision}`);
+    const [model, ...weights] = await Promise.all(files.map((file) => this.read(file)));
+    return [model, Object.fromEntries(weights.map((data, i) => [files[i + 1], data]))];
+  }
+
+  /** The content of an asset, such as a tokenizer. */
+  async readAsset(name: string): Promise<Uint8Array> {
+    const file = this.manifest.assets[name];
+    if (file === undefined) throw new BundleError(`the bundle has no asset ${name}; export it again`);
+    return this.read(file);
+  }
+}
+
+async function parseManifest(data: Uint8Array): Promise<Manifest> {
+  const text = new TextDecoder("utf-8", { fatal: true }).decode(data);
+  let manifest: Manifest;
+  try {
+    manifest = JSON.parse(text);
+  } catch (error) {
+    throw new BundleError(`${MANIFEST} is not JSON: ${(error as Error).message}`);
+  }
+  if (manifest?.format_version !== FORMAT) {
+    throw new BundleError(
+      `${MANIFEST} has format version ${manifest?.format_version}, this release reads ${FORMAT}; export it again`,
+    );
+  }
+  const own = OWN_CHECKSUM.exec(text);
+  const rest = new TextEncoder().encode(text.replace(OWN_CHECKSUM, "\n}\n"));
+  if (own === null || (await sha256(rest)) !== own[1]) {
+    throw new BundleError(`${MANIFEST} does not match its own checksum; copy the bundle again`);
+  }
+  for (const name of Object.keys(manifest.files)) {
+    if (name === "." || name === ".." || /[/\\]/.test(name)) {
+      throw new BundleError(`${MANIFEST} lists a file outside its folder: ${name}`);
+    }
+  }
+  return manifest;
+}
