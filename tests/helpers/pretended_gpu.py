@@ -60,3 +60,15 @@ def run_on_fake_driver(folder, *command, code=0, **environment):
     assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Exception ignored" not in done.stderr, done.stderr  # what a `__del__` or a finaliser raised
     return done
+
+
+# Of a plan, what the pretended driver must know.
+_NAMES = ("K", "C", "STORAGE", "LANES")
+
+
+def compile_for_fake_driver(arch, defines, source):
+    """An image as fake_driver.cpp reads it, instead of `nvidia.compile_source`: NVRTC looks for a real driver."""
+    if source.name == "arrays.cu":
+        return b"arrays"
+    values = dict(define.removeprefix("PIFLOW_").split("=") for define in defines)
+    return " ".join(values[name] for name in _NAMES).encode()

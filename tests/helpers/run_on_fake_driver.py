@@ -6,7 +6,7 @@ from piflow_edge import GMPolicy
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import cuda, nvidia
 from piflow_edge.kernels.rollout import integrate
-from tests.helpers.driver_images import compile_for_fake_driver
+from tests.helpers.pretended_gpu import compile_for_fake_driver
 from tests.helpers.rollout_cases import gm_case, levels, wide
 
 

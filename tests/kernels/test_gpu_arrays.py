@@ -19,7 +19,7 @@ import numpy as np
 from piflow_edge.errors import PiFlowError
 from piflow_edge.kernels import gpu_arrays as xp, nvidia
 
-from tests.helpers.driver_images import compile_for_fake_driver
+from tests.helpers.pretended_gpu import compile_for_fake_driver
 
 nvidia.compile_source = compile_for_fake_driver
 nvidia.check_available = lambda: None

@@ -14,7 +14,7 @@ import ctypes, sys
 import numpy as np
 from piflow_edge.kernels import device_arrays, gpu_arrays as xp, nvidia
 from piflow_edge.kernels.gpu_arrays import DeviceArray
-from tests.helpers.driver_images import compile_for_fake_driver
+from tests.helpers.pretended_gpu import compile_for_fake_driver
 
 order, taken_out = int(sys.argv[1]), sys.argv[2]
 fake = ctypes.CDLL("libcuda.so.1")
