@@ -50,13 +50,15 @@ class Graph:
 
     `model`: the bytes of the .onnx file. `weights`: content of the files it keeps weights in, by the name the model
     gives them; empty unless it is too large for one file. `source`: what `piflow-edge build` is told to build it.
-    `outline`: of the model, where it has been read already.
+    `outline`: of the model, where it has been read already. `file`: the .onnx file, where an engine may read it and the
+    files beside it there itself; `model` and `weights` are views of the files then, and take no memory.
     """
 
-    model: bytes
+    model: bytes | memoryview
     weights: Mapping[str, bytes] = field(default_factory=dict)
     source: str = field(default="BUNDLE", compare=False)
     outline: "Outline | None" = field(default=None, compare=False, repr=False)
+    file: Path | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -129,6 +131,8 @@ class EngineOptions:
         memory_arena: keep freed memory for the next call: up to a twentieth faster with large decoders, and memory
             stays at the peak of the largest batch.
         memory_pattern: plan a call's memory ahead, once for each batch size; wants `memory_arena`.
+        keep: "all" networks of a bundle in memory, or "one": each is opened, run and freed in turn, for models that do
+            not fit together. That reads their files again for every image.
 
     Raises:
         EngineError: a setting out of range, or a core that this process may not use.
@@ -139,11 +143,14 @@ class EngineOptions:
     spinning: bool = False
     memory_arena: bool = False
     memory_pattern: bool = True
+    keep: str = "all"
 
     def __post_init__(self):
         threads = self.num_threads
         if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
             raise EngineError(f"num_threads is a whole number from 1 to {_MOST_THREADS}; got {threads!r}")
+        if self.keep not in ("all", "one"):
+            raise EngineError(f"keep is 'all' or 'one'; got {self.keep!r}")
         if self.cpu_affinity is not None:
             object.__setattr__(self, "cpu_affinity", _check_cores(self.cpu_affinity))
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 from piflow_edge.bundle.manifest import DECODER, STUDENT, Manifest, sampler_calls
 from piflow_edge.bundle.precisions import PRECISIONS
@@ -12,6 +13,7 @@ from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion
+from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
 from piflow_edge.export.onnx_graphs.encoder_graph import export_encoder
 from piflow_edge.export.onnx_graphs.large import measure_lowered_share, name_files
@@ -52,7 +54,7 @@ def export_networks(
 
 
 def convert_networks(
-    exact: Graphs, manifest: Manifest, calibration: Calibration | None
+    exact: Graphs, manifest: Manifest, calibration: Calibration | None, settings: ExportSettings
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Return the manifest with the files of every network in every precision, and those files.
 
@@ -63,22 +65,29 @@ def convert_networks(
         exact: the fp32 networks, but for sampler graphs.
         manifest: a draft, whose `networks` have no files.
         calibration: what converters measure with; None where there is fp32 only.
+        settings: say which network is in which precision.
     """
     files: dict[str, bytes] = {}
     float32_nodes: dict[str, dict] = {}
     listed: dict[str, dict[str, list[str]]] = {name: {} for name in manifest.networks}
+
+    @cache  # a network may be in the same in several of the bundle's precisions
+    def convert(name: str, precision: str) -> Conversion:
+        converted = PRECISIONS[precision].load_converter(__package__)(name, exact[name], calibration)
+        if converted.graph is not exact[name] or converted.float32_nodes:
+            _tell_share(name, precision, converted.graph, converted.float32_nodes)
+        return converted
+
     for precision in manifest.precisions:
-        convert = PRECISIONS[precision].load_converter(__package__)
-        converted = {name: convert(name, graph, calibration) for name, graph in exact.items()}
+        inside = {name: settings.precision_of(name, precision) for name in exact}
+        converted = {name: convert(name, one) for name, one in inside.items()}
         float32_nodes[precision] = {
             name: one.float32_nodes
             for name, one in converted.items()
             if one.graph is not exact[name] or one.float32_nodes
         }
-        for name, reasons in float32_nodes[precision].items():
-            _tell_share(name, precision, converted[name].graph, reasons)
         for name in manifest.networks:
-            graph, tag = _graph_of(name, converted, exact, manifest, precision)
+            graph, tag = _graph_of(name, converted, exact, manifest, inside.get(name, precision))
             if f"{name}.{tag}.onnx" not in files:
                 files |= _name_files(graph, f"{name}.{tag}.onnx", manifest.networks[name].opset)
             listed[name][precision] = [file for file in files if file.startswith(f"{name}.{tag}.onnx")]

@@ -28,6 +28,8 @@ class ExportSettings:
         eps: floor inside the policy at run time; None is the student's own, 1e-4 but for the authors' students.
         samplers: calls per image for which the whole sampler is written as one graph too.
         precisions: of `PRECISIONS`; the first is what the bundle runs in unless asked. The decoder of int8 is fp32.
+        network_precisions: for some networks another precision, the same in all of the bundle's: by the name of a
+            network ("encoder.t5") or the part before the dot ("encoder", "decoder", "student").
         axes: how long named axes of what steers the student may be, by name; else any length.
         opset: of all graphs: 18, or 17 for TensorRT 8.5 and 8.6.
         license_text, license_name: content of LICENSE, and its short name for the manifest.
@@ -42,6 +44,7 @@ class ExportSettings:
     eps: float | None = None
     samplers: tuple[int, ...] = ()
     precisions: tuple[str, ...] = ("fp32",)
+    network_precisions: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, AxisSpec] = field(default_factory=dict)
     opset: int = OPSET
     license_text: str = NO_LICENSE
@@ -53,12 +56,18 @@ class ExportSettings:
         if self.eps is not None and not (isinstance(self.eps, numbers.Real) and 0 < self.eps < math.inf):
             raise ScheduleError(f"eps is above 0, and finite; got {self.eps!r}")
         check_temperature(self.temperature)
-        if not self.precisions or not set(self.precisions) <= set(PRECISIONS):
+        chosen = {*self.precisions, *self.network_precisions.values()}
+        if not self.precisions or not chosen <= set(PRECISIONS):
             raise BundleError(
-                f"precisions are of {', '.join(PRECISIONS)}; got {', '.join(self.precisions) or 'none'}"
+                f"precisions are of {', '.join(PRECISIONS)}; got {', '.join(sorted(chosen)) or 'none'}"
             )
         for name, axis in self.axes.items():
             if axis.min < 1 or axis.multiple_of < 1 or (axis.longest or axis.shortest) < axis.shortest:
                 raise BundleError(f"lengths of an axis rise from 1 or more; got {name}={axis}")
         if self.opset not in OPSETS:
             raise BundleError(f"opset is {' or '.join(map(str, OPSETS))}; got {self.opset!r}")
+
+    def precision_of(self, network: str, precision: str) -> str:
+        """Return what a network of the bundle is in, where the bundle is in `precision`."""
+        kind = network.partition(".")[0]
+        return self.network_precisions.get(network) or self.network_precisions.get(kind) or precision

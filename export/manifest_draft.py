@@ -2,20 +2,21 @@
 
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 
 from piflow_edge.bundle.manifest import (
     DECODER,
+    ENCODER,
     FORMAT_VERSION,
     STUDENT,
     Manifest,
     sampler_name,
     sampler_tensors,
 )
-from piflow_edge.bundle.precisions import PRECISIONS
-from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec
+from piflow_edge.bundle.precisions import join_tolerances
+from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec, ToleranceSpec
 from piflow_edge.conditioning import Conditioner, TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.text_encoders import TextEncoder
@@ -39,7 +40,7 @@ def draft_manifest(
     """Return the manifest of a student's bundle, without files.
 
     Raises:
-        BundleError: ranges of axes that the student has not.
+        BundleError: ranges of axes that the student has not, or a precision for a network that there is not.
         DataError: another autoencoder than the student's latents are of.
         ScheduleError: a number of `settings.samplers` out of range.
     """
@@ -68,7 +69,7 @@ def draft_manifest(
         networks={STUDENT: _describe_student(student, conditioner, settings.opset)},
         assets={},
         precisions=list(settings.precisions),
-        tolerances={precision: PRECISIONS[precision].tolerances for precision in settings.precisions},
+        tolerances={},
         license=settings.license_name,
         provenance={
             **student.provenance,
@@ -84,11 +85,25 @@ def draft_manifest(
         manifest.networks[encoder.spec.network] = describe_encoder(encoder, settings.opset)
         manifest.axes[tokens_axis(encoder)] = AxisSpec(1, encoder.spec.max_tokens, 1)
         manifest.assets[encoder.spec.tokenizer_asset] = encoder.spec.tokenizer_asset
+    manifest.tolerances.update(_tolerances(manifest.networks, settings))
     for nfe in settings.samplers:
         schedule = manifest.schedule.schedule(nfe=nfe)
         tensors = sampler_tensors(schedule, latent.shape, manifest.image_shape, conditioner.inputs)
         manifest.networks[sampler_name(nfe)] = NetworkSpec("", *tensors, {}, settings.opset, {})
     return manifest
+
+
+def _tolerances(networks: Iterable[str], settings: ExportSettings) -> dict[str, ToleranceSpec]:
+    """What `verify` allows in each of the bundle's precisions, by what each network is in then."""
+    known = {*networks, *(name.partition(".")[0] for name in networks)}
+    if unknown := settings.network_precisions.keys() - known:
+        raise BundleError(f"the bundle has no network {min(unknown)!r}; it has {', '.join(networks)}")
+    found = {}
+    for precision in settings.precisions:
+        inside = {name: settings.precision_of(name, precision) for name in networks}
+        encoders = [one for name, one in inside.items() if name.startswith(ENCODER)]
+        found[precision] = join_tolerances(inside[STUDENT], inside.get(DECODER), encoders)
+    return found
 
 
 def check_autoencoder(student: StudentModel, autoencoder: Autoencoder | None) -> None:

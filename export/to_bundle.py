@@ -85,12 +85,12 @@ def export_bundle(
     golden = golden_samples(model.network, manifest, model.conditioner)
     _check_golden(golden, exact["student"], manifest)
     calibration = None
-    if settings.precisions != ("fp32",):
+    if {*settings.precisions, *settings.network_precisions.values()} != {"fp32"}:
         calibration = Calibration(
             exact["student"], manifest, model.nfes, exact.get("decoder"), conditioner=model.conditioner
         )
         calibration.encoder_inputs = {e.spec.network: example_inputs(e, model.conditioner) for e in encoders}
-    manifest, files = convert_networks(exact, manifest, calibration)
+    manifest, files = convert_networks(exact, manifest, calibration, settings)
     if manifest.makes_images:
         golden["images"] = golden_images(golden["latents"], manifest, autoencoder)
         files[PREVIEW] = png_bytes(image_grid([as_pil(golden["images"])]))

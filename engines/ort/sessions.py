@@ -23,7 +23,7 @@ def give_weights(settings, graph: Graph) -> None:
     Raises:
         EngineError: this release cannot take them from memory; read from the disk they could be other ones by then.
     """
-    if not graph.weights:
+    if not graph.weights or graph.file is not None:
         return
     give = getattr(settings, "add_external_initializers_from_files_in_memory", None)
     if give is None:
@@ -155,11 +155,13 @@ class OrtEngine:
 
     def _make_session(self, ort, graph: Graph, settings):
         providers = [(self.provider, self._provider_options(graph))]
+        # Of bytes it would hold three copies for a while.
+        model = graph.model if graph.file is None else str(graph.file)
         try:
             # Some providers start threads of their own here, which keep to the cores of the one that starts them.
             with self._options.on_cores():
                 # Without `enable_fallback=0` it would print an error and go on with the CPU.
-                return ort.InferenceSession(graph.model, settings, providers=providers, enable_fallback=0)
+                return ort.InferenceSession(model, settings, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             message = f"onnxruntime {ort.__version__} cannot open the network"
             if self.provider != _CPU_PROVIDER:

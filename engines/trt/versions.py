@@ -172,7 +172,7 @@ def set_workspace(trt, config, size: int) -> None:
 def parse(parser, graph: Graph) -> bool:
     """Read a graph; what went wrong is in the parser's errors."""
     if not graph.weights:
-        return parser.parse(graph.model)
+        return parser.parse(bytes(graph.model))  # it may be a view of a file
     # All releases find weights in files beside a model; those before 10.14 in no other way.
     with tempfile.TemporaryDirectory(prefix="piflow-edge-") as folder:
         for name, content in graph.weights.items():

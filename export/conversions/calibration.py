@@ -1,6 +1,7 @@
 """The student on its own trajectories: what a converted graph is fitted to, and how far off it then is."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,7 +51,8 @@ def count_images(most: int, parameters: int) -> int:
 class Calibration:
     """An fp32 student and what it makes of up to `CALIBRATION_IMAGES` seeds; see `count_images`.
 
-    `batches`: what the network is fed, one batch per call of each trajectory.
+    `batches`: what the network is fed, one batch per call of each trajectory. `encoder_inputs`: what each text encoder
+    is fed for some prompts, by its network's name.
 
     Args:
         student: the fp32 network.
@@ -76,6 +78,7 @@ class Calibration:
         engine = open_engine(student, engine=ENGINE)
         self.batches: list[Inputs] = []
         self.encoder_inputs: dict[str, list[Inputs]] = {}
+        self._encodings: dict[str, list[dict[str, np.ndarray]]] = {}
         self._outputs: list[dict[str, np.ndarray]] = []
         drawn = {nfe: self._latents(engine, nfe, record=True) for nfe in nfes}
         if (nfe := manifest.schedule.nfe) not in drawn:
@@ -110,13 +113,32 @@ class Calibration:
             whole = peak_error(drawn, self._drawn)
         return {"outputs": max(outputs), "latents": relative_error(drawn, self._drawn), "psnr": whole}
 
-    def share(self, graph: Graph, tolerances: ToleranceSpec) -> float:
-        """The largest of `errors` in units of what `tolerances` allow."""
+    def share(
+        self, graph: Graph, tolerances: ToleranceSpec, network: str = STUDENT, exact: Graph | None = None
+    ) -> float:
+        """The largest error of a converted network in units of what `tolerances` allow; see `errors`.
+
+        `exact`: the text encoder in fp32, where `network` is one.
+        """
+        if network != STUDENT:
+            return self._error_of_encoder(network, graph, exact) / tolerances.encodings
         errors = self.errors(graph)
         allowed = rms_of_psnr(tolerances.psnr, peak=255 if self.manifest.makes_images else 1)
         limits = {"outputs": tolerances.outputs, "latents": tolerances.latents, "psnr": allowed}
         shares = [errors[name] / limit for name, limit in limits.items()]
         return max(np.inf if np.isnan(share) else share for share in shares)
+
+    def _error_of_encoder(self, network: str, graph: Graph, exact: Graph) -> float:
+        """The largest relative error of its outputs, at tokens that it is told to see."""
+        inputs = self.encoder_inputs[network]
+        if network not in self._encodings:
+            self._encodings[network] = _encode_all(exact, inputs)
+        errors = [
+            relative_error(found[name], array)
+            for found, wanted in zip(_encode_all(graph, inputs), self._encodings[network], strict=True)
+            for name, array in wanted.items()
+        ]
+        return np.inf if np.isnan(errors).any() else max(errors)
 
     def _draw_noise(self, draw: int) -> np.ndarray:
         return philox_normal(CALIBRATION_SEED, range(self._count), self.manifest.latent.shape, draw=draw)
@@ -158,6 +180,15 @@ def _run(engine: Engine, inputs: Inputs) -> dict[str, np.ndarray]:
         for start in range(0, count, _TOGETHER)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _encode_all(graph: Graph, batches: Iterable[Inputs]) -> list[dict[str, np.ndarray]]:
+    """What a text encoder makes of prompts; 0 at tokens that it does not see."""
+    with closing(open_engine(graph, engine=ENGINE)) as engine:
+        found = [engine.run(inputs) for inputs in batches]
+    for made, inputs in zip(found, batches, strict=True):
+        made["hidden_states"] = made["hidden_states"] * inputs["attention_mask"][..., None]
+    return found
 
 
 def split_samples(batches: Iterable[Inputs]) -> Iterator[Inputs]:

@@ -15,6 +15,7 @@ from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion, Inputs
 from piflow_edge.export.conversions.half_measures import Measures, measure_half
+from piflow_edge.export.conversions.lookup_tables import halve_lookup_tables
 from piflow_edge.export.half_graph import FLOAT32_OPERATORS, convert_to_half
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of, types
@@ -24,6 +25,7 @@ _FP16_LARGEST = float(np.finfo(np.float16).max) / 2
 # Root mean square error of one node, relative to its output. Rounding inputs, weights and output to fp16's 11 bits
 # costs at most some 5e-4; more means that the node magnifies rounding (the cosine of a large angle) or underflows.
 _FP16_NODE_ERROR = 1e-3
+_LEADS = "leads to output"
 # Ends of a walk against the data flow: sums of many products, in which single roundings average out.
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 
@@ -47,12 +49,16 @@ def to_fp16(graph: Graph, batches: Sequence[Inputs], *, exact_outputs: bool = Tr
     if exact_outputs:
         for output in model.graph.output:
             for node in _upstream(model, [output.name], floats):
-                float32_nodes.setdefault(node, f"leads to output {output.name}")
+                float32_nodes.setdefault(node, f"{_LEADS} {output.name}")
     for node in model.graph.node:
         if node.op_type in FLOAT32_OPERATORS and floats.intersection([*node.input, *node.output]):
             float32_nodes.setdefault(node.name, f"{node.op_type} is not in fp16 everywhere")
     known = {name for node in model.graph.node for name in node.output}
     half = convert_to_half(model, graph.weights, float32_nodes, floats)
+    # Tables that only lead to an output: rounding a row costs no more than fp16 does elsewhere.
+    tame = {name for name, reason in float32_nodes.items() if reason.startswith(_LEADS)}
+    for node in halve_lookup_tables(half, tame):
+        del float32_nodes[node]
     compact(half, known)
     converted = graph_of(half)
     check(converted)

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,14 +12,13 @@ from piflow_edge.bundle.manifest import STUDENT
 from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
 from piflow_edge.engines.ort.importing import import_part
-from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion, Inputs, split_samples
+from piflow_edge.export.conversions.layer_search import convert_within
+from piflow_edge.export.conversions.weights_only import convert_encoder, quantisable
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of, save
 
 quantization = import_part("quantization")
-log = logging.getLogger(__name__)
-
 # Share of the tolerances that int8 may use on the calibration images. The largest error of the golden images, which
 # are others, was up to 1.6 times as large on the digits.
 _SHARE = 0.5
@@ -54,42 +53,18 @@ def to_int8(
     """
     layers = quantisable(onnx.load_from_string(graph.model))
 
-    def quantise_all_but(excluded: Sequence[str]) -> Graph:
+    def convert(excluded: Sequence[str]) -> Graph:
         return quantise(graph, batches, static=static, excluded=excluded)
 
-    result = quantise_all_but([])
-    off = accepts(result)
-    if off <= 1:
-        return Conversion(result)
-    log.info("int8 is off by %.2f times what is allowed; measuring %d layers", off, len(layers))
-    alone = {
-        layer: accepts(quantise_all_but([other for other in layers if other != layer])) for layer in layers
-    }
-    worst_first = sorted(layers, key=alone.get, reverse=True)
-    # By halves: `result` leaves out `enough` layers, and one fewer than `too_few` + 1 would not do.
-    too_few, enough, result = 0, len(layers), None
-    while enough - too_few > 1:
-        count = (too_few + enough) // 2
-        tried = quantise_all_but(worst_first[:count])
-        if accepts(tried) <= 1:
-            enough, result = count, tried
-        else:
-            too_few = count
-    if result is None:
-        raise CheckFailedError(
-            f"no layer of the student can be quantised within tolerance: alone, {worst_first[-1]} costs "
-            f"{alone[worst_first[-1]]:.2f} times what is allowed; export without int8, or train it longer"
-        )
-    left_out = worst_first[:enough]
-    return Conversion(
-        result, {name: f"alone costs {alone[name]:.2f} of what is allowed" for name in left_out}
-    )
+    return convert_within("int8", layers, convert, accepts)
 
 
 def convert_network(
     network: str, graph: Graph, calibration: Calibration, *, static: bool = False
 ) -> Conversion:
     """The conversion to int8 of a bundle's network; see `Precision`. Decoders stay in float32."""
+    if network in calibration.encoder_inputs:
+        return convert_encoder(graph)
     if network != STUDENT:
         return Conversion(graph, "all")
 
@@ -104,16 +79,6 @@ def convert_network_qdq(network: str, graph: Graph, calibration: Calibration) ->
     return convert_network(network, graph, calibration, static=True)
 
 
-def quantisable(model: onnx.ModelProto) -> list[str]:
-    """Names of the matrix products with a constant weight."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [
-        node.name
-        for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights
-    ]
-
-
 def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded: Sequence[str] = ()) -> Graph:
     """The graph with all but the `excluded` matrix products in int8; see `to_int8`."""
     settings = dict(
@@ -126,7 +91,7 @@ def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded:
         use_external_data_format=bool(graph.weights),
         nodes_to_exclude=[name for layer in excluded for name in (layer, f"{layer}_MatMul")],
     )
-    with TemporaryDirectory() as folder, _quiet():
+    with TemporaryDirectory() as folder, quiet_tools():
         source, out = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
         save(graph, source)
         if static:
@@ -164,12 +129,14 @@ def _values(model: onnx.ModelProto) -> set[str]:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """ONNX Runtime asks for a preprocessing step, which the exporter has done; it logs on the root logger."""
+def quiet_tools() -> Iterator[None]:
+    """Let ONNX Runtime's tools log nothing below an error: they do on the root logger, which one sets up on import."""
     root = logging.getLogger()
-    before = root.level
-    root.setLevel(logging.ERROR)
+    disabled, level, handlers = root.manager.disable, root.level, list(root.handlers)
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        root.setLevel(before)
+        logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers

@@ -1,6 +1,7 @@
 """A text encoder -> ONNX graph with a dynamic batch and number of tokens."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -10,12 +11,16 @@ from piflow_edge.bundle.sections import NetworkSpec
 from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec
 from piflow_edge.distill.networks.text_encoders import TextEncoder, open_prompts
 from piflow_edge.engines import Graph
-from piflow_edge.errors import DataError
+from piflow_edge.errors import ConditioningError, DataError
 from piflow_edge.export.onnx_graphs.to_onnx import OPSET, program_graph, quiet
 
 ENCODER_INPUTS = ("input_ids", "attention_mask")
-# Prompts that a precision of an encoder is measured with.
+# Prompts that a precision of an encoder is measured with: so many of the model's own, and these beside them. What is
+# largest inside an encoder depends on the prompt, and on its length.
 _EXAMPLES = 8
+_MORE_PROMPTS = (
+    "", "An oil painting of mountains at dawn, highly detailed, 4k", "一只戴帽子的猫", "a street in the rain, " * 100,
+)  # fmt: skip
 
 
 def tokens_axis(encoder: TextEncoder) -> str:
@@ -83,7 +88,11 @@ def join_encoders(conditioner: Conditioner, encoders: Sequence[TextEncoder]) -> 
 
 
 def example_inputs(encoder: TextEncoder, conditioner: Conditioner) -> list[dict[str, np.ndarray]]:
-    """Return what an encoder is fed for the conditioner's example prompts, one batch each."""
+    """Return what an encoder is fed for the conditioner's example prompts and some more, one batch each."""
     tokenizer = encoder.spec.build_tokenizer(encoder.tokenizer)
-    prompts = dict.fromkeys(conditioner.example_prompts(_EXAMPLES))
-    return [encoder.spec.encoder_inputs(tokenizer.encode(prompt)) for prompt in prompts]
+    prompts = dict.fromkeys([*conditioner.example_prompts(_EXAMPLES), *_MORE_PROMPTS])
+    found = []
+    for prompt in prompts:
+        with suppress(ConditioningError):  # of "" some tokenizers make nothing
+            found.append(encoder.spec.encoder_inputs(tokenizer.encode(prompt)))
+    return found

@@ -33,8 +33,8 @@ NUMBERS: Mapping[str, Mapping[str, tuple[float, float]]] = {
     },
     "latent": {"scale": (-1e6, 1e6), "shift": (-1e6, 1e6), "packing": (1, 1 << 6)},
     "tolerances": {
-        "outputs": (0, 1e6), "velocities": (0, 1e6), "latents": (0, 1e6), "samplers": (0, 1e6), "images": (0, 255),
-        "psnr": (0, 1e3),
+        "encodings": (0, 1e6), "outputs": (0, 1e6), "velocities": (0, 1e6), "latents": (0, 1e6),
+        "samplers": (0, 1e6), "images": (0, 255), "psnr": (0, 1e3),
     },
 }  # fmt: skip
 _LONGEST_AXIS = 1 << 20

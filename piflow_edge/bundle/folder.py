@@ -8,15 +8,15 @@ hash matched.
 import hashlib
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from piflow_edge.errors import BundleError, EngineError
-from piflow_edge.system.files import sha256
+from piflow_edge.system.files import sha256, view_file
 from piflow_edge.system.onnx_outline import Outline, check_outline, read_outline
 
 from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, sampler_calls
@@ -63,13 +63,14 @@ class NetworkFiles:
 
     `model`: the bytes of the .onnx file. `weights`: content of the files it keeps weights in, by the name the model
     gives them; empty unless it is too large for one file. `source`: the arguments of `piflow-edge build` that build it.
-    `outline`: of the model.
+    `outline`: of the model. `file`: the .onnx file where the network was looked at in its place; see `view_network`.
     """
 
-    model: bytes
-    weights: Mapping[str, bytes]
+    model: bytes | memoryview
+    weights: Mapping[str, bytes | memoryview]
     source: str
     outline: Outline
+    file: Path | None = None
 
 
 class Bundle:
@@ -110,6 +111,7 @@ class Bundle:
             raise BundleError(
                 f"bundle {self.folder} is not as it was exported: {what}; copy it again or re-export"
             )
+        self._stamps: dict[str, tuple[int, ...]] = {}
         for name in self.manifest.files:
             self._check(name)
 
@@ -140,11 +142,26 @@ class Bundle:
     def _check(self, name: str) -> None:
         """`read` without keeping what was read: a file may be larger than half of the memory."""
         expected, digest, size = self.manifest.files[name], hashlib.sha256(), 0
+        self._stamps[name] = self._stamp(name)  # before the first byte is read
         with self._open_file(name) as file:
             while size <= expected.size and (piece := file.read(_PIECE)):
                 digest.update(piece)
                 size += len(piece)
         self._compare(name, size, digest.hexdigest())
+
+    def _check_unless_same(self, name: str) -> tuple[int, ...]:
+        """Hash a file again, but not one that is the same since it was hashed; return which state of it that was."""
+        if self._stamp(name) != self._stamps[name]:
+            self._check(name)
+        return self._stamps[name]
+
+    def _stamp(self, name: str) -> tuple[int, ...]:
+        """What changes with a file: whoever writes to it cannot leave the time of the last change as it was."""
+        try:
+            state = (self.folder / name).lstat()
+        except OSError as error:
+            raise BundleError(f"{self.folder / name} cannot be read: {error.strerror}") from error
+        return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
     def _compare(self, name: str, size: int, digest: str) -> None:
         expected = self.manifest.files[name]
@@ -164,12 +181,40 @@ class Bundle:
             BundleError: the bundle has no such network or precision, a file was altered since it was opened, or the
                 network reaches for what is not in the bundle (see `check_graphs`) or is not as the manifest says.
         """
+        return self._read_network(name, precision, self.read)
+
+    @contextmanager
+    def view_network(self, name: str, precision: str | None = None) -> Iterator[NetworkFiles]:
+        """As `read_network`, for a block in which an engine opens the files in their place instead of as bytes.
+
+        That takes a third of the memory. Views that are handed out may be used in the block alone.
+
+        Raises:
+            BundleError: as `read_network`, or a file was altered while the engine read it.
+        """
+        files = self.manifest.network_files(name, self.precision(precision))
+        seen: dict[str, tuple[int, ...]] = {}
+        with ExitStack() as views:
+
+            def view(file: str) -> memoryview:
+                seen[file] = self._check_unless_same(file)
+                return views.enter_context(view_file(self.folder / file))
+
+            found = self._read_network(name, precision, view)
+            yield replace(found, file=self.folder.resolve() / files[0])
+            for file in files:
+                if self._stamp(file) != seen[file]:
+                    raise BundleError(f"{file} in {self.folder} was altered while it was read; load it again")
+
+    def _read_network(
+        self, name: str, precision: str | None, read: Callable[[str], bytes | memoryview]
+    ) -> NetworkFiles:
         precision = self.precision(precision)
         file, *beside = self.manifest.network_files(name, precision)
         source = f"{shlex.quote(str(self.folder))} --precision {precision}"
         if (calls := sampler_calls(name)) is not None:
             source += f" --graph sampler --nfe {calls}"
-        model, weights = self.read(file), {other: self.read(other) for other in beside}
+        model, weights = read(file), {other: read(other) for other in beside}
         outline = self._read_outline(file, model, {other: len(content) for other, content in weights.items()})
         if problem := self.manifest.networks[name].find_mismatch(outline, self.manifest.axes):
             raise BundleError(
@@ -191,7 +236,7 @@ class Bundle:
             if name.endswith(".onnx"):
                 self._read_outline(name, self.read(name), sizes)
 
-    def _read_outline(self, file: str, model: bytes, sizes: Mapping[str, int]) -> Outline:
+    def _read_outline(self, file: str, model: bytes | memoryview, sizes: Mapping[str, int]) -> Outline:
         try:
             outline = read_outline(model)
             check_outline(outline, sizes)

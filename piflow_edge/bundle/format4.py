@@ -50,6 +50,16 @@ class _Decoder:
 
 
 @dataclass(frozen=True)
+class _Tolerance:
+    outputs: float
+    velocities: float
+    latents: float
+    samplers: float
+    images: int
+    psnr: float
+
+
+@dataclass(frozen=True)
 class _Manifest:
     format_version: int
     name: str
@@ -64,7 +74,7 @@ class _Manifest:
     files: dict[str, FileSpec]
     license: str
     provenance: dict[str, Any]
-    tolerances: dict[str, ToleranceSpec]
+    tolerances: dict[str, _Tolerance]
 
 
 def read_format_4(body: dict, place: str) -> Manifest:
@@ -91,7 +101,8 @@ def read_format_4(body: dict, place: str) -> Manifest:
         networks=_networks(old, conditioner.inputs, place),
         assets={},
         precisions=old.precisions,
-        tolerances=old.tolerances,
+        # No bundle of format 4 reads prompts.
+        tolerances={n: ToleranceSpec(spec.outputs, **vars(spec)) for n, spec in old.tolerances.items()},
         license=old.license,
         provenance=old.provenance,
         files=old.files,

@@ -33,6 +33,8 @@ GOLDEN, LICENSE, PREVIEW = "golden.npz", "LICENSE", "preview.png"
 MANIFEST_LIMIT = 1 << 20
 
 STUDENT, DECODER, _SAMPLER = "student", "decoder", "sampler.nfe"
+# Where names of text encoders begin.
+ENCODER = "encoder."
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """What a graph can be exported in: the one registry of precisions.
 
-To add one, write an entry here, and the function that converts a graph where the entry says; see docs/extending.md.
+A bundle's precision is what its student is in. Its other networks are in the same, unless an export says otherwise. To
+add one, write an entry here, and the function that converts a graph where the entry says; see docs/extending.md.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -35,12 +36,20 @@ class Precision:
 # Relative to the largest golden value: an engine sums in another order than PyTorch, which costs some 1e-6 on a
 # network of a few blocks; the policy divides by noise levels down to 1/128; one grey level may round the other way.
 # A sampler graph is held to the runtime, which runs the same network.
-_FP32 = ToleranceSpec(outputs=1e-4, velocities=1e-4, latents=1e-3, samplers=1e-4, images=1, psnr=50.0)
+_FP32 = ToleranceSpec(
+    encodings=1e-4, outputs=1e-4, velocities=1e-4, latents=1e-3, samplers=1e-4, images=1, psnr=50.0
+)
 # What is promised of fp16 and int8 is the PSNR of whole images. The largest single errors are bounded loosely: rounding
 # of 11 or 7 bits adds up over the layers, and calls feed each other. Policies are float32 in every precision. Where a
 # rounding falls the other way, a sampler graph and the runtime part by as much.
-_FP16 = ToleranceSpec(outputs=0.02, velocities=1e-4, latents=0.05, samplers=0.05, images=4, psnr=40.0)
-_INT8 = ToleranceSpec(outputs=0.2, velocities=1e-4, latents=0.5, samplers=0.1, images=1, psnr=30.0)
+_FP16 = ToleranceSpec(
+    encodings=0.02, outputs=0.02, velocities=1e-4, latents=0.05, samplers=0.05, images=4, psnr=40.0
+)
+_INT8 = ToleranceSpec(
+    encodings=0.2, outputs=0.2, velocities=1e-4, latents=0.5, samplers=0.1, images=1, psnr=30.0
+)
+# Of a small text encoder four bits leave the direction of a prompt: a cosine of 0.96 goes with an error of 0.3.
+_INT4 = replace(_INT8, encodings=0.5, outputs=0.3, psnr=25.0)
 
 PRECISIONS = {
     precision.name: precision
@@ -58,5 +67,19 @@ PRECISIONS = {
         ),
         # Scales activations by calibration.
         Precision("int8-qdq", _INT8, "conversions.int8:convert_network_qdq"),
+        # Weights alone, in blocks. Its operator is ONNX Runtime's.
+        Precision(
+            "int4", _INT4, "conversions.int4:convert_network", operators_tensorrt_lacks=("MatMulNBits",)
+        ),
     )
 }
+
+
+def join_tolerances(student: str, decoder: str | None, encoders: Iterable[str]) -> ToleranceSpec:
+    """Return what `verify` allows where networks of a bundle are in these precisions; None for no decoder."""
+    tolerances = PRECISIONS[student].tolerances
+    encodings = [PRECISIONS[name].tolerances.encodings for name in encoders]
+    if decoder is not None:
+        made = PRECISIONS[decoder].tolerances
+        tolerances = replace(tolerances, images=made.images, psnr=min(tolerances.psnr, made.psnr))
+    return replace(tolerances, encodings=max(encodings, default=tolerances.encodings))

@@ -201,10 +201,12 @@ class FileSpec:
 class ToleranceSpec:
     """Largest error `verify` accepts, relative to the golden array's largest value; images in levels of 255.
 
-    `samplers`: of the latents that the sampler graphs make. `psnr`: least agreement in dB of whole images, or of
-    latents where there are none, with those drawn from the same noise in PyTorch.
+    `encodings`: of what text encoders make of prompts. `samplers`: of the latents that the sampler graphs make. `psnr`:
+    least agreement in dB of whole images, or of latents where there are none, with those drawn from the same noise in
+    PyTorch.
     """
 
+    encodings: float
     outputs: float
     velocities: float
     latents: float

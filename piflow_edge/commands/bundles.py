@@ -14,6 +14,7 @@ from .options import (
     emit,
     engine_options,
     engine_settings,
+    network_precisions,
     precisions,
     report_rows,
     show,
@@ -36,7 +37,11 @@ from .options import (
 @click.option("--sampler-graph", "samplers", callback=calls, metavar="NFE,...",
               help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
 @click.option("--precision", "precisions", callback=precisions, default="fp32", metavar="NAME,...",
-              help="Of the graphs: fp32, fp16, int8, int8-qdq; the first is the bundle's default.")  # fmt: skip
+              help="Of the graphs: fp32, fp16, int8, int8-qdq, int4; the first is the bundle's default.")  # fmt: skip
+@click.option("--network-precision", "network_precisions", callback=network_precisions, multiple=True,
+              metavar="NETWORK=NAME",
+              help="One precision for some networks, whatever --precision says, such as encoder=int8, decoder=fp32 or "
+              "encoder.t5=int4; can be given again.")  # fmt: skip
 @click.option("--axis", "axes", callback=axis_ranges, multiple=True, metavar="NAME=MIN:MAX[:MULTIPLE]",
               help="How long a named axis of what steers may be, such as tokens=1:512; else any length.")  # fmt: skip
 @click.option("--opset", type=click.Choice(["17", "18"]), default="18",
@@ -63,6 +68,7 @@ def export(
     temperature,
     samplers,
     precisions,
+    network_precisions,
     axes,
     opset,
     autoencoder,
@@ -106,6 +112,7 @@ def export(
         "temperature": temperature,
         "samplers": samplers,
         "precisions": precisions,
+        "network_precisions": network_precisions,
         "axes": axes,
         "opset": int(opset),
         "autoencoder": load_autoencoder(autoencoder) if autoencoder else None,

@@ -58,13 +58,16 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--height", type=COUNT, help="Of an image in pixels; else the bundle's.")
 @click.option("--width", type=COUNT, help="Of an image in pixels; else the bundle's.")
 @engine_options
+@click.option("--keep", type=click.Choice(["all", "one"]), default="all",
+              help="Networks in memory: all, or one, opened, run and freed in turn, where all do not fit.")  # fmt: skip
 @click.option("--precision", help="One of the bundle's; else its first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the noise.")
 @TRUSTED_KEYS
 @JSON
 @click.pass_context
 def sample(
-    context, bundle, like, out, output, engine, device, threads, cores, precision, trusted_keys, as_json, **request
+    context, bundle, like, out, output, engine, device, threads, cores, keep, precision, trusted_keys, as_json,
+    **request,
 ):  # fmt: skip
     """Draw images from a bundle.
 
@@ -91,13 +94,13 @@ def sample(
             engine = recipe.engine
             device = device if _is_given(context, "device") else recipe.device
     request.update(_read_files(request), output={"png": "pil", "uint8": "numpy"}.get(output, output))
-    settings = engine_settings(engine, device, threads, cores)
+    settings = engine_settings(engine, device, threads, cores, keep)
     chosen = recipe is None or _is_given(context, "engine")
     with (
+        _bar() as advance,
         _load(
             bundle, None if chosen else recipe, precision=precision, trusted_keys=trusted_keys, **settings
         ) as generator,
-        _bar() as advance,
     ):
         if recipe is None:
             result = generator(**request, callback=advance)
@@ -188,7 +191,7 @@ def _is_given(context: click.Context, option: str) -> bool:
 
 def _refuse_beside_like(context: click.Context) -> None:
     free = {"bundle", "like", "out", "output", "arrays", "noise", "image", "mask", "trusted_keys", "as_json"}
-    free |= {"engine", "device", "threads", "cores"}
+    free |= {"engine", "device", "threads", "cores", "keep"}
     for parameter in context.command.params:
         if parameter.name not in free and _is_given(context, parameter.name):
             raise click.UsageError(f"--like says what {parameter.opts[0]} is; leave one of both out")
@@ -196,7 +199,10 @@ def _refuse_beside_like(context: click.Context) -> None:
 
 @contextmanager
 def _bar():
-    """A callback for the generator that moves a progress bar, where somebody is looking."""
+    """A callback for the generator that moves a progress bar, where somebody is looking.
+
+    The bar says too which network is opened: a large one takes longer than an image.
+    """
     if not sys.stderr.isatty():
         yield None
         return
@@ -211,4 +217,22 @@ def _bar():
                 task, total=done.nfe, completed=done.call, description=f"image {done.first + 1} and on"
             )
 
-        yield advance
+        with _listening(lambda stage: bar.update(task, description=stage)):
+            yield advance
+
+
+@contextmanager
+def _listening(show):
+    """Show what is logged about networks that take turns."""
+    import logging
+
+    stages, handler = logging.getLogger("piflow_edge.runtime.residence"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: show(record.getMessage())
+    level = stages.level
+    stages.addHandler(handler)
+    stages.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        stages.removeHandler(handler)
+        stages.setLevel(level)

@@ -200,12 +200,12 @@ def placement_options(command):
     return _with(ENGINE[1:], command)
 
 
-def engine_settings(engine, device, threads, cores) -> dict:
+def engine_settings(engine, device, threads, cores, keep: str = "all") -> dict:
     """What `load` and `open_engine` take, from the options of `ENGINE`."""
     return {
         "engine": engine,
         "device": device,
-        "options": EngineOptions(num_threads=threads, cpu_affinity=cores),
+        "options": EngineOptions(num_threads=threads, cpu_affinity=cores, keep=keep),
     }
 
 
@@ -293,6 +293,18 @@ def add_progress_options(command: click.Command) -> None:
     command.params.append(
         click.Option(["--quiet"], is_flag=True, flag_value="quiet", help="Tell nothing of it.", **told)
     )
+
+
+def network_precisions(context, parameter, texts: tuple[str, ...]) -> dict[str, str]:
+    """Return NETWORK=NAME by network."""
+    found = dict(text.partition("=")[::2] for text in texts)
+    if not all(found) or not all(found.values()) or len(found) < len(texts):
+        raise click.BadParameter(
+            f"give NETWORK=NAME, each network once, such as encoder=int8; got {' '.join(texts)}"
+        )
+    for names in found.values():
+        precisions(context, parameter, names)
+    return found
 
 
 def emit(value) -> None:

@@ -234,7 +234,7 @@ class OpenedTextPrompts:
     def __init__(self, spec: TextPrompts, read_asset: ReadAsset, run_network: RunNetwork):
         self.spec, self._run = spec, run_network
         self._tokenizers = {e.name: e.build_tokenizer(read_asset(e.tokenizer_asset)) for e in spec.encoders}
-        self._encodings: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
+        self._encodings: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()  # each a batch of one
         self._lock = Lock()
 
     @property
@@ -282,7 +282,7 @@ class OpenedTextPrompts:
 
     def null(self, count: int) -> dict[str, np.ndarray] | None:
         prompt = self.spec.null_prompt
-        return None if prompt is None else repeat(self._encode_prompt(prompt), count)
+        return None if prompt is None else repeat(self._encode_all([prompt]), count)
 
     def example(self, count: int) -> dict[str, np.ndarray]:
         return self._encode_all(self.example_prompts(count))
@@ -315,28 +315,35 @@ class OpenedTextPrompts:
         return self.spec.to_json()
 
     def _encode_all(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        return join_encodings([self._encode_prompt(prompt) for prompt in prompts], self.inputs)
-
-    def _encode_prompt(self, prompt: str) -> dict[str, np.ndarray]:
-        """The encodings of one prompt, a batch of one; kept for the next who asks."""
-        check_prompt(prompt)
-        with self._lock:
-            if prompt in self._encodings:
-                self._encodings.move_to_end(prompt)
-                return self._encodings[prompt]
-        tokens = self.tokenize(prompt)
-        self._warn_of_cuts(prompt, tokens)
-        fed: dict[str, np.ndarray] = {}
+        found = self._find_known(prompts)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        tokens = {prompt: self.tokenize(prompt) for prompt in missing}
+        fed: dict[str, dict[str, np.ndarray]] = {prompt: {} for prompt in missing}
+        # Encoder by encoder: where one network is open at a time, each is opened once.
         for spec in self.spec.encoders:
-            fed |= spec.encode(tokens[spec.name], self._run)
-        fed = convert_arrays(self.spec, fed)
+            for prompt in missing:
+                fed[prompt] |= spec.encode(tokens[prompt][spec.name], self._run)
+        for prompt in missing:
+            self._warn_of_cuts(tokens[prompt])
+            found[prompt] = convert_arrays(self.spec, fed[prompt])
+        self._keep({prompt: found[prompt] for prompt in missing})
+        return join_encodings([found[prompt] for prompt in prompts], self.inputs)
+
+    def _find_known(self, prompts: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
         with self._lock:
-            self._encodings[prompt] = fed
+            found = {prompt: self._encodings[prompt] for prompt in prompts if prompt in self._encodings}
+            for prompt in found:
+                self._encodings.move_to_end(prompt)
+        return found
+
+    def _keep(self, encodings: Mapping[str, dict[str, np.ndarray]]) -> None:
+        """Keep encodings, each a batch of one, for the next who asks."""
+        with self._lock:
+            self._encodings.update(encodings)
             while len(self._encodings) > _KEPT_PROMPTS:
                 self._encodings.popitem(last=False)
-        return fed
 
-    def _warn_of_cuts(self, prompt: str, tokens: Mapping[str, Tokens]) -> None:
+    def _warn_of_cuts(self, tokens: Mapping[str, Tokens]) -> None:
         for spec in self.spec.encoders:
             if cut := tokens[spec.name].cut:
                 log.warning(

@@ -68,9 +68,10 @@ class Generator:
         self.decoding = Decoding(bundle.manifest, decoder, self.precision)
         # On a GPU nothing crosses the bus between noise and image.
         self._place = gpu_arrays.place_of(engine.device)
-        self._graphs = self._place and ImageGraphs(
-            bundle.manifest, engine, decoder, self.decoding, self._place
-        )
+        self._keeps_one = options.keep == "one"
+        self._graphs = None
+        if self._place and not self._keeps_one:
+            self._graphs = ImageGraphs(bundle.manifest, engine, decoder, self.decoding, self._place)
         self._lifetime = Lifetime(bundle.name, self._free)
         self._warned: set[str] = set()
 
@@ -253,12 +254,16 @@ class Generator:
         self._warn_if_untrained(request)
         # The policies' threads are started from this one, and keep to its cores.
         with self._lifetime, self.options.on_cores():
+            # Where networks take turns, the decoder has its own once all is drawn.
+            wanted = "latent" if self._keeps_one else output
             pieces = [
-                self._draw(request, piece, output, observer, clock)
+                self._draw(request, piece, wanted, observer, clock)
                 for piece in cut_batches(len(request), _BATCH_SIZE, self.engine)
             ]
             latents = join_arrays([piece for piece, _ in pieces])
-            images = None if output == "latent" else join_arrays([piece for _, piece in pieces])
+            images = None if wanted == "latent" else join_arrays([piece for _, piece in pieces])
+            if wanted != output:
+                images = self.decoding.images(latents, as_float=output == "float", clock=clock)
             if output == "pil":
                 from piflow_edge.system.sheets import as_pil  # Pillow is only needed where pictures are made
 

@@ -1,6 +1,7 @@
 """A bundle's networks as engines take them: to open, or to build for a GPU."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import DECODER, STUDENT, sampler_calls, sampler_name
@@ -17,6 +18,13 @@ def read_graph(bundle: Bundle, network: str = STUDENT, precision: str | None = N
     """One network of a bundle, its files checked; see `Bundle.read_network`."""
     files = bundle.read_network(network, precision)
     return Graph(files.model, files.weights, source=files.source, outline=files.outline)
+
+
+@contextmanager
+def view_graph(bundle: Bundle, network: str, precision: str | None = None) -> Iterator[Graph]:
+    """As `read_graph`, for a block in which an engine may read the files itself; see `Bundle.view_network`."""
+    with bundle.view_network(network, precision) as files:
+        yield Graph(files.model, files.weights, source=files.source, outline=files.outline, file=files.file)
 
 
 def find_targets(
@@ -45,7 +53,6 @@ def find_targets(
         raise EngineError(f"graph is one of {', '.join(dict.fromkeys((*GRAPHS, *networks)))}; got {graph!r}")
     if nfe is not None and graph != "sampler":
         raise EngineError("nfe chooses among sampler graphs; give it with graph 'sampler'")
-    _check_precision(precision)
     if graph == "sampler":
         graph = sampler_name(_find_calls(bundle, nfe))
     names = [graph] if graph else [name for name in networks if sampler_calls(name) is None]
@@ -55,12 +62,14 @@ def find_targets(
     return [_describe_target(bundle, name, precision, lengths or {}) for name in names]
 
 
-def _check_precision(precision: str) -> None:
-    known = PRECISIONS.get(precision)
-    if known is not None and known.operators_tensorrt_lacks:
+def _check_operators(network: str, precision: str, graph: Graph) -> None:
+    """Refuse a graph that TensorRT has no operators for."""
+    used = {name for _, name in graph.outline.operators}
+    missing = [name for one in PRECISIONS.values() for name in one.operators_tensorrt_lacks if name in used]
+    if missing:
         raise EngineError(
-            f"TensorRT has no {' and no '.join(known.operators_tensorrt_lacks)}, which {precision} is made of; export "
-            "with --precision int8-qdq"
+            f"TensorRT has no {' and no '.join(missing)}, which the {network} in {precision} is made of; export with "
+            "--precision int8-qdq or fp16"
         )
 
 
@@ -78,6 +87,7 @@ def _describe_target(
     bundle: Bundle, network: str, precision: str, lengths: Mapping[str, tuple[int, int, int]]
 ) -> Target:
     graph, calls = read_graph(bundle, network, precision), sampler_calls(network)
+    _check_operators(network, precision, graph)
     spec, file = bundle.manifest.networks[network], bundle.manifest.network_files(network, precision)[0]
     name = network if calls is None else f"sampler of {calls} calls"
     named = {n for tensor in spec.inputs for n in tensor.shape if isinstance(n, str) and n != "batch"}

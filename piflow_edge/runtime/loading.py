@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, open_engine
+from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions
 
 if TYPE_CHECKING:
     from piflow_edge.bundle.signature import TrustedKey
@@ -33,7 +33,7 @@ def load(
         engine: "auto", the fastest that can run here, or the name of a backend; see `engines.open_engine`.
         precision: one of the bundle's ("fp32"); None is its first.
         device: what the backend runs on, such as "cpu", "cuda" or "cuda:1"; None is its best.
-        options: threads and memory.
+        options: threads and memory; `keep="one"` for models whose networks do not fit into memory together.
         trusted_keys: public keys in PEM, as files or as bytes: only a bundle that one of them signed is opened, and
             with an empty list none is. None opens unsigned bundles too; a signature that is there must still fit,
             which is checked where the `sign` extra is installed.
@@ -49,27 +49,17 @@ def load(
         MissingExtraError: the engine's package is not installed, or `trusted_keys` are given and `cryptography` is not.
     """
     from piflow_edge.bundle.folder import Bundle, find_bundle
-    from piflow_edge.bundle.manifest import DECODER, STUDENT
 
     from .generator import Generator
-    from .graphs import read_graph
+    from .residence.opening import open_networks
 
     opened = Bundle(find_bundle(bundle), trusted_keys=trusted_keys)
-    network = open_engine(
-        read_graph(opened, STUDENT, precision), engine=engine, device=device, options=options
-    )
-    # "auto" chooses for the others too, on the same device: an engine may be built for the student alone.
-    same = engine if engine == "auto" else network.name
-    engines = {STUDENT: network}
+    engines = open_networks(opened, engine, precision, device, options)
     try:
-        for name in (*opened.manifest.conditioner.networks, DECODER):
-            if name in opened.manifest.networks:
-                graph = read_graph(opened, name, precision)
-                engines[name] = open_engine(graph, engine=same, device=network.device, options=options)
         generator = Generator(opened, engines, precision, options)
     except BaseException:
         for one in engines.values():
             one.close()
         raise
-    log.info("bundle %r runs on %s (%s)", opened.name, network.name, network.device)
+    log.info("bundle %r runs on %s (%s)", opened.name, generator.engine.name, generator.engine.device)
     return generator

@@ -110,7 +110,7 @@ def _compare_prompts(
     encodings = [(name, encoded[name], theirs[name]) for name in theirs]
     return [
         _worst("tokens", ids, 0.0, measure=relative_error),
-        _worst("encodings", encodings, tolerances.outputs),
+        _worst("encodings", encodings, tolerances.encodings),
     ]
 
 
@@ -286,6 +286,8 @@ def check(rows: list[Row], name: str) -> None:
 
 # What to do about a row that did not pass.
 _REMEDIES = {
+    "tokens": "the tokenizer reads prompts otherwise than at export: take the release of tokenizers of then",
+    "encodings": "the engine computes the text encoder otherwise than PyTorch did: take another engine or precision",
     "network outputs": "the engine computes the network otherwise than PyTorch did: take another engine or precision",
     "policy velocities": "the policy's formula is another one than when the bundle was exported: export it again",
     "latents": "small differences add up from call to call: take another precision, or fewer calls",

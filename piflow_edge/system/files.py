@@ -99,3 +99,16 @@ def _beside(path: Path) -> Path:
 def sha256(data: bytes) -> str:
     """SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def view_file(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file that is not empty, for a block, without taking memory for them."""
+    import mmap  # late: few need it
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        view = memoryview(content)
+        try:
+            yield view
+        finally:
+            view.release()

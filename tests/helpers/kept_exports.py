@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import pickle
+import types
 from contextlib import contextmanager
 from unittest import mock
 
@@ -21,6 +22,10 @@ class _Fingerprint(pickle.Pickler):
         if isinstance(value, torch.Tensor):
             array = value.numpy(force=True)
             return tuple, ((type(value).__name__, str(array.dtype), array.shape, array.tobytes()),)
+        if (
+            isinstance(value, types.FunctionType) and "<locals>" in value.__qualname__
+        ):  # hooks of transformers
+            return tuple, ((value.__module__, value.__qualname__, value.__code__.co_code),)
         if type(value).__name__ == "FrozenDict":  # the settings of a module of diffusers
             return tuple, (sorted((k, repr(v)) for k, v in value.items() if k != "_name_or_path"),)
         return NotImplemented
@@ -50,7 +55,7 @@ def kept_exports(folder):
         shown = io.BytesIO()
         try:
             _Fingerprint(shown).dump((module, example))
-        except AttributeError:  # hooks of transformers are local functions, which nothing can tell apart
+        except (AttributeError, TypeError):  # it holds what cannot be told apart
             return export(module, example, **settings)
         shown.write(repr(sorted(settings.items())).encode())
         file = folder / f"{hashlib.sha256(shown.getvalue()).hexdigest()}.onnx"

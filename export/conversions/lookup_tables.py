@@ -1,0 +1,55 @@
+"""Lookup tables of a graph, such as the vectors of a vocabulary, in fp16: quantisers look at products only."""
+
+import math
+from collections.abc import Container
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+# Values of a table from which on it is worth a cast.
+_LEAST = 4096
+_FP16_LARGEST = float(np.finfo(np.float16).max)
+
+
+def halve_lookup_tables(model: onnx.ModelProto, only: Container[str] | None = None) -> list[str]:
+    """Keep float32 tables that are only looked up in as fp16, and widen what is found.
+
+    Args:
+        model: is changed.
+        only: names of the nodes (`Gather`) that may look up in half precision; None is all.
+
+    Returns:
+        Names of those that do now.
+    """
+    graph = model.graph
+    readers = [(name, node, place) for node in graph.node for place, name in enumerate(node.input)]
+
+    def is_lookup(node: onnx.NodeProto, place: int) -> bool:
+        return node.op_type == "Gather" and place == 0 and (only is None or node.name in only)
+
+    looked_up = {name for name, node, place in readers if is_lookup(node, place)}
+    looked_up -= {name for name, node, place in readers if not is_lookup(node, place)}
+    halved = {tensor.name for tensor in graph.initializer if tensor.name in looked_up and _halve(tensor)}
+    changed = []
+    for place in reversed(range(len(graph.node))):
+        node = graph.node[place]
+        if node.op_type == "Gather" and node.input[0] in halved:
+            changed.append(node.name)
+            found = node.output[0]
+            node.output[0] = f"{found}.half"
+            graph.node.insert(
+                place + 1, helper.make_node("Cast", [node.output[0]], [found], to=TensorProto.FLOAT)
+            )
+    return changed
+
+
+def _halve(tensor: TensorProto) -> bool:
+    """Make a tensor fp16; return False where it is too small to be worth it, or its values do not fit."""
+    if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or math.prod(tensor.dims) < _LEAST:
+        return False
+    values = numpy_helper.to_array(tensor)
+    if not np.abs(values).max() <= _FP16_LARGEST:
+        return False
+    tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
+    return True

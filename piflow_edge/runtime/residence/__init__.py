@@ -1,0 +1,1 @@
+"""Which networks of a bundle are in memory: all at once, or one in turn."""
