@@ -13,7 +13,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from piflow_edge.distill.data.datasets import ImageData, load_images
+from piflow_edge.distill.data.image_data import CaptionedData
 from piflow_edge.distill.networks.classifier import SmallClassifier, TrainedClassifier, train_classifier
+from piflow_edge.distill.networks.prompt_pair import PromptHead, TrainedPair, train_prompt_pair
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.onnx_graphs.to_onnx import OPSET
@@ -43,6 +45,36 @@ def train_features(data: ImageData, path: Path, *, epochs: int = 40, seed: int =
     )
     _write_features(trained.classifier, path, description)
     return trained
+
+
+def train_prompt_features(
+    data: CaptionedData, path: Path, *, epochs: int = 40, seed: int = 0
+) -> tuple[TrainedPair, Path]:
+    """Train a pair on images and captions, and write it as two .onnx files for `PromptFeatures`.
+
+    Args:
+        data: images steered by their captions.
+        path: the file of the images' side, whose features `open_features` takes too; its folder is made.
+        epochs, seed: see `train_prompt_pair`.
+
+    Returns:
+        The pair, and the file of the prompts' side, beside `path`.
+
+    Raises:
+        DataError, CheckFailedError: see `train_prompt_pair`; a file does not give the pair's vectors.
+    """
+    pair = train_prompt_pair(data, epochs=epochs, seed=seed)
+    description = (
+        f"{pair.classifier.hidden.out_features} features of a small network that finds a held-out image's caption of "
+        f"{data.name!r} among 99 others in {pair.accuracy['held_out']:.0%}"
+    )
+    _write_features(pair.classifier, path, description)
+    beside = path.with_suffix(".prompts.onnx")
+    graph = prompt_graph(pair.head, pair.pooled_input, {DESCRIPTION_KEY: description})
+    pooled = torch.from_numpy(data.conditioning(np.arange(3))[pair.pooled_input].astype(np.float32))
+    _compare(graph, {pair.pooled_input: pooled.numpy()}, pair.head(pooled).numpy(), beside.name)
+    write_atomic(beside, graph)
+    return pair, beside
 
 
 def write_digits_features(path: Path) -> TrainedClassifier:
@@ -85,15 +117,37 @@ def feature_graph(classifier: SmallClassifier, metadata: dict[str, str]) -> byte
         if not name.startswith("out.")
     ]
     size = [classifier.channels, classifier.size, classifier.size]
+    return _build_model(nodes, ("images", size), classifier.hidden.out_features, weights, metadata)
+
+
+def prompt_graph(head: PromptHead, pooled_input: str, metadata: dict[str, str]) -> bytes:
+    """The head as ONNX: pooled vectors of a text encoder, float32 (batch, P) -> `features` (batch, D)."""
+    nodes = [
+        helper.make_node(
+            "LayerNormalization",
+            [pooled_input, "norm.weight", "norm.bias"],
+            ["normed"],
+            epsilon=head.norm.eps,
+        ),
+        helper.make_node("Gemm", ["normed", "hidden.weight", "hidden.bias"], ["wide"], transB=1),
+        helper.make_node("Sigmoid", ["wide"], ["gate"]),
+        helper.make_node("Mul", ["wide", "gate"], ["silu"]),
+        helper.make_node("Gemm", ["silu", "out.weight", "out.bias"], ["features"], transB=1),
+    ]
+    weights = [numpy_helper.from_array(value.numpy(), name) for name, value in head.state_dict().items()]
+    size = [head.hidden.in_features]
+    return _build_model(nodes, (pooled_input, size), head.out.out_features, weights, metadata)
+
+
+def _build_model(
+    nodes: list, given: tuple[str, list[int]], width: int, weights: list, metadata: dict[str, str]
+) -> bytes:
+    name, size = given
     graph = helper.make_graph(
         nodes,
         "features",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", *size])],
-        [
-            helper.make_tensor_value_info(
-                "features", TensorProto.FLOAT, ["batch", classifier.hidden.out_features]
-            )
-        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *size])],
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", width])],
         weights,
     )
     model = helper.make_model(
@@ -110,10 +164,14 @@ def _check(classifier: SmallClassifier, graph: bytes, name: str) -> None:
     shape = (3, classifier.channels, classifier.size, classifier.size)
     images = round_to_bytes(np.random.default_rng(0).uniform(-1, 1, shape))
     expected = classifier.features(torch.from_numpy(images)).numpy()
-    found = open_engine(Graph(graph), engine="ort-cpu").run({"images": images})["features"]
+    _compare(graph, {"images": images}, expected, name)
+
+
+def _compare(graph: bytes, inputs: dict[str, np.ndarray], expected: np.ndarray, name: str) -> None:
+    found = open_engine(Graph(graph), engine="ort-cpu").run(inputs)["features"]
     error = np.abs(found - expected).max() / np.abs(expected).max()
     if not error <= _TOLERANCE:
-        raise CheckFailedError(f"{name} differs from the classifier it was made from by {error:.1e}")
+        raise CheckFailedError(f"{name} differs from the network it was made from by {error:.1e}")
 
 
 if __name__ == "__main__":

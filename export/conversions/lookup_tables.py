@@ -16,7 +16,7 @@ def halve_lookup_tables(model: onnx.ModelProto, only: Container[str] | None = No
     """Keep float32 tables that are only looked up in as fp16, and widen what is found.
 
     Args:
-        model: is changed.
+        model: is lookups.
         only: names of the nodes (`Gather`) that may look up in half precision; None is all.
 
     Returns:
@@ -30,18 +30,18 @@ def halve_lookup_tables(model: onnx.ModelProto, only: Container[str] | None = No
 
     looked_up = {name for name, node, place in readers if is_lookup(node, place)}
     looked_up -= {name for name, node, place in readers if not is_lookup(node, place)}
-    halved = {tensor.name for tensor in graph.initializer if tensor.name in looked_up and _halve(tensor)}
-    changed = []
+    half_tables = {tensor.name for tensor in graph.initializer if tensor.name in looked_up and _halve(tensor)}
+    lookups = []
     for place in reversed(range(len(graph.node))):
         node = graph.node[place]
-        if node.op_type == "Gather" and node.input[0] in halved:
-            changed.append(node.name)
+        if node.op_type == "Gather" and node.input[0] in half_tables:
+            lookups.append(node.name)
             found = node.output[0]
             node.output[0] = f"{found}.half"
             graph.node.insert(
                 place + 1, helper.make_node("Cast", [node.output[0]], [found], to=TensorProto.FLOAT)
             )
-    return changed
+    return lookups
 
 
 def _halve(tensor: TensorProto) -> bool:

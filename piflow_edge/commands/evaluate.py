@@ -61,14 +61,47 @@ def open_source(source: str | Path, style: str, students: Sequence[Path], data):
     return open_teacher(load_teacher(source, sample_shape=shape, style=style), data)
 
 
+RANGES = click.Choice(["-1,1", "0,1", "0,255", "imagenet", "clip"])
+
+
+def caption_real_images(images, students: Sequence[Path]):
+    """Steer images with captions by the first student's own text encoder; others stay as they are.
+
+    Of several captions of an image the first is its prompt.
+    """
+    if images.captions is None or not students:
+        return images
+    from dataclasses import replace
+
+    from piflow_edge.distill.data.captions import Captions
+    from piflow_edge.distill.data.encodings import encode_captions
+    from piflow_edge.runtime.loading import load
+    from piflow_edge.system.files import sha256
+
+    with load(students[0]) as generator:
+        if not generator.conditioner.example_prompts(1):
+            return images
+        captions = images.captions
+        first = Captions.of_rows([[captions.texts[row]] for row in captions.starts[:-1]])
+        encoder = f"{sha256(generator.bundle.manifest_bytes)} {generator.precision} {generator.engine.name}"
+        return encode_captions(replace(images, captions=first), generator.conditioner, encoder)
+
+
 @click.command()
 @click.argument("students", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--data", default="digits", help="The real images: 'digits', an .npz, or a folder per class.")
 @IMAGE_SIZE
 @click.option("--features", help="digits, a feature extractor as .onnx, or Inception-v3 weights as .pth; "
               "else digits for the digits.")  # fmt: skip
-@click.option("--value-range", type=click.Choice(["-1,1", "0,1", "0,255", "imagenet"]),
+@click.option("--value-range", type=RANGES,
               help="Of the .onnx file's input; else what train-features wrote into it, else -1,1.")  # fmt: skip
+@click.option("--prompt-features", "pair", nargs=2, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              metavar="IMAGES PROMPTS",
+              help="Two .onnx files that compare images with prompts, such as CLIP's halves or what train-features "
+              "--text-encoder writes.")  # fmt: skip
+@click.option(
+    "--prompt-value-range", type=RANGES, help="As --value-range, of the IMAGES of --prompt-features."
+)
 @TEACHER
 @TEACHER_STYLE
 @click.option("--no-teacher", is_flag=True, help="Compare with the real images alone.")
@@ -79,13 +112,15 @@ def open_source(source: str | Path, style: str, students: Sequence[Path], data):
 @SEED
 @JSON
 def evaluate(
-    students, data, size, features, value_range, source, teacher_style, no_teacher, images, teacher_steps, guidance,
-    out, seed, as_json,
+    students, data, size, features, value_range, pair, prompt_value_range, source, teacher_style, no_teacher, images,
+    teacher_steps, guidance, out, seed, as_json,
 ):  # fmt: skip
     """Is it any good? Score bundles against their teacher and the real images, from the same noise.
 
     Quality (FID, KID, precision, density), diversity (recall, coverage, class by class) and agreement with the teacher
-    are measured in the features of a network; --out adds the pictures side by side.
+    are measured in the features of a network; --out adds the pictures side by side. Where --data has captions and the
+    students read prompts, these are the prompts, several images of each, and --prompt-features says whether images show
+    them.
 
     \b
     Example:
@@ -95,6 +130,7 @@ def evaluate(
     from piflow_edge.distill.data.datasets import load_images
     from piflow_edge.evaluation.comparison import evaluate
     from piflow_edge.evaluation.features import open_features
+    from piflow_edge.evaluation.prompt_features import PromptFeatures
     from piflow_edge.evaluation.report import text_table, write_report
 
     from .demo import shipped_teacher
@@ -103,7 +139,7 @@ def evaluate(
         raise click.UsageError("--teacher and --no-teacher exclude each other")
     if value_range is not None and features is None:
         raise click.UsageError("--value-range is that of a --features file; give one")
-    real = load_images(data, size=size)
+    real = caption_real_images(load_images(data, size=size), students)
     if source is None and data == "digits" and not no_teacher:
         source = shipped_teacher()
     extractor = None
@@ -118,6 +154,7 @@ def evaluate(
         seed=seed,
         guidance_scale=guidance,
         teacher_steps=teacher_steps,
+        prompt_features=PromptFeatures(*pair, value_range=prompt_value_range) if pair else None,
     )
     for warning in evaluation.warnings:
         say(f"warning: {warning}")

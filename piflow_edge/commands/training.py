@@ -40,6 +40,10 @@ TEXT_ENCODER = click.option(
     help="Folder or hub id of a text encoder of transformers: the captions in --data steer. Can be given again.",
 )  # fmt: skip
 
+MAX_TOKENS = click.option(
+    "--max-tokens", type=COUNT, help="Longest caption or prompt in tokens; else the text encoder's."
+)
+
 
 def _load_data(source: str, size, autoencoder: Path | None):
     from piflow_edge.distill.data.datasets import load_images
@@ -76,9 +80,7 @@ def _load_for_distil(data: str, size, autoencoder: Path | None, encoders: tuple[
 @AUTOENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @TEXT_ENCODER
-@click.option(
-    "--max-tokens", type=COUNT, help="Longest caption or prompt in tokens; else the text encoder's."
-)
+@MAX_TOKENS
 @settings_options("training", TEACHER_TRAINING)
 @settings_options("flow_matching", FlowMatchingConfig())
 @settings_options("sizes", NetworkSizes())
@@ -204,29 +206,45 @@ def distill(
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="ONNX file to write."
 )
+@TEXT_ENCODER
+@MAX_TOKENS
 @click.option("--epochs", type=click.IntRange(min=1), default=40, help="Passes over the images.")
 @SEED
 @JSON
-def train_features(data, size, out, epochs, seed, as_json):
+def train_features(data, size, out, encoders, max_tokens, epochs, seed, as_json):
     """Train a small classifier on your images, whose features `evaluate` can compare them in.
 
-    Figures measured in one such file can be set beside each other, so keep it.
+    With --text-encoder, that of the students, images learn to be told apart by their captions: a second file beside
+    --out, for --prompt-features, compares images with prompts. Figures measured in one such file can be set beside each
+    other, so keep it.
 
     \b
     Example:
       piflow-edge train-features --data images.npz --out features.onnx
+      piflow-edge train-features --data captioned.npz --text-encoder minilm --epochs 200 --out emoji.onnx
     """
     from piflow_edge.distill.data.datasets import load_images
-    from piflow_edge.export.feature_extractor import train_features
+    from piflow_edge.export.feature_extractor import train_features, train_prompt_features
 
     if out.suffix.lower() != ".onnx":
         raise click.UsageError(
             f"features are written as ONNX; give --out a name that ends in .onnx; got {out}"
         )
-    trained = train_features(load_images(data, size=size), out, epochs=epochs, seed=seed)
+    images, files = load_images(data, size=size), [out]
+    if encoders:
+        from piflow_edge.distill.captioned import caption_for_training
+
+        trained, beside = train_prompt_features(
+            caption_for_training(images, encoders, max_tokens=max_tokens), out, epochs=epochs, seed=seed
+        )
+        files.append(beside)
+    else:
+        trained = train_features(images, out, epochs=epochs, seed=seed)
     if as_json:
-        emit({"file": str(out), "accuracy": trained.accuracy, "images": trained.images})
+        names = {"file": str(out), "prompts_file": str(files[1])} if encoders else {"file": str(out)}
+        emit({**names, "accuracy": trained.accuracy, "images": trained.images})
     else:
         for part, share in trained.accuracy.items():
             say(f"{part.replace('_', ' ')}: {share:.1%} of {trained.images[part]} images right")
-        click.echo(out)
+        for file in files:
+            click.echo(file)

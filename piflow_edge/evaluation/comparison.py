@@ -28,13 +28,16 @@ from .contenders import (
 from .features import Features, choose_features
 from .judgement import find_warnings
 from .made_images import REAL, MadeImages, Pictures, extract_real_features, make_images
-from .metrics import KID_SUBSET_SIZE, KID_SUBSETS, FeatureSet
-from .plan import Plan, RealImages, check_fit, choose_columns, plan_images
+from .metrics import KID_SUBSET_SIZE, KID_SUBSETS, Agreement, FeatureSet, prompt_agreement
+from .plan import ALL_IMAGES, Plan, RealImages, check_fit, choose_columns, plan_images
+from .prompt_features import PromptFeatures
 from .scores import (
     DENSITY_NEIGHBOURS,
     NEIGHBOURS,
     Score,
+    agree_with_prompts,
     beside_teacher,
+    describe_agreement,
     real_diversity,
     score_of,
 )
@@ -58,6 +61,10 @@ class Evaluation:
     @property
     def has_teacher(self) -> bool:
         return self.scores[0].fid_ratio is not None
+
+    @property
+    def compares_prompts(self) -> bool:
+        return self.scores[0].prompt_accuracy is not None
 
     def as_json(self) -> dict:
         """The figures alone."""
@@ -88,6 +95,7 @@ def evaluate(
     guidance_scale: float | None = None,
     teacher_steps: int = 50,
     cut_steps: Sequence[int] = (1, 2, 4),
+    prompt_features: PromptFeatures | None = None,
 ) -> Evaluation:
     """Compare bundles with real images and, if there is one, with a teacher, whole and cut to a few Euler steps.
 
@@ -101,11 +109,12 @@ def evaluate(
         guidance_scale: of the teacher; None is what the students were distilled with, 1 where nothing says.
         teacher_steps: Euler steps of the full teacher.
         cut_steps: Euler steps of the teacher cut short.
+        prompt_features: compares images with their prompts, where captions steer; None leaves those figures out.
 
     Raises:
         DataError: nothing to compare; too few images; students or teacher of other classes, inputs, sizes or noise than
             the data or each other; students of differently guided teachers and no `guidance_scale`; no `features` for
-            data other than the digits.
+            data other than the digits; `prompt_features` for images without prompts.
         ShapeError: images or features that are not finite, with whose they are.
         FeatureError: `features` that do not fit the images.
         BundleError: a student cannot be read.
@@ -120,17 +129,25 @@ def evaluate(
     lineup = _gather(generators, teacher, data, count, steps, guidance_scale)
     plan = lineup.plan
     columns = choose_columns(plan.groups, data.shape[-1])
+    if prompt_features is not None and not plan.prompts:
+        raise DataError(f"no prompts steer the images of {data.name!r}; leave --prompt-features out")
     images = make_images(
-        lineup.contenders, plan, features, columns, lineup.noise_shape, seed, reference=lineup.full
-    )
+        lineup.contenders, plan, features, columns, lineup.noise_shape, seed, reference=lineup.full,
+        prompt_features=prompt_features,
+    )  # fmt: skip
     real = FeatureSet(extract_real_features(data, features), f"the {REAL}")
     noise = philox_normal(seed, range(1), lineup.noise_shape)
     first = plan.conditioning(slice(1))
     times, rounds = measure_milliseconds(lineup.contenders, noise, first, [(seed, 0)])
     scores = _score(lineup, images, real, times)
+    agreeing = {} if prompt_features is None else _measure_agreement(plan, images, prompt_features)
+    scores = [agree_with_prompts(score, agreeing.get(score.name)) for score in scores]
     fewest, width = min(count, len(data)), real.features.shape[1]
     warnings = find_warnings(scores, lineup.students, fewest, width)
-    return Evaluation(scores, images.pictures, _conditions(lineup, real, features, seed, rounds), warnings)
+    conditions = _conditions(lineup, real, features, seed, rounds)
+    if prompt_features is not None:
+        conditions |= describe_agreement(prompt_features, len(plan.group_names), agreeing[REAL])
+    return Evaluation(scores, images.pictures, conditions, warnings)
 
 
 def _gather(
@@ -187,21 +204,34 @@ def _score(lineup: _Lineup, images: MadeImages, real: FeatureSet, times: dict[st
     ]
 
 
+def _measure_agreement(
+    plan: Plan, images: MadeImages, prompt_features: PromptFeatures
+) -> dict[str, Agreement]:
+    """Compare every contender's images with their prompts, and the real images of the same prompts."""
+    prompts = prompt_features.encode_prompts(plan.group_names, plan.conditioning(plan.first_of_groups()))
+    real = plan.data.batch(plan.chosen[plan.first_of_groups()])[0]
+    found = {name: prompt_agreement(own, prompts, plan.groups) for name, own in images.prompt_vectors.items()}
+    own = np.arange(len(prompts))
+    return found | {REAL: prompt_agreement(prompt_features.encode_images(real), prompts, own)}
+
+
 def _conditions(lineup: _Lineup, real: FeatureSet, features: Features, seed: int, rounds: int) -> dict:
     """What the figures were measured on and how."""
     plan, data = lineup.plan, lineup.plan.data
     counts = np.bincount(plan.groups, minlength=len(plan.group_names)).tolist()
+    by_class = dict(zip(plan.group_names, counts, strict=True))
+    diversity = real_diversity(real, plan.real_groups, [ALL_IMAGES] if plan.prompts else plan.group_names)
     return {
         "data": data.name,
         "real_images": len(data),
         "images": len(plan),
         "image_shape": list(data.shape),
-        "images_per_class": dict(zip(plan.group_names, counts, strict=True)),
+        "images_per_class": by_class,
         "seed": seed,
         "guidance_scale": lineup.guidance_scale,
         "features": features.description,
         "features_source": features.source,
-        **real_diversity(real, plan.real_groups, plan.group_names),
+        **diversity,
         "kid": {
             "subsets": KID_SUBSETS,
             "images_per_subset": min(KID_SUBSET_SIZE, len(plan) // 2, len(data) // 2),

@@ -135,8 +135,10 @@ class OnnxFeatures:
             raise FeatureError(f"a range of values is one of {', '.join(VALUE_RANGES)}; got {self._range!r}")
         self._read_input()
         self._read_output()
-        if self._range == "imagenet" and self._channels != 3:
-            raise FeatureError(f"'imagenet' normalises three channels; {self._name} takes {self._channels}")
+        if self._range in ("imagenet", "clip") and self._channels != 3:
+            raise FeatureError(
+                f"{self._range!r} normalises three channels; {self._name} takes {self._channels}"
+            )
         self.description = metadata.get(DESCRIPTION_KEY, f"features of {self._name}")
         self.source = {"file": self._name, "sha256": sha256(graph.model), "value_range": self._range}
 
@@ -156,11 +158,12 @@ class OnnxFeatures:
 
     def _read_output(self) -> None:
         names = [output.name for output in self._session.get_outputs()]
-        if len(names) > 1 and "features" not in names:
+        known = [name for name in ("features", "image_embeds") if name in names]
+        if len(names) > 1 and not known:
             raise FeatureError(
                 f"which output of {self._name} are the features? It has {', '.join(names)}; name one 'features'"
             )
-        self._output = names[0] if len(names) == 1 else "features"
+        self._output = known[0] if known else names[0]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features (M, D) of images float32 (M, C, H, W) in [-1, 1].

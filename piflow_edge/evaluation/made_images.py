@@ -13,6 +13,7 @@ from .contenders import Contender
 from .features import Features
 from .metrics import agreement, check_finite
 from .plan import Plan, RealImages
+from .prompt_features import PromptFeatures
 
 # Images that are made at a time: so many, or so few that they hold this many values.
 _PIECE = 250
@@ -31,9 +32,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class MadeImages:
-    """What is kept of all images. `features`, `mse` to the reference: by contender. `pictures`: a few images."""
+    """What is kept of all images. `features`, `mse` to the reference: by contender. `pictures`: a few images.
+
+    `prompt_vectors`: by contender, what `PromptFeatures` makes of the images; empty without it.
+    """
 
     features: dict[str, np.ndarray]
+    prompt_vectors: dict[str, np.ndarray]
     mse: dict[str, float]
     pictures: Pictures
 
@@ -43,6 +48,7 @@ class _Collection:
     """What is kept of one contender's images so far."""
 
     features: list[np.ndarray] = field(default_factory=list)
+    prompt_vectors: list[np.ndarray] = field(default_factory=list)
     shown: dict[int, np.ndarray] = field(default_factory=dict)
     error: float = 0.0
 
@@ -56,6 +62,7 @@ def make_images(
     seed: int,
     *,
     reference: str | None,
+    prompt_features: PromptFeatures | None = None,
 ) -> MadeImages:
     """Make all images, a piece at a time, each from the same noise for every contender.
 
@@ -66,6 +73,7 @@ def make_images(
         columns: images that are kept as pictures.
         noise_shape, seed: of the common noise.
         reference: the contender that all others are held to, pixel by pixel; None for no such figure.
+        prompt_features: makes the vectors that are compared with prompts; None for no such figures.
 
     Raises:
         DataError: images of another shape than the real ones.
@@ -86,6 +94,8 @@ def make_images(
                 wanted = images if contender.name == reference else wanted
                 own = collections[contender.name]
                 own.features.append(features(images))
+                if prompt_features is not None:
+                    own.prompt_vectors.append(prompt_features.encode_images(images))
                 own.error += 0.0 if wanted is None else agreement(images, wanted) * len(images)
                 own.shown |= {i: images[i - start] for i in columns if i in indices}
                 bar(contender.name)
@@ -93,6 +103,11 @@ def make_images(
     real = plan.data.batch(plan.chosen[columns])[0]
     return MadeImages(
         {name: np.concatenate(own.features) for name, own in collections.items()},
+        {
+            name: np.concatenate(own.prompt_vectors)
+            for name, own in collections.items()
+            if prompt_features is not None
+        },
         {name: own.error / len(plan) for name, own in collections.items()},
         Pictures({REAL: real, **rows}, plan.titles(columns)),
     )

@@ -21,6 +21,8 @@ _NEIGHBOURS = 8
 
 # Features above which a distance is too slow to be computed a hundred times.
 _MOST_BOOTSTRAPPED = 256
+# Other prompts that an image's own is to be told from.
+DISTRACTORS = 99
 # As others report KID.
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
@@ -275,6 +277,40 @@ def agreement(images: np.ndarray, reference: np.ndarray) -> float:
     if images.shape != reference.shape:
         raise ShapeError(f"agreement compares equal shapes; got {images.shape} and {reference.shape}")
     return float(np.mean((np.asarray(images, np.float64) - np.asarray(reference, np.float64)) ** 2))
+
+
+class Agreement(NamedTuple):
+    """How well images agree with their prompts; see `prompt_agreement`."""
+
+    accuracy: float
+    similarity: float
+
+
+def prompt_agreement(images: np.ndarray, prompts: np.ndarray, own: np.ndarray, *, seed: int = 0) -> Agreement:
+    """Is an image's own prompt nearer to it than other prompts?
+
+    `accuracy`: share of images whose own prompt is nearer than all of up to `DISTRACTORS` others, drawn for each image;
+    a guess is right in one of as many and one. `similarity`: mean cosine of an image and its own prompt.
+
+    Args:
+        images: vectors of length 1, (N, D).
+        prompts: vectors of length 1 in the same space, (P, D), each of another prompt.
+        own: the prompt of each image, (N,), an index into `prompts`.
+        seed: of the draw.
+
+    Source: retrieval as in Radford et al., CLIP, arXiv:2103.00020; R-precision of Park et al., 2021.
+    """
+    if images.shape[1] != prompts.shape[1] or len(prompts) < 2:
+        raise ShapeError(
+            f"images and two prompts or more have vectors of one length; got {images.shape} and {prompts.shape}"
+        )
+    similarity = np.asarray(images, np.float64) @ np.asarray(prompts, np.float64).T
+    random, right = np.random.default_rng(seed), []
+    for row, mine in zip(similarity, own, strict=True):
+        others = np.delete(np.arange(len(prompts)), mine)
+        drawn = random.choice(others, min(DISTRACTORS, len(others)), replace=False)
+        right.append(row[mine] > row[drawn].max())
+    return Agreement(float(np.mean(right)), float(similarity[np.arange(len(own)), own].mean()))
 
 
 def check_finite(array: np.ndarray, what: str, *, first: int = 0) -> None:

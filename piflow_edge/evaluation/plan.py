@@ -1,7 +1,8 @@
 """Which images an evaluation makes: what steers each of them, and to which group it belongs.
 
-A group is a class where the data have classes, for each image's conditioning is a whole number there; diversity is
-measured inside a group. All other images are one group: those of prompts, and those that nothing steers.
+A group is a class where the data have classes, for each image's conditioning is a whole number there; where the data
+have captions a group is a prompt, of which several images are made. Diversity is measured inside a group. All other
+images are one group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,10 @@ from piflow_edge.conditioning import Conditioner, Conditioning, ConditionRequest
 from piflow_edge.errors import DataError, PiFlowError
 
 ALL_IMAGES = "all images"
+# Images of each prompt: few, so that there are many prompts.
+_PER_PROMPT = 4
+# What an encoder in four bits is off by, and some more.
+_SAME_ENCODINGS = 0.6
 
 
 class RealImages(Protocol):
@@ -43,13 +48,21 @@ class RealImages(Protocol):
         ...
 
 
+class CaptionedImages(RealImages, Protocol):
+    """Real images that are steered by what is said of them."""
+
+    def prompts(self, indices: np.ndarray) -> list[str]:
+        """Return the prompt of each of the images at `indices`, whose encoding `conditioning` returns."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """The images that every contender makes, `count` of them.
 
     `chosen`: (count,) the real image by whose conditioning each is made. `groups`: (count,) and `real_groups`: (M,),
     the group of each image made and of each real one, an index into `group_names`. `steered`: False where no contender
-    takes a conditioning.
+    takes a conditioning. `prompts`: True where groups are prompts; `real_groups` are then one, as are the real images.
     """
 
     data: RealImages
@@ -58,9 +71,14 @@ class Plan:
     real_groups: np.ndarray
     group_names: list[str]
     steered: bool
+    prompts: bool = False
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+    def first_of_groups(self) -> np.ndarray:
+        """Return the first image of each group."""
+        return np.unique(self.groups, return_index=True)[1]
 
     def conditioning(self, pieces: Any = slice(None)) -> Conditioning:
         """Return what steers some of the images, under the data's names. `pieces`: a slice or indices."""
@@ -68,6 +86,8 @@ class Plan:
 
     def titles(self, indices: Sequence[int]) -> list[str]:
         """Return a few words for each of some images; empty ones where nothing steers."""
+        if self.prompts:
+            return [self.group_names[group] for group in self.groups[list(indices)]]
         conditioner = self.data.conditioner if self.steered else Unconditional()
         return find_titles(conditioner, self.conditioning(indices), len(indices))
 
@@ -83,6 +103,8 @@ def plan_images(data: RealImages, count: int, *, steered: bool) -> Plan:
     Raises:
         DataError: too few images for the groups.
     """
+    if steered and data.conditioner.example_prompts(1):
+        return _plan_prompts(data, count)
     conditioning = data.conditioning(np.arange(len(data))) if steered else {}
     ids = [array for array in conditioning.values() if array.ndim == 1 and array.dtype.kind in "iu"]
     if ids and len(ids) == len(conditioning):
@@ -93,6 +115,17 @@ def plan_images(data: RealImages, count: int, *, steered: bool) -> Plan:
     real_groups = real_groups.reshape(-1)  # NumPy 2.0 gave it a second axis
     groups = share_groups(real_groups, len(names), count)
     return Plan(data, _choose(groups, real_groups), groups, real_groups, names, steered)
+
+
+def _plan_prompts(data: "CaptionedImages", count: int) -> Plan:
+    """Choose prompts, each another text, from all of the data, and make as many images of each as of the next."""
+    texts = data.prompts(np.arange(len(data)))
+    first = {text: place for place, text in reversed(list(enumerate(texts)))}
+    places = np.random.default_rng(0).permutation(sorted(first.values()))  # neighbours are often alike
+    places = places[: max(1, count // _PER_PROMPT)]
+    groups = np.arange(count) % len(places)
+    names = [texts[place] for place in places]
+    return Plan(data, places[groups], groups, np.zeros(len(data), np.int64), names, True, prompts=True)
 
 
 def share_groups(real: np.ndarray, number: int, count: int) -> np.ndarray:
@@ -198,17 +231,35 @@ def check_fit(plan: Plan, takers: Mapping[str, Conditioner]) -> None:
     Raises:
         DataError: a contender has other classes or inputs than the data.
     """
-    first = [int(np.flatnonzero(plan.groups == group)[0]) for group in range(len(plan.group_names))]
+    first = plan.first_of_groups()
     conditioning, titles = plan.conditioning(first), plan.titles(first)
+    compare = _compare_encodings if plan.prompts else _compare_titles
     for name, conditioner in takers.items():
         try:
             given = conditioner.encode(ConditionRequest(arrays=name_inputs(conditioning, conditioner)))
-            alike = len(titles) == 1 or titles == find_titles(conditioner, given, len(titles))
-            why = "" if alike else "the names differ"
+            why = compare(conditioner, given, titles)
         except PiFlowError as error:
-            alike, why = False, str(error)
-        if not alike:
+            why = str(error)
+        if why:
             raise DataError(
                 f"{name}: {conditioner.summarize()}; of the data {plan.data.name!r}: "
                 f"{plan.data.conditioner.summarize()}; give the data that it was trained on ({why})"
             )
+
+
+def _compare_titles(conditioner: Conditioner, given: Conditioning, titles: list[str]) -> str:
+    alike = len(titles) == 1 or titles == find_titles(conditioner, given, len(titles))
+    return "" if alike else "the names differ"
+
+
+def _compare_encodings(conditioner: Conditioner, given: Conditioning, titles: list[str]) -> str:
+    """See that a contender that reads prompts reads the first one as it was read for the data."""
+    if not conditioner.example_prompts(1):
+        return ""
+    for name, found in conditioner.encode(ConditionRequest(prompts=titles[0])).items():
+        wanted = given[name][:1]
+        if found.ndim != 2 or found.dtype.kind != "f":  # of a pooled vector alone: others differ in length
+            continue
+        if not np.abs(found - wanted).max() <= _SAME_ENCODINGS * np.abs(wanted).max():
+            return f"it reads {titles[0]!r:.60} otherwise than the text encoder of the data"
+    return ""

@@ -36,6 +36,8 @@ figcaption { font-weight: 600; } pre { background: #f4f4f4; padding: 1rem; overf
 class _Column:
     """One of the table's columns. `short`: its heading in a terminal. `beside_teacher`: only where there is one.
 
+    `of_prompts`: only where images are compared with their prompts.
+
     `page_only`: never in a terminal; `spare`: left out there where the columns beside the teacher need the room.
     """
 
@@ -44,6 +46,7 @@ class _Column:
     cell: Callable[[Score], str]
     meaning: str
     beside_teacher: bool = False
+    of_prompts: bool = False
     spare: bool = False
     page_only: bool = False
 
@@ -127,6 +130,21 @@ _COLUMNS = [
         True,
     ),
     _Column(
+        "prompt found",
+        "prompt",
+        lambda s: f"{s.prompt_accuracy:.3f}",
+        "share of the images whose own prompt is nearer than all of some others; see the conditions for how many, and "
+        "for the share of the real images",
+        of_prompts=True,
+    ),
+    _Column(
+        "similarity",
+        "sim.",
+        lambda s: f"{s.prompt_similarity:.3f}",
+        "mean cosine of an image and its prompt",
+        of_prompts=True,
+    ),
+    _Column(
         "ms per image",
         "ms",
         lambda s: f"{s.ms_per_image:.2f}",
@@ -141,6 +159,11 @@ _QUESTIONS = [
     ("Do its images look real, one by one?", "the pictures; precision, density", False),
     ("Is the set of them like the real set?", "FID, KID: quality and variety in one number", False),
     ("Did variety survive?", "recall, coverage, diversity, worst class", False),
+    (
+        "Does an image show what its prompt says?",
+        "prompt found, similarity: where prompts are compared with",
+        False,
+    ),
 ]
 
 
@@ -234,7 +257,8 @@ def text_table(evaluation: Evaluation):
 
 
 def _columns(evaluation: Evaluation) -> list[_Column]:
-    return [column for column in _COLUMNS if evaluation.has_teacher or not column.beside_teacher]
+    has = {"beside_teacher": evaluation.has_teacher, "of_prompts": evaluation.compares_prompts}
+    return [column for column in _COLUMNS if all(has[what] or not getattr(column, what) for what in has)]
 
 
 def _figures_table(evaluation: Evaluation) -> str:

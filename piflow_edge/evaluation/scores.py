@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from .metrics import (
+    DISTRACTORS,
+    Agreement,
     FeatureSet,
     class_diversities,
     frechet_distance,
@@ -14,6 +17,7 @@ from .metrics import (
     paired_distance,
     territory,
 )
+from .prompt_features import PromptFeatures
 
 # Neighbours of precision and recall, and of density and coverage, as in the papers.
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
@@ -30,7 +34,9 @@ class Score:
     `class_diversity`: class by class, and `class_diversity_ratio` to the teacher's. `worst_class`: where that is
     lowest. `precision`, `recall`, `density`, `coverage`: see `metrics.territory`. `mse`: to the teacher's images from
     the same noise, on pixels. `feature_distance`: to them, on features, over the teacher's diversity: 0 for the same
-    images, 1 for others of the same class. `ms_per_image`: median, one image at a time.
+    images, 1 for others of the same class. `ms_per_image`: median, one image at a time. `prompt_accuracy`,
+    `prompt_similarity`: see `metrics.prompt_agreement`; None where no prompts are compared with. Where prompts steer, a
+    class is a prompt.
     """
 
     name: str
@@ -52,6 +58,8 @@ class Score:
     mse: float | None = field(default=None, kw_only=True)
     feature_distance: float | None = field(default=None, kw_only=True)
     ms_per_image: float
+    prompt_accuracy: float | None = field(default=None, kw_only=True)
+    prompt_similarity: float | None = field(default=None, kw_only=True)
 
 
 def score_of(
@@ -115,6 +123,28 @@ def beside_teacher(
         mse=mse,
         feature_distance=_ratio(distance, teacher.diversity),
     )
+
+
+def agree_with_prompts(score: Score, agreement: Agreement | None) -> Score:
+    """The same figures with those beside the prompts; None leaves them out."""
+    if agreement is None:
+        return score
+    return replace(score, prompt_accuracy=agreement.accuracy, prompt_similarity=agreement.similarity)
+
+
+def describe_agreement(
+    prompt_features: PromptFeatures, prompts: int, real: Agreement
+) -> dict[str, dict[str, Any]]:
+    """Return how images were compared with prompts, for the conditions. `real`: what the real images reach."""
+    return {
+        "prompt_features": {
+            "description": prompt_features.description,
+            "source": prompt_features.source,
+            "prompts": prompts,
+            "other_prompts": min(DISTRACTORS, prompts - 1),
+            "real_images": real._asdict(),
+        }
+    }
 
 
 def _ratio(value: float, of: float) -> float:

@@ -11,12 +11,17 @@ from piflow_edge.errors import ShapeError
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)[:, None, None]
 _STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
 
+# Of the pixels that OpenAI's CLIP was trained on.
+_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)[:, None, None]
+_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
+
 # Name of a range of values that a network takes its pixels in -> from [-1, 1] to there.
 VALUE_RANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "-1,1": lambda images: images,
     "0,1": lambda images: (images + 1) / 2,
     "0,255": lambda images: (images + 1) * 127.5,
     "imagenet": lambda images: ((images + 1) / 2 - _MEAN) / _STD,
+    "clip": lambda images: ((images + 1) / 2 - _CLIP_MEAN) / _CLIP_STD,
 }
 
 # Entries in the metadata of an ONNX file that looks at images: the range that it takes them in, and what it is.

@@ -55,6 +55,7 @@ class TestOnnx:
             "0,1": pixel,
             "0,255": 255 * pixel,
             "imagenet": (pixel - 0.406) / 0.225,
+            "clip": (pixel - 0.40821073) / 0.27577711,
         }
         assert set(expected) == set(VALUE_RANGES)
         for name, value in expected.items():

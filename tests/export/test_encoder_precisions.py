@@ -90,9 +90,9 @@ def test_what_overflows_fp16_in_t5_stays_in_float32(hot_t5):
     converted = to_fp16(graph, inputs)
     assert any("overflow" in reason for reason in converted.float32_nodes.values())
     assert worst_error(converted.graph, graph, inputs) <= PRECISIONS["fp16"].tolerances.encodings
-    halved = [t for t in onnx.load_from_string(converted.graph.model).graph.initializer
+    in_half = [t for t in onnx.load_from_string(converted.graph.model).graph.initializer
               if t.data_type == onnx.TensorProto.FLOAT16]  # fmt: skip
-    assert len(halved) > 5
+    assert len(in_half) > 5
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from piflow_edge.system.progress import progress
 
 _BATCH_SIZE = 50
 # Larger images are looked at in this size: the classifier tells classes apart, and details below its grid are lost.
-_LARGEST = 64
+LARGEST = 64
 
 
 class SmallClassifier(nn.Module):
@@ -90,7 +90,7 @@ def train_classifier(
     if data.latent is not None or len(names) == len(data):
         holds = "latents" if data.latent is not None else "no two images of one class"
         raise DataError(f"a classifier learns from images with labels; {data.name!r} holds {holds}")
-    channels, size = data.shape[0], min(data.shape[1], _LARGEST)
+    channels, size = data.shape[0], min(data.shape[1], LARGEST)
     if len(names) < 2:
         raise DataError(f"a classifier needs images of two classes or more; {data.name!r} has {len(names)}")
     if size < 8:
@@ -102,7 +102,7 @@ def train_classifier(
     split = len(order) // 6 if held_out is None else held_out
     test, train = order[:split], order[split:]
     labels = torch.from_numpy(ids.astype(np.int64))
-    background = _background(data)
+    background = find_background(data)
     reach = max(1, size // 8)
 
     classifier = SmallClassifier(channels, size, len(names), width)
@@ -113,9 +113,7 @@ def train_classifier(
         for step in range(steps):
             random = IterationRandom(seed, step + 1)
             picked = train[random.choice(len(train), _BATCH_SIZE)]
-            down, right = random.choice(2 * reach + 1, 2) - reach
-            wide = F.pad(_images(data, picked, size) - background, (reach,) * 4) + background
-            shifted = wide[..., reach + down :, reach + right :][..., :size, :size]
+            shifted = shift_images(load_pixels(data, picked, size), background, reach, random)
             loss = F.cross_entropy(classifier(shifted), labels[picked])
             optimizer.zero_grad()
             loss.backward()
@@ -129,7 +127,8 @@ def train_classifier(
     def accuracy(indices: np.ndarray) -> float:
         pieces = np.array_split(indices, max(1, len(indices) // 500))
         right = sum(
-            int((classifier(_images(data, piece, size)).argmax(1) == labels[piece]).sum()) for piece in pieces
+            int((classifier(load_pixels(data, piece, size)).argmax(1) == labels[piece]).sum())
+            for piece in pieces
         )
         return right / max(1, len(indices))
 
@@ -140,11 +139,20 @@ def train_classifier(
     )
 
 
-def _images(data: ImageData, indices: np.ndarray, size: int) -> Tensor:
+def load_pixels(data: ImageData, indices: np.ndarray, size: int) -> Tensor:
+    """Return images (B, C, size, size) in [-1, 1]."""
     return torch.from_numpy(resize_images(data.batch(indices)[0], size, size))
 
 
-def _background(data: ImageData) -> Tensor:
+def shift_images(images: Tensor, background: Tensor, reach: int, random: IterationRandom) -> Tensor:
+    """Return square images moved by up to `reach` pixels up or down and sideways, all alike."""
+    size = images.shape[-1]
+    down, right = random.choice(2 * reach + 1, 2) - reach
+    wide = F.pad(images - background, (reach,) * 4) + background
+    return wide[..., reach + down :, reach + right :][..., :size, :size]
+
+
+def find_background(data: ImageData) -> Tensor:
     """What lies beyond the images' edges: each channel's median there, (1, C, 1, 1)."""
     some = data.batch(IterationRandom(0, 0).permutation(len(data))[:1000])[0]
     edges = np.concatenate([some[:, :, 0], some[:, :, -1], some[..., 0], some[..., -1]], axis=-1)
