@@ -66,6 +66,7 @@ for command in (
     building.build,
     images.sample,
     serving.serve,
+    serving.web,
     bundles.verify,
     bundles.inspect,
     sending.sign,

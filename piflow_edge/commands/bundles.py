@@ -8,6 +8,7 @@ from .options import (
     BUNDLE,
     FOLDER,
     JSON,
+    RUNTIME_OF_BROWSERS,
     TRUSTED_KEYS,
     axis_ranges,
     calls,
@@ -27,9 +28,10 @@ from .options import (
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path),
               help="JSON that says what the weights of a state dict are of.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True,
-              help="Folder of the bundle, or for triton of the model repository.")  # fmt: skip
-@click.option("--target", type=click.Choice(["bundle", "triton"]), default="bundle",
-              help="triton: the sampler graphs as models for NVIDIA Triton, checked as a bundle first.")  # fmt: skip
+              help="Folder of the bundle, for triton of the model repository, for web of the page.")  # fmt: skip
+@click.option("--target", type=click.Choice(["bundle", "triton", "web"]), default="bundle",
+              help="triton: the sampler graphs as models for NVIDIA Triton; web: a page that draws in the browser. "
+              "Both are checked as a bundle first.")  # fmt: skip
 @click.option("--name", help="Name of the bundle; else the folder's.")
 @click.option("--temperature", callback=temperature, default="auto", metavar="NUMBER|auto",
               help="Of GM policies at every call but the last, recorded as the default: 0 or more, or auto, the "
@@ -88,6 +90,7 @@ def export(
     Example:
       piflow-edge export runs/student-1 --out bundles/digits
       piflow-edge export runs/student-1 --target triton --out models
+      piflow-edge export runs/student-1 --target web --out site
       piflow-edge export weights.safetensors --config student.json --out bundles/mine
       piflow-edge export runs/teacher --teacher-graph --out teacher.onnx
     """
@@ -121,16 +124,16 @@ def export(
         "license_name": license_file.name if license_file else "unstated",
         "signing_key": SigningKey(key) if key else None,
     }
-    if target == "triton":
+    if target != "bundle":
         if key or overwrite:
             raise click.UsageError(
-                "--sign and --overwrite are for a bundle; leave them out with --target triton"
+                f"--sign and --overwrite are for a bundle; leave them out with --target {target}"
             )
-        rows, written = _export_to_triton(student, out, settings)
+        rows, written = {"triton": _export_to_triton, "web": _export_to_web}[target](student, out, settings)
     else:
         rows, written = export_bundle(student, out, **settings, overwrite=overwrite), [out]
-    kind = "bundle" if target == "bundle" else "models"
-    report_rows(rows, as_json, {kind: str(out) if target == "bundle" else [str(model) for model in written]})
+    found = {"models": [str(model) for model in written]} if target == "triton" else {target: str(out)}
+    report_rows(rows, as_json, found)
     if not as_json:
         for folder in written:
             click.echo(folder)
@@ -152,6 +155,21 @@ def _export_to_triton(student, repository: Path, settings: dict) -> tuple[list, 
         rows = export_bundle(student, folder, **settings | {"samplers": calls_per_image})
         bundle = Bundle(folder)
         return rows, [write_model(bundle, repository, nfe=nfe) for nfe in calls_per_image]
+
+
+def _export_to_web(student, out: Path, settings: dict) -> tuple[list, list[Path]]:
+    """The bundle's rows, and the folder of the page that draws from it."""
+    from tempfile import TemporaryDirectory
+
+    from piflow_edge.bundle.folder import Bundle
+    from piflow_edge.export.to_bundle import export_bundle
+    from piflow_edge.runtime.serve.page_folder import find_runtime, write_folder
+
+    find_runtime(RUNTIME_OF_BROWSERS)  # before the work, not after it
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "bundle"
+        rows = export_bundle(student, folder, **settings)
+        return rows, [write_folder([Bundle(folder)], RUNTIME_OF_BROWSERS, out)]
 
 
 def _refuse_options_of_a_student() -> None:

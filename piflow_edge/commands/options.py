@@ -137,6 +137,8 @@ def temperature(context, parameter, text: str | None) -> float | str | None:
         raise click.BadParameter(f"give a number, 0 or more, or auto; got {text!r}") from None
 
 
+# Where npm install onnxruntime-web puts what a browser draws with.
+RUNTIME_OF_BROWSERS = Path("node_modules/onnxruntime-web/dist")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 # The path as it was typed: Path would make "digits" of "./digits".
 BUNDLE_PATH = {"type": click.Path(), "callback": lambda context, parameter, given: bundle_path(given)}

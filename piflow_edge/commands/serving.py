@@ -1,4 +1,4 @@
-"""The command that answers over HTTP: `serve`."""
+"""Commands for people with a browser: `serve` and `web`."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,18 @@ import click
 
 from piflow_edge.runtime.serve.limits import ServeSettings
 
-from .options import BUNDLE_PATH, TRUSTED_KEYS, engine_options, engine_settings, say, settings_options
+from .options import (
+    BUNDLE_PATH,
+    FOLDER,
+    JSON,
+    RUNTIME_OF_BROWSERS,
+    TRUSTED_KEYS,
+    emit,
+    engine_options,
+    engine_settings,
+    say,
+    settings_options,
+)
 
 
 def _read_key(context, parameter, file: Path | None) -> str | None:
@@ -23,11 +34,14 @@ def _read_key(context, parameter, file: Path | None) -> str | None:
 @settings_options("limits", ServeSettings(), {"allowed_hosts": "allowed_host"})
 @click.option("--api-key-file", "api_key", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               callback=_read_key, help="File with a key that callers must send.")  # fmt: skip
+@click.option("--onnxruntime-web", "runtime", type=FOLDER,
+              help="Folder dist of that npm package: then the page can draw in the browser too, and gives the bundles "
+              "to everybody.")  # fmt: skip
 @engine_options
 @click.option("--precision", help="One of each bundle's; else its first.")
 @TRUSTED_KEYS
-def serve(bundles, limits, api_key, engine, device, threads, cores, precision, trusted_keys):
-    """Answer requests for images over HTTP.
+def serve(bundles, limits, api_key, runtime, engine, device, threads, cores, precision, trusted_keys):
+    """Answer requests for images over HTTP, and show a page to ask for them.
 
     BUNDLES are folders, or digits, the bundle that comes with piflow-edge. Requests that come together are drawn
     together. Prints the address on stdout; Ctrl-C stops it.
@@ -57,4 +71,33 @@ def serve(bundles, limits, api_key, engine, device, threads, cores, precision, t
         ]
         for generator in generators:
             say(f"{generator!r}")
-        run_app(generators, limits, socket, ready=click.echo)
+        run_app(generators, limits, socket, ready=click.echo, runtime=runtime)
+
+
+@click.command()
+@click.argument("bundles", nargs=-1, required=True, **BUNDLE_PATH)
+@click.option("--out", type=FOLDER, required=True, help="The folder for a web server.")
+@click.option("--onnxruntime-web", "runtime", type=FOLDER, default=RUNTIME_OF_BROWSERS,
+              help="Folder dist of that npm package.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the folder at --out.")
+@TRUSTED_KEYS
+@JSON
+def web(bundles, out, runtime, overwrite, trusted_keys, as_json):
+    """Write a page that draws in the browser, as a folder that any web server can serve.
+
+    It takes the bundles, the page and ONNX Runtime's files for browsers, which npm install onnxruntime-web brings.
+
+    \b
+    Example:
+      piflow-edge web digits --out site
+      python -m http.server --directory site
+    """
+    from piflow_edge.bundle.folder import Bundle
+    from piflow_edge.runtime.serve.page_folder import write_folder
+
+    opened = [Bundle(bundle, trusted_keys=trusted_keys) for bundle in bundles]
+    folder = write_folder(opened, runtime, out, overwrite=overwrite)
+    if as_json:
+        emit({"folder": str(folder), "bundles": [bundle.name for bundle in opened]})
+    else:
+        click.echo(folder)

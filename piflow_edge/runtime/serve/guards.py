@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import time
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -15,13 +16,13 @@ _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-r
 
 
 class KeyGuard:
-    """Lets in who sends the API key. `open_paths`: begin so what everybody may see."""
+    """Lets in who sends the API key. `is_open`: tells of a path if everybody may see what is there."""
 
-    def __init__(self, app: ASGIApp, api_key: str, open_paths: tuple[str, ...]):
-        self._app, self._digest, self._open_paths = app, _digest(api_key), open_paths
+    def __init__(self, app: ASGIApp, api_key: str, is_open: Callable[[str], bool]):
+        self._app, self._digest, self._is_open = app, _digest(api_key), is_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith(self._open_paths) or self._is_known(scope):
+        if scope["type"] != "http" or self._is_open(scope["path"]) or self._is_known(scope):
             await self._app(scope, receive, send)
             return
         answer = answer_error(401, "send the API key as: Authorization: Bearer KEY")

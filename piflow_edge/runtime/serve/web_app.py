@@ -1,15 +1,16 @@
 """The application that a web server runs: endpoints, and what stands before them."""
 
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from piflow_edge.runtime.generator import Generator
@@ -21,27 +22,34 @@ from .desk import Desk, encode_result
 from .guards import Counting, KeyGuard
 from .limits import ServeSettings
 from .orders import FORMATS, OrderError, read_body
+from .page_folder import ISOLATION, SiteFiles, collect_files
 from .picture_store import PictureStore
 
 _PICTURES = "/v1/images/files"
-# Without an API key. The names of pictures cannot be guessed.
-_OPEN_PATHS = ("/healthz", _PICTURES + "/")
+# Python guesses none for these, or a wrong one where a system's own list says so; browsers run no module without.
+_TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm"}
 
 
-def build_app(generators: Iterable[Generator], limits: ServeSettings) -> Starlette:
+def build_app(
+    generators: Sequence[Generator], limits: ServeSettings, runtime: Path | None = None
+) -> Starlette:
     """Return the application that serves bundles, which it closes when it stops.
 
+    `runtime`: ONNX Runtime's files for browsers, as in `collect_files`; with them the bundles' files are given to
+    everybody, and None keeps them here.
+
     Raises:
-        UsageError, BundleError: as `Desk`.
+        UsageError, BundleError: as `Desk` and `collect_files`.
     """
     counters = Counters()
-    endpoints = Endpoints(Desk(generators, limits, counters), limits, counters)
+    page = collect_files([generator.bundle for generator in generators], runtime, has_server=True)
+    endpoints = Endpoints(Desk(generators, limits, counters), limits, counters, page)
     middleware = [
         Middleware(Counting, counters=counters),
         Middleware(TrustedHostMiddleware, allowed_hosts=limits.host_names, www_redirect=False),
     ]
     if limits.api_key is not None:
-        middleware.append(Middleware(KeyGuard, api_key=limits.api_key, open_paths=_OPEN_PATHS))
+        middleware.append(Middleware(KeyGuard, api_key=limits.api_key, is_open=endpoints.is_open))
     return Starlette(
         routes=endpoints.routes(),
         middleware=middleware,
@@ -53,8 +61,8 @@ def build_app(generators: Iterable[Generator], limits: ServeSettings) -> Starlet
 class Endpoints:
     """What callers can ask a server for."""
 
-    def __init__(self, desk: Desk, limits: ServeSettings, counters: Counters):
-        self._desk, self._limits, self._counters = desk, limits, counters
+    def __init__(self, desk: Desk, limits: ServeSettings, counters: Counters, page: SiteFiles):
+        self._desk, self._limits, self._counters, self._page = desk, limits, counters, page
         self._pictures, self._began = PictureStore(limits.max_pictures), int(time.time())
 
     def routes(self) -> list[Route]:
@@ -65,7 +73,12 @@ class Endpoints:
             Route("/v1/models", self.models),
             Route("/metrics", self.metrics),
             Route("/healthz", self.healthz),
+            *(Route(f"/{address}", self.page) for address in ("", *self._page)),
         ]
+
+    def is_open(self, path: str) -> bool:
+        """Return True for what needs no API key: the page, and pictures, whose names cannot be guessed."""
+        return path in ("/", "/healthz") or path.startswith(_PICTURES + "/") or path[1:] in self._page
 
     @asynccontextmanager
     async def live(self, app: Starlette) -> AsyncIterator[None]:
@@ -98,6 +111,15 @@ class Endpoints:
         if found is None:
             raise OrderError("there is no such picture, or it is too old", status=404)
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "private, max-age=3600"})
+
+    async def page(self, request: Request) -> Response:
+        """A file of the page: only what stands in the list, so that no path leads elsewhere."""
+        content = self._page.get(request.scope["path"][1:] or "index.html")
+        if content is None:
+            raise OrderError("there is nothing at this address", status=404)
+        if isinstance(content, bytes):
+            return Response(content, media_type="application/json", headers=ISOLATION)
+        return FileResponse(content, headers=ISOLATION, media_type=_TYPES.get(content.suffix))
 
     async def models(self, request: Request) -> Response:
         data = [

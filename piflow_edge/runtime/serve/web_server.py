@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from piflow_edge.errors import MissingExtraError, UsageError
@@ -52,6 +53,7 @@ def run_app(
     limits: ServeSettings,
     listening: socket.socket,
     ready: Callable[[str], None],
+    runtime: Path | None = None,
 ) -> None:
     """Serve bundles until the process is asked to stop by SIGINT or SIGTERM.
 
@@ -60,6 +62,7 @@ def run_app(
         limits: of the server.
         listening: of `open_socket`.
         ready: called with the server's address once it answers.
+        runtime: as in `build_app`.
     """
     import uvicorn
 
@@ -75,7 +78,7 @@ def run_app(
                 ready(address)
 
     config = uvicorn.Config(
-        build_app(generators, limits),
+        build_app(generators, limits, runtime),
         log_level="warning",
         access_log=False,
         server_header=False,

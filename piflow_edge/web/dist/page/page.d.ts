@@ -1,0 +1,2 @@
+/** The page: a form, and what became of it. */
+export {};

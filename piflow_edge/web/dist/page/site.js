@@ -1,0 +1,2 @@
+/** What the page is served with, as `site.json` says it. */
+export {};

