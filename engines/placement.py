@@ -47,7 +47,9 @@ class Placement(Counter):
 
 
 @contextmanager
-def watch_placement(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], Placement]]:
+def watch_placement(
+    ort, settings, batch: int = 1, run_options: Any = None
+) -> Iterator[Callable[[Any], Placement]]:
     """Counts the nodes of each provider, of a session that is opened with `settings` meanwhile.
 
     From 1.24 on ONNX Runtime tells. Before, its profile of a call does: the first, on zeros, which is made here. Its
@@ -57,6 +59,7 @@ def watch_placement(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], P
         ort: the onnxruntime module.
         settings: session options, which are added to.
         batch: samples in that call.
+        run_options: of that call.
 
     Returns:
         As a context: session -> its `Placement`.
@@ -71,7 +74,7 @@ def watch_placement(ort, settings, batch: int = 1) -> Iterator[Callable[[Any], P
     with tempfile.TemporaryDirectory(prefix="piflow-edge-", ignore_cleanup_errors=True) as folder:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "nodes")
-        yield lambda session: _read_profile(session, batch)
+        yield lambda session: _read_profile(session, batch, run_options)
 
 
 def dtype_of(value) -> str:
@@ -85,14 +88,14 @@ def _read_placement(session) -> Placement:
     return Placement((part.ep_name, node.op_type) for part in parts for node in part.get_nodes())
 
 
-def _read_profile(session, batch: int) -> Placement:
+def _read_profile(session, batch: int, run_options: Any) -> Placement:
     zeros = {
         value.name: np.zeros(
             [size if isinstance(size, int) else batch for size in value.shape], dtype_of(value)
         )
         for value in session.get_inputs()
     }
-    session.run(None, zeros)
+    session.run(None, zeros, run_options)
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     # A node in a loop has several events.
     ran = {

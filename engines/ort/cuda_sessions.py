@@ -1,8 +1,10 @@
 """ONNX Runtime on NVIDIA's GPUs: arrays stay in the GPU's memory, and engines of TensorRT come from the cache."""
 
+import atexit
 import contextlib
 import io
 import logging
+import weakref
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +14,12 @@ import numpy as np
 
 from piflow_edge.engines import Engine, EngineOptions, Graph, padding, placement
 from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.ort.recorded_calls import (
+    PROVIDER_OPTION,
+    RecordedCalls,
+    build_run_options,
+    warn_once,
+)
 from piflow_edge.engines.ort.sessions import OrtEngine
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
@@ -20,6 +28,16 @@ from piflow_edge.kernels.gpu_arrays import DeviceArray
 from piflow_edge.system.hardware import jetson_release
 
 log = logging.getLogger(__name__)
+
+# Engines that may hold recorded calls: given back once CUDA is gone, these would end the process with an error.
+_open: weakref.WeakSet["OrtCUDA"] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_open):
+        engine.close()
+
 
 # Number formats of arrays that lie on a GPU.
 _BINDABLE = ("float32", "float16", "int64")
@@ -39,6 +57,9 @@ class OrtCUDA(OrtEngine):
     memory = "cuda"  # as ONNX Runtime calls it
     # All calls queue on one stream, and no document says that two may do so in one session at a time.
     concurrent = False
+    # Whether calls are recorded as CUDA graphs where the network allows it.
+    records = True
+    _recorded: RecordedCalls | None = None
 
     @classmethod
     def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
@@ -66,6 +87,7 @@ class OrtCUDA(OrtEngine):
             # Exhaustive search, the default, tries each convolution for seconds at every new size.
             "cudnn_conv_algo_search": "HEURISTIC",
             "arena_extend_strategy": "kSameAsRequested",
+            **(PROVIDER_OPTION if self._recorded is not None else {}),
         }
 
     def _gpu_options(self) -> dict[str, str]:
@@ -81,7 +103,18 @@ class OrtCUDA(OrtEngine):
         from piflow_edge.kernels import gpu_arrays
 
         self._place = gpu_arrays.place_of(self.device)
-        return super()._open_session(ort, graph)
+        if not self.records or self._place is None:
+            return super()._open_session(ort, graph)
+        self._recorded = RecordedCalls(ort, self.name, self.memory, self._place)
+        self._run_options = build_run_options(ort, -1)  # of calls that are not recorded
+        _open.add(self)
+        try:
+            return super()._open_session(ort, graph)
+        except EngineError as error:  # a node that is not the provider's, If, Loop or Scan; or anything else
+            self._recorded = self._run_options = None
+            session = super()._open_session(ort, graph)
+            warn_once(self.name, str(error))
+            return session
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """One network call. With any input in the GPU's memory, the outputs stay there."""
@@ -102,13 +135,23 @@ class OrtCUDA(OrtEngine):
             for name in self._outputs:
                 binding.bind_output(name, self.memory, self.ordinal)
             with self._lock:
-                # No run options: with "disable_synchronize_execution_providers" processes on a GPU ended with signal 6
-                # (CUDA failure 800 in cudaFreeHost, onnxruntime-gpu 1.31), and were no faster.
-                session.run_with_iobinding(binding)
-            values = binding.get_outputs()
+                if self._recorded is not None and (made := self._recorded.run(session, arrays)) is not None:
+                    return made
+                # Of run options no "disable_synchronize_execution_providers": with it processes on a GPU ended with
+                # signal 6 (CUDA failure 800 in cudaFreeHost, onnxruntime-gpu 1.31), and were no faster.
+                session.run_with_iobinding(binding, self._run_options)
+                values = zip(self._outputs, binding.get_outputs(), strict=True)
+                made = {name: _device_array(value, place) for name, value in values}
+                if self._recorded is not None:
+                    self._recorded.remember(arrays, made)
+                return made
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"the network call failed in onnxruntime: {error}") from error
-        return {name: _device_array(value, place) for name, value in zip(self._outputs, values, strict=True)}
+
+    def close(self) -> None:
+        """Free the network's memory, once calls that are under way have ended."""
+        with self._lock:
+            self._session = self._recorded = None
 
     def _bind(self, name: str, array, place):
         from piflow_edge.kernels import gpu_arrays
@@ -131,6 +174,7 @@ class OrtTensorRT(OrtCUDA):
     provider = "TensorrtExecutionProvider"
     package = "'onnxruntime-gpu[cuda,cudnn]' tensorrt"
     needs = "an NVIDIA driver, CUDA, cuDNN 9 and TensorRT 10, of the versions that `piflow-edge doctor` tells"
+    records = False
     # Packages that bring the library the provider calls; the first that is installed goes into an engine's key.
     libraries = ("tensorrt-cu13-libs", "tensorrt-cu12-libs", "tensorrt-libs", "tensorrt")
 

@@ -63,6 +63,8 @@ class OrtEngine:
     system: str | None = None
     # Whether two calls may be under way at a time.
     concurrent = True
+    # Of every call of the session; None are ONNX Runtime's own.
+    _run_options: Any = None
 
     def __init__(self, graph: Graph, device: str, options: EngineOptions):
         ort = self.installed_runtime()
@@ -145,7 +147,7 @@ class OrtEngine:
         if self.provider == _CPU_PROVIDER:
             session = self._make_session(ort, graph, settings)
         else:
-            with placement.watch_placement(ort, settings, self.min_batch) as counted:
+            with placement.watch_placement(ort, settings, self.min_batch, self._run_options) as counted:
                 session = self._make_session(ort, graph, settings)
                 self._check(ort, session, counted)
         # The session keeps the file's bytes to open itself again with other providers, which is not done here.
@@ -208,7 +210,8 @@ class OrtEngine:
             raise EngineError(f"engine {self.name!r} is closed; open the network again")
         try:
             with self._lock, self._options.on_cores():
-                return dict(zip(self._outputs, session.run(self._outputs, inputs), strict=True))
+                values = session.run(self._outputs, inputs, self._run_options)
+                return dict(zip(self._outputs, values, strict=True))
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(f"the network call failed in onnxruntime: {error}") from error
 

@@ -237,6 +237,17 @@ def _nothing_given_back():
             give_back()
 
 
+# Held by who asks the driver for memory, or gives some back.
+_alone = threading.RLock()
+
+
+@contextmanager
+def nothing_else():
+    """Keep all threads from asking the driver for memory: it would spoil what another library records meanwhile."""
+    with _alone, _nothing_given_back():
+        yield
+
+
 def is_recording() -> bool:
     """Whether the calling thread records a CUDA graph: nothing may be waited for, and all memory stays."""
     return getattr(_thread, "postponed", None) is not None
@@ -269,7 +280,7 @@ def _give_back(owner, ordinal: int, call: Callable[..., object], handle) -> weak
         if (postponed := getattr(_thread, "postponed", None)) is not None:
             postponed.append(give_back)
             return
-        with current(ordinal) as driver:
+        with _alone, current(ordinal) as driver:
             call(driver, handle)
 
     finalizer = weakref.finalize(owner, give_back)
@@ -286,7 +297,7 @@ class Memory:
 
     def __init__(self, ordinal: int, size: int):
         self.ordinal, self.size, self.pointer = ordinal, size, 0
-        with current(ordinal) as driver:
+        with _alone, current(ordinal) as driver:
             status, pointer = driver.cuMemAlloc(size)
             if status:
                 free, total = memory(ordinal)
@@ -306,7 +317,7 @@ class Memory:
 class _Buffer(Memory):
     def __init__(self, ordinal: int, data: bytes):
         super().__init__(ordinal, len(data))
-        with current(ordinal) as driver:
+        with _alone, current(ordinal) as driver:
             host = ctypes.create_string_buffer(data, len(data))
             _done(driver.cuMemcpyHtoD(self.pointer, ctypes.addressof(host), len(data)))
         wait_for(
@@ -321,7 +332,7 @@ class PinnedMemory:
     """
 
     def __init__(self, ordinal: int, size: int):
-        with current(ordinal) as driver:
+        with _alone, current(ordinal) as driver:
             self.pointer = int(_done(driver.cuMemHostAlloc(size, 0)))
         self.bytes = (ctypes.c_char * size).from_address(self.pointer)
         self._free = _give_back(self, ordinal, lambda driver, at: driver.cuMemFreeHost(at), self.pointer)

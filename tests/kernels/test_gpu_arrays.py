@@ -192,26 +192,37 @@ assert callable(OnHost.opener(None, "cuda", None))
 bundle = sys.argv[1]
 expected = pf.load(bundle, engine="ort-cpu")
 on_the_cpu, outputs = sys.modules["onnxruntime"].InferenceSession.run_with_iobinding, []
+recorded, runs = {}, []
 
-def run_on_our_stream(self, binding):  # there it queues, and waits for the stream of its own accord
+def run_on_our_stream(self, binding, options):  # there it queues, and waits for the stream of its own accord
     fake.fake_finish(ctypes.c_void_p(place.stream))
+    number = -1 if options is None else int(options.get_run_config_entry("gpu_graph_id"))
+    runs.append(number)
+    if number > 0:  # a graph has the addresses of the call that was recorded, whatever is bound later
+        binding = recorded.setdefault((self, number), binding)
     on_the_cpu(self, binding)
-    outputs.extend(binding.get_outputs())  # memory that a GPU's arena would not hand out before the stream is done
+    if number < 0:
+        outputs.extend(binding.get_outputs())  # memory that a GPU's arena would not hand out before the stream is done
 
 sys.modules["onnxruntime"].InferenceSession.run_with_iobinding = run_on_our_stream
 generator = pf.load(bundle, engine="ort-cuda")
 arguments = dict(labels=[3, 7, 1], seed=5, temperature=0.5)
 theirs = expected(**arguments, output="numpy")
-session, given = type(generator.engine._session), []
-run_bound = session.run_with_iobinding
-session.run_with_iobinding = lambda self, *arguments: given.append(arguments[1:]) or run_bound(self, *arguments)
-for image in range(3):
-    before = counts()
+for image in range(5):
+    before, runs[:] = counts(), []
     ours = generator(**arguments, output="numpy")
     moved = {name: counts()[name] - before[name] for name in ("ins", "outs", "bytes", "syncs")}
+    # The student is called twice per image, the decoder once: the first calls as they come, then as recorded.
+    assert runs == [[-1, 1, -1], [1, 1, 1]][image > 0], (image, runs)
 assert (ours.engine, ours.device) == ("ort-cuda", "cuda")
 # An option that left calls unsynchronised ended processes on an H100 with signal 6.
-assert given == [()] * 3 * 3, given  # 2 calls and the decoder per image
+calls = generator.engine._recorded._recorded.values()
+for options in (generator.engine._run_options, *(call.options for call in calls)):
+    try:
+        options.get_run_config_entry("disable_synchronize_execution_providers")
+        raise AssertionError("calls are not synchronised")
+    except RuntimeError:
+        pass
 np.testing.assert_allclose(ours.latents, theirs.latents, rtol=0, atol=1e-4)
 assert np.abs(ours.images.astype(int) - theirs.images).max() <= 1
 # The noise goes there; image, latents and whether all is finite come back. Noise levels and labels are there already.
@@ -292,6 +303,51 @@ try:
     raise AssertionError("closed, and runs")
 except PiFlowError as error:
     assert "closed" in str(error)
+"""
+
+UNRECORDED = """
+import piflow_edge as pf
+from piflow_edge.engines.ort import cuda_sessions as ort_cuda
+from piflow_edge.engines.ort.importing import import_onnxruntime
+
+ort, asked, told, outputs = import_onnxruntime(), [], [], []
+of_the_cpu = ort.InferenceSession
+
+class Session(of_the_cpu):
+    # Of a provider that takes no graphs of this network, or fails while it records one.
+    takes_graphs = False
+
+    def __init__(self, model, settings, *, providers, enable_fallback):
+        ((_, options),) = providers
+        asked.append("enable_cuda_graph" in options)
+        if asked[-1] and not self.takes_graphs:
+            raise RuntimeError("This session cannot use the graph capture feature")
+        super().__init__(model, settings, providers=["CPUExecutionProvider"])
+
+    def run_with_iobinding(self, binding, options):
+        fake.fake_finish(ctypes.c_void_p(place.stream))
+        if options is not None and options.get_run_config_entry("gpu_graph_id") != "-1":
+            raise RuntimeError("CUDA failure 900")
+        super().run_with_iobinding(binding)
+        outputs.extend(binding.get_outputs())  # as above
+
+class OnHost(ort_cuda.OrtCUDA):
+    provider, memory = "CPUExecutionProvider", "cpu"
+
+class Handler(logging.Handler):
+    emit = lambda self, record: told.append(record.getMessage())
+
+logging.getLogger("piflow_edge").addHandler(Handler())
+ort.InferenceSession, ort_cuda.OrtCUDA = Session, OnHost
+expected = pf.load(sys.argv[1], engine="reference")([3, 7], seed=5, output="latent").latents
+for Session.takes_graphs, opened, words in ((False, [True, False] * 2, "capture"), (True, [True] * 2, "900")):
+    asked.clear(), told.clear()
+    with pf.load(sys.argv[1], engine="ort-cuda") as generator:
+        for _ in range(3):
+            found = generator([3, 7], seed=5, output="latent").latents
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert asked == opened, asked
+    assert len([line for line in told if "without CUDA graphs" in line and words in line]) == 1, told
 """
 
 TENSORRT = """
@@ -504,6 +560,7 @@ def test_nothing_crosses_the_bus_between_noise_and_image(run, tmp_path):
     student = make_student(head=GMPolicySpec(3), latent=vars(autoencoder.latent), in_channels=2)
     export_bundle(student, tmp_path / "bundle", autoencoder=autoencoder)
     run(GENERATOR, tmp_path / "bundle")
+    run(UNRECORDED, tmp_path / "bundle")
     pytest.importorskip("filelock")
     run(TENSORRT, tmp_path / "bundle")
     run(RECORDED, tmp_path / "bundle")
