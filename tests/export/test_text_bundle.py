@@ -63,6 +63,17 @@ def test_prompts_steer_and_do_not_depend_on_each_other(folder):
     np.testing.assert_allclose(alone.latents[0], both.latents[1], rtol=0, atol=1e-5)
 
 
+def test_prompts_drawn_together_are_what_they_are_alone_to_the_bit(folder):
+    prompts = ["a cat", "eine Katze, die lacht 🐈", "a red apple", ""]
+    with pf.load(folder) as generator:
+        requests = [generator.prepare(prompt, seed=i) for i, prompt in enumerate(prompts)]
+        assert len({request.batch_key for request in requests}) == 1  # the encoder hands on one length
+        for i, result in enumerate(generator.make_together(requests, output="latent")):
+            alone = generator(prompts[i], seed=i, output="latent")
+            np.testing.assert_array_equal(result.latents, alone.latents)
+            assert result.recipe == alone.recipe
+
+
 def test_the_recipe_holds_the_prompt_and_makes_the_picture_again(folder, tmp_path):
     with pf.load(folder) as generator:
         made = generator(["a cat", "a red apple"], seed=5)

@@ -39,5 +39,19 @@ def ask(node):
     return run
 
 
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """A small bundle that reads prompts; exported as tests/export/test_text_bundle.py does, so that it is made once."""
+    pytest.importorskip("torch", reason="making a bundle needs the 'train' extra")
+    pytest.importorskip("transformers", reason="a text encoder needs transformers")
+    from piflow_edge.export.to_bundle import export_bundle
+    from tests.export.test_text_bundle import make_text_student
+    from tests.helpers.text_encoders import tiny_text_encoder
+
+    folder, encoders = tmp_path_factory.mktemp("bundles") / "text", [tiny_text_encoder("bert")]
+    export_bundle(make_text_student(), folder, encoders=encoders, precisions=("fp32", "fp16"))
+    return folder
+
+
 def as_floats(text: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), np.float32)

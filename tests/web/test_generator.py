@@ -181,19 +181,10 @@ def test_only_the_manifest_that_was_asked_for_is_taken(ask):
 
 
 @pytest.mark.torch
-def test_a_prompt_gives_the_picture_that_python_gives(ask, tmp_path):
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    from piflow_edge.export.to_bundle import export_bundle
-    from tests.export.test_text_bundle import make_text_student
-    from tests.helpers.text_encoders import tiny_text_encoder
-
-    # As that file exports it, so that it is made once.
-    encoders, precisions = [tiny_text_encoder("bert")], ("fp32", "fp16")
-    export_bundle(make_text_student(), tmp_path / "text", encoders=encoders, precisions=precisions)
+def test_a_prompt_gives_the_picture_that_python_gives(ask, text_folder):
     prompts = ["a red apple", "eine Katze, die lacht 🐈", ""]
     (found,) = ask(
-        {"command": "draw", "bundle": str(tmp_path / "text"), "subject": prompts, "options": {"seed": 3}}
+        {"command": "draw", "bundle": str(text_folder), "subject": prompts, "options": {"seed": 3}}
     )
-    with pf.load(tmp_path / "text", precision="fp32") as generator:
+    with pf.load(text_folder, precision="fp32") as generator:
         check_images(found["answer"], generator(prompts, seed=3, output="numpy"))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,18 +53,21 @@ class QuietHandler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def site(node, tmp_path_factory):
+@contextmanager
+def serving_page(bundle: str, folder: Path):
     """The address of the page as a folder that a plain web server serves."""
-    folder = tmp_path_factory.mktemp("site") / "site"
-    done = CliRunner().invoke(
-        main, ["web", "digits", "--out", str(folder), "--onnxruntime-web", str(RUNTIME)]
-    )
+    done = CliRunner().invoke(main, ["web", bundle, "--out", str(folder), "--onnxruntime-web", str(RUNTIME)])
     assert done.exit_code == 0, done.output
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def site(node, tmp_path_factory):
+    with serving_page("digits", tmp_path_factory.mktemp("site") / "site") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +178,18 @@ def test_a_folder_that_stands_is_kept_and_missing_files_are_named(tmp_path):
         )
         assert done.exit_code == 2 and reason in done.output
     assert list(tmp_path.iterdir()) == [tmp_path / "site"]
+
+
+@pytest.mark.torch
+def test_it_draws_prompts(browse, text_folder, tmp_path):
+    steps = [
+        {"step": "open"}, READY, {"step": "fill", "id": "subject", "text": "a cat with a hat"},
+        {"step": "fill", "id": "seed", "text": "6"}, {"step": "focus", "id": "subject"},
+        {"step": "press", "key": "Enter"}, DONE, {"step": "read"},
+    ]  # fmt: skip
+    with serving_page(str(text_folder), tmp_path / "site") as address:
+        (seen,) = browse(address, *steps)["saw"]
+    with pf.load(text_folder) as generator:
+        expected = generator("a cat with a hat", seed=6, output="numpy").images[0]
+    pixels = np.reshape(seen["pixels"], (*reversed(seen["size"]), 4))[..., :3]
+    assert np.abs(pixels - expected.astype(int)).max() <= 1
