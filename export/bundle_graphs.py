@@ -47,7 +47,7 @@ def export_networks(
             "a sampler graph is one file of less than 2 GiB, and the network alone is larger; leave --sampler-graph out"
         )
     if autoencoder is not None:
-        graphs[DECODER] = Graph(export_decoder(autoencoder, manifest.latent.restored_shape))
+        graphs[DECODER] = Graph(export_decoder(autoencoder, manifest.latent.restored_shape, manifest.axes))
     for encoder in encoders:
         graphs[encoder.spec.network] = export_encoder(encoder)
     return graphs

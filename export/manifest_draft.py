@@ -17,6 +17,7 @@ from piflow_edge.bundle.manifest import (
 )
 from piflow_edge.bundle.precisions import join_tolerances
 from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec, ToleranceSpec
+from piflow_edge.bundle.sizes import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH
 from piflow_edge.conditioning import Conditioner, TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.text_encoders import TextEncoder
@@ -24,7 +25,7 @@ from piflow_edge.distill.sources import StudentModel
 from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, DataError
 from piflow_edge.export.export_settings import ExportSettings
-from piflow_edge.export.onnx_graphs.decoder_graph import describe_decoder
+from piflow_edge.export.onnx_graphs.decoder_graph import describe_decoder, measure_scale
 from piflow_edge.export.onnx_graphs.encoder_graph import describe_encoder, tokens_axis
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def draft_manifest(
         ),
         conditioning=conditioner.to_json(),
         latent=latent,
-        axes=_axes(conditioner, settings),
+        axes=_axes(student, settings),
         networks={STUDENT: _describe_student(student, conditioner, settings.opset)},
         assets={},
         precisions=list(settings.precisions),
@@ -80,7 +81,13 @@ def draft_manifest(
         files={},
     )
     if autoencoder is not None:
-        manifest.networks[DECODER] = describe_decoder(autoencoder, latent.restored_shape, settings.opset)
+        manifest.networks[DECODER] = describe_decoder(
+            autoencoder, latent.restored_shape, settings.opset, manifest.axes
+        )
+        if student.sides is not None:
+            _, factor = measure_scale(autoencoder, latent.restored_shape)
+            for side, image_side in ((HEIGHT, IMAGE_HEIGHT), (WIDTH, IMAGE_WIDTH)):
+                manifest.axes[image_side] = manifest.axes[side].scaled(factor)
     for encoder in encoders:
         manifest.networks[encoder.spec.network] = describe_encoder(encoder, settings.opset)
         manifest.axes[tokens_axis(encoder)] = AxisSpec(1, encoder.spec.max_tokens, 1)
@@ -115,7 +122,8 @@ def check_autoencoder(student: StudentModel, autoencoder: Autoencoder | None) ->
         return
     if latent is None:
         raise DataError("the student makes pixels, which need no decoder; leave --autoencoder out")
-    ours = vars(autoencoder.latent) | {"channels": autoencoder.latent_channels}
+    moments = {name: list(getattr(autoencoder, name)) for name in ("mean", "deviation")}
+    ours = vars(autoencoder.latent) | moments | {"channels": autoencoder.latent_channels}
     theirs = {**latent, "channels": student.network.sample_shape[0]}
     # The hash of an autoencoder that precomputed the latents is not known.
     odd = [key for key, value in theirs.items() if value is not None and value != ours[key]]
@@ -128,35 +136,47 @@ def check_autoencoder(student: StudentModel, autoencoder: Autoencoder | None) ->
 
 def _describe_student(student: StudentModel, conditioner: Conditioner, opset: int) -> NetworkSpec:
     network = student.network
+    state = network.sample_shape if student.sides is None else (network.sample_shape[0], HEIGHT, WIDTH)
     inputs = [
-        TensorSpec("x_t", "float32", ("batch", *network.sample_shape)),
+        TensorSpec("x_t", "float32", ("batch", *state)),
         TensorSpec("t", "float32", ("batch",)),
         *conditioner.inputs,
     ]
     outputs = [
         TensorSpec(output, "float32", ("batch", *shape))
-        for output, shape in zip(
-            network.head.outputs, network.head.output_shapes(network.sample_shape), strict=True
-        )
+        for output, shape in zip(network.head.outputs, network.head.output_shapes(state), strict=True)
     ]
     return NetworkSpec(type(network).__name__, inputs, outputs, {}, opset, {})
 
 
-def _axes(conditioner: Conditioner, settings: ExportSettings) -> dict[str, AxisSpec]:
-    named = {n for spec in conditioner.inputs for n in spec.shape if isinstance(n, str)} - {"batch"}
-    if unknown := settings.axes.keys() - named:
+def _axes(student: StudentModel, settings: ExportSettings) -> dict[str, AxisSpec]:
+    named = {n for spec in student.conditioner.inputs for n in spec.shape if isinstance(n, str)} - {"batch"}
+    usual = dict.fromkeys(sorted(named), AxisSpec(1, None, 1))
+    if student.sides is not None:
+        usual |= {HEIGHT: AxisSpec(*student.sides), WIDTH: AxisSpec(*student.sides)}
+    if unknown := settings.axes.keys() - usual.keys():
         raise BundleError(
-            f"the student has no axis {min(unknown)!r}; its named axes are: {', '.join(sorted(named)) or 'none'}"
+            f"the student has no axis {min(unknown)!r}; its named axes are: {', '.join(usual) or 'none'}"
         )
-    anything = AxisSpec(1, None, 1)
-    return {"batch": anything} | {name: settings.axes.get(name, anything) for name in sorted(named)}
+    axes = {"batch": AxisSpec(1, None, 1)} | usual | dict(settings.axes)
+    for name, length in zip(
+        (HEIGHT, WIDTH), student.network.sample_shape[1:] if student.sides else (), strict=False
+    ):
+        if axes[name].multiple_of % student.sides[2] or not axes[name].has(length):
+            raise BundleError(
+                f"{name} of the latents is a multiple of {student.sides[2]}, and {length} where nothing is said; got "
+                f"{axes[name]}"
+            )
+    return axes
 
 
 def _latent(student: StudentModel) -> LatentSpec:
     latent = LatentSpec("pixels", list(student.network.sample_shape), 1.0, 0.0)
     if student.latent is None:
         return latent
-    return replace(latent, kind="latents", scale=student.latent["scale"], shift=student.latent["shift"])
+    moments = {name: list(student.latent.get(name, ())) for name in ("mean", "deviation")}
+    scale, shift = student.latent["scale"], student.latent["shift"]
+    return replace(latent, kind="latents", scale=scale, shift=shift, **moments)
 
 
 def _versions() -> dict[str, str]:

@@ -71,14 +71,18 @@ def _trace_prompts(conditioner: Conditioner, count: int) -> dict[str, np.ndarray
 def _resized_samples(
     network: FlowNetwork, manifest: Manifest, noise: np.ndarray, conditioner: Conditioner
 ) -> dict[str, np.ndarray]:
-    """One call more, where named axes of what steers have other lengths; nothing where there are none."""
-    if not manifest.steering_axes:
+    """One call more, where named axes have other lengths; nothing where there are none."""
+    if not manifest.has_several_lengths:
         return {}
+    golden = {}
+    if manifest.sizes is not None:
+        noise = philox_normal(GOLDEN_SEED, range(len(noise)), manifest.resized_shape)
+        golden["resized.x_t"] = noise
     conditioning = manifest.example(len(noise), resized=True, conditioner=conditioner)
     given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
     sigma = torch.full((len(noise),), manifest.schedule.schedule().segments[0].sigma_src)
     parts = network(torch.from_numpy(noise), sigma, **given)
-    golden = {f"resized.conditioning.{name}": array for name, array in conditioning.items()}
+    golden |= {f"resized.conditioning.{name}": array for name, array in conditioning.items()}
     return golden | {
         f"resized.{name}": part.numpy() for name, part in zip(manifest.policy.outputs, parts, strict=True)
     }

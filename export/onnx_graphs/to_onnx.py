@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from piflow_edge.bundle.sections import AxisSpec
+from piflow_edge.bundle.sizes import HEIGHT, WIDTH
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.engines import Graph
@@ -60,7 +61,7 @@ def network_graph(
     conditioning: Sequence[TensorSpec] = LABELS,
     axes: Mapping[str, AxisSpec] | None = None,
 ) -> Graph:
-    """The network as an ONNX model whose batch and named axes are dynamic.
+    """The network as an ONNX model whose batch and named axes are dynamic; "height" and "width" are the states'.
 
     Inputs: `x_t` float32 (batch, C, H, W), `t` float32 (batch,), the noise level, and the conditioning under the names
     of the network's arguments. Outputs: a policy's parts of a student, `u_t` of a teacher.
@@ -74,13 +75,12 @@ def network_graph(
         CheckFailedError: the exported graph is not valid ONNX.
     """
     # Two samples, and no named axis of one: torch.export takes an axis of one for a constant.
-    lengths = {
-        name: axis.nearest(_TRACED_UNITS * axis.multiple_of) for name, axis in (axes or {}).items()
-    } | {"batch": 2}
+    lengths = traced_lengths(axes or {})
     given = tuple(torch.zeros(spec.size(lengths), dtype=getattr(torch, spec.dtype)) for spec in conditioning)
-    example = (torch.zeros(2, *network.sample_shape), torch.ones(2))
-    dims = _dims(axes or {})
-    shapes = ({0: dims["batch"]}, {0: dims["batch"]})
+    state, sides = size_state(network.sample_shape, axes or {}, lengths)
+    example = (torch.zeros(2, *state), torch.ones(2))
+    dims = build_dims(axes or {})
+    shapes = ({0: dims["batch"], **{place: dims[name] for place, name in sides.items()}}, {0: dims["batch"]})
     if given:  # torch.export trips over an empty tuple
         dynamic = tuple(
             {place: dims[n] for place, n in enumerate(spec.shape) if isinstance(n, str)}
@@ -99,10 +99,36 @@ def network_graph(
             dynamic_shapes=shapes,
             verbose=False,
         )
-    return program_graph(program, {_dim_name(name, axis): name for name, axis in (axes or {}).items()})
+    return program_graph(program, name_dims(axes or {}))
 
 
-def _dims(axes: Mapping[str, AxisSpec]) -> dict[str, object]:
+def name_dims(axes: Mapping[str, AxisSpec]) -> dict[str, str]:
+    """What torch calls the axes of `build_dims` in a graph -> what they are called here."""
+    return {_dim_name(name, axis): name for name, axis in axes.items()}
+
+
+def traced_lengths(axes: Mapping[str, AxisSpec]) -> dict[str, int]:
+    """Lengths to trace named axes with: two samples, and no two sides alike, which might be taken for one.
+
+    An axis of one length keeps it, and may be 1.
+    """
+    lengths = {name: axis.nearest(_TRACED_UNITS * axis.multiple_of) for name, axis in axes.items()}
+    if HEIGHT in axes and WIDTH in axes and lengths[HEIGHT] == lengths[WIDTH]:
+        wider = axes[WIDTH].nearest(lengths[WIDTH] + axes[WIDTH].multiple_of)
+        lengths[WIDTH] = wider if wider != lengths[WIDTH] else axes[WIDTH].shortest
+    return {**lengths, "batch": 2}
+
+
+def size_state(
+    shape: Sequence[int], axes: Mapping[str, AxisSpec], lengths: Mapping[str, int]
+) -> tuple[tuple[int, ...], dict[int, str]]:
+    """Return the shape (C, H, W) to trace states with, and the places, after the batch, of their named axes."""
+    if HEIGHT not in axes or WIDTH not in axes:
+        return tuple(shape), {}
+    return (shape[0], lengths[HEIGHT], lengths[WIDTH]), {2: HEIGHT, 3: WIDTH}
+
+
+def build_dims(axes: Mapping[str, AxisSpec]) -> dict[str, object]:
     """Named axes as torch.export has them; None is an axis of one length."""
     dims: dict[str, object] = {"batch": torch.export.Dim("batch", min=1)}
     for name, axis in axes.items():
@@ -120,7 +146,7 @@ def _dims(axes: Mapping[str, AxisSpec]) -> dict[str, object]:
 
 
 def _dim_name(name: str, axis: AxisSpec) -> str:
-    """What torch calls an axis of `_dims` in the graph."""
+    """What torch calls an axis of `build_dims` in the graph."""
     return name if axis.multiple_of == 1 else f"{axis.multiple_of}*{name}_units"
 
 

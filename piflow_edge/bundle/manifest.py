@@ -21,6 +21,7 @@ from piflow_edge.schedule import Schedule
 from piflow_edge.system.files import sha256
 
 from .sections import AxisSpec, FileSpec, LatentSpec, NetworkSpec, ScheduleSpec, ToleranceSpec
+from .sizes import HEIGHT, IMAGE_HEIGHT, WIDTH, ImageSizes, OneSize, read_sizes
 from .typed_json import write_json
 
 FORMAT_VERSION = 5
@@ -84,10 +85,51 @@ class Manifest:
 
     @property
     def image_shape(self) -> list[int] | None:
-        """(C, H, W) of the images; None where the bundle makes none."""
+        """(C, H, W) of the images, of several sizes the usual one; None where the bundle makes none."""
+        if self.sizes is not None and self.decoder is not None:
+            return [self.decoder.outputs[0].shape[1], *self.sizes.usual]
         if self.decoder is not None:
             return list(self.decoder.outputs[0].shape[1:])
         return self.latent.restored_shape if self.latent.kind == "pixels" else None
+
+    @cached_property
+    def sizes(self) -> ImageSizes | None:
+        """The sizes of image that it makes; None where there is one."""
+        return read_sizes(self.axes, tuple(self.latent.shape[1:]), self.pixels_per_state)
+
+    @cached_property
+    def image_sizes(self) -> ImageSizes | OneSize | None:
+        """The sizes of image that it makes, also where there is one; None where it makes none."""
+        if self.sizes is not None or not self.makes_images:
+            return self.sizes
+        _, height, width = self.image_shape
+        return OneSize(height, width)
+
+    @property
+    def pixels_per_state(self) -> int | None:
+        """Pixels of an image per place of a state along each side, where there are several sizes and a decoder."""
+        if self.decoder is None or IMAGE_HEIGHT not in self.axes or HEIGHT not in self.axes:
+            return None
+        return self.axes[IMAGE_HEIGHT].multiple_of // self.axes[HEIGHT].multiple_of
+
+    @property
+    def state_axes(self) -> tuple[int | str, ...]:
+        """(C, H, W) of the states as graphs have them: sides that may differ by their names."""
+        channels, height, width = self.latent.shape
+        return (
+            channels,
+            *((HEIGHT, WIDTH) if HEIGHT in self.axes and WIDTH in self.axes else (height, width)),
+        )
+
+    def state_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        """Return (C, H, W) of the states of an image of so many pixels; None is the usual number.
+
+        Raises:
+            ShapeError: the bundle makes no images of that size.
+        """
+        if self.sizes is None:
+            return tuple(self.latent.shape)
+        return (self.latent.shape[0], *self.sizes.state_size(self.name, height, width))
 
     @cached_property
     def conditioner(self) -> Conditioner:
@@ -99,6 +141,22 @@ class Manifest:
         """Named axes of what steers the student, but for the batch."""
         names = {n for spec in self.conditioner.inputs for n in spec.shape[1:] if isinstance(n, str)}
         return {name: axis for name, axis in self.axes.items() if name in names}
+
+    @property
+    def has_several_lengths(self) -> bool:
+        """Return True if a named axis of the student's inputs, but for the batch, may have several lengths."""
+        return bool(self.steering_axes) or self.sizes is not None
+
+    @property
+    def resized_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of states of another size than the usual one, where there are several."""
+        channels, *sides = self.latent.shape
+        if self.sizes is None:
+            return (channels, *sides)
+        return (
+            channels,
+            *(self._other_length(name, side) for name, side in zip((HEIGHT, WIDTH), sides, strict=True)),
+        )
 
     def example(
         self, count: int, *, resized: bool = False, conditioner: Conditioner | None = None

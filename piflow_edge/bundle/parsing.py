@@ -29,7 +29,8 @@ from .manifest import (
     Manifest,
     sampler_calls,
 )
-from .sections import LatentSpec, NetworkSpec
+from .sections import NetworkSpec
+from .sizes import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH
 from .typed_json import read_typed, write_json
 
 # Values in values: a manifest has some ten.
@@ -93,6 +94,9 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _problems_of_files(manifest)
     yield from _problems_of_axes(manifest)
     yield from _problems_of_feeds(manifest)
+    if problem := _problem_of_sizes(manifest):
+        yield f"has sizes that do not fit each other: {problem}; export again"
+        return
     if problem := _problem_of_images(manifest):
         yield f"has latents and a decoder that do not fit each other: {problem}; export again"
     yield from _problems_of_student(manifest)
@@ -178,16 +182,41 @@ def _problem_of_images(manifest: Manifest) -> str | None:
         return "pixels, and a decoder or what latents have"
     if latent.kind == "pixels":
         return _problem_of_channels(latent.shape[0])
-    return None if decoder is None else _problem_of_decoder(latent, decoder)
+    return None if decoder is None else _problem_of_decoder(manifest, decoder)
 
 
-def _problem_of_decoder(latent: LatentSpec, decoder: NetworkSpec) -> str | None:
+def _problem_of_decoder(manifest: Manifest, decoder: NetworkSpec) -> str | None:
     inputs, outputs = ([spec.shape for spec in specs] for specs in (decoder.inputs, decoder.outputs))
-    if inputs != [("batch", *latent.restored_shape)]:
-        return f"a decoder of {inputs}, and latents of {latent.restored_shape}"
-    if len(outputs) != 1 or len(outputs[0]) != 4 or not all(isinstance(n, int) for n in outputs[0][1:]):
+    _, *sides = manifest.state_axes
+    restored = (
+        manifest.latent.restored_shape if manifest.sizes is None else [manifest.latent.shape[0], *sides]
+    )
+    if inputs != [("batch", *restored)]:
+        return f"a decoder of {inputs}, and latents of {restored}"
+    if len(outputs) != 1 or len(outputs[0]) != 4 or not isinstance(outputs[0][1], int):
+        return f"a decoder that makes {outputs}"
+    named = None if manifest.sizes is None else (IMAGE_HEIGHT, IMAGE_WIDTH)
+    if not (outputs[0][2:] == named if named else all(isinstance(n, int) for n in outputs[0][2:])):
         return f"a decoder that makes {outputs}"
     return _problem_of_channels(outputs[0][1])
+
+
+def _problem_of_sizes(manifest: Manifest) -> str | None:
+    """Why the axes of height and width are none that images can have; None where they are, or there are none."""
+    axes, sides = manifest.axes, (HEIGHT, WIDTH)
+    if not {*sides, IMAGE_HEIGHT, IMAGE_WIDTH} & axes.keys():
+        return None
+    if not set(sides) <= axes.keys() or manifest.latent.packing > 1:
+        return "height without width, or packed latents of several sizes"
+    if any(not axes[side].has(length) for side, length in zip(sides, manifest.latent.shape[1:], strict=True)):
+        return f"latents of {manifest.latent.shape}, and sides that these are none of"
+    factor = manifest.pixels_per_state
+    if factor is None:
+        return None
+    images = (axes.get(IMAGE_HEIGHT), axes.get(IMAGE_WIDTH))
+    if factor < 1 or images != tuple(axes[side].scaled(factor) for side in sides):
+        return "images whose sides are no whole number of times those of the latents"
+    return None
 
 
 def _problem_of_channels(channels: int | str) -> str | None:
@@ -201,7 +230,7 @@ def _problems_of_student(manifest: Manifest) -> Iterator[str]:
         yield f"has unusable conditioning: {error}"
         return
     student, policy = manifest.student, manifest.policy
-    state = ("batch", *manifest.latent.shape)
+    state = ("batch", *manifest.state_axes)
     expected = [TensorSpec("x_t", "float32", state), TensorSpec("t", "float32", ("batch",)), *steering]
     if student.inputs != expected:
         yield "has conditioning and network inputs that do not fit; export again"

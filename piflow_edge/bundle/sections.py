@@ -75,6 +75,23 @@ class AxisSpec:
         longest = length if self.max is None else min(length, self.max)
         return max(longest // self.multiple_of * self.multiple_of, self.shortest)
 
+    def has(self, length: int, factor: int = 1) -> bool:
+        """Return True if the axis, `factor` times as long, may have the length."""
+        return length % factor == 0 and self.nearest(length // factor) == length // factor
+
+    def next_above(self, length: int, factor: int = 1) -> int:
+        """Return the least allowed length of the axis, `factor` times as long, that is not below `length`.
+
+        The greatest there is, where all are.
+        """
+        units = -(-length // (factor * self.multiple_of)) * self.multiple_of
+        return max(self.shortest, units if self.longest is None else min(units, self.longest)) * factor
+
+    def scaled(self, factor: int) -> "AxisSpec":
+        """Return the axis `factor` times as long."""
+        most = None if self.max is None else self.max * factor
+        return AxisSpec(self.min * factor, most, self.multiple_of * factor)
+
     @property
     def shortest(self) -> int:
         return -(-self.min // self.multiple_of) * self.multiple_of

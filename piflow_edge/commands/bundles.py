@@ -21,10 +21,18 @@ from .options import (
     show,
     temperature,
 )
+from .options import size as image_size
 
 
 @click.command()
-@click.argument("source", metavar="STUDENT")
+@click.argument("source", metavar="[STUDENT]", required=False)
+@click.option("--pipeline", metavar="FOLDER|HUB_ID",
+              help="Pipeline of diffusers that --adapter is for; its encoders and decoder come along.")  # fmt: skip
+@click.option("--adapter", metavar="FOLDER|HUB_ID[:SUBFOLDER]",
+              help="Adapter of pi-Flow's authors, such as Lakonik/pi-FLUX.1:gmflux_k8_piid_4step.")  # fmt: skip
+@click.option("--adapter-strength", type=float, default=1.0, help="Of the adapter's LoRA.")
+@click.option("--size", callback=image_size, metavar="SIDE|HEIGHTxWIDTH",
+              help="Of the images of a --pipeline, in pixels; else 1024x1024.")  # fmt: skip
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path),
               help="JSON that says what the weights of a state dict are of.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True,
@@ -63,6 +71,10 @@ from .options import (
 @JSON
 def export(
     source,
+    pipeline,
+    adapter,
+    adapter_strength,
+    size,
     config,
     out,
     target,
@@ -83,8 +95,10 @@ def export(
 ):
     """Write a student as a bundle that runs without PyTorch, checked against PyTorch.
 
-    STUDENT is a checkpoint of distill, a state dict (.pt, .pth, .safetensors) with --config, or
-    package.module:function, which returns a StudentModel.
+    STUDENT is a checkpoint of distill, a state dict (.pt, .pth, .safetensors) with --config,
+    package.module:function, which returns a StudentModel, or a class-conditional student of
+    pi-Flow's authors by folder, file or hub id. Their adapters are exported with the pipeline they
+    are for: --pipeline and --adapter in the place of STUDENT.
 
     \b
     Example:
@@ -93,7 +107,9 @@ def export(
       piflow-edge export runs/student-1 --target web --out site
       piflow-edge export weights.safetensors --config student.json --out bundles/mine
       piflow-edge export runs/teacher --teacher-graph --out teacher.onnx
+      piflow-edge export --pipeline FLUX.1-dev --adapter pi-FLUX.1:gmflux_k8_piid_4step --out flux
     """
+    _check_source(source, pipeline, adapter)
     if teacher_graph:
         _refuse_options_of_a_student()
         _export_teacher(source, out, overwrite, as_json)
@@ -109,7 +125,14 @@ def export(
         license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
     except UnicodeDecodeError as error:
         raise click.UsageError(f"--license must be a text file in UTF-8: {error}") from error
-    student = load_student(source, config=config)
+    parts = {"autoencoder": load_autoencoder(autoencoder) if autoencoder else None}
+    if pipeline:
+        student, parts, told = _read_pipeline(pipeline, adapter, size, adapter_strength)
+        license_text = license_text if license_file else told.get("license_text", license_text)
+    else:
+        student = load_student(source, config=config)
+        parts["encoders"] = load_text_encoders(encoders, student.conditioner) if encoders else ()
+        told = {}
     settings = {
         "name": name or out.name,
         "temperature": temperature,
@@ -118,10 +141,9 @@ def export(
         "network_precisions": network_precisions,
         "axes": axes,
         "opset": int(opset),
-        "autoencoder": load_autoencoder(autoencoder) if autoencoder else None,
-        "encoders": load_text_encoders(encoders, student.conditioner) if encoders else (),
+        **parts,
         "license_text": license_text,
-        "license_name": license_file.name if license_file else "unstated",
+        "license_name": license_file.name if license_file else told.get("license_name", "unstated"),
         "signing_key": SigningKey(key) if key else None,
     }
     if target != "bundle":
@@ -137,6 +159,27 @@ def export(
     if not as_json:
         for folder in written:
             click.echo(folder)
+
+
+def _check_source(source: str | None, pipeline: str | None, adapter: str | None) -> None:
+    """Raise UsageError unless there is one student: STUDENT, or a pipeline with its adapter."""
+    if (source is None) == (pipeline is None):
+        raise click.UsageError("give STUDENT, or --pipeline and --adapter")
+    if (pipeline is None) != (adapter is None):
+        raise click.UsageError("--pipeline and --adapter are given together")
+
+
+def _read_pipeline(pipeline: str, adapter: str, size, strength: float) -> tuple:
+    """The student, what else its bundle is made of, and what is known of the base's license."""
+    from piflow_edge.export.pipelines.pipeline_parts import read_pipeline
+
+    _refuse_options("is part of the --pipeline; leave it out", "config", "autoencoder", "encoders")
+    sides = (size, size) if isinstance(size, int) else size
+    parts = read_pipeline(pipeline, adapter, size=sides, strength=strength)
+    told = {}
+    if parts.license_name:
+        told = {"license_name": parts.license_name, "license_text": parts.license_text}
+    return parts.student, {"autoencoder": parts.autoencoder, "encoders": parts.encoders}, told
 
 
 def _export_to_triton(student, repository: Path, settings: dict) -> tuple[list, list[Path]]:
@@ -173,13 +216,20 @@ def _export_to_web(student, out: Path, settings: dict) -> tuple[list, list[Path]
 
 
 def _refuse_options_of_a_student() -> None:
+    names = [option.name for option in click.get_current_context().command.params]
+    others = [
+        name for name in names if name not in ("source", "out", "overwrite", "teacher_graph", "as_json")
+    ]
+    _refuse_options("is for a student's bundle; leave it out with --teacher-graph", *others)
+
+
+def _refuse_options(reason: str, *names: str) -> None:
+    """Raise UsageError if an option of these names was given on the command line; `reason` follows its name."""
     context = click.get_current_context()
     for option in context.command.params:
         given = context.get_parameter_source(option.name) is click.core.ParameterSource.COMMANDLINE
-        if given and option.name not in ("source", "out", "overwrite", "teacher_graph", "as_json"):
-            raise click.UsageError(
-                f"{option.opts[0]} is for a student's bundle; leave it out with --teacher-graph"
-            )
+        if given and option.name in names:
+            raise click.UsageError(f"{option.opts[0]} {reason}")
 
 
 def _export_teacher(checkpoint: str, file: Path, overwrite: bool, as_json: bool) -> None:
@@ -254,8 +304,9 @@ def inspect(bundle, as_json):
     from dataclasses import asdict
 
     from piflow_edge.bundle.compatibility import compatibility, gpu_names
-    from piflow_edge.bundle.description import describe_manifest, describe_networks
     from piflow_edge.bundle.folder import Bundle
+
+    from .description import describe_manifest, describe_networks
 
     opened = Bundle(bundle)
     opened.check_graphs()

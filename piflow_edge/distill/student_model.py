@@ -19,8 +19,11 @@ class StudentModel:
         nfe: calls per image it was trained for; several of one student for several.
         shift, final_step_size_scale, total_substeps: of the schedule it was trained with; see `Schedule`.
         conditioner: what steers it.
-        latent: `scale` and `shift` of the latents it makes, see `data.Latent`; None where it makes pixels.
+        latent: `scale` and `shift` of the latents it makes, see `data.Latent`, and perhaps `mean` and `deviation` of
+            every channel, see `LatentSpec`; None where it makes pixels.
         substep_rule: of its schedule; see `Schedule`.
+        sides: least and greatest height and width of the states, and what both are multiples of, where the network
+            takes several sizes; those of `network.sample_shape` are the usual ones. None is one size.
         or_more: whether it is good for more calls than those it was trained for, too.
         provenance: JSON, for the record; it names no folder of this machine.
 
@@ -38,6 +41,7 @@ class StudentModel:
     provenance: dict[str, Any] = field(default_factory=dict)
     substep_rule: str = "round"
     or_more: bool = False
+    sides: tuple[int, int, int] | None = None
 
     def __post_init__(self):
         if self.network.head is None:

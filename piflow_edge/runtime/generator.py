@@ -308,7 +308,12 @@ class Generator:
             ShapeError: latents of another shape than the bundle's, or not finite.
             EngineError: the decoder failed, or the generator was closed; NotFiniteError: it made NaN or infinity.
         """
-        latents = convert_floats("latents", latents, self.bundle.manifest.latent.shape)
+        manifest = self.bundle.manifest
+        shape = manifest.latent.shape
+        if manifest.sizes is not None and np.ndim(latents) == 4:
+            height, width = (side * manifest.sizes.factor for side in np.shape(latents)[2:])
+            shape = manifest.state_shape(height, width)
+        latents = convert_floats("latents", latents, shape)
         self._lifetime.begin(within_call=True)
         try:
             return self.decoding.images(latents, as_float=False, clock=Stopwatch())

@@ -115,10 +115,11 @@ def build_request(
     settings, schedule = complete_settings(
         settings, manifest, has_image=image is not None, has_mask=mask is not None
     )
-    start, drawn = read_start_and_mask(image, mask, count, manifest.latent, bundle.name)
+    shape = manifest.state_shape(settings.height, settings.width)
+    latent = replace(manifest.latent, shape=list(shape))
+    start, drawn = read_start_and_mask(image, mask, count, latent, bundle.name)
     if noise is not None:
-        noise = convert_floats("noise", noise, manifest.latent.shape, count)
-    shape = tuple(manifest.latent.shape)
+        noise = convert_floats("noise", noise, shape, count)
     return Request(condition_request, conditioning, seeds, settings, schedule, start, drawn, noise, shape)
 
 
@@ -185,10 +186,12 @@ def repeat_request(
     """
     _check_run(bundle, recipe, run)
     condition_request = conditioner.recall(recipe.conditioning, ConditionRequest(arrays=arrays))
-    size, latent = len(recipe.seeds), bundle.manifest.latent
+    size, manifest = len(recipe.seeds), bundle.manifest
+    shape = manifest.state_shape(recipe.settings.height, recipe.settings.width)
+    latent = replace(manifest.latent, shape=list(shape))
     start, drawn = read_start_and_mask(image, mask, size, latent, bundle.name)
     if noise is not None:
-        noise = convert_floats("noise", noise, latent.shape, size)
+        noise = convert_floats("noise", noise, shape, size)
     for name, given in {"noise": noise, "image": start, "mask": drawn}.items():
         hashes = getattr(recipe, name)
         if hash_each(given) != hashes:

@@ -11,6 +11,7 @@ import numpy as np
 
 from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.bundle.sections import ScheduleSpec
+from piflow_edge.bundle.sizes import ImageSizes, OneSize
 from piflow_edge.errors import ScheduleError, ShapeError, UsageError
 from piflow_edge.integrator import SOLVERS
 from piflow_edge.sampling import SETTING_NAMES, SamplingSettings
@@ -68,7 +69,7 @@ def complete_settings(
         ScheduleError: a setting out of range, or without what it is for.
         ShapeError: another size of image than the bundle makes.
     """
-    bundle = (manifest.name, manifest.schedule, image_size(manifest))
+    bundle = (manifest.name, manifest.schedule, manifest.image_sizes)
     try:
         # Field by field, so that types are compared too: True is no number of calls, but is equal to 1.
         return _cached_completion(*bundle, has_image, has_mask, *vars(settings).values())
@@ -79,12 +80,12 @@ def complete_settings(
 def _complete(
     name: str,
     spec: ScheduleSpec,
-    size: tuple[int, int] | None,
+    sizes: ImageSizes | OneSize | None,
     has_image: bool,
     has_mask: bool,
     *fields: Any,
 ) -> tuple[SamplingSettings, Schedule]:
-    """See `complete_settings`. `name`, `spec` and `size`: the bundle's, its schedule's and that of its images."""
+    """See `complete_settings`. `name`, `spec` and `sizes`: the bundle's, its schedule's and those of its images."""
     settings = SamplingSettings(*fields)
     schedule = _make_schedule(spec, settings)
     if settings.solver not in SOLVERS:
@@ -92,7 +93,7 @@ def _complete(
     check_whole("resamples", settings.resamples, 0)
     if settings.resamples and not has_mask:
         raise ScheduleError("resamples are for inpainting; give a mask, or leave them out")
-    height, width = _check_size(settings, name, size)
+    height, width = _check_size(settings, name, sizes)
     resamples = settings.resamples if settings.resamples is not None else _RESAMPLES if has_mask else 0
     completed = SamplingSettings(
         nfe=int(schedule.nfe),
@@ -133,26 +134,19 @@ def describe_untrained(
     return f"was trained to be called at noise levels {named} and starts at {strength:.3g}"
 
 
-def image_size(manifest: Manifest) -> tuple[int, int] | None:
-    """Return height and width in pixels of the images that a bundle makes; None where it makes none."""
-    if manifest.decoder is not None:
-        *_, height, width = manifest.decoder.outputs[0].shape
-        return int(height), int(width)
-    if not manifest.makes_images:
-        return None
-    *_, height, width = manifest.latent.shape
-    return height, width
-
-
 def _check_size(
-    settings: SamplingSettings, bundle: str, size: tuple[int, int] | None
+    settings: SamplingSettings, bundle: str, sizes: ImageSizes | OneSize | None
 ) -> tuple[int | None, int | None]:
-    height, width = size or (None, None)
-    for name, given, has in (("height", settings.height, height), ("width", settings.width, width)):
-        if given is not None and given != has:
-            one = f"makes images of one size, {width}x{height} pixels" if has else "makes no images"
-            raise ShapeError(f"bundle {bundle!r} {one}; leave height and width out; got {name}={given!r}")
-    return height, width
+    check_whole("height", settings.height, 1)
+    check_whole("width", settings.width, 1)
+    if sizes is not None:
+        return sizes.check(bundle, settings.height, settings.width)
+    for name in ("height", "width"):
+        if (given := getattr(settings, name)) is not None:
+            raise ShapeError(
+                f"bundle {bundle!r} makes no images; leave height and width out; got {name}={given!r}"
+            )
+    return None, None
 
 
 def _make_schedule(spec: ScheduleSpec, settings: SamplingSettings) -> Schedule:

@@ -2,9 +2,9 @@
 
 `golden.npz` holds, for a few images: `noise` and `conditioning.NAME` of every input that steers; for each student call
 i `x_t.i` (its input), `NAME.i` (its outputs), `levels.i` and `velocities.i` (the policy at some noise levels); and at
-the end `latents` and, where the bundle makes some, `images`. Where what steers has named axes,
-`resized.conditioning.NAME` and `resized.NAME` are of a first call with other lengths. A layer is fed the golden input
-of that layer, so the first row that fails is the culprit.
+the end `latents` and, where the bundle makes some, `images`. Where what steers has named axes, or images have several
+sizes, `resized.conditioning.NAME`, `resized.NAME` and, of those, `resized.x_t` are of a first call with other lengths.
+A layer is fed the golden input of that layer, so the first row that fails is the culprit.
 """
 
 import io
@@ -131,10 +131,11 @@ def _compare_calls(generator: Generator, golden: dict[str, np.ndarray]) -> list[
         for size in sizes:
             ours = _call(generator, x_t[:size], segment.sigma_src, take(conditioning, slice(size)))
             outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
-    if manifest.steering_axes:
+    if manifest.has_several_lengths:
         size = sizes[-1]
         conditioning = take(golden_conditioning(generator.bundle, golden, "resized."), slice(size))
-        ours = _call(generator, golden["noise"][:size], segments[0].sigma_src, conditioning)
+        x_t = golden["noise" if manifest.sizes is None else "resized.x_t"]
+        ours = _call(generator, x_t[:size], segments[0].sigma_src, conditioning)
         outputs += [(f"{name}, resized", ours[name], golden[f"resized.{name}"][:size]) for name in ours]
     return outputs
 
@@ -313,9 +314,10 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
     outputs = [spec.name for spec in bundle.manifest.student.outputs]
     wanted = {"noise", "latents"} | ({"images"} if bundle.manifest.makes_images else set())
     wanted |= {f"conditioning.{spec.name}" for spec in bundle.manifest.conditioner.inputs}
-    if bundle.manifest.steering_axes:
+    if bundle.manifest.has_several_lengths:
         steering = [f"conditioning.{spec.name}" for spec in bundle.manifest.conditioner.inputs]
-        wanted |= {f"resized.{name}" for name in (*outputs, *steering)}
+        states = [] if bundle.manifest.sizes is None else ["x_t"]
+        wanted |= {f"resized.{name}" for name in (*outputs, *steering, *states)}
     wanted |= {f"{name}.{i}" for i in calls for name in ("x_t", "levels", "velocities", *outputs)}
     encoders = bundle.manifest.conditioner.networks
     if encoders and set(encoders) <= bundle.manifest.networks.keys():

@@ -1,6 +1,7 @@
 """Autoencoders of diffusers, from a folder: images to latents and back."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional
 
 from piflow_edge.errors import DataError, MissingExtraError
 from piflow_edge.system.cache_folder import cache_folder
@@ -17,7 +19,49 @@ from piflow_edge.system.progress import progress
 from .array_cache import ArrayWriter, load_or_build
 from .datasets import ImageData, Latent
 
-KINDS = ("AutoencoderKL", "AutoencoderTiny")
+
+@dataclass(frozen=True)
+class AutoencoderKind:
+    """How one class of diffusers is called. To add one, add a line to `KINDS`.
+
+    Args:
+        decode: module, latents (B, C, H, W) -> images (B, C, H, W).
+        encode: module, images -> latents, of a distribution its mean; None where only the decoder is of use here.
+        moments: module -> mean and deviation of every channel, which latents are scaled by; None of most.
+        has_scale: whether latents are scaled by its configuration's `scaling_factor` and `shift_factor`.
+    """
+
+    decode: Callable[[nn.Module, Tensor], Tensor]
+    encode: Callable[[nn.Module, Tensor], Tensor] | None = None
+    moments: Callable[[nn.Module], tuple[list[float], list[float]]] | None = None
+    has_scale: bool = True
+
+
+def _decode_plainly(module: nn.Module, latents: Tensor) -> Tensor:
+    return module.decode(latents, return_dict=False)[0]
+
+
+def _decode_frame(module: nn.Module, latents: Tensor) -> Tensor:
+    """Of an autoencoder for videos: an image is a video of one frame."""
+    return module.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
+
+
+def _decode_normalised(module: nn.Module, latents: Tensor) -> Tensor:
+    """Of FLUX.2: latents are normalised patch by patch, the four places of a patch by numbers of their own."""
+    squares = functional.pixel_unshuffle(latents, 2)
+    mean, variance = (stat.view(1, -1, 1, 1) for stat in (module.bn.running_mean, module.bn.running_var))
+    squares = squares * (variance + module.config.batch_norm_eps).sqrt() + mean
+    return _decode_plainly(module, functional.pixel_shuffle(squares, 2))
+
+
+KINDS = {
+    "AutoencoderKL": AutoencoderKind(_decode_plainly, lambda m, images: m.encode(images).latent_dist.mode()),
+    "AutoencoderTiny": AutoencoderKind(_decode_plainly, lambda m, images: m.encode(images).latents),
+    "AutoencoderKLQwenImage": AutoencoderKind(
+        _decode_frame, moments=lambda m: (list(m.config.latents_mean), list(m.config.latents_std))
+    ),
+    "AutoencoderKLFlux2": AutoencoderKind(_decode_normalised, has_scale=False),
+}
 # Changes whenever the same images and autoencoder would give other latents.
 _LATENTS_FORMAT = 1
 # Pixels that go through the networks at a time.
@@ -28,7 +72,8 @@ _PIXELS_AT_ONCE = 1 << 20
 class Autoencoder:
     """An autoencoder, ready to be called. `kind`: its class in diffusers. `sha256`: of its settings and weights.
 
-    `latent`: how a flow network sees its latents. `channels`, `latent_channels`: C of images and latents.
+    `latent`: how a flow network sees its latents. `channels`, `latent_channels`: C of images and latents. `mean`,
+    `deviation`: of every channel of the latents, beside scale and shift; empty for most.
     """
 
     kind: str
@@ -37,25 +82,25 @@ class Autoencoder:
     latent: Latent
     channels: int
     latent_channels: int
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> latents, not scaled; of a distribution its mean."""
-        encoded = self.module.encode(images)
-        return encoded.latent_dist.mode() if self.kind == "AutoencoderKL" else encoded.latents
+        return KINDS[self.kind].encode(self.module, images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W), not scaled -> images, from -1 to 1 and perhaps a little beyond."""
-        return self.module.decode(latents, return_dict=False)[0]
+        return KINDS[self.kind].decode(self.module, latents)
 
 
 def load_autoencoder(folder: Path) -> Autoencoder:
     """Read an autoencoder that diffusers saved; nothing is downloaded, and no code in the folder is run.
 
     Args:
-        folder: with `config.json` and safetensors weights, as `save_pretrained` leaves it: of an AutoencoderKL or
-            AutoencoderTiny.
+        folder: with `config.json` and safetensors weights, as `save_pretrained` leaves it, of one of `KINDS`.
 
     Raises:
         DataError: there is none, or none of these; parts of its weights are missing.
@@ -73,14 +118,18 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     hashes = [kind, settings, [sha256(file.read_bytes()) for file in weights]]
     digest = sha256(json.dumps(hashes, sort_keys=True).encode())
     found = module.config
-    shift = found.get("shift_factor")
+    how = KINDS[kind]
+    mean, deviation = how.moments(module) if how.moments else ((), ())
+    scale, shift = (found.get(name) if how.has_scale else None for name in ("scaling_factor", "shift_factor"))
     return Autoencoder(
         kind,
         module,
         digest,
-        Latent(float(found["scaling_factor"]), 0.0 if shift is None else float(shift), digest),
-        found["in_channels"],
-        found["latent_channels"],
+        Latent(1.0 if scale is None else float(scale), 0.0 if shift is None else float(shift), digest),
+        found.get("in_channels", found.get("input_channels", 3)),
+        found.get("latent_channels", found.get("z_dim")),
+        tuple(map(float, mean)),
+        tuple(map(float, deviation)),
     )
 
 
@@ -97,6 +146,9 @@ def encode(data: ImageData, autoencoder: Autoencoder, *, device: str | None = No
     """
     if data.latent:
         raise DataError(f"{data.name!r} holds latents already; leave --autoencoder out, or give images")
+    if KINDS[autoencoder.kind].encode is None:
+        able = ", ".join(kind for kind, how in KINDS.items() if how.encode)
+        raise DataError(f"images are encoded by {able}; an {autoencoder.kind} is for export only")
     if data.shape[0] not in (1, autoencoder.channels):
         raise DataError(
             f"the autoencoder takes images of {autoencoder.channels} channels; those of {data.name!r} have "
@@ -168,11 +220,11 @@ def _config(folder: Path) -> dict:
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in KINDS:
         raise DataError(f"an autoencoder is an {' or an '.join(KINDS)}; {folder} holds {kind!r}")
-    for key in ("latents_mean", "latents_std"):
-        if config.get(key) is not None:
-            raise DataError(
-                f"the autoencoder in {folder} scales each channel by itself ({key}); one scale and shift are supported"
-            )
+    moments = ("latents_mean", "latents_std")
+    if not KINDS[kind].moments and (key := next((k for k in moments if config.get(k) is not None), None)):
+        raise DataError(
+            f"the autoencoder in {folder} scales each channel by itself ({key}); one scale and shift are supported"
+        )
     return config
 
 

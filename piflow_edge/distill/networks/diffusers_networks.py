@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from piflow_edge.errors import CheckpointError, MissingExtraError, ShapeError
 
 from .flow_network import Convention, FlowNetwork
+from .rotations import count_places, use_real_rotations
 
 # Side of the patches that FLUX and Qwen-Image are given as tokens.
 _PACKED = 2
@@ -127,7 +128,7 @@ class FluxDiffusersNetwork(_PackedNetwork):
 
     def predict_tokens(self, tokens, t, grid, conditioning):
         """See `_PackedNetwork.predict_tokens`."""
-        row, column = count_places(grid, tokens)
+        row, column = (place.to(tokens) for place in count_places(*grid, tokens.device))
         image_ids = torch.stack([torch.zeros_like(row), row, column], dim=1)
         text_ids = tokens.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3)
         conditioning = {**self.tell_guidance(t), **conditioning}
@@ -155,7 +156,7 @@ class Flux2DiffusersNetwork(FluxDiffusersNetwork):
 
     def predict_tokens(self, tokens, t, grid, conditioning):
         """See `_PackedNetwork.predict_tokens`."""
-        row, column = count_places(grid, tokens)
+        row, column = (place.to(tokens) for place in count_places(*grid, tokens.device))
         none = torch.zeros_like(row)
         word = torch.arange(conditioning["encoder_hidden_states"].shape[1], device=tokens.device).to(tokens)
         nowhere = torch.zeros_like(word)
@@ -178,10 +179,24 @@ class Flux2DiffusersNetwork(FluxDiffusersNetwork):
 class QwenImageDiffusersNetwork(_PackedNetwork):
     """`QwenImageTransformer2DModel`: `encoder_hidden_states` (B, L, D), `encoder_hidden_states_mask` (B, L)."""
 
+    def __init__(
+        self, module, sample_shape: tuple[int, ...] | None = None, convention: Convention | None = None
+    ):
+        super().__init__(module, sample_shape, convention)
+        use_real_rotations(module)
+
     def predict_tokens(self, tokens, t, grid, conditioning):
         """See `_PackedNetwork.predict_tokens`."""
-        shapes = [[(1, *grid)]] * len(tokens)
-        return self.module(tokens, timestep=t, img_shapes=shapes, **conditioning, return_dict=False)[0]
+        # diffusers would make a number of the mask's length, which a graph then had for ever.
+        masks = {"text_mask": conditioning["encoder_hidden_states_mask"]}
+        return self.module(
+            tokens,
+            timestep=t,
+            img_shapes=[[(1, *grid)]],
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            attention_kwargs=masks,
+            return_dict=False,
+        )[0]
 
     def embed_time(self, x_t, t, conditioning):
         """See `_PackedNetwork.embed_time`."""
@@ -240,6 +255,20 @@ def load_diffusers(
     return wrap_diffusers(module, sample_shape=sample_shape, convention=convention).requires_grad_(False)
 
 
+def load_module(folder: Path, class_name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A transformer of a certain class from its folder.
+
+    Raises:
+        CheckpointError: nothing there that diffusers can read as one.
+        MissingExtraError: diffusers is not installed.
+    """
+    kind = getattr(_diffusers(), class_name)
+    try:
+        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except Exception as error:  # diffusers raises many kinds
+        raise CheckpointError(f"diffusers cannot load a {class_name} from {folder}: {error}") from error
+
+
 def build_diffusers(description: Mapping[str, Any]) -> DiffusersNetwork:
     """The network that `DiffusersNetwork.describe` described, with weights of no meaning."""
     module = getattr(_diffusers(), description["class"]).from_config(description["config"])
@@ -267,13 +296,6 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """The way back of `pack`, for any number of planes."""
     patches = tokens.unflatten(2, (-1, _PACKED, _PACKED)).unflatten(1, grid)  # (B, rows, columns, M, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-def count_places(grid: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of every token of a grid, (rows columns,) each."""
-    rows, columns = grid
-    row = torch.arange(rows, device=like.device).repeat_interleave(columns)
-    return row.to(like), torch.arange(columns, device=like.device).repeat(rows).to(like)
 
 
 def _diffusers():

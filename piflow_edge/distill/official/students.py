@@ -16,7 +16,7 @@ from .hub import find_files, find_local, parse_hub_id
 from .published import Published, find_published
 
 # Files of a student on the hub that are read.
-_PATTERNS = ("*.json", "*.safetensors")
+ADAPTER_FILES = ("*.json", "*.safetensors")
 # The authors' pipelines: substeps are rounded up since LakonLab 0.2.0.
 SUBSTEP_RULE = "ceil"
 # Latents of the autoencoder of Stable Diffusion, which all class-conditional students are of.
@@ -47,7 +47,7 @@ def load_official_student(source: str, config: Path | None = None) -> StudentMod
     Raises:
         CheckpointError: nothing there, or nothing that can be used; MissingExtraError: the hub needs another package.
     """
-    files = read_official_files(find_files(source, _PATTERNS), config)
+    files = read_official_files(find_files(source, ADAPTER_FILES), config)
     class_name = files.class_name or _guess_class(files)
     if class_name in ADAPTERS:
         raise CheckpointError(

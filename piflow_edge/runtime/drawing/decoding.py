@@ -37,7 +37,7 @@ class Decoding:
         convert, found = decode_float_there if as_float else decode_there, {}
         if self._decoder is None:
             return {"images.0": convert(latents, self._manifest.latent)}
-        for i, piece in enumerate(self._pieces(len(latents))):
+        for i, piece in enumerate(self._pieces(latents)):
             (decoded,) = self._decoder.run(self.inputs(latents[piece])).values()
             found[f"finite.{i}"] = gpu_arrays.sum_up_finiteness(decoded)
             found[f"images.{i}"] = convert(decoded)
@@ -47,9 +47,12 @@ class Decoding:
         """The same with another way to run the decoder."""
         return Decoding(self._manifest, decoder, self._precision)
 
-    def _pieces(self, count: int) -> Iterator[slice]:
-        *_, height, width = self._manifest.decoder.outputs[0].shape
-        return cut_batches(count, max(1, _DECODED_PIXELS // (height * width)), self._decoder)
+    def _pieces(self, latents: Any) -> Iterator[slice]:
+        manifest, (*_, rows, columns) = self._manifest, latents.shape
+        _, height, width = manifest.image_shape
+        _, usual_rows, usual_columns = manifest.latent.shape
+        pixels = height * width * rows * columns // (usual_rows * usual_columns)
+        return cut_batches(len(latents), max(1, _DECODED_PIXELS // pixels), self._decoder)
 
     def images(self, latents: Any, *, as_float: bool, clock: Stopwatch) -> np.ndarray:
         """uint8 (B, H, W, C), or float32 from 0 to 1, in the host's memory, of latents (B, C, H, W).
@@ -61,7 +64,7 @@ class Decoding:
         if self._decoder is None:
             return on_host(clock.run("decode", convert, latents, self._manifest.latent), clock)
         images = []
-        for piece in self._pieces(len(latents)):
+        for piece in self._pieces(latents):
             images.append(on_host(clock.run("decode", self._decode, latents[piece], convert), clock))
         return join_arrays(images)
 

@@ -1,8 +1,7 @@
 """A manifest in words, for people."""
 
+from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import TensorSpec
-
-from .manifest import Manifest
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, str]:

@@ -1,0 +1,140 @@
+"""A pipeline and an adapter, by folder or hub id -> student, text encoders and autoencoder for `export_bundle`."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from piflow_edge.distill.data.autoencoder import Autoencoder, load_autoencoder
+from piflow_edge.distill.networks.diffusers_networks import load_module
+from piflow_edge.distill.networks.text_encoders import TextEncoder, load_text_encoder, open_prompts
+from piflow_edge.distill.official.adapters import join_adapter
+from piflow_edge.distill.official.checkpoint_files import read_official_files
+from piflow_edge.distill.official.hub import find_files
+from piflow_edge.distill.official.published import Published, find_published
+from piflow_edge.distill.official.students import ADAPTER_FILES, SUBSTEP_RULE, describe_source
+from piflow_edge.distill.student_model import StudentModel
+from piflow_edge.errors import CheckpointError
+from piflow_edge.export.pipelines.pipeline_families import FAMILIES, PipelineFamily
+
+log = logging.getLogger(__name__)
+
+_INDEX = "model_index.json"
+# A token is two by two places of a latent.
+_PACKED = 2
+# Of the authors' FlowMapSDEScheduler, for all text students.
+_SHIFT, _FINAL_STEP_SIZE_SCALE = 3.2, 0.5
+_USUAL_NFE = (4,)
+# Sides of latents that a bundle is for, where the user does not say: images of 256 to 2048 pixels.
+_SHORTEST, _LONGEST = 32, 256
+
+
+@dataclass(frozen=True)
+class PipelineParts:
+    """What a bundle is made of. `license_name`: of the base's weights, where it is known."""
+
+    student: StudentModel
+    autoencoder: Autoencoder
+    encoders: list[TextEncoder]
+    license_name: str | None
+
+    @property
+    def license_text(self) -> str | None:
+        """What the bundle's LICENSE says where the user gives none."""
+        if self.license_name is None:
+            return None
+        base = self.student.provenance["base"]
+        return (
+            f"The weights in this bundle are made of {base}, which is under: {self.license_name}.\n"
+            "What it allows holds for this bundle too. Read it where the base is published.\n"
+        )
+
+
+def read_pipeline(
+    pipeline: str, adapter: str, *, size: tuple[int, int] | None = None, strength: float = 1.0
+) -> PipelineParts:
+    """Read a pipeline and make its transformer the student that an adapter makes of it.
+
+    Args:
+        pipeline: folder or hub id of a pipeline of diffusers; see `FAMILIES`.
+        adapter: folder, `FOLDER:subfolder` or hub id of one of the authors' adapters.
+        size: height and width of the images, in pixels; None is the family's.
+        strength: of the adapter's LoRA.
+
+    Raises:
+        CheckpointError: no such pipeline or adapter, or they do not fit each other; or a size that cannot be.
+        DataError: the autoencoder cannot be used.
+        MissingExtraError: diffusers or transformers is not installed.
+    """
+    folder = find_files(pipeline)
+    family = _find_family(folder)
+    files = read_official_files(find_files(adapter, ADAPTER_FILES))
+    published = find_published(adapter)
+    _tell_license(published)
+    autoencoder = load_autoencoder(folder / "vae")
+    encoders = [
+        load_text_encoder(
+            folder / place.folder, tokenizer=folder / place.tokenizer, name=place.name, **place.settings
+        )
+        for place in family.encoders
+    ]
+    module = load_module(folder / "transformer", family.transformer)
+    shape = _latent_shape(module, autoencoder, size or family.size)
+    guidance = published.guidance if published else None
+    network = join_adapter(files, module, shape, guidance=guidance, strength=strength)
+    student = StudentModel(
+        network,
+        nfe=published.nfes if published else _USUAL_NFE,
+        shift=_SHIFT,
+        final_step_size_scale=_FINAL_STEP_SIZE_SCALE,
+        conditioner=open_prompts(encoders, examples=family.examples).spec,
+        latent=vars(autoencoder.latent)
+        | {"mean": list(autoencoder.mean), "deviation": list(autoencoder.deviation)},
+        provenance={
+            **describe_source(adapter, published, network),
+            "adapter_strength": strength,
+            "embedded_guidance": getattr(network, "guidance_embedding", None),
+        },
+        substep_rule=SUBSTEP_RULE,
+        or_more=bool(published and published.or_more),
+        sides=(min(_SHORTEST, *shape[1:]), max(_LONGEST, *shape[1:]), _PACKED),
+    )
+    return PipelineParts(student, autoencoder, encoders, published.base_license if published else None)
+
+
+def _find_family(folder: Path) -> PipelineFamily:
+    try:
+        index = json.loads((folder / _INDEX).read_bytes())
+        name = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"a pipeline is a folder with {_INDEX}, as diffusers saves it; there is none that can be read in {folder}"
+        ) from error
+    if name not in FAMILIES:
+        raise CheckpointError(f"{folder} is a {name}; pipelines that are known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+@torch.no_grad()
+def _latent_shape(module: nn.Module, autoencoder: Autoencoder, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, H, W) of the latents of images of `size`."""
+    channels = module.config.in_channels // _PACKED**2
+    side = autoencoder.decode(torch.zeros(1, channels, _PACKED, _PACKED)).shape[-1] // _PACKED
+    unit = side * _PACKED
+    if size[0] < unit or size[1] < unit or size[0] % unit or size[1] % unit:
+        near = tuple(max(length // unit, 1) * unit for length in size)
+        raise CheckpointError(
+            f"height and width are multiples of {unit} for this pipeline; got {size[0]}x{size[1]}; the nearest are "
+            f"{near[0]}x{near[1]} and {near[0] + unit}x{near[1] + unit}"
+        )
+    return channels, size[0] // side, size[1] // side
+
+
+def _tell_license(published: Published | None) -> None:
+    if published is not None and published.base_license is not None:
+        log.warning(
+            "%s is under: %s; what it allows holds for the bundle too", published.base, published.base_license
+        )
