@@ -113,6 +113,11 @@ class Manifest:
         return self.axes[IMAGE_HEIGHT].multiple_of // self.axes[HEIGHT].multiple_of
 
     @property
+    def usual_sides(self) -> dict[str, int]:
+        """Named sides of the states -> their usual lengths."""
+        return {} if self.sizes is None else dict(zip((HEIGHT, WIDTH), self.latent.shape[1:], strict=True))
+
+    @property
     def state_axes(self) -> tuple[int | str, ...]:
         """(C, H, W) of the states as graphs have them: sides that may differ by their names."""
         channels, height, width = self.latent.shape

@@ -17,6 +17,7 @@ from .options import (
     say,
     temperature,
 )
+from .options import size as image_size
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -55,6 +56,8 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--mask", type=FILE, help="White where to draw into --image; the rest stays as it is.")
 @click.option("--resamples", type=click.IntRange(min=0),
               help="More calls for each, by which what is drawn fits what --mask keeps; else 4.")  # fmt: skip
+@click.option("--size", callback=image_size, metavar="SIDE|HEIGHTxWIDTH",
+              help="Of an image in pixels, where the bundle makes several; else its usual one.")  # fmt: skip
 @click.option("--height", type=COUNT, help="Of an image in pixels; else the bundle's.")
 @click.option("--width", type=COUNT, help="Of an image in pixels; else the bundle's.")
 @engine_options
@@ -83,6 +86,7 @@ def sample(
     """
     from piflow_edge.runtime.recipe import read_recipe
 
+    _set_size(request)
     request["prompt"] = [*request["prompt"], *_read_prompts(request.pop("prompts"))] or None
     _check_out(out, output, as_json)
     recipe = None
@@ -134,6 +138,16 @@ def _read_prompts(file: Path | None) -> list[str]:
     if file and not any(map(str.strip, lines)):
         raise click.UsageError(f"--prompts: {file} holds no prompt; write one a line")
     return [line.strip() for line in lines if line.strip()]
+
+
+def _set_size(request: dict) -> None:
+    """Put height and width in the place of --size."""
+    size = request.pop("size")
+    if size is None:
+        return
+    if request["height"] or request["width"]:
+        raise click.UsageError("--size is --height and --width at once; leave one or the others out")
+    request["height"], request["width"] = (size, size) if isinstance(size, int) else size
 
 
 def _read_files(options: dict) -> dict:

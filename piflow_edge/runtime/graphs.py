@@ -91,17 +91,23 @@ def _describe_target(
     spec, file = bundle.manifest.networks[network], bundle.manifest.network_files(network, precision)[0]
     name = network if calls is None else f"sampler of {calls} calls"
     named = {n for tensor in spec.inputs for n in tensor.shape if isinstance(n, str) and n != "batch"}
-    sizes = {name: _lengths_of(name, bundle.manifest.axes[name], lengths.get(name)) for name in sorted(named)}
+    axes, usual = bundle.manifest.axes, bundle.manifest.usual_sides
+    sizes = {
+        name: _lengths_of(name, axes[name], lengths.get(name), usual.get(name)) for name in sorted(named)
+    }
     return Target(name, file, graph, precision, spec.inputs, spec.outputs, sizes)
 
 
-def _lengths_of(name: str, axis: AxisSpec, wanted: tuple[int, int, int] | None) -> tuple[int, int, int]:
+def _lengths_of(
+    name: str, axis: AxisSpec, wanted: tuple[int, int, int] | None, usual: int | None
+) -> tuple[int, int, int]:
+    """Least, best and greatest length of an axis; the best is the `usual` one, else the greatest."""
     if wanted is None and axis.longest is None:
         raise EngineError(
             f"an engine needs a greatest length of the axis {name!r}, which the bundle does not say; give --axis "
             f"{name}=MIN:OPT:MAX"
         )
-    least, best, most = wanted or (axis.shortest, axis.longest, axis.longest)
+    least, best, most = wanted or (axis.shortest, usual or axis.longest, axis.longest)
     if not least <= best <= most or any(axis.nearest(length) != length for length in (least, best, most)):
         raise EngineError(f"lengths of {name!r} rise, and are {axis}; got {least}:{best}:{most}")
     return least, best, most
