@@ -55,9 +55,11 @@ def serve(bundles, limits, api_key, runtime, engine, device, threads, cores, pre
     from dataclasses import replace
 
     from piflow_edge.runtime.loading import load
-    from piflow_edge.runtime.serve.web_server import open_socket, require_packages, run_app
+    from piflow_edge.runtime.serve import require_packages
 
     require_packages()
+    from piflow_edge.runtime.serve.web_server import build_server, name_address, open_socket
+
     limits = replace(limits, api_key=api_key)
     if not limits.is_local and api_key is None:
         say(f"anybody who reaches {limits.host} can ask for images; --api-key-file asks for a key")
@@ -71,7 +73,8 @@ def serve(bundles, limits, api_key, runtime, engine, device, threads, cores, pre
         ]
         for generator in generators:
             say(f"{generator!r}")
-        run_app(generators, limits, socket, ready=click.echo, runtime=runtime)
+        address = name_address(socket)
+        build_server(generators, limits, lambda: click.echo(address), runtime).run(sockets=[socket])
 
 
 @click.command()

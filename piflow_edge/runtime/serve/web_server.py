@@ -1,35 +1,77 @@
 """The web server around the application: uvicorn, with limits."""
 
+import asyncio
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from piflow_edge.errors import MissingExtraError, UsageError
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from piflow_edge.errors import UsageError
+from piflow_edge.runtime.generator import Generator
 
 from .limits import ServeSettings
-
-if TYPE_CHECKING:
-    from piflow_edge.runtime.generator import Generator
+from .web_app import build_app
 
 # Connections that the system holds for a busy server, before it refuses more.
 _BACKLOG = 512
-# Seconds that a quiet connection is kept, and that answers may take once the server is to stop.
-_KEEP_ALIVE, _LAST_ANSWERS = 15, 10
+# Seconds that a quiet connection is kept, in which the head of a request must come, and that answers may take once the
+# server is to stop.
+_KEEP_ALIVE, _HEAD_SECONDS, _LAST_ANSWERS = 15, 15, 10
 # Bytes of a request's head.
 _LONGEST_HEAD = 16_384
 
 
-def require_packages() -> None:
-    """Raise MissingExtraError unless the `serve` extra is installed."""
-    try:
-        import prometheus_client  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            f"a server needs {error.name!r}; get it with: pip install 'piflow-edge[serve]'"
-        ) from error
+class ImpatientProtocol(H11Protocol):
+    """Closes connections on which the head of a request does not come in time.
+
+    A few hundred of them, which cost nothing, would fill the server else.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._forget()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Begin to count where no request is being answered, and nothing is counted yet."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(_HEAD_SECONDS, self._give_up)
+
+    def _forget(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _give_up(self) -> None:
+        self._deadline = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Calls `ready` once it answers."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
 
 
 def open_socket(limits: ServeSettings) -> socket.socket:
@@ -48,35 +90,26 @@ def open_socket(limits: ServeSettings) -> socket.socket:
         ) from error
 
 
-def run_app(
-    generators: Sequence["Generator"],
+def name_address(listening: socket.socket) -> str:
+    """Return the address of a server that listens on a socket, for a browser."""
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def build_server(
+    generators: Sequence[Generator],
     limits: ServeSettings,
-    listening: socket.socket,
-    ready: Callable[[str], None],
+    ready: Callable[[], None],
     runtime: Path | None = None,
-) -> None:
-    """Serve bundles until the process is asked to stop by SIGINT or SIGTERM.
+) -> Server:
+    """Return the server of bundles. Its `run(sockets=[...])` ends when the process gets SIGINT or SIGTERM.
 
     Args:
         generators: of the bundles; the server closes them.
         limits: of the server.
-        listening: of `open_socket`.
-        ready: called with the server's address once it answers.
+        ready: called once it answers.
         runtime: as in `build_app`.
     """
-    import uvicorn
-
-    from .web_app import build_app
-
-    host, port = listening.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                ready(address)
-
     config = uvicorn.Config(
         build_app(generators, limits, runtime),
         log_level="warning",
@@ -86,7 +119,7 @@ def run_app(
         timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=_LAST_ANSWERS,
         h11_max_incomplete_event_size=_LONGEST_HEAD,
-        http="h11",
+        http=ImpatientProtocol,
         ws="none",
     )
-    Server(config).run(sockets=[listening])
+    return Server(config, ready)

@@ -9,6 +9,7 @@ from piflow_edge.errors import EngineError
 from tests.helpers.gaussian import GaussianEngine, gaussian_generator
 
 pytest.importorskip("starlette", reason="a server needs the 'serve' extra")
+pytest.importorskip("uvicorn", reason="a server needs the 'serve' extra")
 pytest.importorskip("prometheus_client", reason="a server needs the 'serve' extra")
 pytest.importorskip("httpx", reason="starlette's test client needs it")
 

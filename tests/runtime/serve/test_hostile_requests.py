@@ -1,13 +1,13 @@
 """What a server must not take: each is refused with a clear status, and the server goes on."""
 
 import socket
+import threading
 import time
 
 import pytest
 
 from piflow_edge.errors import UsageError
 from piflow_edge.runtime.serve.limits import ServeSettings
-from piflow_edge.runtime.serve.web_server import open_socket
 from tests.helpers.gaussian import gaussian_generator
 from tests.runtime.serve.conftest import serve
 
@@ -167,8 +167,65 @@ def test_only_this_machine_is_let_in_unless_told():
 
 
 def test_a_port_that_is_taken_is_named():
+    from piflow_edge.runtime.serve.web_server import open_socket
+
     with open_socket(ServeSettings(port=0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=f"port {port}"):
             open_socket(ServeSettings(port=port))
         assert taken.family is socket.AF_INET
+
+
+@pytest.fixture
+def listening(monkeypatch):
+    """The address of a real server that waits for heads of requests for 0.3 s."""
+    from piflow_edge.runtime.serve import web_server
+
+    monkeypatch.setattr(web_server, "_HEAD_SECONDS", 0.3)
+    limits, ready = ServeSettings(port=0, max_connections=4), threading.Event()
+    with web_server.open_socket(limits) as opened:
+        server = web_server.build_server([gaussian_generator()], limits, ready.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+        thread.start()
+        assert ready.wait(30)
+        yield opened.getsockname()
+        server.should_exit = True
+        thread.join(30)
+
+
+def read_to_the_end(connection: socket.socket) -> bytes:
+    """All that comes until the server closes the connection; TimeoutError if it does not."""
+    connection.settimeout(10)
+    return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def test_connections_that_send_no_head_are_closed(listening):
+    """Else a few hundred of them, which cost nothing, would keep everybody out."""
+    silent, slow, after = (socket.create_connection(listening) for _ in range(3))
+    slow.sendall(b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+    after.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b"200 OK" in after.recv(4096)
+    after.sendall(b"GET /heal")  # the head of a second request
+    answers = [read_to_the_end(connection) for connection in (silent, slow, after)]
+    assert answers[:2] == [b"", b""] and b"HTTP" not in answers[2]
+    for connection in (silent, slow, after):
+        connection.close()
+
+
+def test_a_head_that_does_not_end_is_refused(listening):
+    with socket.create_connection(listening) as connection:
+        connection.settimeout(10)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nX-Long: " + b"x" * 100_000)
+        assert b"400 Bad Request" in connection.recv(4096)
+
+
+def test_more_connections_than_allowed_are_refused(listening):
+    held = [socket.create_connection(listening) for _ in range(4)]
+    for connection in held:
+        connection.sendall(b"GET ")
+    with socket.create_connection(listening) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.settimeout(10)
+        assert b"503" in connection.recv(4096)
+    for connection in held:
+        connection.close()
