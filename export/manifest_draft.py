@@ -63,6 +63,7 @@ def draft_manifest(
             substep_rule=student.substep_rule,
             good_nfes=list(student.nfes),
             or_more=student.or_more,
+            shift_by_size=student.shift_by_size,
         ),
         conditioning=conditioner.to_json(),
         latent=latent,

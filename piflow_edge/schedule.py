@@ -89,6 +89,32 @@ def resolution_shift(
     return math.exp((seq_len - base_seq_len) * slope + base_logshift)
 
 
+@dataclass(frozen=True)
+class ShiftBySize:
+    """A shift that follows the size of the states; `mu` of a pipeline's scheduler is its logarithm.
+
+    Args:
+        base_seq_len, max_seq_len, base_logshift, max_logshift: see `resolution_shift`.
+        places: positions of a state in one token, by which its H * W is divided: 4 of FLUX and Qwen-Image, else 1.
+    """
+
+    base_seq_len: int = 256
+    max_seq_len: int = 4096
+    base_logshift: float = 0.5
+    max_logshift: float = 1.15
+    places: int = 1
+
+    def shift(self, positions: int) -> float:
+        """The shift of states of so many positions, H * W."""
+        return resolution_shift(
+            positions // self.places,
+            base_seq_len=self.base_seq_len,
+            max_seq_len=self.max_seq_len,
+            base_logshift=self.base_logshift,
+            max_logshift=self.max_logshift,
+        )
+
+
 def count_substeps(raw_t_src, raw_t_dst, total_substeps: int, rule: str = "round"):
     """Euler steps between two raw times: `total_substeps` per unit of raw time, at least 1.
 

@@ -1,7 +1,7 @@
 """The sections of `bundle.json`: plain data, each of which says what its numbers mean."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -9,7 +9,7 @@ from array_api_compat import device
 
 from piflow_edge.arrays import Array, array_namespace
 from piflow_edge.conditioning import TensorSpec
-from piflow_edge.schedule import Schedule, published_temperature
+from piflow_edge.schedule import Schedule, ShiftBySize, published_temperature
 from piflow_edge.system.onnx_outline import GraphTensor, Outline
 
 from .typed_json import ADDED_LATER
@@ -23,7 +23,8 @@ class ScheduleSpec:
 
     `temperature`: of a GM policy at every call but the last; 1 leaves it as it was trained, "auto" is the published
     rule, which depends on the number of calls. `good_nfes`: numbers of calls that the student is good for, none where
-    that is not known; with `or_more`, all above the last too.
+    that is not known; with `or_more`, all above the last too. `shift_by_size`: the shift of each size of image, where
+    there are several; `shift` is then the usual size's. None is one for all.
     """
 
     nfe: int
@@ -35,11 +36,18 @@ class ScheduleSpec:
     substep_rule: Literal["round", "ceil"] = field(default="round", metadata=ADDED_LATER)
     good_nfes: list[int] = field(default_factory=list, metadata=ADDED_LATER)
     or_more: bool = field(default=False, metadata=ADDED_LATER)
+    shift_by_size: ShiftBySize | None = field(default=None, metadata=ADDED_LATER)
 
     def schedule(self, **changes) -> Schedule:
         """The schedule itself, with `changes` such as `nfe=2`."""
         settings = {name: getattr(self, name) for name in _OF_SCHEDULE}
         return Schedule(**settings | changes)
+
+    def at_size(self, positions: int | None) -> "ScheduleSpec":
+        """Return the schedule for states of so many positions, H * W; None is the usual number."""
+        if positions is None or self.shift_by_size is None:
+            return self
+        return replace(self, shift=self.shift_by_size.shift(positions))
 
     def describe_good_nfes(self) -> str:
         """The numbers of calls that it is good for, in words."""

@@ -29,6 +29,10 @@ class OneSize:
                 )
         return self.height, self.width
 
+    def count_positions(self, height: int, width: int) -> int | None:
+        """See `ImageSizes`; None: what depends on the size is recorded for this one."""
+        return None
+
 
 @dataclass(frozen=True)
 class ImageSizes:
@@ -78,6 +82,10 @@ class ImageSizes:
         """Return the size of an image in pixels; errors as of `state_size`."""
         rows, columns = self.state_size(bundle, height, width)
         return rows * self.factor, columns * self.factor
+
+    def count_positions(self, height: int, width: int) -> int:
+        """Return H * W of the states of an image of so many pixels."""
+        return (height // self.factor) * (width // self.factor)
 
     def describe(self) -> str:
         """Return the ranges in words."""

@@ -7,7 +7,7 @@ from typing import Any
 from piflow_edge.conditioning import Conditioner, Unconditional
 from piflow_edge.distill.networks.flow_network import FlowNetwork, find_misfit
 from piflow_edge.errors import CheckpointError, PiFlowError
-from piflow_edge.schedule import Schedule
+from piflow_edge.schedule import Schedule, ShiftBySize
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class StudentModel:
         substep_rule: of its schedule; see `Schedule`.
         sides: least and greatest height and width of the states, and what both are multiples of, where the network
             takes several sizes; those of `network.sample_shape` are the usual ones. None is one size.
+        shift_by_size: the shift of each size, where it has several; `shift` is then that of `network.sample_shape`.
         or_more: whether it is good for more calls than those it was trained for, too.
         provenance: JSON, for the record; it names no folder of this machine.
 
@@ -42,6 +43,7 @@ class StudentModel:
     substep_rule: str = "round"
     or_more: bool = False
     sides: tuple[int, int, int] | None = None
+    shift_by_size: ShiftBySize | None = None
 
     def __post_init__(self):
         if self.network.head is None:

@@ -87,13 +87,15 @@ def _complete(
 ) -> tuple[SamplingSettings, Schedule]:
     """See `complete_settings`. `name`, `spec` and `sizes`: the bundle's, its schedule's and those of its images."""
     settings = SamplingSettings(*fields)
+    height, width = _check_size(settings, name, sizes)
+    if sizes is not None:
+        spec = spec.at_size(sizes.count_positions(height, width))
     schedule = _make_schedule(spec, settings)
     if settings.solver not in SOLVERS:
         raise ScheduleError(f"solver is one of {', '.join(SOLVERS)}; got {settings.solver!r}")
     check_whole("resamples", settings.resamples, 0)
     if settings.resamples and not has_mask:
         raise ScheduleError("resamples are for inpainting; give a mask, or leave them out")
-    height, width = _check_size(settings, name, sizes)
     resamples = settings.resamples if settings.resamples is not None else _RESAMPLES if has_mask else 0
     completed = SamplingSettings(
         nfe=int(schedule.nfe),
