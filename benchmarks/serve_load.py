@@ -1,7 +1,7 @@
 """What is left of a bundle's speed over HTTP, what overload does, and does the server grow? One JSON line answers.
 
 A server of its own process is asked on loopback by this one, over connections that stay open. Throughput: twice as
-many callers as a batch has images, each of which asks for one image at a time, against the same process's bare
+many images are asked for at a time as a batch has, `--images` by each caller, against the same process's bare
 batches of that size; both in turn, `--rounds` times. Overload: more callers than may wait, who ask again at once when
 they are refused. Growth: `--requests` requests more, after which resident memory and open files are read again. The
 pictures are compared with the generator's. The exit status is 1 for another picture, or memory that grew by more than
@@ -15,6 +15,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -73,20 +74,23 @@ class Caller:
 
 @dataclass
 class Load:
-    """What many callers got: `statuses`, `seconds` of each answered request, `wall` of all."""
+    """What many callers got: `statuses`, `seconds` of each answered request, `wall` of all; `images` of each."""
 
     statuses: Counter
     seconds: list[float]
     wall: float
+    images: int = 1
 
     @property
     def images_per_second(self) -> float:
-        return self.statuses[200] / self.wall
+        return self.images * self.statuses[200] / self.wall
 
 
-async def press(port: int, callers: int, *, seconds: float = 1e9, requests: int = 10**9) -> Load:
-    """Let so many callers ask for one image each, over and over, for a time or a number of requests."""
-    load, asked = Load(Counter(), [], 0.0), 0
+async def press(
+    port: int, callers: int, *, seconds: float = 1e9, requests: int = 10**9, images: int = 1
+) -> Load:
+    """Let so many callers ask for `images` each, over and over, for a time or a number of requests."""
+    load, asked = Load(Counter(), [], 0.0, images), 0
     began = time.perf_counter()
 
     async def call() -> None:
@@ -95,7 +99,7 @@ async def press(port: int, callers: int, *, seconds: float = 1e9, requests: int 
         while time.perf_counter() - began < seconds and asked < requests:
             asked += 1
             start = time.perf_counter()
-            status, _ = await caller.ask(_PATH, {"prompt": str(asked % 10), "seed": asked})
+            status, _ = await caller.ask(_PATH, {"prompt": str(asked % 10), "seed": asked, "n": images})
             load.statuses[status] += 1
             if status == 200:
                 load.seconds.append(time.perf_counter() - start)
@@ -149,7 +153,8 @@ def measure_throughput(port: int, generator: pf.Generator, options) -> dict:
     rounds = []
     for _ in range(options.rounds):
         bare = bare_images_per_second(generator, options.batch, options.seconds)
-        load = asyncio.run(press(port, 2 * options.batch, seconds=options.seconds))
+        callers = 2 * options.batch // options.images
+        load = asyncio.run(press(port, callers, seconds=options.seconds, images=options.images))
         rounds.append({"bare": bare, "served": load.images_per_second, "p99_ms": _percentile(load, 99)})
     return {
         **{name: median(each[name] for each in rounds) for name in rounds[0]},
@@ -195,6 +200,7 @@ def main(arguments=None):
     options = parser(__doc__)
     options.add_argument("bundle", help="a bundle with classes, digits, or large")
     options.add_argument("--batch", type=int, default=16)
+    options.add_argument("--images", type=int, default=1, help="of a request, where throughput is measured")
     options.add_argument("--waiting", type=int, default=64, help="images that may wait")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seconds", type=float, default=4.0, help="of each side of a round")
@@ -216,7 +222,8 @@ def main(arguments=None):
         found["growth"]["grown"]["resident_mb"] > options.allowed
         or found["growth"]["grown"]["open_files"] > 2
     )
-    answer(options, {"batch": options.batch, "wrong_pictures": wrong, **found})
+    asked = {"batch": options.batch, "images_per_request": options.images}
+    answer(options, {**asked, "load_average": os.getloadavg(), "wrong_pictures": wrong, **found})
     sys.exit(int(bool(wrong or grew)))
 
 

@@ -181,6 +181,33 @@ def soak(found: Mapping) -> str:
     return f"{text}\n\nIt {'grew' if found['grew'] else 'did not grow'}."
 
 
+def serve_load(found: Mapping) -> str:
+    speed, over, growth = found["throughput"], found["overload"], found["growth"]
+    callers = f"{over['callers']} callers at once"
+    rows = [
+        ("images per second, bare batches", speed["bare"]),
+        ("images per second, served", speed["served"]),
+        ("served over bare, budget ≥ 0.9", speed["ratio"]),
+        (f"{callers}: answered", over["answered"]),
+        (f"{callers}: refused with 429", over["refused"]),
+        (f"{callers}: ms until half of the answers", over["p50_ms"]),
+        (f"{callers}: ms until 99 % of them", over["p99_ms"]),
+        (f"MB more after {growth['requests']} requests", growth["grown"]["resident_mb"]),
+        ("pictures that differ from the generator's", found["wrong_pictures"]),
+        ("load of the machine meanwhile", found["load_average"][0]),
+    ]
+    return table(["", ""], rows)
+
+
+def browser(found: Mapping) -> str:
+    heads = ["", "ms to load", "ms of the first picture", "ms of a later one", "of it network", "levels off"]
+    keys = ("load_ms", "first_ms", "image_ms", "network_ms", "levels_off")
+    rows = [("Python, ONNX Runtime on the CPU", "", "", found["python_ms"], "", "")]
+    rows += [(name, *(row.get(key, "") for key in keys)) for name, row in found["contenders"].items()]
+    adapter = f"WebGPU's adapter: {found['adapter']}. Load of the machine meanwhile: {found['load_average'][0]:.1f}."
+    return f"{table(heads, rows)}\n\n{adapter}"
+
+
 def precision(found: Mapping) -> str:
     parts = []
     for name, heading in (("digits", "The digits student"), ("wide", "A DiT of 30 million weights")):
@@ -291,6 +318,8 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "overhead": overhead,
     "precision": precision,
     "soak": soak,
+    "serve_load": serve_load,
+    "browser": browser,
     "training_step": training_step,
     "rollout": rollout,
 }

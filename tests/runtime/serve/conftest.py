@@ -1,6 +1,7 @@
 """A server in this process, and an engine that waits until a test lets it go on."""
 
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -59,6 +60,23 @@ def serve(*generators, **limits):
 
     app = build_app(generators, ServeSettings(**limits))
     return TestClient(app, ADDRESS, raise_server_exceptions=False)
+
+
+@contextmanager
+def listen(*generators, **limits):
+    """Where a real server of these bundles listens, in a thread of this process."""
+    from piflow_edge.runtime.serve import web_server
+    from piflow_edge.runtime.serve.limits import ServeSettings
+
+    settings, ready = ServeSettings(port=0, **limits), threading.Event()
+    with web_server.open_socket(settings) as opened:
+        server = web_server.build_server(generators, settings, ready.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
+        thread.start()
+        assert ready.wait(30)
+        yield opened.getsockname()
+        server.should_exit = True
+        thread.join(30)
 
 
 @pytest.fixture(scope="module")

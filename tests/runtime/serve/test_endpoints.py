@@ -5,8 +5,10 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from piflow_edge.runtime.recipe import parse_recipe
 from piflow_edge.runtime.serve.limits import ServeSettings
 from piflow_edge.runtime.serve.web_app import build_app
 from tests.helpers.gaussian import gaussian_generator
-from tests.runtime.serve.conftest import ADDRESS, serve
+from tests.runtime.serve.conftest import ADDRESS, listen, serve
 
 
 def pixels(picture) -> np.ndarray:
@@ -220,6 +222,21 @@ def test_who_leaves_frees_the_place(generator, gated):
         assert client.post("/v1/generate", json={"labels": 0, "nfe": 1}).status_code == 200
         assert 'piflow_abandoned_total{bundle="gaussian"} 1.0' in client.get("/metrics").text
     assert gated.sizes == [1, 1]  # of the first request's four calls one was made
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_on_a_real_server_frees_the_place(generator, gated, stream):
+    body = json.dumps({"labels": 1, "stream": stream}).encode()
+    head = "POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with listen(generator) as (host, port):
+        with socket.create_connection((host, port)) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert gated.begun.acquire(timeout=10)  # it is being drawn
+        counters = ""
+        while 'piflow_abandoned_total{bundle="gaussian"} 1.0' not in counters:
+            counters = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10).read().decode()
+        gated.gate.set()
+    assert gated.sizes == [1]  # of four network calls the one that had begun
 
 
 def test_health_says_when_nothing_is_drawn_any_more(generator):

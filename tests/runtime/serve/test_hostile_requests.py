@@ -1,7 +1,6 @@
 """What a server must not take: each is refused with a clear status, and the server goes on."""
 
 import socket
-import threading
 import time
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from piflow_edge.errors import UsageError
 from piflow_edge.runtime.serve.limits import ServeSettings
 from tests.helpers.gaussian import gaussian_generator
-from tests.runtime.serve.conftest import serve
+from tests.runtime.serve.conftest import listen, serve
 
 JSON = {"Content-Type": "application/json"}
 KEY = "0123456789abcdef-key"
@@ -178,19 +177,10 @@ def test_a_port_that_is_taken_is_named():
 
 @pytest.fixture
 def listening(monkeypatch):
-    """The address of a real server that waits for heads of requests for 0.3 s."""
-    from piflow_edge.runtime.serve import web_server
-
-    monkeypatch.setattr(web_server, "_HEAD_SECONDS", 0.3)
-    limits, ready = ServeSettings(port=0, max_connections=4), threading.Event()
-    with web_server.open_socket(limits) as opened:
-        server = web_server.build_server([gaussian_generator()], limits, ready.set)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
-        thread.start()
-        assert ready.wait(30)
-        yield opened.getsockname()
-        server.should_exit = True
-        thread.join(30)
+    """A real server that waits 0.3 s for the head of a request."""
+    monkeypatch.setattr("piflow_edge.runtime.serve.web_server._HEAD_SECONDS", 0.3)
+    with listen(gaussian_generator(), max_connections=4) as place:
+        yield place
 
 
 def read_to_the_end(connection: socket.socket) -> bytes:
