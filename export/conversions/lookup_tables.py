@@ -16,7 +16,7 @@ def halve_lookup_tables(model: onnx.ModelProto, only: Container[str] | None = No
     """Keep float32 tables that are only looked up in as fp16, and widen what is found.
 
     Args:
-        model: is lookups.
+        model: is changed.
         only: names of the nodes (`Gather`) that may look up in half precision; None is all.
 
     Returns:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,10 @@ def load_text_encoder(
 
     Raises:
         CheckpointError: no text encoder, or one of an architecture that `FAMILIES` does not have.
-        MissingExtraError: `transformers` is not installed.
+        MissingExtraError: `transformers` is not installed, or `sentencepiece`, which its tokenizer needs.
     """
     transformers = _transformers()
+    _check_sentencepiece(Path(tokenizer or source))
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         family = FAMILIES.get(config.model_type)
@@ -231,6 +233,17 @@ def tokenizer_json(tokenizer: Any) -> bytes:
 
         backend = convert_slow_tokenizer(tokenizer)
     return backend.to_str().encode()
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """Raise MissingExtraError where a tokenizer has to be converted, and what that takes is not installed."""
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    needed = "tokenizer.json" not in names and any(name.endswith(".model") for name in names)
+    if needed and find_spec("sentencepiece") is None:
+        raise MissingExtraError(
+            f"the tokenizer in {folder} is a sentencepiece model, which 'sentencepiece' converts; get it with: "
+            "pip install 'piflow-edge[diffusers]'"
+        )
 
 
 def _sentence_pooling(folder: Path) -> Callable[[Any, Tensor], Tensor] | None:
