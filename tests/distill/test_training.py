@@ -18,6 +18,7 @@ from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.imitation import ImitationConfig
 from piflow_edge.distill.loop import training
 from piflow_edge.distill.loop.checkpoint import load_checkpoint
+from piflow_edge.distill.loop.curves import read_curves
 from piflow_edge.distill.loop.randomness import IterationRandom
 from piflow_edge.distill.loop.training import RunConfig, TrainingConfig, train
 from piflow_edge.distill.networks.dit import DiTConfig
@@ -394,3 +395,20 @@ def test_the_learning_rate_falls_with_the_root_of_the_steps():
     config = TrainingConfig(learning_rate=1.0, warmup=100, learning_rate_decay="inverse-sqrt")
     rates = [training.learning_rate(config, iteration) for iteration in (0, 49, 99, 399, 9999)]
     assert rates == pytest.approx([0.01, 0.5, 1.0, 0.5, 0.1])
+
+
+def test_a_run_may_compile_its_networks(teacher, data, tmp_path, monkeypatch):
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def compile_without_a_compiler(module):
+        compiled.append(module)
+        compile_module(module, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_a_compiler)
+    eager = run(teacher, data, tmp_path / "eager", log_every=1)
+    found = run(teacher, data, tmp_path / "compiled", compile=True, sample_every=3, log_every=1)
+    assert len(compiled) == 2  # the student and the teacher
+    assert found.tensors.keys() == eager.tensors.keys()
+    losses = (read_curves(tmp_path / name / "log.jsonl")["loss"] for name in ("compiled", "eager"))
+    # Not the weights: Adam makes steps of full length of gradients that are nothing but rounding.
+    assert next(losses) == pytest.approx(next(losses), rel=1e-4)

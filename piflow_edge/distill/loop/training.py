@@ -179,6 +179,9 @@ def _begin(
         _checkpoint_gradients(network.module)
     for module in frozen:
         processes.place(module)
+    if run.compile:  # in place: the names of the weights stay
+        for compiled in (network, *frozen):
+            getattr(compiled, "module", compiled).compile()
     state = State(network, processes)
     if names:
         state.restore(tensors, names)
@@ -245,7 +248,8 @@ def gradients(
 def _with_averages(make: Callable, state: State, journal: Journal | None, note: Callable) -> None:
     """What the averaged weights make goes to `note`; the main process makes it, or all where none has all weights."""
     if journal or state.processes.sharded:
-        with state.use_averages() as network:
+        # Not compiled: other batches than those of training would be compiled anew, for a few calls.
+        with torch.compiler.set_stance("force_eager"), state.use_averages() as network:
             found = make(network)
         if journal:
             note(found)
