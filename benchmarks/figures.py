@@ -151,10 +151,85 @@ def precisions(found: Results) -> str:
 
 
 # Name between marks -> results it is made of, and how.
+def describe_conditions(found: Mapping) -> str:
+    conditions = found["conditions"]
+    told = [conditions[name] for name in ("gpu", "driver", "network", "change") if name in conditions]
+    versions = found.get("versions") or conditions.get("versions", {})
+    told += [f"{name} {version}" for name, version in versions.items()]
+    told += [f"commit {conditions['commit']}, {conditions['date']}"]
+    command = [f"`{found['command']}`"] if "command" in found else []
+    return f"<sub>{'; '.join(command + told)}</sub>"
+
+
+def gpu_rollouts(found: Results) -> str:
+    result = found["h100_gpu_check"]
+    rows = []
+    for line in result["lines"]:
+        us, size = line["us"], "×".join(map(str, line["size"]))
+        graph, plain = us["kernel, in a CUDA graph"], us.get("torchscript") or us["torch"]
+        rows.append((line["policy"], size, line["batch"], plain, us["kernel"], graph, f"{plain / graph:.0f} ×",
+                     f"{line['error']['kernel']:.1e}"))  # fmt: skip
+    heads = [
+        "policy",
+        "K or N, C, H, W",
+        "batch",
+        "PyTorch, µs",
+        "kernel from Python",
+        "in a CUDA graph",
+        "gain",
+        "error",
+    ]
+    worst = ", ".join(f"{name} {share:.2f}" for name, share in result["checks"]["worst_of_allowed"].items())
+    told = f"{result['checks']['count']} random checks: at most this share of the error allowed: {worst}."
+    return f"{table(heads, rows)}\n\n{told}\n\n{describe_conditions(result)}"
+
+
+def gpu_networks(found: Results) -> str:
+    notes, parts = found["h100_notes"], []
+    rows = [
+        ("PyTorch", one["network"], one["dtype"], one["eager"], one["CUDA graph"])
+        for one in notes["torch_ms"]
+    ]
+    parts.append(table(["", "network", "dtype", "eager, ms a call", "CUDA graph, ms a call"], rows))
+    rows, heads = (
+        [],
+        ["", "precision", "ms a call", "image of 4 calls, ms", "engine, MB", "built in, s", "PSNR, dB"],
+    )
+    for name, what in (
+        ("h100_tensorrt86", "TensorRT 8.6"),
+        ("h100_tensorrt86_without_pinned_casts", "so, no type fixed on casts"),
+    ):
+        for line in found[name]["lines"]:
+            if "failed" in line:
+                rows.append((what, line["precision"], "no engine: castLayer.cpp::validate", *(None,) * 4))
+                continue
+            (build,), best = line["build"], line["agreement"]["1"]["psnr_db"]
+            decibels = "equal" if best >= 999 else f"{best:.1f}"
+            rows.append((what, line["precision"], line["ms"]["network on the GPU"]["1"], line["ms"]["images"]["1"],
+                         f"{build['engine_bytes'] / 1e6:.1f}", build["seconds"], decibels))  # fmt: skip
+    low, high = notes["ort_cuda"]["four_calls_ms"]
+    rows.append(("ort-cuda", "fp16", None, f"{low} to {high}", *(None,) * 3))
+    parts.append(table(heads, rows))
+    images = ", ".join(f"{ms} ms with {calls}" for calls, ms in notes["tensorrt_images_ms"].items())
+    counts, crashes = notes["tensorrt_four_calls"], notes["ort_cuda"]
+    parts.append(
+        f"Images by their calls, in another process: {images}; four calls took {counts['launches']} launches and "
+        f"{counts['python_calls']:,} Python calls. `ort-cuda` ended {crashes['ended_by_signal_6']} of "
+        f"{crashes['runs']} processes with signal 6."
+    )
+    parts += [
+        describe_conditions(found[name])
+        for name in ("h100_tensorrt86", "h100_tensorrt86_without_pinned_casts", "h100_notes")
+    ]
+    return "\n\n".join(parts)
+
+
 SEVERAL: dict[str, tuple[Sequence[str], Callable[[Results], str]]] = {
     "digits_figures": (["evaluate_digits"], tell_evaluation),
     "speed_and_memory": ([], speed),
     "precision_figures": (["precision"], precisions),
+    "gpu_rollouts": (["h100_gpu_check"], gpu_rollouts),
+    "gpu_networks": (["h100_tensorrt86", "h100_tensorrt86_without_pinned_casts", "h100_notes"], gpu_networks),
 }
 
 

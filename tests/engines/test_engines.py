@@ -341,9 +341,9 @@ def test_all_threads_that_compute_keep_to_the_cores(small_graph):
     )
     seen, session = [], engine._session
 
-    def run(names, inputs):  # in the calling thread, the fourth that computes
+    def run(names, inputs, options):  # in the calling thread, the fourth that computes
         seen.append(os.sched_getaffinity(0))
-        return session.run(names, inputs)
+        return session.run(names, inputs, options)
 
     engine._session = SimpleNamespace(run=run)
     given, expected = small_network.inputs(3)
