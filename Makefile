@@ -48,6 +48,11 @@ benchmarks: $(VENV)/.tools
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@rm -rf build/types
+	@mkdir -p build/types
+	@cp -R piflow_edge build/types/
+	@cp -R engines export build/types/piflow_edge/
+	$(BIN)/basedpyright
 
 # From the wheel: in the source tree engines/ and export/ lie beside the package they are part of.
 docs: $(VENV)/.tools

@@ -18,6 +18,7 @@ from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.system.hardware import available_cores
 
 if TYPE_CHECKING:
+    from piflow_edge.system.files import Content
     from piflow_edge.system.onnx_outline import Outline
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Graph:
     files beside it there itself; `model` and `weights` are views of the files then, and take no memory.
     """
 
-    model: bytes | memoryview
+    model: "Content"
     weights: Mapping[str, bytes] = field(default_factory=dict)
     source: str = field(default="BUNDLE", compare=False)
     outline: "Outline | None" = field(default=None, compare=False, repr=False)
@@ -86,9 +87,9 @@ class Graph:
             read_outline,
         )
 
-        if self.outline is None:
-            object.__setattr__(self, "outline", read_outline(self.model))
-        check_outline(self.outline, {name: len(content) for name, content in self.weights.items()})
+        outline = self.outline or read_outline(self.model)
+        object.__setattr__(self, "outline", outline)
+        check_outline(outline, {name: len(content) for name, content in self.weights.items()})
 
 
 def read_graph_file(path: Path) -> Graph:
@@ -161,16 +162,17 @@ class EngineOptions:
 
     def on_cores(self) -> AbstractContextManager[None]:
         """Keep the calling thread, and threads that it starts, on `cpu_affinity` for a while."""
-        return _ANYWHERE if self.cpu_affinity is None else self._on_chosen_cores()
+        return _ANYWHERE if self.cpu_affinity is None else _hold_cores(self.cpu_affinity)
 
-    @contextmanager
-    def _on_chosen_cores(self) -> Iterator[None]:
-        before = os.sched_getaffinity(0)  # 0: of this thread
-        os.sched_setaffinity(0, self.cpu_affinity)
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, before)
+
+@contextmanager
+def _hold_cores(cores: tuple[int, ...]) -> Iterator[None]:
+    before = os.sched_getaffinity(0)  # 0: of this thread
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 DEFAULT_OPTIONS = EngineOptions()
@@ -199,25 +201,26 @@ class Choice:
     passed_over: Mapping[str, str] = field(default_factory=dict)
 
 
-class Engine(Protocol):
-    """An opened network. May be run from several threads at a time.
+class OpenNetwork(Protocol):
+    """A network that can be run, from several threads at a time.
 
     `min_batch`, `max_batch`: fewest and most samples that it computes in one call, the latter None for any number. A
     call of fewer has its last sample repeated inside, takes as long, and returns what was asked for. Outputs of `run`
     lie where its inputs do: NumPy arrays in, NumPy arrays out; arrays in the memory of the engine's GPU in, such arrays
-    out, not waited for. `close` frees its memory; it may be called twice. `choice` is set by `open_engine`.
+    out, not waited for.
     """
 
-    name: str
-    device: str
-    min_batch: int
-    max_batch: int | None
-    choice: Choice
+    @property
+    def name(self) -> str: ...
 
-    @classmethod
-    def opener(cls, graph: Graph, device: str, options: EngineOptions) -> "Callable[[], Engine] | str":
-        """For "auto": what opens the graph at once, or why that cannot be, as far as can be told before it is tried."""
-        ...
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def min_batch(self) -> int: ...
+
+    @property
+    def max_batch(self) -> int | None: ...
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Outputs of the network by name, of inputs by name: arrays (B, ...) as the graph declares them.
@@ -227,7 +230,22 @@ class Engine(Protocol):
         """
         ...
 
+
+class Engine(OpenNetwork, Protocol):
+    """A network in a backend. `close` frees its memory; it may be called twice. `choice` is set by `open_engine`."""
+
+    choice: Choice
+
     def close(self) -> None: ...
+
+
+class Backend(Engine, Protocol):
+    """What `ENGINES` names: the class of an engine."""
+
+    @classmethod
+    def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
+        """For "auto": what opens the graph at once, or why that cannot be, as far as can be told before it is tried."""
+        ...
 
 
 def open_engine(

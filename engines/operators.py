@@ -45,8 +45,8 @@ def _check_room(shape) -> None:
         )
 
 
-def _ints(x: Array | list[int] | None) -> tuple[int, ...] | None:
-    return None if x is None else tuple(int(n) for n in np.reshape(x, -1))
+def _ints(x: Array | list[int]) -> tuple[int, ...]:
+    return tuple(int(n) for n in np.reshape(x, -1))
 
 
 def _only(name: str, value, *known) -> None:
@@ -100,10 +100,10 @@ def _log_softmax(x, *, axis=-1):
 
 def _reduce(compute: Callable) -> Callable:
     def reduce(x, axes=None, *, keepdims=1, noop_with_empty_axes=0):
-        axes = _ints(axes)
-        if not axes and noop_with_empty_axes:
+        along = () if axes is None else _ints(axes)
+        if not along and noop_with_empty_axes:
             return x
-        return compute(_wide(x), axis=axes or None, keepdims=bool(keepdims)).astype(x.dtype)
+        return compute(_wide(x), axis=along or None, keepdims=bool(keepdims)).astype(x.dtype)
 
     return reduce
 
@@ -129,7 +129,7 @@ def _expand(x, shape):
 
 
 def _squeeze(x, axes=None):
-    return np.squeeze(x, _ints(axes))
+    return np.squeeze(x, None if axes is None else _ints(axes))
 
 
 def _unsqueeze(x, axes):
@@ -146,15 +146,15 @@ def _concat(*arrays, axis):
 
 def _slice(x, starts, ends, axes=None, steps=None):
     starts, ends = _ints(starts), _ints(ends)
-    axes = _ints(axes) or range(len(starts))
-    steps = _ints(steps) or (1,) * len(starts)
+    axes = range(len(starts)) if axes is None else _ints(axes)
+    steps = (1,) * len(starts) if steps is None else _ints(steps)
     index: list[Any] = [slice(None)] * x.ndim
     for axis, *bounds in zip(axes, starts, ends, steps, strict=True):
         index[axis] = slice(*bounds)
     return x[tuple(index)]
 
 
-def _split(x, sizes=None, *, axis=0, num_outputs=None):
+def _split(x, sizes=None, *, axis=0, num_outputs: Any = None):
     length = x.shape[axis]
     if sizes is None:
         most = -(-length // num_outputs)
@@ -269,7 +269,7 @@ def _instance_normalization(x, scale, bias, *, epsilon=1e-5):
 
 
 def _resize(
-    x, roi=None, scales=None, sizes=None, *, mode="nearest", nearest_mode="round_prefer_floor",
+    x, roi=None, scales=None, sizes: Any = None, *, mode="nearest", nearest_mode="round_prefer_floor",
     coordinate_transformation_mode="half_pixel", antialias=0, keep_aspect_ratio_policy="stretch", exclude_outside=0,
     cubic_coeff_a=-0.75, extrapolation_value=0.0,
 ):  # fmt: skip
@@ -282,7 +282,7 @@ def _resize(
         factors = scales.tolist()
         lengths = [int(n * factor) for n, factor in zip(x.shape, factors, strict=True)]
     else:
-        lengths = _ints(sizes)
+        lengths = list(_ints(sizes))
         factors = [length / n for length, n in zip(lengths, x.shape, strict=True)]
     _check_room(lengths)
     for axis, (length, factor) in enumerate(zip(lengths, factors, strict=True)):

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -93,9 +94,13 @@ def _check_arguments(node: Node, function) -> None:
 
 def _check_scan(node: Node) -> None:
     body, count = node.attributes.get("body"), node.attributes.get("num_scan_inputs")
-    fits = isinstance(body, Subgraph) and set(node.attributes) == {"body", "num_scan_inputs"}
-    fits = fits and isinstance(count, int) and 1 <= count <= len(node.inputs) == len(body.inputs)
-    if not fits or not len(node.inputs) - count <= len(body.outputs) == len(node.outputs):
+    if not (
+        isinstance(body, Subgraph)
+        and isinstance(count, int)
+        and set(node.attributes) == {"body", "num_scan_inputs"}
+        and 1 <= count <= len(node.inputs) == len(body.inputs)
+        and len(node.inputs) - count <= len(body.outputs) == len(node.outputs)
+    ):
         raise EngineError(
             f"node {node.name!r} is no Scan as engine 'reference' knows it: forward, along axis 0"
         )
@@ -132,7 +137,7 @@ def _reads(node: Node) -> list[str]:
 def _compute(node: Node, values: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     where = f"node {node.name!r} ({node.operator})"
     try:
-        arguments = [values[name] if name else None for name in node.inputs]
+        arguments: list[Any] = [values[name] if name else None for name in node.inputs]
     except KeyError as error:
         raise EngineError(f"{where} reads {error}, which no node before it makes") from error
     if node.operator == "Scan":

@@ -73,7 +73,7 @@ def convert_networks(
 
     @cache  # a network may be in the same in several of the bundle's precisions
     def convert(name: str, precision: str) -> Conversion:
-        converted = PRECISIONS[precision].load_converter(__package__)(name, exact[name], calibration)
+        converted = PRECISIONS[precision].load_converter("piflow_edge.export")(name, exact[name], calibration)
         if converted.graph is not exact[name] or converted.float32_nodes:
             _tell_share(name, precision, converted.graph, converted.float32_nodes)
         return converted

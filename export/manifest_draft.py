@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from typing import Any
 
 from piflow_edge.bundle.manifest import (
     DECODER,
@@ -48,6 +49,7 @@ def draft_manifest(
     check_autoencoder(student, autoencoder)
     conditioner = student.conditioner
     network, head = student.network, student.network.head
+    assert head is not None, "it is a student"
     latent = _latent(student)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -137,16 +139,17 @@ def check_autoencoder(student: StudentModel, autoencoder: Autoencoder | None) ->
 
 def _describe_student(student: StudentModel, conditioner: Conditioner, opset: int) -> NetworkSpec:
     network = student.network
-    state = network.sample_shape if student.sides is None else (network.sample_shape[0], HEIGHT, WIDTH)
+    state: tuple[Any, ...] = (
+        network.sample_shape if student.sides is None else (network.sample_shape[0], HEIGHT, WIDTH)
+    )
     inputs = [
         TensorSpec("x_t", "float32", ("batch", *state)),
         TensorSpec("t", "float32", ("batch",)),
         *conditioner.inputs,
     ]
-    outputs = [
-        TensorSpec(output, "float32", ("batch", *shape))
-        for output, shape in zip(network.head.outputs, network.head.output_shapes(state), strict=True)
-    ]
+    assert network.head is not None, "it is a student"
+    shapes = zip(network.head.outputs, network.head.output_shapes(state), strict=True)
+    outputs = [TensorSpec(output, "float32", ("batch", *shape)) for output, shape in shapes]
     return NetworkSpec(type(network).__name__, inputs, outputs, {}, opset, {})
 
 
@@ -160,12 +163,13 @@ def _axes(student: StudentModel, settings: ExportSettings) -> dict[str, AxisSpec
             f"the student has no axis {min(unknown)!r}; its named axes are: {', '.join(usual) or 'none'}"
         )
     axes = {"batch": AxisSpec(1, None, 1)} | usual | dict(settings.axes)
-    for name, length in zip(
-        (HEIGHT, WIDTH), student.network.sample_shape[1:] if student.sides else (), strict=False
-    ):
-        if axes[name].multiple_of % student.sides[2] or not axes[name].has(length):
+    if student.sides is None:
+        return axes
+    *_, multiple = student.sides
+    for name, length in zip((HEIGHT, WIDTH), student.network.sample_shape[1:], strict=True):
+        if axes[name].multiple_of % multiple or not axes[name].has(length):
             raise BundleError(
-                f"{name} of the latents is a multiple of {student.sides[2]}, and {length} where nothing is said; got "
+                f"{name} of the latents is a multiple of {multiple}, and {length} where nothing is said; got "
                 f"{axes[name]}"
             )
     return axes

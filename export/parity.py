@@ -100,5 +100,5 @@ def golden_images(latents: np.ndarray, manifest: Manifest, autoencoder: Autoenco
 def golden_file(golden: dict[str, np.ndarray]) -> bytes:
     """The golden samples as the bytes of `golden.npz`."""
     file = io.BytesIO()
-    np.savez_compressed(file, **golden)
+    np.savez_compressed(file, allow_pickle=False, **golden)
     return file.getvalue()

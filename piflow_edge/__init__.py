@@ -31,7 +31,7 @@ _HOMES = {
     "PiFlowError": "errors",
 }
 
-__all__ = list(_HOMES)
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]  # one list of the names is enough
 
 if TYPE_CHECKING:
     from piflow_edge.bundle.folder import demo_bundle as demo_bundle

@@ -13,6 +13,11 @@ _NUMPY_IS_ONE = hasattr(np, "astype")
 Namespace = Any
 
 
+# What a function returns that computes with arrays of its caller's: of the same library, which a type checker cannot
+# know. `Array` is for what it takes.
+SameArray = Any
+
+
 class Array(Protocol):
     """An array of NumPy, torch or another library that follows the array API standard.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, array_namespace
+from .arrays import Array, SameArray, array_namespace
 from .errors import ScheduleError, ShapeError
 from .policies import VelocityField
 from .schedule import segment_sigmas
@@ -23,7 +23,7 @@ Integrate = Callable[..., Any]
 
 def rollout(
     policy: VelocityField, x_src: Array, sigma_src, sigma_dst, substeps, *, shift: float = 1.0
-) -> Array:
+) -> SameArray:
     """Carry a state across one segment by Euler steps on the policy's velocity.
 
     The network is not called: `policy` was made from its output and answers for every noise level down to
@@ -49,7 +49,7 @@ def rollout(
     return restore_dtype(take_euler_steps(policy, x_src, check_sigmas(sigmas, x_src)), x_src)
 
 
-def integrate(policy: VelocityField, x_src: Array, sigmas: np.ndarray, *, solver: str = "euler") -> Array:
+def integrate(policy: VelocityField, x_src: Array, sigmas: np.ndarray, *, solver: str = "euler") -> SameArray:
     """Carry a state along given noise levels, with the policy's closed form instead of many steps where it has one.
 
     Args:
@@ -108,12 +108,12 @@ def convert_sigmas(sigmas, x_src: Array) -> np.ndarray:
     return sigmas
 
 
-def restore_dtype(x_dst: Array, x_src: Array) -> Array:
+def restore_dtype(x_dst: Array, x_src: Array) -> SameArray:
     """Return `x_dst` in the dtype of `x_src`."""
     return x_dst if x_dst.dtype == x_src.dtype else array_namespace(x_src).astype(x_dst, x_src.dtype)
 
 
-def take_euler_steps(policy: VelocityField, x_t: Array, sigmas: np.ndarray) -> Array:
+def take_euler_steps(policy: VelocityField, x_t: Array, sigmas: np.ndarray) -> SameArray:
     """Return the state after Euler steps along checked levels, as the formulas read."""
     xp = array_namespace(x_t)
     for sigma_t, sigma_next in pairwise(sigmas):
@@ -127,14 +127,14 @@ def take_euler_steps(policy: VelocityField, x_t: Array, sigmas: np.ndarray) -> A
     return x_t
 
 
-def _take_multisteps(policy: VelocityField, x_t: Array, sigmas: np.ndarray) -> Array:
+def _take_multisteps(policy: VelocityField, x_t: Array, sigmas: np.ndarray) -> SameArray:
     """Return about the state where Euler steps along `sigmas` lead, with a quarter of the evaluations.
 
     An Euler step is x <- (1 - r) x + r x_0 with r = (sigma - sigma_next) / sigma, so many of them come to a weighted
     sum once x_0 is known for each. Here x_0 is known where the policy is asked, and in between follows the line, in
     sigma, through the last two answers. Where x_0 is linear in sigma, the result is that of Euler.
     """
-    x_0 = sigma_last = None
+    x_0, sigma_last = None, 1.0
     for start, stop in pairwise(_evaluations(sigmas)):
         sigma_t, sigma_next = float(sigmas[start]), float(sigmas[stop])
         last, x_0 = x_0, x_t - sigma_t * policy.velocity(x_t, sigma_t)

@@ -98,7 +98,7 @@ def check_streams(seed: int, indices: Sequence[int], draw: int) -> np.ndarray:
 def _check_word(name: str, value: Any, bits: int) -> None:
     # Python's own whole numbers first: to ask an abstract class takes ten times as long.
     is_whole = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
-    if not is_whole or not 0 <= value < 1 << bits:
+    if not is_whole or not 0 <= int(value) < 1 << bits:
         raise ShapeError(f"{name} is a whole number from 0 to 2^{bits} - 1; got {value!r}")
 
 

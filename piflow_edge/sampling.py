@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, SameArray
 from .errors import ScheduleError
 from .integrator import Integrate, integrate
 from .policies import Policy
@@ -82,7 +82,7 @@ def sample(
     schedule: Schedule,
     settings: SamplingSettings = SamplingSettings(),
     hooks: Hooks = Hooks(),
-) -> Array:
+) -> SameArray:
     """Carry noise to data: a network call at the start of every segment, whose policy is integrated to its end.
 
     Args:
@@ -100,7 +100,7 @@ def sample(
 
     Source: Chen et al., pi-Flow, arXiv:2510.14974; `PiFlowImitationBase.forward_test` in Lakonik/piFlow.
     """
-    settings = settings.fill(temperature=1.0, strength=1.0)
+    settings = settings.fill(temperature=1.0)
     segments = schedule.segments_below(settings.strength)
     x_t = noise
     for i, segment in enumerate(segments):

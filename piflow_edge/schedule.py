@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, SameArray
 from .errors import ScheduleError
 
 # Floor under the divisions of the re-noising rule; the value of the authors' FlowMapSDEScheduler.
@@ -62,7 +62,7 @@ def published_temperature(nfe: int) -> float:
 def is_temperature(value) -> bool:
     """Whether it is a finite number, 0 or more, or "auto"."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return 0 <= value < math.inf  # NaN is not
+        return 0 <= float(value) < math.inf  # NaN is not
     return isinstance(value, str) and value == "auto"
 
 
@@ -190,7 +190,7 @@ class Segment:
         state_scale = 1 - self.sigma_next + self.sigma_next * self.m
         return state_scale, self.sigma_next * math.sqrt(max(1 - self.m**2, 0.0))
 
-    def renoise(self, x_dst: Array, noise: Array) -> Array:
+    def renoise(self, x_dst: Array, noise: Array) -> SameArray:
         """Carry `x_dst` (B, C, H, W) at `sigma_dst` up to `sigma_next` with fresh Gaussian noise of the same shape.
 
         Source: FlowMapSDEScheduler in Lakonik/piFlow.
@@ -258,12 +258,14 @@ class Schedule:
         """One `Segment` per student call, in order."""
         return tuple(self._segment(*pair) for pair in zip(self.sigmas[:-1], self.sigmas[1:], strict=True))
 
-    def segments_below(self, sigma_t: float) -> tuple[Segment, ...]:
+    def segments_below(self, sigma_t: float | None) -> tuple[Segment, ...]:
         """The segments from noise level `sigma_t`, in (0, 1], down to 0: as `segments`, but the first begins there.
+
+        None is 1.
 
         The levels below it stay, so that the student is called where it was trained to be.
         """
-        if type(sigma_t) is float and sigma_t == 1:
+        if sigma_t is None or (type(sigma_t) is float and sigma_t == 1):
             return self.segments
         if not (isinstance(sigma_t, numbers.Real) and 0 < sigma_t <= 1):  # NaN fails too
             raise ScheduleError(f"a noise level to start at lies above 0 and up to 1; got {sigma_t!r}")
@@ -287,5 +289,5 @@ class Schedule:
 
 
 def _check_shift(shift) -> None:
-    if not (isinstance(shift, numbers.Real) and 0 < shift < math.inf):  # NaN fails too
+    if not (isinstance(shift, numbers.Real) and 0 < float(shift) < math.inf):  # NaN fails too
         raise ScheduleError(f"shift is a number above 0; got shift={shift!r}")

@@ -64,7 +64,7 @@ class Plan:
     """What would be built. `key`: None where the machine lacks what it takes, as `obstacle` says."""
 
     target: Target
-    profile: dict[str, tuple[tuple[int, ...], ...]]
+    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     options: str
     memory: Memory
     key: EngineKey | None
@@ -152,6 +152,7 @@ def build(
     """
     target, key = planned.target, planned.key
     if key is None:
+        assert planned.obstacle is not None
         raise planned.obstacle
     reason = engine_cache.miss(key)
 
@@ -159,7 +160,7 @@ def build(
         planned.memory.check(target.name)
         say(f"{target.name} ({target.file}): building for {key.gpu}, batches {key.profile}; {reason}")
         with Watch(settings.ordinal) as watch:
-            data = _make_plan(planned, settings)
+            data = _make_plan(planned, key, settings)
         facts = {**watch.facts(), "needed": vars(planned.memory)}
         if settings.engine == "tensorrt":
             facts["inspection"] = _inspect(data, target, settings, say)
@@ -171,10 +172,9 @@ def build(
     return Report(planned, built, reason if built else None, str(entry.path), entry.size, entry.built)
 
 
-def _make_plan(planned: Plan, settings: BuildSettings) -> bytes:
+def _make_plan(planned: Plan, key: EngineKey, settings: BuildSettings) -> bytes:
     target, times = planned.target, None
     if settings.timing_cache:
-        key = planned.key
         parts = (key.backend, key.tensorrt, key.gpu, key.compute_capability)
         times = engine_cache.folder() / (re.sub(r"[^\w.]+", "-", "-".join(parts)) + ".timing")
     if settings.engine == "tensorrt":

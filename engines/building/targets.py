@@ -92,11 +92,11 @@ class Target:
         specs = (*self.inputs, *self.outputs)
         return sum(math.prod(self._size(spec, batch, _MOST)) * _ITEM_BYTES[spec.dtype] for spec in specs)
 
-    def profile(self, batch: Batch) -> dict[str, tuple[tuple[int, ...], ...]]:
+    def profile(self, batch: Batch) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
         """Least, best and greatest shape of each input."""
         batches = (batch.least, batch.best, batch.most)
-        sizes = [self.shapes(size, place) for place, size in enumerate(batches)]
-        return {name: tuple(shapes[name] for shapes in sizes) for name in sizes[0]}
+        least, best, most = (self.shapes(size, place) for place, size in enumerate(batches))
+        return {name: (least[name], best[name], most[name]) for name in least}
 
     def describe_profile(self, batch: Batch) -> str:
         """The sizes in one line, "1:1:8 tokens=1:77:512", by which engines in the cache differ."""

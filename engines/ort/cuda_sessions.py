@@ -189,10 +189,9 @@ class OrtTensorRT(OrtCUDA):
     ):
         self._plan, self._profile = plan, profile
         super().__init__(graph, device, options)
+        session: Any = self._session
         # A length that may vary, which is the batch's alone, has a name instead of a number.
-        shapes = {
-            value.name: [isinstance(n, int) for n in value.shape] for value in self._session.get_inputs()
-        }
+        shapes = {value.name: [isinstance(n, int) for n in value.shape] for value in session.get_inputs()}
         self._axes = {name: fixed.index(False) for name, fixed in shapes.items() if not all(fixed)}
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.engines import Engine, EngineOptions, Graph, padding
+from piflow_edge.engines import Choice, Engine, EngineOptions, Graph, padding
 from piflow_edge.engines.building import engine_cache
 from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError, ShapeError
@@ -103,6 +103,7 @@ class TensorRTEngine:
     """
 
     name = "tensorrt"
+    choice = Choice("it was asked for")
     can_be_recorded = True
 
     def __init__(self, graph: Graph, device: str, options: EngineOptions, *, plan: bytes | None = None):
@@ -115,7 +116,7 @@ class TensorRTEngine:
         self._log = trt_versions.logger(trt)
         with nvidia.current(self._ordinal):
             self._runtime = trt.Runtime(self._log)
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
+            self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             reason = "; ".join(self._log.errors) or "it does not say why"
             raise EngineError(

@@ -8,6 +8,7 @@ import logging
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from piflow_edge.engines import Graph
 from piflow_edge.engines.trt import pins as trt_pins
@@ -61,7 +62,7 @@ def tensorrt():
         MissingExtraError: it is not installed, or cannot be loaded.
     """
     try:
-        import tensorrt
+        import tensorrt  # pyright: ignore[reportMissingImports]  # NVIDIA's GPUs only
     except (ImportError, OSError) as error:  # the latter of libraries it does not find
         here = "" if isinstance(error, ModuleNotFoundError) else f", and what is here does not load ({error})"
         raise MissingExtraError(
@@ -91,7 +92,7 @@ def api(release: str) -> Api:
     return max((row for row in TABLE if row.since <= (major, minor)), key=lambda row: row.since)
 
 
-def logger(trt) -> "object":
+def logger(trt) -> Any:
     """A logger of TensorRT's that writes to ours and keeps what went wrong in `errors`."""
     levels = {
         "INTERNAL_ERROR": logging.ERROR,

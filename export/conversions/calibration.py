@@ -121,6 +121,7 @@ class Calibration:
         `exact`: the text encoder in fp32, where `network` is one.
         """
         if network != STUDENT:
+            assert exact is not None
             return self._error_of_encoder(network, graph, exact) / tolerances.encodings
         errors = self.errors(graph)
         allowed = rms_of_psnr(tolerances.psnr, peak=255 if self.manifest.makes_images else 1)
@@ -165,6 +166,7 @@ class Calibration:
         spec = self.manifest.latent
         if self._decoder is None:
             return decode(latents, spec)
+        assert self.manifest.decoder is not None
         name = self.manifest.decoder.inputs[0].name
         unscaled = spec.restore(latents).astype(np.float32)
         # One at a time: large images would not fit otherwise.

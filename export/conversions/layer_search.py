@@ -33,7 +33,7 @@ def convert_within(
         return Conversion(result)
     log.info("%s is off by %.2f times what is allowed; measuring %d layers", name, off, len(layers))
     alone = {layer: accepts(convert([other for other in layers if other != layer])) for layer in layers}
-    worst_first = sorted(layers, key=alone.get, reverse=True)
+    worst_first = sorted(layers, key=lambda layer: alone[layer], reverse=True)
     # By halves: `result` leaves out `enough` layers, and one fewer than `too_few` + 1 would not do.
     too_few, enough, result = 0, len(layers), None
     while enough - too_few > 1:

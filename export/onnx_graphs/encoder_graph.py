@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def describe_encoder(encoder: TextEncoder, opset: int) -> NetworkSpec:
     ids = ("batch", tokens_axis(encoder))
     inputs = [TensorSpec(name, "int64", ids) for name in ENCODER_INPUTS]
     found = encoder.run({name: np.ones((1, 1), np.int64) for name in ENCODER_INPUTS})
-    shapes = {"hidden_states": (*ids, found["hidden_states"].shape[2])}
+    shapes: dict[str, tuple[Any, ...]] = {"hidden_states": (*ids, found["hidden_states"].shape[2])}
     if "pooled" in found:
         shapes["pooled"] = ("batch", found["pooled"].shape[1])
     outputs = [TensorSpec(name, "float32", shapes[name]) for name in encoder.module.outputs]

@@ -51,7 +51,8 @@ def load_tensor(tensor: onnx.TensorProto, files: Mapping[str, bytes]) -> onnx.Te
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return tensor
     info = ExternalDataInfo(tensor)
-    content = memoryview(files[info.location])[info.offset : info.offset + info.length]
+    start, length = int(info.offset or 0), int(info.length or 0)
+    content = memoryview(files[info.location])[start : start + length]
     return onnx.TensorProto(
         name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=bytes(content)
     )

@@ -87,13 +87,13 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
     inputs = [spec.name for spec in manifest.student.inputs]
     functions = [_as_function(network, "Student", inputs, manifest.policy.outputs), rollout]
     images_output = images = ""
-    if manifest.makes_images:
+    if manifest.image_shape is not None:
         channels, height, width = manifest.image_shape
         images_output = f", uint8[batch, {height}, {width}, {channels}] images"
         name = f"{DOMAIN}.Decoder" if manifest.decoder else "Identity"
         restore = _restore(manifest.latent)
         images = _IMAGES.format(decoder=name, restore=restore, uint8=onnx.TensorProto.UINT8)
-    if manifest.decoder:
+    if manifest.decoder and decoder:
         functions.append(
             _as_function(onnx.load_from_string(decoder), "Decoder", DECODER_INPUTS, DECODER_OUTPUTS)
         )

@@ -150,7 +150,7 @@ def _dim_name(name: str, axis: AxisSpec) -> str:
     return name if axis.multiple_of == 1 else f"{axis.multiple_of}*{name}_units"
 
 
-def program_graph(program: torch.onnx.ONNXProgram, axes: Mapping[str, str] | None = None) -> Graph:
+def program_graph(program: torch.onnx.ONNXProgram | None, axes: Mapping[str, str] | None = None) -> Graph:
     """An exported program as a graph without traces of this machine, checked.
 
     `axes`: what torch calls an axis -> what the graph is to call it.
@@ -158,7 +158,8 @@ def program_graph(program: torch.onnx.ONNXProgram, axes: Mapping[str, str] | Non
     Raises:
         CheckFailedError: it is not valid ONNX.
     """
-    model = program.model_proto
+    assert program is not None, "asked for, it is returned"
+    model, names = program.model_proto, axes or {}
     compact(model, [name for node in model.graph.node for name in node.output])
     for node in model.graph.node:  # stack traces with this machine's paths
         del node.metadata_props[:]
@@ -167,8 +168,8 @@ def program_graph(program: torch.onnx.ONNXProgram, axes: Mapping[str, str] | Non
         del value.metadata_props[:]
     for value in [*model.graph.input, *model.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in (axes or {}):
-                dim.dim_param = axes[dim.dim_param]
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
     graph = graph_of(model)
     try:
         check(graph)

@@ -4,9 +4,9 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from piflow_edge.distill.data.autoencoder import Autoencoder, load_autoencoder
 from piflow_edge.distill.networks.diffusers_networks import load_module
@@ -119,7 +119,7 @@ def _find_family(folder: Path) -> PipelineFamily:
 
 
 @torch.no_grad()
-def _latent_shape(module: nn.Module, autoencoder: Autoencoder, size: tuple[int, int]) -> tuple[int, int, int]:
+def _latent_shape(module: Any, autoencoder: Autoencoder, size: tuple[int, int]) -> tuple[int, int, int]:
     """(C, H, W) of the latents of images of `size`."""
     channels = module.config.in_channels // _PACKED**2
     side = autoencoder.decode(torch.zeros(1, channels, _PACKED, _PACKED)).shape[-1] // _PACKED

@@ -141,7 +141,7 @@ def _identify_bundle(bundle: Bundle) -> dict:
     }
 
 
-def _identify_teacher(teacher: TeacherConfig, scale: float) -> dict:
+def _identify_teacher(teacher: TeacherConfig, scale: float | None) -> dict:
     return {"sha256": sha256(teacher.file.read_bytes()), "steps": teacher.steps, "guidance_scale": scale}
 
 

@@ -43,6 +43,7 @@ def cold_start(task: Mapping, *, device: str = "cpu") -> dict[str, float | None]
     with tempfile.TemporaryFile("w+") as errors:  # a pipe that nobody reads would stop a talkative engine
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as child:
+            assert child.stdin is not None and child.stdout is not None
             lines = iter(child.stdout)  # an engine may print lines of its own
             next((line for line in lines if line == _DONE), None)  # images are there
             first = time.perf_counter() - began

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.engines import open_engine, read_graph_file
@@ -43,7 +44,7 @@ def line_up_students(generator: Generator, config: BenchConfig) -> list[LineupEn
         trained.schedule(
             nfe=nfe, total_substeps=steps
         )  # refuses what makes no sense before anything is timed
-        request = {"nfe": nfe, "substeps": steps, "seed": config.seed}
+        request: dict[str, Any] = {"nfe": nfe, "substeps": steps, "seed": config.seed}
         request["output"] = "numpy" if bundle.manifest.makes_images else "latent"
         example = build_example(generator.conditioner, batch)
 

@@ -1,5 +1,6 @@
 """Timing in turns: every contender once a round, in a new order each, with the machine's own pulse beside it."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,20 +25,20 @@ def time_rounds(
     order, random = list(range(len(contenders))), np.random.default_rng(config.seed)
     timed: list[list[Mapping]] = [[] for _ in contenders]
     pulse: list[float] = []
-    began = None
+    began = math.inf
     total = config.warmup + config.rounds
     with progress("timing", total) as bar:
         for done in range(total):
             if done == config.warmup:
                 began = time.perf_counter()
-            enough = began is not None and done - config.warmup >= min(_MIN_ROUNDS, config.rounds)
+            enough = done - config.warmup >= min(_MIN_ROUNDS, config.rounds)
             if enough and time.perf_counter() - began > config.seconds:
                 break
             random.shuffle(order)  # what ran before leaves its mark on caches and clock
             for i in order:
                 timed[i].append(_time_call(contenders[i].draw))
             pulse.append(_time_machine())
-            bar()
+            bar("")
     return timed, pulse
 
 
@@ -97,9 +98,8 @@ def summarize_row(
 
 def _find_medians(found: Sequence[Mapping[str, float | None]]) -> dict[str, float | None] | None:
     """Return the median of every figure over the processes; None where one did not tell, or there was no process."""
-    return {
-        name: None
-        if any(one[name] is None for one in found)
-        else float(np.median([one[name] for one in found]))
-        for name in (found[0] if found else ())
-    } or None
+    medians: dict[str, float | None] = {}
+    for name in found[0] if found else ():
+        values = [value for one in found if (value := one[name]) is not None]
+        medians[name] = float(np.median(values)) if len(values) == len(found) else None
+    return medians or None

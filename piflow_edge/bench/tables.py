@@ -33,10 +33,11 @@ def text_table(benchmark: Benchmark):
         setting = row.setting
         name = setting.model if row.trained else f"{setting.model} (not trained for {setting.calls})"
         numbers = [row.median, row.p90, row.p99, row.images_per_second, *(row.split.get(s) for s in stages)]
+        memory = row.cold or {}
         if cold:
-            numbers += [row.cold["first_images"], row.cold["peak"]]
+            numbers += [memory.get("first_images"), memory.get("peak")]
         if on_gpu:
-            numbers.append(row.cold["device_memory"])
+            numbers.append(memory.get("device_memory"))
         counts = (setting.calls, "" if setting.substeps is None else setting.substeps, setting.batch)
         table.add_row(name, setting.engine, setting.precision, *map(str, counts), *map(_cell, numbers))
     return table

@@ -53,8 +53,8 @@ def pack(bundle: str | os.PathLike[str], file: str | os.PathLike[str], *, overwr
     opened = Bundle(bundle)
     opened.check_graphs()
     contents = {MANIFEST: lambda: opened.manifest_bytes}
-    if opened.signature is not None:
-        contents[SIGNATURE] = lambda: opened.signature_bytes
+    if (signature := opened.signature_bytes) is not None:
+        contents[SIGNATURE] = lambda: signature
     for name in sorted(opened.manifest.files):
         contents[name] = lambda name=name: opened.read(name)
     file.parent.mkdir(parents=True, exist_ok=True)

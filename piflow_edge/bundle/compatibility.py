@@ -123,8 +123,9 @@ def compatibility(bundle: Bundle) -> list[Answer]:
     opset = max(bundle.manifest.networks[name].opset for name in names)
     answers = []
     for precision in bundle.manifest.precisions:
-        graphs = [bundle.read_network(name, precision).model for name in names]
-        dynamic = [name for name in _TENSORRT_LACKS if any(_has_node(graph, name) for graph in graphs)]
+        outlines = [bundle.read_network(name, precision).outline for name in names]
+        operators = {operator for outline in outlines for _, operator in outline.operators}
+        dynamic = [name for name in _TENSORRT_LACKS if name in operators]
         answers.append(_onnxruntime(precision, opset))
         answers += [_tensorrt(runtime, precision, opset, dynamic) for runtime in RUNTIMES]
     return answers
@@ -173,11 +174,3 @@ def _tensorrt(runtime: Runtime, precision: str, opset: int, dynamic: list[str]) 
     elif runtime.unverified:
         reason = f"{reason}; not verified: {runtime.unverified}"
     return Answer(precision, runtime.name, runtime.jetpacks, gpus if answer != "no" else (), answer, reason)
-
-
-def _has_node(graph: bytes, op_type: str) -> bool:
-    """Whether an ONNX file has a node of this type, without reading all of it.
-
-    A node's type is a string of its own there: field 4 of NodeProto, so the byte 0x22, its length, and the name.
-    """
-    return b"\x22" + bytes([len(op_type)]) + op_type.encode() in graph

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from piflow_edge.errors import BundleError, EngineError
-from piflow_edge.system.files import sha256, view_file
+from piflow_edge.system.files import Content, sha256, view_file
 from piflow_edge.system.onnx_outline import Outline, check_outline, read_outline
 
 from .manifest import MANIFEST, MANIFEST_LIMIT, SIGNATURE, sampler_calls
@@ -66,8 +66,8 @@ class NetworkFiles:
     `outline`: of the model. `file`: the .onnx file where the network was looked at in its place; see `view_network`.
     """
 
-    model: bytes | memoryview
-    weights: Mapping[str, bytes | memoryview]
+    model: Content
+    weights: Mapping[str, Content]
     source: str
     outline: Outline
     file: Path | None = None
@@ -85,7 +85,7 @@ class Bundle:
         SigningKeyError, MissingExtraError: as in `load`.
     """
 
-    def __init__(self, folder: str | Path, *, trusted_keys: Sequence[TrustedKey] | None = None):
+    def __init__(self, folder: str | os.PathLike[str], *, trusted_keys: Sequence[TrustedKey] | None = None):
         if not isinstance(folder, (str, os.PathLike)):
             raise BundleError(f"a bundle is a folder, given by its path; got {folder!r}")
         self.folder = Path(folder)

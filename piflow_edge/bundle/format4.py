@@ -120,7 +120,7 @@ def _networks(old: _Manifest, steering: Sequence[TensorSpec], place: str) -> dic
     image_shape = old.latent.shape if old.latent.kind == "pixels" else None
     if decoder is not None:
         networks[DECODER] = _network(old, DECODER, decoder.kind, decoder.inputs, decoder.outputs)
-        image_shape = list(decoder.outputs[0].shape[1:]) if decoder.outputs else None
+        image_shape = [int(n) for n in decoder.outputs[0].shape[1:]] if decoder.outputs else None
     for nfe in old.samplers:
         if not MOST_CALLS >= nfe >= 1:
             raise BundleError(f"{place} has a sampler graph of {nfe!r:.40} calls; up to {MOST_CALLS} may be")

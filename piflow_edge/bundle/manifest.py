@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.arrays import Array
+from piflow_edge.arrays import Array, SameArray
 from piflow_edge.conditioning import Conditioner, Conditioning, TensorSpec, conditioner_from_json
 from piflow_edge.errors import BundleError, ShapeError
 from piflow_edge.policies import PolicySpec
@@ -87,20 +87,20 @@ class Manifest:
     def image_shape(self) -> list[int] | None:
         """(C, H, W) of the images, of several sizes the usual one; None where the bundle makes none."""
         if self.sizes is not None and self.decoder is not None:
-            return [self.decoder.outputs[0].shape[1], *self.sizes.usual]
+            return [int(self.decoder.outputs[0].shape[1]), *self.sizes.usual]
         if self.decoder is not None:
-            return list(self.decoder.outputs[0].shape[1:])
+            return [int(n) for n in self.decoder.outputs[0].shape[1:]]
         return self.latent.restored_shape if self.latent.kind == "pixels" else None
 
     @cached_property
     def sizes(self) -> ImageSizes | None:
         """The sizes of image that it makes; None where there is one."""
-        return read_sizes(self.axes, tuple(self.latent.shape[1:]), self.pixels_per_state)
+        return read_sizes(self.axes, (self.latent.shape[1], self.latent.shape[2]), self.pixels_per_state)
 
     @cached_property
     def image_sizes(self) -> ImageSizes | OneSize | None:
         """The sizes of image that it makes, also where there is one; None where it makes none."""
-        if self.sizes is not None or not self.makes_images:
+        if self.sizes is not None or self.image_shape is None:
             return self.sizes
         _, height, width = self.image_shape
         return OneSize(height, width)
@@ -203,7 +203,7 @@ class Manifest:
         ]
         return [found for found in named if found[-1] != AxisSpec(1, None, 1)]
 
-    def network_inputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, Array]:
+    def network_inputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, SameArray]:
         """Return what the student is fed at states `x_t` (B, C, H, W), steered by `conditioning`."""
         t = np.empty(len(x_t), np.float32)
         t.fill(sigma_t)

@@ -62,7 +62,7 @@ def _object(kind: type, definitions: dict[str, dict]) -> dict[str, Any]:
 def _schema(kind: Any, definitions: dict[str, dict]) -> dict[str, Any]:
     """The schema of one annotated type, as `manifest.py` reads it."""
     origin, args = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         if kind.__name__ not in definitions:
             definitions[kind.__name__] = _object(kind, definitions)
         return {"$ref": f"#/$defs/{kind.__name__}"}

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from array_api_compat import device
 
-from piflow_edge.arrays import Array, array_namespace
+from piflow_edge.arrays import Array, SameArray, array_namespace
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.schedule import Schedule, ShiftBySize, published_temperature
 from piflow_edge.system.onnx_outline import GraphTensor, Outline
@@ -56,7 +56,7 @@ class ScheduleSpec:
 
     def temperature_of(self, nfe: int) -> float:
         """The temperature, a number, for `nfe` calls per image."""
-        return published_temperature(nfe) if self.temperature == "auto" else self.temperature
+        return published_temperature(nfe) if self.temperature == "auto" else float(self.temperature)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class LatentSpec:
         channels, height, width = self.shape
         return [channels // self.packing**2, height * self.packing, width * self.packing]
 
-    def restore(self, states: Array) -> Array:
+    def restore(self, states: SameArray) -> SameArray:
         """Return the pixels, or what the decoder takes, of states (B, C, H, W).
 
         That is `states / scale + shift`, then times `deviation` plus `mean` of each channel. Last, each `packing` ** 2

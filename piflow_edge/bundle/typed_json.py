@@ -39,7 +39,7 @@ def read_typed(kind: Any, value: Any, where: str) -> Any:
         BundleError: a value of another type; a key that is missing, unknown or not in its place.
     """
     origin, args = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return _read_dataclass(kind, value, where)
     if origin in (list, tuple) and isinstance(value, list):
         items = [read_typed(args[0], item, f"{where}[{i}]") for i, item in enumerate(value)]

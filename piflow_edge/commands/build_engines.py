@@ -70,6 +70,7 @@ def build(
     table = Table("graph", "precision", "batch", "", "seconds", "peak memory: GPU, host", "engine, MiB")
     for report in reports:
         facts, key = report.facts, report.plan.key
+        assert key is not None, "it was built"
         peaks = ", ".join(_mib(facts[f"peak_{where}_bytes"]) for where in ("device", "host"))
         done = "built" if report.built else "from the cache"
         cells = (report.plan.target.name, key.precision, key.profile, done, f"{facts['seconds']:.1f}", peaks)

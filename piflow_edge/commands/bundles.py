@@ -1,6 +1,7 @@
 """Commands about bundles: `export`, `verify`, `inspect`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -125,7 +126,7 @@ def export(
         license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
     except UnicodeDecodeError as error:
         raise click.UsageError(f"--license must be a text file in UTF-8: {error}") from error
-    parts = {"autoencoder": load_autoencoder(autoencoder) if autoencoder else None}
+    parts: dict[str, Any] = {"autoencoder": load_autoencoder(autoencoder) if autoencoder else None}
     if pipeline:
         student, parts, told = _read_pipeline(pipeline, adapter, size, adapter_strength)
         license_text = license_text if license_file else told.get("license_text", license_text)

@@ -50,8 +50,14 @@ def export_digits(student: "Checkpoint", folder: Path) -> None:
     """Write a student of the digits as a bundle, in place of one that may be there."""
     from piflow_edge.export.to_bundle import export_bundle
 
-    licence = {"license_text": LICENSE_TEXT, "license_name": LICENSE_NAME}
-    export_bundle(student, folder, temperature=DIGITS_TEMPERATURE, **licence, overwrite=True)
+    export_bundle(
+        student,
+        folder,
+        temperature=DIGITS_TEMPERATURE,
+        license_text=LICENSE_TEXT,
+        license_name=LICENSE_NAME,
+        overwrite=True,
+    )
 
 
 def run_demo(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -84,7 +85,8 @@ def caption_real_images(images, students: Sequence[Path]):
         captions = images.captions
         first = Captions.of_rows([[captions.texts[row]] for row in captions.starts[:-1]])
         encoder = f"{sha256(generator.bundle.manifest_bytes)} {generator.precision} {generator.engine.name}"
-        return encode_captions(replace(images, captions=first), generator.conditioner, encoder)
+        opened: Any = generator.conditioner
+        return encode_captions(replace(images, captions=first), opened, encoder)
 
 
 @click.command()

@@ -117,7 +117,7 @@ def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
     return (int(height), int(width)) if width else int(height)
 
 
-def bundle_path(given: str | tuple[str, ...] | None) -> Path | tuple[Path, ...] | None:
+def bundle_path(given: str | tuple[str, ...] | None) -> Any:
     """Where a bundle is. `digits` is the one that comes with the package, as in --data digits."""
     if given is None or isinstance(given, tuple):
         return given and tuple(map(bundle_path, given))
@@ -299,7 +299,7 @@ def add_progress_options(command: click.Command) -> None:
 
 def network_precisions(context, parameter, texts: tuple[str, ...]) -> dict[str, str]:
     """Return NETWORK=NAME by network."""
-    found = dict(text.partition("=")[::2] for text in texts)
+    found = {network: name for network, _, name in (text.partition("=") for text in texts)}
     if not all(found) or not all(found.values()) or len(found) < len(texts):
         raise click.BadParameter(
             f"give NETWORK=NAME, each network once, such as encoder=int8; got {' '.join(texts)}"

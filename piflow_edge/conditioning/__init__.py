@@ -10,7 +10,7 @@ from typing import Any
 from piflow_edge.errors import ConditioningError
 
 from .arrays import Arrays
-from .base import Conditioner, ConditionRequest, build_condition_request
+from .base import Conditioner, ConditionerKind, ConditionRequest, build_condition_request
 from .class_labels import ClassLabels
 from .mapping import Conditioning, concatenate, count_of, take
 from .specs import TensorSpec
@@ -18,7 +18,7 @@ from .text import OpenedTextPrompts, TextEncoderSpec, TextPrompts
 from .unconditional import Unconditional
 
 # The one registry: name in JSON -> class.
-CONDITIONERS: dict[str, type[Conditioner]] = {
+CONDITIONERS: dict[str, type[ConditionerKind]] = {
     kind.kind: kind for kind in (ClassLabels, TextPrompts, Arrays, Unconditional)
 }
 

@@ -120,8 +120,12 @@ class Conditioner(Protocol):
         """Return the description from which `conditioner_from_json` makes it again."""
         ...
 
+
+class ConditionerKind(Conditioner, Protocol):
+    """A conditioner that a manifest can describe, as all are but those that `open` returns."""
+
     @classmethod
-    def from_json(cls, body: dict[str, Any]) -> "Conditioner":
+    def from_json(cls, body: dict[str, Any]) -> Any:
         """Make it from `to_json`; ConditioningError for anything else."""
         ...
 

@@ -6,13 +6,13 @@ A mapping from the name of a network's input to an array (B, ...), of NumPy or o
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from piflow_edge.arrays import Array, array_namespace
+from piflow_edge.arrays import SameArray, array_namespace
 from piflow_edge.errors import ShapeError
 
-Conditioning = Mapping[str, Array]
+Conditioning = Mapping[str, SameArray]
 
 
-def take(conditioning: Conditioning, indices: Any) -> dict[str, Array]:
+def take(conditioning: Conditioning, indices: Any) -> dict[str, SameArray]:
     """Return the conditioning of some of the images. `indices`: a slice, or whole numbers in an array."""
     return {name: array[indices] for name, array in conditioning.items()}
 
@@ -26,7 +26,7 @@ def count_of(conditioning: Conditioning, default: int | None = None) -> int | No
     return next(iter(counts.values()), default)
 
 
-def concatenate(parts: Sequence[Conditioning]) -> dict[str, Array]:
+def concatenate(parts: Sequence[Conditioning]) -> dict[str, SameArray]:
     """Join the conditioning of several batches, which have the same inputs and differ in no axis but the first."""
     first, *others = parts
     if not others:

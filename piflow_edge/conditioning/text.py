@@ -358,7 +358,7 @@ def list_prompts(prompts: Any) -> list[str]:
     Raises:
         ConditioningError: none, or something that is no text.
     """
-    listed = (
+    listed: list[Any] = (
         [prompts] if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence) else list(prompts)
     )
     if not listed:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from piflow_edge.conditioning import Conditioner, OpenedTextPrompts
 from piflow_edge.distill.data.captions import Captions, read_prompts
@@ -35,7 +36,7 @@ def caption_for_training(
         DataError: the data have no captions.
         CheckpointError, MissingExtraError: see `load_text_encoder`.
     """
-    length = {} if max_tokens is None else {"max_tokens": max_tokens}
+    length: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
     # Of one length, so that "no condition" and what is given go into one batch.
     encoders = [load_text_encoder(source, fixed_length=True, **length) for source in sources]
     examples = _spread(data.captions) if data.captions else ("a red apple",)
@@ -75,7 +76,7 @@ def fingerprint(encoders: Sequence[TextEncoder]) -> str:
 
 
 def _open_for_teacher(
-    sources: Sequence[str | Path], conditioner: Conditioner | None
+    sources: Sequence[str | Path], conditioner: Any
 ) -> tuple[OpenedTextPrompts, list[TextEncoder]]:
     if not sources:
         raise CheckpointError(

@@ -286,7 +286,7 @@ def average_velocity(
     """
     sigma_t = warp(raw_t, config.shift)
     # The floor of 1 in count_substeps makes no difference to "fewer than 2".
-    counts = count_substeps(raw_t, raw_t_end, config.total_substeps)
+    counts = np.asarray(count_substeps(raw_t, raw_t_end, config.total_substeps))
     at_point = policy.velocity(x_t, sigma_t)
     if np.all(counts < 2):
         return at_point

@@ -61,8 +61,9 @@ def load_student(source: str | Path, *, config: str | Path | None = None) -> Stu
         CheckpointError: nothing there, or nothing that can be used.
     """
     text, path = str(source), Path(source)
-    if is_official(text, config and Path(config)):
-        return load_official_student(text, config and Path(config))
+    config = None if config is None else Path(config)
+    if is_official(text, config):
+        return load_official_student(text, config)
     if path.suffix in _WEIGHT_FILES and not path.is_dir():
         return _student_from_state_dict(path, config)
     if config is not None:
@@ -121,7 +122,7 @@ def _student_from_state_dict(path: Path, config: str | Path | None) -> StudentMo
         network = attach_policy_head(build(description), policy_spec_from_json(settings.pop("head")))
         network.module.load_state_dict(weights)
         conditioner = conditioner_from_json(settings.pop("conditioning", {"kind": "none"}))
-        fields = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
         provenance = {"source": path.name, "settings": {"imitation": recorded}}
         student = network.eval().requires_grad_(False)
         return StudentModel(student, conditioner=conditioner, provenance=provenance, **fields)
@@ -157,7 +158,7 @@ def load_teacher(
 
         if sample_shape is None:
             raise CheckpointError(f"{text} does not say the size of its states; give sample_shape")
-        network = load_sit(path, sample_size=tuple(sample_shape[1:]), style=style)
+        network = load_sit(path, sample_size=(sample_shape[1], sample_shape[2]), style=style)
         origin = {"source": str(path.resolve()), "style": style}
         provenance = {"source": path.name, "style": style}
     elif ":" in text and not path.exists():
@@ -228,7 +229,7 @@ def _from_entry(entry: str) -> FlowNetwork:
     network = _call_entry(entry)
     if not isinstance(network, FlowNetwork):
         raise CheckpointError(f"{entry} must return a FlowNetwork; it returned a {type(network).__name__}")
-    if hasattr(network, "entry"):
+    if isinstance(network, ModuleNetwork):
         network.entry = entry
     return network.requires_grad_(False)
 

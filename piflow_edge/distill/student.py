@@ -214,6 +214,7 @@ def check_start(student: FlowNetwork, teacher: Teacher, conditioning: Mapping[st
     given = {name: torch.from_numpy(array).to(device) for name, array in conditioning.items()}
     sigma = np.full(len(x_t), 0.5)
     u_t = teacher.velocity(x_t, torch.from_numpy(sigma).to(x_t), **given)
+    assert student.head is not None
     started = policy_of(student, student.head, x_t, sigma, given).velocity(x_t, sigma)
     off, size = (tensor.square().mean().sqrt().item() for tensor in (started - u_t, u_t))
     # The components' offsets are a tenth of this; rows in a wrong order are as far off as the velocity is large.

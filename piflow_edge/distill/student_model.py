@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from piflow_edge.conditioning import Conditioner, Unconditional
 from piflow_edge.distill.networks.flow_network import FlowNetwork, find_misfit
@@ -40,7 +40,7 @@ class StudentModel:
     conditioner: Conditioner = field(default_factory=Unconditional)
     latent: Mapping[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-    substep_rule: str = "round"
+    substep_rule: Literal["round", "ceil"] = "round"
     or_more: bool = False
     sides: tuple[int, int, int] | None = None
     shift_by_size: ShiftBySize | None = None

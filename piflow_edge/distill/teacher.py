@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from piflow_edge.conditioning import Conditioner
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.loop.checkpoint import Checkpoint
-from piflow_edge.distill.loop.training import train
+from piflow_edge.distill.loop.training import Preview, train
 from piflow_edge.distill.networks.families import Architecture, new_network
 from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher
 from piflow_edge.errors import ShapeError
@@ -91,8 +92,8 @@ class GuidedTeacher:
         *,
         null: Mapping[str, Tensor] | None = None,
     ):
-        null = getattr(teacher, "null", {}) if null is None else null
-        self.teacher, self.guidance, self.null = teacher, guidance.resolve(bool(null)), dict(null)
+        null = dict(getattr(teacher, "null", {}) if null is None else null)
+        self.teacher, self.guidance, self.null = teacher, guidance.resolve(bool(null)), null
 
     @torch.no_grad()
     def velocity(self, x_t: Tensor, sigma_t, **conditioning: Tensor) -> Tensor:
@@ -271,18 +272,25 @@ def train_teacher(
         own = {name: tensor.to(x_0.device) for name, tensor in null.items()}
         return flow_matching_loss(network, x_0, conditioning, own, flow_matching, random)
 
-    inputs = preview_inputs(network, data.conditioner) if run.sample_every else None
+    settings = {"flow_matching": asdict(flow_matching), "data": data.name}
+    return train(
+        network, loss, data, training, folder, kind="teacher", settings=settings, run=run,
+        preview=_preview_of(network, data.conditioner, null, flow_matching.shift) if run.sample_every else None,
+        resume=resume,
+    )  # fmt: skip
 
-    def preview(network):
-        noise, conditioning = inputs
+
+def _preview_of(
+    network: FlowNetwork, conditioner: Conditioner, null: Mapping[str, Tensor], shift: float
+) -> Preview:
+    """Return what makes the sheets of samples of a teacher, guided where it can be."""
+    noise, conditioning = preview_inputs(network, conditioner)
+
+    def preview(network: Any) -> np.ndarray:
         device = next(network.parameters()).device
         guided = GuidedTeacher(network, GuidanceConfig(USUAL_GUIDANCE if null else 1.0), null=null)
         given = {name: tensor.to(device) for name, tensor in conditioning.items()}
-        images = guided.sample(noise.to(device), _PREVIEW_STEPS, shift=flow_matching.shift, **given)
+        images = guided.sample(noise.to(device), _PREVIEW_STEPS, shift=shift, **given)
         return quantise_images(images.cpu().numpy())
 
-    settings = {"flow_matching": asdict(flow_matching), "data": data.name}
-    return train(
-        network, loss, data, training, folder, kind="teacher", settings=settings, run=run, preview=preview,
-        resume=resume,
-    )  # fmt: skip
+    return preview

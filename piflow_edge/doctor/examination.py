@@ -19,7 +19,7 @@ from piflow_edge.engines import placement
 from piflow_edge.engines.ort import importing as ort_package
 from piflow_edge.engines.ort import sessions as ort
 from piflow_edge.errors import BundleError, EngineError, MissingExtraError, PiFlowError
-from piflow_edge.policies import DXPolicy, GMPolicy
+from piflow_edge.policies import POLICIES, PolicySpec
 from piflow_edge.runtime.drawing.acceleration import integrate, isas, missing
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.hardware import jetson_release, nvidia_gpus, power_state, read_text, versions
@@ -59,7 +59,7 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
     if crash_of_runtime() is not None:
         engine = {"engine": "reference"}  # the rest is still worth knowing
     findings = [
-        python_finding(sys.version_info),
+        python_finding(sys.version_info[:3]),
         *package_findings(installed),
         runtime_finding(installed),
         *telemetry_finding(installed),
@@ -259,7 +259,7 @@ def cache_finding(folder: Path) -> Finding:
 
 def rollout_finding() -> Finding:
     """Policies and rollout on this machine, as they would run, against the formulas in float64."""
-    errors = {kind: _rollout_error(kind) for kind in ("gm", "dx")}
+    errors = {kind: _rollout_error(spec()) for kind, spec in POLICIES.items()}
     kernel = "the compiled kernel" if missing() is None else "NumPy"
     worst = max(errors.values(), key=lambda error: np.inf if np.isnan(error) else error)
     detail = f"rollouts by {kernel} are within {worst:.1e} of the formulas in float64"
@@ -271,21 +271,18 @@ def rollout_finding() -> Finding:
     )  # fmt: skip
 
 
-def _rollout_error(kind: str) -> float:
+def _rollout_error(spec: PolicySpec) -> float:
     """Greatest difference between a small rollout in float32, as `auto` runs it, and the reference in float64."""
     random = np.random.default_rng(0)
     x_src = random.standard_normal((2, 3, 8, 8))
-    if kind == "gm":
-        means = random.standard_normal((2, 4, 3, 8, 8))
-        outputs = (means, random.standard_normal((2, 4, 1, 8, 8)), np.full((2, 1, 1, 1, 1), -1.0))
-    else:
-        outputs = (random.standard_normal((2, 5, 3, 8, 8)),)
+    shapes = zip(spec.outputs, spec.output_shapes((3, 8, 8)), strict=True)
+    outputs = {name: random.standard_normal((2, *shape)) for name, shape in shapes}
     sigmas = np.linspace(1.0, 0.25, 17)
 
     def end(dtype, kernel):
-        arrays = [array.astype(dtype) for array in (*outputs, x_src)]
-        policy = GMPolicy(*arrays, 1.0) if kind == "gm" else DXPolicy(*arrays, 1.0, segment_size=1.0)
-        return integrate(policy, arrays[-1], sigmas, kernel=kernel)
+        state = x_src.astype(dtype)
+        policy = spec.policy({name: array.astype(dtype) for name, array in outputs.items()}, state, 1.0)
+        return integrate(policy, state, sigmas, kernel=kernel)
 
     return float(np.abs(end(np.float32, "auto") - end(np.float64, "reference")).max())
 

@@ -28,7 +28,7 @@ def obstacles() -> list[Finding]:
             detail = f"{package} does not load: {error}" if here else f"{package} is not installed"
             command = f"pip install {'--force-reinstall ' if here else ''}{package}"
             findings.append(Finding("packages", PROBLEM, detail, command))
-    return [python_finding(sys.version_info), *findings] if findings else []
+    return [python_finding(sys.version_info[:3]), *findings] if findings else []
 
 
 def python_finding(running: Sequence[int]) -> Finding:

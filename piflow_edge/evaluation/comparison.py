@@ -169,7 +169,7 @@ def _gather(
         decoder = next((g for g in generators.values() if g.bundle.manifest.decoder is not None), None)
         teachers = teacher_contenders(teacher, scale, steps, decoder)
         contenders, full = teachers + contenders, teachers[0].name
-        takers["the teacher"], shapes["the teacher"] = teacher.conditioner, tuple(teacher.sample_shape)
+        takers["the teacher"], shapes["the teacher"] = teacher.conditioner, tuple(teacher.sample_shape or ())
     if not contenders:
         raise DataError("there is nothing to compare; give a student's bundle or a teacher")
     steered = {name: bool(conditioner.inputs) for name, conditioner in takers.items()}

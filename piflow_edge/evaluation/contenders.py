@@ -35,8 +35,11 @@ class Teacher(Protocol):
     `conditioner`: what steers it. `sample_shape`: (C, H, W) of its states.
     """
 
-    conditioner: Conditioner
-    sample_shape: tuple[int, ...]
+    @property
+    def conditioner(self) -> Conditioner: ...
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None: ...
 
     def sample(
         self, noise: np.ndarray, conditioning: Conditioning, steps: int, *, guidance_scale: float

@@ -23,9 +23,10 @@ def find_warnings(scores: Sequence[Score], students: Sequence[str], images: int,
             f"{images} images are few for {width} features: FID is then mostly the bias of a small sample. Trust KID "
             f"and MSE, or give --images and real images of {_LEAST_PER_FEATURE * width} or more"
         )
-    judged = [score for score in scores if score.name in students and score.mse is not None]
+    judged = [(s.mse, s) for s in scores if s.name in students and s.mse is not None]
     if len(judged) > 1:
-        by_fid, by_mse = min(judged, key=lambda s: s.fid), min(judged, key=lambda s: s.mse)
+        by_fid = min((score for _, score in judged), key=lambda s: s.fid)
+        _, by_mse = min(judged, key=lambda pair: pair[0])
         if by_fid is not by_mse:
             found.append(
                 f"FID prefers {by_fid.name!r} ({by_fid.fid:.4g}; MSE {by_fid.mse:.4g}), MSE to the teacher prefers "

@@ -50,7 +50,7 @@ class FeatureSet:
 
     @classmethod
     def of(cls, features: FeatureSet | np.ndarray) -> FeatureSet:
-        return features if isinstance(features, cls) else cls(features)
+        return features if isinstance(features, FeatureSet) else cls(features)
 
     def __len__(self) -> int:
         return len(self.features)

@@ -28,8 +28,11 @@ class RealImages(Protocol):
     `conditioning`.
     """
 
-    name: str
-    latent: Any
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def latent(self) -> Any: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -104,7 +107,8 @@ def plan_images(data: RealImages, count: int, *, steered: bool) -> Plan:
         DataError: too few images for the groups.
     """
     if steered and data.conditioner.example_prompts(1):
-        return _plan_prompts(data, count)
+        captioned: Any = data  # real images that prompts steer have them
+        return _plan_prompts(captioned, count)
     conditioning = data.conditioning(np.arange(len(data))) if steered else {}
     ids = [array for array in conditioning.values() if array.ndim == 1 and array.dtype.kind in "iu"]
     if ids and len(ids) == len(conditioning):
@@ -232,7 +236,7 @@ def check_fit(plan: Plan, takers: Mapping[str, Conditioner]) -> None:
         DataError: a contender has other classes or inputs than the data.
     """
     first = plan.first_of_groups()
-    conditioning, titles = plan.conditioning(first), plan.titles(first)
+    conditioning, titles = plan.conditioning(first), plan.titles(first.tolist())
     compare = _compare_encodings if plan.prompts else _compare_titles
     for name, conditioner in takers.items():
         try:

@@ -85,6 +85,7 @@ class PromptFeatures:
         return [self._call({name: np.asarray(conditioning[name]) for name in self._inputs})]
 
     def _read_prompt(self, prompt: str) -> dict[str, np.ndarray]:
+        assert self._tokenizer is not None
         tokens = self._tokenizer.encode(prompt)
         given = {"input_ids": tokens.ids[None], "attention_mask": tokens.mask[None]}
         if unknown := self._inputs.keys() - given.keys():

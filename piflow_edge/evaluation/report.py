@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +125,7 @@ _COLUMNS = [
     _Column(
         "worst class",
         "worst",
-        lambda s: f"{s.class_diversity_ratio[s.worst_class]:.3f}",
+        lambda s: f"{min((s.class_diversity_ratio or {}).values()):.3f}",
         "diversity over the full teacher's in the class where that is lowest; see the table of classes",
         True,
     ),
@@ -285,7 +285,8 @@ def _classes_table(evaluation: Evaluation) -> str:
     for name, value in real.items():
         cells = []
         for score in evaluation.scores:
-            ratio = f" ({score.class_diversity_ratio[name]:.2f})" if evaluation.has_teacher else ""
+            ratios = score.class_diversity_ratio or {}
+            ratio = f" ({ratios[name]:.2f})" if evaluation.has_teacher else ""
             cells.append(_short(score.class_diversity[name]) + ratio)
         rows.append([name, "one image" if value is None else _short(value), *cells])
     return _html_table(heads, rows)
@@ -295,7 +296,7 @@ def _ratio_note(evaluation: Evaluation) -> str:
     return "; in brackets over the full teacher's" if evaluation.has_teacher else ""
 
 
-def _html_table(heads: list[tuple[str, str]], rows: list[list[str]]) -> str:
+def _html_table(heads: list[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th title="{html.escape(hint)}">{html.escape(text)}</th>' for text, hint in heads)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>" for cells in rows)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -82,15 +82,15 @@ def score_of(
         group_names: one per group, each another.
         network_calls, ms: per image.
     """
-    features = FeatureSet(features, name)
-    fid, kid = frechet_distance(features, real), kernel_distance(features, real)
-    lie = territory(real, features, neighbours=NEIGHBOURS, density_neighbours=DENSITY_NEIGHBOURS)
-    diversity = {group_names[group]: value for group, value in class_diversities(features, groups).items()}
+    own = FeatureSet(features, name)
+    fid, kid = frechet_distance(own, real), kernel_distance(own, real)
+    lie = territory(real, own, neighbours=NEIGHBOURS, density_neighbours=DENSITY_NEIGHBOURS)
+    diversity = {group_names[group]: value for group, value in class_diversities(own, groups).items()}
     return Score(
         name,
         network_calls,
         fid=fid,
-        fid_interval=frechet_interval(features, real),
+        fid_interval=frechet_interval(own, real),
         kid=kid.mean,
         kid_std=kid.std,
         diversity=float(np.mean(list(diversity.values()))),

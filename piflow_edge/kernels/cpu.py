@@ -11,6 +11,7 @@ import os
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_api_compat import is_torch_array
@@ -64,8 +65,8 @@ class _Noise(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where this installation has none that fits."""
+def library() -> Any:
+    """The compiled library, a `ctypes.CDLL`, or None where this installation has none that fits."""
     path = Path(__file__).with_name(_LIBRARY_NAMES.get(sys.platform, "libpiflow_kernels.so"))
     try:
         library = ctypes.CDLL(os.fspath(path))
@@ -102,7 +103,7 @@ def find_problem(policy: VelocityField) -> Rollout | None:
     return None if describe is None else describe()
 
 
-def obstacle(policy: VelocityField, problem: Rollout | None, x_start: Array) -> str | None:
+def obstacle(policy: VelocityField, problem: Rollout | None, x_start: Any) -> str | None:
     """Why the compiled kernels cannot carry `x_start` along `policy`, as a sentence; None if they can.
 
     `problem`: what `find_problem` finds in the policy.
@@ -111,7 +112,7 @@ def obstacle(policy: VelocityField, problem: Rollout | None, x_start: Array) -> 
         return reason
     if problem is None:
         return f"the compiled kernels know GMPolicy and DXPolicy; got {type(policy).__name__}"
-    arrays = problem.arrays
+    arrays: Any = problem.arrays
     if _are_plain(arrays, x_start):
         return None  # the usual case, in a tenth of the time
     if all(map(is_torch_array, (*arrays, x_start))):
@@ -154,7 +155,9 @@ def rollout(
     Returns:
         The state at the last level, float32, a new array of the library of `x_start`.
     """
-    return carry(find_problem(policy), x_start, sigmas, num_threads=num_threads, isa=isa)
+    problem = find_problem(policy)
+    assert problem is not None, "there is an obstacle"
+    return carry(problem, x_start, sigmas, num_threads=num_threads, isa=isa)
 
 
 def carry(
@@ -238,7 +241,7 @@ def _dx_rollout(weighted: WeightedSum, x_start, sigmas, options):
 _ROUTINES = {MixtureRollout: _gm_rollout, WeightedSum: _dx_rollout}
 
 
-def _addresses(*arrays: np.ndarray) -> list[int]:
+def _addresses(*arrays: Any) -> list[int]:
     """Where arrays lie, which are contiguous and not empty."""
     # Through the buffer in half the time of `array.ctypes`; one that may not be written to has no such buffer.
     return [
@@ -257,7 +260,7 @@ def _check(status: int) -> None:
         raise EngineError(f"the compiled kernels refused: {reasons[status]}")
 
 
-def _host(array: Array) -> np.ndarray:
+def _host(array: Any) -> np.ndarray:
     """`array` as contiguous, aligned float32 in host memory: itself, if it is that already."""
     if not isinstance(array, np.ndarray):
         array = array.detach().float().numpy()

@@ -8,6 +8,7 @@ first rollout along a schedule, whose noise levels are copied to it: make one be
 import ctypes
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -239,21 +240,22 @@ def carry(problem, x_start: Array, sigmas: np.ndarray) -> Array:
         return xp.reshape(xp.reshape(array, (-1,)), array.shape)  # copied only if it is not contiguous
 
     x_dst = xp.empty(x_start.shape, dtype=xp.float32, device=device(x_start))
-    *arrays, x_src = map(ready, problem.arrays)
-    states = (x_src, ready(x_start), x_dst)
+    # Of a mixture: means, log-weights and variance or log-std; of a weighted sum: the grid. Then `x_src`, in both.
+    arrays: tuple[Any, ...] = (*map(ready, problem.arrays), ready(x_start), x_dst)
     routines = {
         RawMixture: lambda: gm_rollout(
             *arrays,
-            *states,
-            sigmas,
-            problem.sigma_src,
+            sigmas=sigmas,
+            sigma_src=problem.sigma_src,
             eps=problem.eps,
             temperature=problem.temperature,
             is_logstd=True,
         ),
-        MixtureRollout: lambda: gm_rollout(*arrays, *states, sigmas, problem.sigma_src, eps=problem.eps),
+        MixtureRollout: lambda: gm_rollout(
+            *arrays, sigmas=sigmas, sigma_src=problem.sigma_src, eps=problem.eps
+        ),
         WeightedSum: lambda: dx_rollout(
-            *arrays, *states, problem.compute_weights(check_sigmas(sigmas, x_start))
+            *arrays, weights=problem.compute_weights(check_sigmas(sigmas, x_start))
         ),
     }
     routines[type(problem)]()

@@ -139,7 +139,7 @@ def _from_interface(array, stream):
     if theirs is not None and theirs not in (stream, stream or _LEGACY_STREAM):
         nvidia.wait_for(theirs)  # its values are still being written there
     pointer, _ = interface["data"]
-    found = DeviceView(pointer, _TYPESTRS.get(typestr, typestr), shape, nvidia.ordinal_of(pointer), array)
+    found = DeviceView(pointer, _TYPESTRS.get(typestr) or typestr, shape, nvidia.ordinal_of(pointer), array)
     size = int(typestr[2:])
     strides = interface.get("strides")
     return found, strides is None or _is_contiguous(shape, tuple(stride / size for stride in strides))

@@ -407,21 +407,23 @@ def combine(operation: str, a: DeviceArray | float, b: DeviceArray | float) -> D
     return _launch(code, shape, a, b)
 
 
-def _launch(operation: int, shape, a, b=0.0, *, dtype: str = float32, strides=None) -> DeviceArray:
+def _launch(
+    operation: int, shape, a: Any, b: Any = 0.0, *, dtype: str = float32, strides=None
+) -> DeviceArray:
     like = a if isinstance(a, DeviceArray) else b
     result = empty(shape, dtype=dtype, device=like.device)
     if result.size == 0:
         return result
     if len(shape) > _AXES:
         raise ShapeError(f"arrays on a GPU have up to {_AXES} axes; got {shape}")
-    operands = [_operand(x, shape, like.stream, strides if x is a else None) for x in (a, b)]
+    operands = [_operand(x, shape, like.device.stream, strides if x is a else None) for x in (a, b)]
     sizes = (ctypes.c_int64 * _AXES)(*(1,) * (_AXES - len(shape)), *shape)
     problem = _Elementwise(result.pointer, *operands, sizes, result.size, operation, dtype == uint8)
     _run("piflow_elementwise", like, result.size, problem)
     return result
 
 
-def _operand(x, shape, stream: int, strides) -> _Operand:
+def _operand(x: Any, shape, stream: int, strides) -> _Operand:
     if not isinstance(x, DeviceArray):
         return _Operand(None, (ctypes.c_int64 * _AXES)(), float(x))
     x = view("an operand", x, stream, (float32,))
@@ -438,20 +440,20 @@ def _reduce(operation: int, x: DeviceArray, axis: int, keepdims: bool) -> Device
         raise ShapeError(f"axis {axis} of {x.shape} holds nothing")
     spare = (1,) if keepdims else ()
     result = empty((*x.shape[:axis], *spare, *x.shape[axis + 1 :]), device=x.device)
-    x = view("an operand", x, x.stream, (float32,))
+    numbers = view("an operand", x, x.device.stream, (float32,))
     if result.size:
         _run(
             "piflow_reduce",
             x,
             result.size,
-            _Reduce(result.pointer, x.pointer, outer, length, inner, operation),
+            _Reduce(result.pointer, numbers.pointer, outer, length, inner, operation),
         )
     return result
 
 
 def _run(name: str, like: DeviceArray, count: int, problem) -> None:
     function = nvidia.kernel(like.ordinal, name, (), 0, SOURCE)
-    nvidia.launch(like.ordinal, function, -(-count // _THREADS), _THREADS, 0, like.stream, problem)
+    nvidia.launch(like.ordinal, function, -(-count // _THREADS), _THREADS, 0, like.device.stream, problem)
 
 
 def _strides(shape) -> list[int]:

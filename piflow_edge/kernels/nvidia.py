@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from piflow_edge.errors import EngineError
 
@@ -111,7 +112,7 @@ def missing() -> str | None:
     return None
 
 
-def _done(result: tuple):
+def _done(result: tuple) -> Any:
     """Unwrap what the bindings return: a status, then what was asked for."""
     status, *values = result
     if status:

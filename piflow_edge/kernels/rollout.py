@@ -1,9 +1,11 @@
 """Which kernel carries a state along a policy: a compiled one for the memory at hand, or the method's own formulas."""
 
+from typing import Any
+
 import numpy as np
 
 from piflow_edge import integrator
-from piflow_edge.arrays import Array
+from piflow_edge.arrays import Array, SameArray
 from piflow_edge.errors import EngineError
 from piflow_edge.integrator import (
     check_sigmas,
@@ -30,7 +32,7 @@ def rollout(
     kernel: str = "auto",
     num_threads: int | None = None,
     solver: str = "euler",
-) -> Array:
+) -> SameArray:
     """Carry a state across one segment by Euler steps on the policy's velocity.
 
     The network is not called: `policy` was made from its output and answers for every noise level down to
@@ -73,7 +75,7 @@ def integrate(
     kernel: str = "auto",
     num_threads: int | None = None,
     solver: str = "euler",
-) -> Array:
+) -> SameArray:
     """Carry a state along given noise levels, float64 (S + 1,) or (S + 1, B); `rollout` ends here."""
     if kernel not in KERNELS:
         raise EngineError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
@@ -89,7 +91,7 @@ def integrate(
     problem = compiled.find_problem(policy)
     reason = compiled.obstacle(policy, problem, x_src)
     if reason is None:
-        settings = {"num_threads": num_threads} if compiled is cpu else {}
+        settings: dict[str, Any] = {"num_threads": num_threads} if compiled is cpu else {}
         sigmas = convert_sigmas(sigmas, x_src)  # the kernels see to it that they lie in [0, 1]
         return restore_dtype(compiled.carry(problem, x_src, sigmas, **settings), x_src)
     if kernel != "auto":
@@ -99,7 +101,7 @@ def integrate(
     return integrator.integrate(policy, x_src, sigmas)
 
 
-def _find_compiled(kernel: str, x_src: Array):
+def _find_compiled(kernel: str, x_src: Array) -> Any:
     """Return the module of the named kernel; for "auto", of the one for the memory that `x_src` lies in."""
     if kernel == "cpu" or (kernel == "auto" and isinstance(x_src, np.ndarray)):
         return cpu

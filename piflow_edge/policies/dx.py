@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from array_api_compat import device
 
-from piflow_edge.arrays import Array, array_namespace
+from piflow_edge.arrays import Array, SameArray, array_namespace
 from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.schedule import unwarp
 
@@ -111,7 +111,7 @@ class DXPolicy(Policy):
         sigma = as_noise_levels(sigma_src, batch)
         self.grid, self.x_src, self.sigma_src, self.eps = grid, x_src, sigma, eps
         self.segment_size, self.shift, self.mode = float(segment_size), float(shift), mode
-        sigmas = tuple(sigma) if np.ndim(sigma) else sigma
+        sigmas = tuple(sigma) if isinstance(sigma, np.ndarray) else sigma
         self._nodes = _DXNodes(sigmas, grid.shape[1], self.segment_size, self.shift, mode, eps)
         if depends_on_mode(xp, grid, x_src):
             _ = self.x_0_grid
@@ -125,7 +125,7 @@ class DXPolicy(Policy):
         """Weights of the N grid entries in x_0 at a noise level, float64: (N,) for a float, else (B, N)."""
         return self._nodes.basis(sigma_t)
 
-    def velocity(self, x_t: Array, sigma_t) -> Array:
+    def velocity(self, x_t: Array, sigma_t: Any) -> SameArray:
         """u_t = (x_t - x_0(sigma_t)) / sigma_t; arguments, result and errors as of `GMPolicy.velocity`."""
         xp = array_namespace(x_t, self.x_src)
         x_t = as_state(x_t, self.x_src, xp)

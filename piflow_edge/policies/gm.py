@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from piflow_edge.arrays import Array, Namespace, array_namespace
+from piflow_edge.arrays import Array, Namespace, SameArray, array_namespace
 from piflow_edge.errors import ScheduleError
 
 from .policy import (
@@ -76,7 +76,7 @@ class GMPolicy(Policy):
         check_eps(eps)
         self.means, self.x_src, self.sigma_src, self.eps = means, x_src, sigma, eps
         # As the network gave them, and the temperature: kernels of a GPU make of them what the rest of a policy reads.
-        self._raw: tuple[Array, Array, float] | None = (logweights, logstds, 1.0)
+        self._raw: Any = (logweights, logstds, 1.0)
         self._keep_now(xp)
 
     @cached_for_all_modes
@@ -112,7 +112,7 @@ class GMPolicy(Policy):
         xp = array_namespace(self.logweights)
         return self.logweights - xp.max(self.logweights, axis=1, keepdims=True)
 
-    def velocity(self, x_t: Array, sigma_t) -> Array:
+    def velocity(self, x_t: Array, sigma_t: Any) -> SameArray:
         """u_t = (x_t - E[x_0 | x_t]) / sigma_t.
 
         Args:
@@ -148,7 +148,7 @@ class GMPolicy(Policy):
         mean = xp.sum(weights * self.x_0_means, axis=1, keepdims=True)
         return (self.x_0_variance * nu + mean) / denominator
 
-    def temper(self, temperature: float) -> "GMPolicy":
+    def temper(self, temperature: Any) -> "GMPolicy":
         """The policy with a sharper mixture: weights to the power 1/T, variance times T. No change for T >= 1.
 
         Raises:
@@ -239,7 +239,8 @@ class GMPolicySpec(PolicyKind):
 
     def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> GMPolicy:
         """See `PolicyKind.policy`."""
-        return GMPolicy(*map(outputs.__getitem__, self.outputs), x_src, sigma_src, eps=self.eps)
+        means, logweights, logstds = (outputs[name] for name in self.outputs)
+        return GMPolicy(means, logweights, logstds, x_src, sigma_src, eps=self.eps)
 
     def num_planes(self, channels: int) -> int:
         """See `PolicyKind.num_planes`."""

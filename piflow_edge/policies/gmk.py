@@ -60,7 +60,8 @@ class GMKPolicySpec(GMPolicySpec):
 
     def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> GMKPolicy:
         """See `PolicyKind.policy`."""
-        return GMKPolicy(*(outputs[name] for name in self.outputs), x_src, sigma_src, eps=self.eps)
+        means, logweights, logstds = (outputs[name] for name in self.outputs)
+        return GMKPolicy(means, logweights, logstds, x_src, sigma_src, eps=self.eps)
 
     def num_planes(self, channels: int) -> int:
         """See `PolicyKind.num_planes`."""

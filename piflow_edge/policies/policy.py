@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 from array_api_compat import device, is_numpy_namespace, is_torch_namespace, to_device
 
-from piflow_edge.arrays import Array, Namespace, array_namespace
+from piflow_edge.arrays import Array, Namespace, SameArray, array_namespace
 from piflow_edge.errors import ScheduleError, ShapeError
 
 
 class VelocityField(Protocol):
     """What a rollout needs: a velocity that holds from the noise level of one student call down to the next."""
 
-    def velocity(self, x_t: Array, sigma_t) -> Array:
+    def velocity(self, x_t: Array, sigma_t: Any) -> SameArray:
         """u_t = dx/dsigma at state `x_t` and noise level `sigma_t`, a float or (B,); shape of `x_t`."""
         ...
 
@@ -92,7 +92,7 @@ Value = TypeVar("Value")
 class Policy(ABC):
     """A velocity field that was made from one student output. What means nothing to a kind keeps its default here."""
 
-    x_src: Array
+    x_src: SameArray
     sigma_src: float | np.ndarray
     eps: float
 
@@ -102,11 +102,11 @@ class Policy(ABC):
         return 0
 
     @abstractmethod
-    def velocity(self, x_t: Array, sigma_t) -> Array:
+    def velocity(self, x_t: Array, sigma_t: Any) -> SameArray:
         """u_t = dx/dsigma at state `x_t` and noise level `sigma_t`, a float or (B,); shape of `x_t`."""
 
-    def temper(self: Self, temperature: float) -> Self:
-        """The policy with less spread, for temperatures below 1."""
+    def temper(self: Self, temperature: Any) -> Self:
+        """The policy with less spread, for temperatures below 1; they are numbers, 0 or more."""
         return self
 
     def drop_parts(self: Self, uniforms: Array, p: float) -> Self:

@@ -20,7 +20,7 @@ def read_seeds(seed: Any, count: int) -> Seeds:
     """Return (seed, index) of each of `count` images: of one seed, of a seed each, or as given."""
     if type(seed) is int and 0 <= seed < 2**64:
         return [(seed, i) for i in range(count)]
-    given = [(seed, i) for i in range(count)] if isinstance(seed, numbers.Integral) else seed
+    given: Any = [(seed, i) for i in range(count)] if isinstance(seed, numbers.Integral) else seed
     try:
         if isinstance(seed, bool):
             raise TypeError
@@ -86,7 +86,7 @@ def check_whole(name: str, value: Any, least: int) -> None:
     if value is None:
         return
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (whole and value >= least):
+    if not (whole and int(value) >= least):
         raise ScheduleError(f"{name} is a whole number, {least} or more; got {value!r}")
 
 

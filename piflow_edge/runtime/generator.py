@@ -261,7 +261,9 @@ class Generator:
                 for piece in cut_batches(len(request), _BATCH_SIZE, self.engine)
             ]
             latents = join_arrays([piece for piece, _ in pieces])
-            images = None if wanted == "latent" else join_arrays([piece for _, piece in pieces])
+            images = None
+            if wanted != "latent":
+                images = join_arrays([piece for _, piece in pieces if piece is not None])
             if wanted != output:
                 images = self.decoding.images(latents, as_float=output == "float", clock=clock)
             if output == "pil":
@@ -295,7 +297,8 @@ class Generator:
             return latents, None
         if recorded is None:
             return latents, self.decoding.images(drawn, as_float=output == "float", clock=clock)
-        if not all(np.isfinite(array).all() for name, array in recorded.items() if name.startswith("finite")):
+        finite = [np.isfinite(array).all() for name, array in recorded.items() if name.startswith("finite")]
+        if self.decoder is not None and not all(finite):
             raise not_finite("the decoder", manifest, self.precision, self.decoder)
         return latents, join_arrays([array for name, array in recorded.items() if name.startswith("images")])
 
@@ -358,7 +361,8 @@ class Generator:
             log.warning("bundle %r %s", self.bundle.name, problem)
 
     def _wait_for_gpu(self) -> None:
-        nvidia.wait_for(self._place.stream)
+        if self._place is not None:
+            nvidia.wait_for(self._place.stream)
 
     def _free(self) -> None:
         with (

@@ -64,6 +64,7 @@ def find_targets(
 
 def _check_operators(network: str, precision: str, graph: Graph) -> None:
     """Refuse a graph that TensorRT has no operators for."""
+    assert graph.outline is not None, "a bundle's graphs are outlined when they are read"
     used = {name for _, name in graph.outline.operators}
     missing = [name for one in PRECISIONS.values() for name in one.operators_tensorrt_lacks if name in used]
     if missing:
@@ -102,12 +103,15 @@ def _lengths_of(
     name: str, axis: AxisSpec, wanted: tuple[int, int, int] | None, usual: int | None
 ) -> tuple[int, int, int]:
     """Least, best and greatest length of an axis; the best is the `usual` one, else the greatest."""
-    if wanted is None and axis.longest is None:
+    if wanted is not None:
+        least, best, most = wanted
+    elif axis.longest is not None:
+        least, best, most = axis.shortest, usual or axis.longest, axis.longest
+    else:
         raise EngineError(
             f"an engine needs a greatest length of the axis {name!r}, which the bundle does not say; give --axis "
             f"{name}=MIN:OPT:MAX"
         )
-    least, best, most = wanted or (axis.shortest, usual or axis.longest, axis.longest)
     if not least <= best <= most or any(axis.nearest(length) != length for length in (least, best, most)):
         raise EngineError(f"lengths of {name!r} rise, and are {axis}; got {least}:{best}:{most}")
     return least, best, most

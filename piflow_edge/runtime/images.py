@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from piflow_edge.arrays import Array
+from piflow_edge.arrays import Array, SameArray
 from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.errors import ShapeError
 from piflow_edge.system.pixels import to_eight_bits
@@ -21,7 +21,7 @@ def decode(latents: Array, spec: LatentSpec | None = None) -> np.ndarray:
     return _on_host(decode_there(latents, spec))
 
 
-def decode_there(latents: Array, spec: LatentSpec | None = None) -> Array:
+def decode_there(latents: Array, spec: LatentSpec | None = None) -> SameArray:
     """As `decode`, where the latents lie: of an image in a GPU's memory, bytes are what crosses the bus."""
     pixels = _pixels(latents, spec)
     if not isinstance(pixels, np.ndarray):
@@ -36,7 +36,7 @@ def decode_there(latents: Array, spec: LatentSpec | None = None) -> Array:
     return np.rint(levels, out=levels).transpose(0, 2, 3, 1).astype(np.uint8, order="C")
 
 
-def decode_float_there(latents: Array, spec: LatentSpec | None = None) -> Array:
+def decode_float_there(latents: Array, spec: LatentSpec | None = None) -> SameArray:
     """Latents (B, C, H, W) -> images, float32 (B, H, W, C) from 0 to 1, where the latents lie."""
     pixels = _pixels(latents, spec)
     if not isinstance(pixels, np.ndarray):

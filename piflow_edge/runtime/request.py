@@ -69,9 +69,9 @@ class Request:
     def start_from(self, noise: np.ndarray, piece: slice) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         """Return the state that some images start from, and what `KeptImage` takes: nothing without a mask."""
         x_src, strength = noise, self.settings.strength
-        if self.start is not None and strength < 1:
+        if self.start is not None and strength is not None and strength < 1:
             x_src = (1 - strength) * self.start[piece] + strength * noise
-        if self.drawn is None:
+        if self.drawn is None or self.start is None:
             return x_src, ()
         share = self.drawn[piece].astype(np.float32)
         return x_src, (self.start[piece], np.ceil(share), share, noise)
@@ -110,7 +110,7 @@ def build_request(
     manifest = bundle.manifest
     conditioning = conditioner.encode(condition_request)
     manifest.check_lengths(conditioning)
-    seeds = read_seeds(seed, count_of(conditioning, condition_request.count))
+    seeds = read_seeds(seed, count_of(conditioning, condition_request.count) or 0)
     count = len(seeds)
     settings, schedule = complete_settings(
         settings, manifest, has_image=image is not None, has_mask=mask is not None

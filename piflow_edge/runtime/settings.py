@@ -122,12 +122,12 @@ def describe_untrained(
 
     `trained_nfes`: the calls per image that it was trained for.
     """
-    nfe, strength = settings.nfe, settings.strength
+    nfe, strength = int(schedule.nfe), settings.strength
     if nfe not in trained_nfes and not (spec.or_more and nfe > max(trained_nfes)):
         plural = "s" * (list(trained_nfes) != [1])
         numbers = " or ".join(map(str, trained_nfes)) + " or more" * spec.or_more
         return f"was trained for {numbers} call{plural} per image and runs with {nfe}"
-    if strength == 1:
+    if strength in (None, 1):
         return None
     levels = [_make_schedule(spec, SamplingSettings(nfe=each)).sigmas for each in trained_nfes]
     if any(np.isclose(strength, sigmas).any() for sigmas in levels):
@@ -176,7 +176,7 @@ def _strength(strength: Any, has_image: bool, has_mask: bool, nfe: int) -> float
         )
     if strength is None:
         strength = 1.0
-    elif not (isinstance(strength, numbers.Real) and 0 < strength <= 1):
+    elif not (isinstance(strength, numbers.Real) and 0 < float(strength) <= 1):
         raise ScheduleError(f"strength lies above 0 and up to 1; got {strength!r}")
     if has_mask and strength == 1 and nfe == 1:
         raise ScheduleError(

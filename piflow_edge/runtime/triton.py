@@ -80,7 +80,7 @@ def model_config(manifest: Manifest, name: str, max_batch: int) -> str:
     """The content of `config.pbtxt`: protobuf text of Triton's ModelConfig."""
     shape = manifest.latent.shape
     outputs = [_tensor("latents", "TYPE_FP32", shape)]
-    if manifest.makes_images:
+    if manifest.image_shape is not None:
         channels, height, width = manifest.image_shape
         outputs.append(_tensor("images", "TYPE_UINT8", (height, width, channels)))
     inputs = [_tensor("noise", "TYPE_FP32", shape)]

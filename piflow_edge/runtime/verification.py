@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -158,7 +159,9 @@ def _compare_latents(generator: Generator, golden: dict[str, np.ndarray]) -> lis
     """Latents drawn from the seed, so that the noise is compared too."""
     conditioning, pairs = golden_conditioning(generator.bundle, golden), []
     for size in _batches(generator, golden):
-        wanted = {"arrays": take(conditioning, slice(size))} if conditioning else {"count": size}
+        wanted: dict[str, Any] = {"count": size}
+        if conditioning:
+            wanted = {"arrays": take(conditioning, slice(size))}
         result = generator(**wanted, seed=GOLDEN_SEED, output="latent")
         pairs.append((f"latents, batch {size}", result.latents, golden["latents"][:size]))
     return pairs

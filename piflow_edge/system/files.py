@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -96,7 +96,11 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{os.urandom(4).hex()}")
 
 
-def sha256(data: bytes) -> str:
+# Content of a file: bytes, or a view of a file that the system maps into memory. Python 3.10 has no type for both.
+Content = Any
+
+
+def sha256(data: Content) -> str:
     """SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 

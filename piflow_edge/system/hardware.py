@@ -176,10 +176,10 @@ def _quota_of(folder: Path) -> float:
     if text := read_text(folder / "cpu.max"):
         limit, _, period = text.partition(" ")
     else:
-        limit, period = (read_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        limit, period = (read_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
     try:
         return int(limit) / int(period) if int(limit) > 0 else math.inf
-    except (TypeError, ValueError):  # no such file, or "max"
+    except ValueError:  # no such file, or "max"
         return math.inf
 
 

@@ -63,12 +63,12 @@ def resize_images(images: np.ndarray, height: int | None, width: int | None) -> 
     """Resize images float32 (M, C, H, W), bilinear with antialiasing; None keeps a side."""
     from PIL import Image  # late: most callers keep the size
 
-    height, width = height or images.shape[2], width or images.shape[3]
-    if images.shape[2:] == (height, width):
+    size = (width or images.shape[3], height or images.shape[2])
+    if images.shape[2:] == size[::-1]:
         return images
 
     def resize(plane: np.ndarray) -> np.ndarray:
-        return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
+        return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR))
 
     planes = [resize(np.ascontiguousarray(plane)) for image in images for plane in image]
-    return np.stack(planes).reshape(*images.shape[:2], height, width)
+    return np.stack(planes).reshape(*images.shape[:2], *size[::-1])

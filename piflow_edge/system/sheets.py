@@ -1,7 +1,7 @@
 """Small images, laid out on one sheet to be looked at."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -45,7 +45,7 @@ def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return sheet
 
 
-def side_by_side(rows: dict[str, Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
+def side_by_side(rows: Mapping[str, Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
     """`image_grid` with the rows' names on its left and a heading over every column, cut where it is too long."""
     from PIL import ImageDraw
 

@@ -7,12 +7,11 @@ import pytest
 
 from piflow_edge.bundle.compatibility import RUNTIMES, compatibility, gpu_names
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.engines import Graph
 
-QUANTIZED_AS_IT_COMES = b"\x22\x15DynamicQuantizeLinear"
+QUANTIZED_AS_IT_COMES = ("", "DynamicQuantizeLinear")
 
 
-def bundle_of(opset, precision="fp32", graph=b"", decoder=None):
+def bundle_of(opset, precision="fp32", operators=(), decoder=None):
     """A bundle as far as compatibility asks."""
     manifest = SimpleNamespace(
         networks={name: SimpleNamespace(opset=n) for name, n in (("student", opset), ("decoder", decoder)) if n},
@@ -20,7 +19,9 @@ def bundle_of(opset, precision="fp32", graph=b"", decoder=None):
     )  # fmt: skip
     return SimpleNamespace(
         manifest=manifest,
-        read_network=lambda name, precision: Graph({"student": graph, "decoder": b""}[name]),
+        read_network=lambda name, precision: SimpleNamespace(
+            outline=SimpleNamespace(operators={"student": set(operators), "decoder": set()}[name])
+        ),
     )
 
 
@@ -65,7 +66,7 @@ def test_what_no_document_says_is_unverified():
 
 
 def test_int8_whose_activations_are_quantized_as_they_come_is_not_for_tensorrt():
-    dynamic = answers(17, "int8", b".." + QUANTIZED_AS_IT_COMES + b"..")
+    dynamic = answers(17, "int8", [QUANTIZED_AS_IT_COMES])
     assert dynamic["ONNX Runtime"].answer == "yes"
     for runtime in RUNTIMES:
         assert dynamic[runtime.name].answer == "no"
@@ -82,15 +83,16 @@ def test_int8_on_tensorrt_rtx_leaves_out_turing():
 
 def test_the_kinds_of_nodes_are_found_in_a_real_file():
     onnx = pytest.importorskip("onnx")
-    from piflow_edge.bundle.compatibility import _has_node
+    from piflow_edge.system.onnx_outline import read_outline
 
-    def graph(op_type):
+    def kinds(op_type):
         node = onnx.helper.make_node(op_type, ["DynamicQuantizeLinear"], ["y"], name="DynamicQuantizeLinear")
-        return onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [])).SerializeToString()
+        model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], []))
+        return read_outline(model.SerializeToString()).operators
 
-    assert _has_node(graph("DynamicQuantizeLinear"), "DynamicQuantizeLinear")
+    assert kinds("DynamicQuantizeLinear") == {QUANTIZED_AS_IT_COMES}
     # The name of a tensor or a node is not its kind.
-    assert not _has_node(graph("Identity"), "DynamicQuantizeLinear")
+    assert kinds("Identity") == {("", "Identity")}
 
 
 @pytest.mark.torch

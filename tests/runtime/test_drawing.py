@@ -23,6 +23,11 @@ def event(is_set):
     return SimpleNamespace(is_set=is_set)
 
 
+def keep(drawn):
+    """An image of which a mask without soft parts keeps some."""
+    return KeptImage(noise(seed=1), drawn, drawn, noise(seed=2))
+
+
 def draw_plainly(network, x_t, schedule, settings, renoise, kept_image):
     """The same images by one loop that holds everything, written without the hooks."""
     segments = schedule.segments_below(settings.strength)
@@ -54,9 +59,7 @@ def draw_plainly(network, x_t, schedule, settings, renoise, kept_image):
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_what_surrounds_the_loop_is_the_plain_loop_bit_for_bit(network, h, resamples, strength):
     schedule = Schedule(nfe=3, shift=2.0, total_substeps=40, h=h)
-    kept_image = (
-        None if resamples is None else KeptImage(noise(seed=1), (np.arange(4) > 1) * 1.0, noise(seed=2))
-    )
+    kept_image = None if resamples is None else keep((np.arange(4) > 1) * 1.0)
     settings = SamplingSettings(temperature=0.3, strength=strength, resamples=resamples or 0)
     how = dict(renoise=lambda draw: noise(seed=10 + draw), kept_image=kept_image)
     expected = draw_plainly(network, noise(), schedule, settings, **how)
@@ -124,7 +127,7 @@ def test_keeping_at_every_substep_is_keeping_at_every_call(network, h):
     # of its pieces, here after every substep; without one only where the network is called next.
     schedule = Schedule(nfe=3, total_substeps=30, h=h)
     drawn = (np.arange(4) > 1).astype(float)
-    kept_image = KeptImage(noise(seed=1), drawn, noise(seed=2))
+    kept_image = keep(drawn)
     settings = dict(kept_image=kept_image, renoise=lambda draw: noise(seed=10 + draw))
     states = []
     often = draw(network, noise(), schedule, PLAIN, observer=Observer(states.append, 1), **settings)
@@ -139,7 +142,7 @@ def test_keeping_at_every_substep_is_keeping_at_every_call(network, h):
 
 def test_the_network_sees_what_is_kept_at_the_level_it_is_called():
     drawn = (np.arange(4) > 1).astype(float)
-    kept_image = KeptImage(noise(seed=1), drawn, noise(seed=2))
+    kept_image = keep(drawn)
     seen = []
 
     def network(x_src, sigma_src):
@@ -153,7 +156,7 @@ def test_the_network_sees_what_is_kept_at_the_level_it_is_called():
 
 
 def test_resamples_draw_noise_of_their_own_and_are_counted():
-    kept_image, draws, seen = KeptImage(noise(seed=1), np.array([0.0, 0, 1, 1]), noise(seed=2)), [], []
+    kept_image, draws, seen = keep(np.array([0.0, 0, 1, 1])), [], []
 
     def renoise(draw):
         draws.append(draw)
@@ -199,7 +202,7 @@ def test_asked_to_stop_it_stops_between_substeps():
 
 
 def test_it_hears_while_it_fits_what_is_drawn_to_what_is_kept():
-    known, asked = KeptImage(noise(seed=1), np.array([0.0, 0, 1, 1]), noise(seed=2)), []
+    known, asked = keep(np.array([0.0, 0, 1, 1])), []
     observer = Observer(cancel=event(lambda: asked.append(None)))
     draw(dx_network, noise(), Schedule(nfe=2, total_substeps=128), SamplingSettings(resamples=1), kept_image=known,
          renoise=lambda draw: noise(seed=10 + draw), observer=observer)  # fmt: skip

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,22 +32,22 @@ class AutoencoderKind:
         has_scale: whether latents are scaled by its configuration's `scaling_factor` and `shift_factor`.
     """
 
-    decode: Callable[[nn.Module, Tensor], Tensor]
-    encode: Callable[[nn.Module, Tensor], Tensor] | None = None
-    moments: Callable[[nn.Module], tuple[list[float], list[float]]] | None = None
+    decode: Callable[[Any, Tensor], Tensor]
+    encode: Callable[[Any, Tensor], Tensor] | None = None
+    moments: Callable[[Any], tuple[list[float], list[float]]] | None = None
     has_scale: bool = True
 
 
-def _decode_plainly(module: nn.Module, latents: Tensor) -> Tensor:
+def _decode_plainly(module: Any, latents: Tensor) -> Tensor:
     return module.decode(latents, return_dict=False)[0]
 
 
-def _decode_frame(module: nn.Module, latents: Tensor) -> Tensor:
+def _decode_frame(module: Any, latents: Tensor) -> Tensor:
     """Of an autoencoder for videos: an image is a video of one frame."""
     return module.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
 
 
-def _decode_normalised(module: nn.Module, latents: Tensor) -> Tensor:
+def _decode_normalised(module: Any, latents: Tensor) -> Tensor:
     """Of FLUX.2: latents are normalised patch by patch, the four places of a patch by numbers of their own."""
     squares = functional.pixel_unshuffle(latents, 2)
     mean, variance = (stat.view(1, -1, 1, 1) for stat in (module.bn.running_mean, module.bn.running_var))
@@ -77,7 +78,7 @@ class Autoencoder:
     """
 
     kind: str
-    module: nn.Module
+    module: Any  # of diffusers
     sha256: str
     latent: Latent
     channels: int
@@ -88,7 +89,9 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> latents, not scaled; of a distribution its mean."""
-        return KINDS[self.kind].encode(self.module, images)
+        encode = KINDS[self.kind].encode
+        assert encode is not None, "only its decoder is of use here"
+        return encode(self.module, images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def load_autoencoder(folder: Path) -> Autoencoder:
     settings = {k: v for k, v in config.items() if not k.startswith("_")}
     hashes = [kind, settings, [sha256(file.read_bytes()) for file in weights]]
     digest = sha256(json.dumps(hashes, sort_keys=True).encode())
-    found = module.config
+    found: Any = module.config
     how = KINDS[kind]
     mean, deviation = how.moments(module) if how.moments else ((), ())
     scale, shift = (found.get(name) if how.has_scale else None for name in ("scaling_factor", "shift_factor"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def check_same_latents(settings: Mapping, data: ImageData) -> None:
 def _digits() -> ImageData:
     from sklearn.datasets import load_digits  # slow to import, and only this source needs it
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = (digits.images / 8.0 - 1.0).astype(np.float32)[:, None]  # 0..16 -> -1..1
     return ImageData(
         "digits", images, ClassLabels(tuple("0123456789")), {"labels": digits.target.astype(np.int64)}

@@ -48,8 +48,8 @@ class Journal:
 
     def _write(self, done: int, line: dict[str, float]) -> None:
         # JSON knows no NaN and no infinity.
-        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        self.log.write(json.dumps({"iteration": done, **line}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self.log.write(json.dumps({"iteration": done, **numbers}) + "\n")
         if self.board is not None:
             for name, value in line.items():
                 if value is not None:

@@ -7,13 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, convert_outputs_to_fp32, gather_object
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from piflow_edge.distill.networks.activations import quicken
@@ -97,10 +98,9 @@ class Processes:
             # The times that a network is given do not survive half precision. So inputs stay as they are, and
             # autocast decides by operation, as it does without FSDP; gradients are summed in float32.
             dtype = torch.bfloat16 if self.mixed_precision == "bf16" else torch.float16
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = (
-                torch.distributed.fsdp.MixedPrecisionPolicy(
-                    param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-                )
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         with warnings.catch_warnings():  # torch has renamed what accelerate still calls by its old name
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
@@ -116,7 +116,7 @@ class Processes:
         if self.mixed_precision != "no" and not hasattr(network, "_original_forward"):
             self._autocast(network)
 
-    def _autocast(self, network: nn.Module) -> None:
+    def _autocast(self, network: Any) -> None:
         network._original_forward = forward = network.forward
 
         def in_half(*inputs, **named):
@@ -131,10 +131,10 @@ class Processes:
 
     def mean(self, *values: Tensor | float) -> list[float]:
         """Each number's mean over the processes, the same bits on all of them."""
-        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values])
+        sums = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values])
         if self.count > 1:
-            dist.all_reduce(values)
-        return [value / self.count for value in values.tolist()]
+            dist.all_reduce(sums)
+        return [value / self.count for value in sums.tolist()]
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main process, on all; they wait for it. An error there is raised on all."""
@@ -163,9 +163,10 @@ class Processes:
     def receive(self, tensor: Tensor | None, like: Tensor) -> Tensor:
         """The main process's `tensor`, shared out as `like` is, with its dtype and device. All must ask together."""
         if self.count == 1:
+            assert tensor is not None
             return tensor.to(like)
         whole = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        if self.is_main:
+        if tensor is not None:
             whole.copy_(tensor)
         dist.broadcast(whole, 0)
         if isinstance(like, DTensor):

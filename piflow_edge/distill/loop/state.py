@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class State:
 
     def clip(self, max_norm: float) -> Tensor:
         """Shorten gradients longer than `max_norm`; the length they had, over all processes."""
-        norm = self.processes.accelerator.clip_grad_norm_(self.parameters.values(), max_norm)
+        norm: Any = self.processes.accelerator.clip_grad_norm_(self.parameters.values(), max_norm)
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def step(self, learning_rate: float, decay: float) -> None:
@@ -47,7 +48,9 @@ class State:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        torch._foreach_lerp_(local(self.ema.values()), local(self.parameters.values()), 1 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  # what torch's own averaging calls
+            local(self.ema.values()), local(self.parameters.values()), 1 - decay
+        )
         self.skipped_in_a_row = 0
         self._adjust_scale()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ def train(
     network.train()
     with ExitStack() as stack:
         stopped = stack.enter_context(_ctrl_c_between_steps())
-        journal = None
+        journal: Any = None
         if processes.is_main:
             opened = open_journal(folder, f"training {kind}", config, run, start)
             journal = stack.enter_context(opened)
@@ -233,7 +234,7 @@ def gradients(
     key = np.random.SeedSequence([config.seed, iteration, processes.index])
     torch.manual_seed(int(key.generate_state(1)[0]))
     state.optimizer.zero_grad()
-    total = 0.0
+    total = torch.zeros((), device=processes.device)
     for piece in pieces:
         x_0, conditioning = data.batch(picked[piece], None if draws is None else draws[piece])
         x_0 = torch.from_numpy(x_0).to(processes.device)

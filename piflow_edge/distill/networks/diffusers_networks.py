@@ -128,7 +128,8 @@ class FluxDiffusersNetwork(_PackedNetwork):
 
     def predict_tokens(self, tokens, t, grid, conditioning):
         """See `_PackedNetwork.predict_tokens`."""
-        row, column = (place.to(tokens) for place in count_places(*grid, tokens.device))
+        rows, columns = grid
+        row, column = (place.to(tokens) for place in count_places(rows, columns, tokens.device))
         image_ids = torch.stack([torch.zeros_like(row), row, column], dim=1)
         text_ids = tokens.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3)
         conditioning = {**self.tell_guidance(t), **conditioning}
@@ -156,7 +157,8 @@ class Flux2DiffusersNetwork(FluxDiffusersNetwork):
 
     def predict_tokens(self, tokens, t, grid, conditioning):
         """See `_PackedNetwork.predict_tokens`."""
-        row, column = (place.to(tokens) for place in count_places(*grid, tokens.device))
+        rows, columns = grid
+        row, column = (place.to(tokens) for place in count_places(rows, columns, tokens.device))
         none = torch.zeros_like(row)
         word = torch.arange(conditioning["encoder_hidden_states"].shape[1], device=tokens.device).to(tokens)
         nowhere = torch.zeros_like(word)
@@ -249,7 +251,8 @@ def load_diffusers(
     folder = Path(source)
     inside = {"subfolder": "transformer"} if (folder / "transformer").is_dir() else {}
     try:
-        module = diffusers.AutoModel.from_pretrained(source, torch_dtype=dtype, **inside)
+        load = diffusers.AutoModel.from_pretrained  # pyright: ignore[reportPrivateImportUsage]  # made late
+        module = load(source, torch_dtype=dtype, **inside)
     except Exception as error:  # diffusers and the hub raise many kinds
         raise CheckpointError(f"diffusers cannot load a transformer from {source!r}: {error}") from error
     return wrap_diffusers(module, sample_shape=sample_shape, convention=convention).requires_grad_(False)

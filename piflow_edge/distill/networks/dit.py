@@ -17,13 +17,19 @@ from piflow_edge.distill.configs import NetworkSizes
 from piflow_edge.errors import ShapeError
 
 # Width of the sin/cos time features before their MLP, as in DiT.
-_TIME_FEATURES = 256
+TIME_FEATURES = 256
 # What steers it: class ids (B,), of which the one after the last class is the null class.
 CLASS_INPUT = "labels"
 
 
 class PatchSizes:
-    """What the sizes of a DiT must hold, and the shape that they give; of dataclasses with the fields named here."""
+    """What the sizes of a DiT must hold, and the shape that they give; of dataclasses with these fields."""
+
+    in_channels: int
+    sample_size: int | tuple[int, int]
+    patch_size: int
+    hidden_size: int
+    num_heads: int
 
     def __post_init__(self):
         if self.hidden_size % 4 or self.hidden_size % self.num_heads:
@@ -37,6 +43,11 @@ class PatchSizes:
             raise ShapeError(
                 f"sample_size is a multiple of patch_size; got {self.sample_size} and {self.patch_size}"
             )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.sample_shape[1] // self.patch_size, self.sample_shape[2] // self.patch_size
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -78,7 +89,8 @@ class DiTConfig(PatchSizes):
         null = conditioner.null(1) or {}
         if set(null) != {CLASS_INPUT}:
             return None
-        return cls(shape[0], tuple(shape[1:]), num_classes=int(null[CLASS_INPUT][0]), **sizes)
+        height, width = shape[1:]
+        return cls(shape[0], (height, width), num_classes=int(null[CLASS_INPUT][0]), **sizes)
 
     @property
     def null_label(self) -> int:
@@ -86,32 +98,66 @@ class DiTConfig(PatchSizes):
         return self.num_classes
 
 
-class DiT(nn.Module):
-    """State, time and class -> prediction (B, out_channels, H, W).
+class PatchTransformer(nn.Module):
+    """What both DiTs share: the state as tokens with positions, blocks that may compute again, planes from a head.
 
-    `out_channels` says how many planes the layer `head.out` writes: C, unless a policy head has widened it.
+    Subclasses add `blocks` and `head`. `out_channels` says how many planes the layer `head.out` writes: C, unless a
+    policy head has widened it.
     """
 
-    def __init__(self, config: DiTConfig):
+    positions: Tensor
+    head: "Head"
+
+    def __init__(self, config: PatchSizes):
         super().__init__()
-        self.config, self.out_channels = config, config.in_channels
+        self.out_channels, self._sizes = config.in_channels, config
         width, patch = config.hidden_size, config.patch_size
         self.patch_embed = nn.Conv2d(config.in_channels, width, patch, stride=patch)
-        self.time_mlp = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
-        self.class_embed = nn.Embedding(config.num_classes + 1, width)
-        self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, config.mlp_norm_eps) for _ in range(config.depth)
-        )
-        self.head = Head(width, patch**2 * config.in_channels)
-        rows, columns = (side // patch for side in config.sample_shape[1:])
-        table = position_table(rows, columns, width, (rows, columns))
-        self.register_buffer("positions", table, persistent=False)
+        self.time_mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("positions", position_table(*config.grid, width, config.grid), persistent=False)
         self.checkpoints_gradients = False
-        self._initialise()
 
     def enable_gradient_checkpointing(self) -> None:
         """From now on keep a block's input only, and compute the rest again in the backward pass: slower, smaller."""
         self.checkpoints_gradients = True
+
+    def embed_patches(self, x_t: Tensor) -> Tensor:
+        """Tokens (B, L, D) of states `x_t` (B, C, H, W), with their positions."""
+        tokens, grid = self.patch_embed(x_t).flatten(2).transpose(1, 2), self._grid_of(x_t)
+        if grid == self._sizes.grid:
+            return tokens + self.positions.to(tokens)
+        return tokens + position_table(*grid, self._sizes.hidden_size, self._sizes.grid).to(tokens)
+
+    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """A block's tokens."""
+        if self.checkpoints_gradients and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def read_planes(self, tokens: Tensor, emb: Tensor, x_t: Tensor) -> Tensor:
+        """Planes (B, M, H, W) of the last tokens, modulated by `emb`."""
+        return unpatchify(
+            self.head(tokens, emb), self._grid_of(x_t), self._sizes.patch_size, self.out_channels
+        )
+
+    def _grid_of(self, x_t: Tensor) -> tuple[int, int]:
+        patch = self._sizes.patch_size
+        return x_t.shape[-2] // patch, x_t.shape[-1] // patch
+
+
+class DiT(PatchTransformer):
+    """State, time and class -> prediction (B, out_channels, H, W)."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        self.config = config
+        width = config.hidden_size
+        self.class_embed = nn.Embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, config.mlp_norm_eps) for _ in range(config.depth)
+        )
+        self.head = Head(width, config.patch_size**2 * config.in_channels)
+        self._initialise()
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Prediction at states `x_t` (B, C, H, W), times `t` (B,), class ids (B,)."""
@@ -124,22 +170,10 @@ class DiT(nn.Module):
 
     def predict(self, x_t: Tensor, emb: Tensor) -> Tensor:
         """Prediction at states `x_t`, modulated by `emb`."""
-        patch = self.config.patch_size
-        rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
-        tokens = self.patch_embed(x_t).flatten(2).transpose(1, 2)
-        tokens = tokens + self._positions(rows, columns, tokens)
+        tokens = self.embed_patches(x_t)
         for block in self.blocks:
-            if self.checkpoints_gradients and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, emb, use_reentrant=False)
-            else:
-                tokens = block(tokens, emb)
-        return unpatchify(self.head(tokens, emb), (rows, columns), patch, self.out_channels)
-
-    def _positions(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        trained_on = tuple(side // self.config.patch_size for side in self.config.sample_shape[1:])
-        if (rows, columns) == trained_on:
-            return self.positions.to(like)
-        return position_table(rows, columns, self.config.hidden_size, trained_on).to(like)
+            tokens = self.run_block(block, tokens, emb)
+        return self.read_planes(tokens, emb, x_t)
 
     def _initialise(self):
         for module in self.modules():
@@ -149,6 +183,7 @@ class DiT(nn.Module):
         nn.init.normal_(self.class_embed.weight, std=0.02)
         # adaLN-zero: every block starts as the identity, and the velocity as 0.
         for block in self.blocks:
+            assert isinstance(block, Block)
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.head.modulation.weight)
         nn.init.zeros_(self.head.out.weight)
@@ -207,7 +242,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int, planes: int) -
 
 def time_features(t: Tensor) -> Tensor:
     """[cos, sin] of the time at 128 frequencies from 1 down to 1/10000, (B, 256)."""
-    half = _TIME_FEATURES // 2
+    half = TIME_FEATURES // 2
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000.0) / half))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

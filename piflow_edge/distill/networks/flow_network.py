@@ -93,6 +93,8 @@ class FlowNetwork(nn.Module):
     """
 
     family: ClassVar[str]
+    # Of any library: what it has beside `forward`, its adapter knows.
+    module: Any
 
     def __init__(
         self,
@@ -217,7 +219,8 @@ class FlowNetwork(nn.Module):
                 yield
         finally:
             projection.as_teacher = False
-            self.expect_planes(self.head.num_planes(self.sample_shape[0]))
+            if self.head is not None:
+                self.expect_planes(self.head.num_planes(self.sample_shape[0]))
 
 
 class DiTNetwork(FlowNetwork):
@@ -318,12 +321,10 @@ def attach_policy_head(
     channels, layer = student.sample_shape[0], student._projection()
     wide = widen_layer(layer, head, channels, student.planes, channel_major=student.channel_major, seed=seed)
     student.requires_grad_(lora is None)
+    wide.requires_grad_(True)
     if lora:
         inject_lora(student.module, lora, leave_out=student.output_layer, seed=seed)
         wide = PolicyProjection(wide, teacher=layer)
-    wide.requires_grad_(True)
-    if lora:
-        wide.teacher.requires_grad_(False)
     parent, _, name = student.output_layer.rpartition(".")
     setattr(student.module.get_submodule(parent), name, wide)
     student.expect_planes(head.num_planes(channels))

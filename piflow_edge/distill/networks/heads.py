@@ -4,6 +4,8 @@ A network writes `num_planes` planes of the state's size instead of C. The kind 
 part of it, and gives the widened layer weights with which the student starts as its teacher.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +28,13 @@ class PolicyProjection(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features of the trunk -> output, of the policy or of the teacher."""
-        return self.teacher(features) if self.as_teacher else self.policy(features)
+        layer = self.teacher if self.as_teacher else self.policy
+        assert layer is not None, "only a student that shares its teacher's trunk is switched back"
+        return layer(features)
 
 
 def widen_layer(
-    layer: nn.Linear | nn.Conv2d,
+    layer: nn.Module,
     head: PolicySpec,
     channels: int,
     planes: int,
@@ -77,19 +81,10 @@ def widen_layer(
     )
     weight, bias = ((t if channel_major else t.transpose(0, 1)).flatten(0, 1) for t in tensors)
     if isinstance(layer, nn.Conv2d):
-        wide = nn.Conv2d(
-            layer.in_channels,
-            len(bias),
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            padding_mode=layer.padding_mode,
-        )
+        sizes: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        wide = nn.Conv2d(layer.in_channels, len(bias), *sizes, padding_mode=layer.padding_mode)
     else:
         wide = nn.Linear(layer.in_features, len(bias))
     wide = wide.to(layer.weight)
-    with torch.no_grad():
-        wide.weight.copy_(weight)
-        wide.bias.copy_(bias)
+    wide.load_state_dict({"weight": weight, "bias": bias})
     return wide

@@ -13,6 +13,7 @@ Source: Szegedy et al., Rethinking the Inception architecture, arXiv:1512.00567.
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ _Units = dict[str, tuple[int, int | tuple[int, int]]]
 class Unit(nn.Module):
     """Convolution, batch norm, ReLU."""
 
-    def __init__(self, c_in: int, c_out: int, kernel, stride: int = 1, padding=0):
+    def __init__(self, c_in: int, c_out: int, kernel: Any, stride: int = 1, padding: Any = 0):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,11 @@ def inject_lora(module: nn.Module, config: LoRAConfig, *, leave_out: str, seed: 
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=linear)
+        settings = peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # peft divides by the rank: 1.5 is fine
+            target_modules=linear,
+        )
         peft.inject_adapter_in_model(settings, module)
 
 
@@ -55,16 +60,18 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 def fold_lora(module: nn.Module) -> None:
     """Add the adapters to the weights they adapt, and take them out: the same function, nothing left of peft."""
-    for name, part in list(module.named_modules()):
-        if part in _find_adapted(module):
-            part.merge()
-            parent, _, last = name.rpartition(".")
-            setattr(module.get_submodule(parent), last, part.get_base_layer())
+    names = {part: name for name, part in module.named_modules()}
+    for part in _find_adapted(module):
+        part.merge()
+        parent, _, last = names[part].rpartition(".")
+        setattr(module.get_submodule(parent), last, part.get_base_layer())
 
 
-def _find_adapted(module: nn.Module) -> Sequence[nn.Module]:
-    tuners = _peft().tuners.tuners_utils
-    return [part for part in module.modules() if isinstance(part, tuners.BaseTunerLayer)]
+def _find_adapted(module: nn.Module) -> Sequence[Any]:
+    _peft()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
 
 
 def _examples(module: nn.Module) -> list[str]:

@@ -4,6 +4,8 @@ diffusers cuts its table of complex numbers by the sizes at hand, which an expor
 are computed of positions, in the same float32.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 Rotation = tuple[Tensor, Tensor]
 
 
-def use_real_rotations(transformer: nn.Module) -> None:
+def use_real_rotations(transformer: Any) -> None:
     """Let a `QwenImageTransformer2DModel` compute its positions here, in place."""
     transformer.pos_embed = CentredPositions(transformer.pos_embed.theta, transformer.pos_embed.axes_dim)
     for block in transformer.transformer_blocks:
@@ -52,12 +54,12 @@ class RealAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Rotation, Rotation] | None = None,
+        image_rotary_emb: Any = None,
         text_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Image tokens (B, L, D) and text tokens (B, T, D), of which `text_mask` are seen -> both, attended."""

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from piflow_edge.conditioning import Conditioner
 
-from .dit import Head, PatchSizes, modulate, position_table, time_features, unpatchify
+from .dit import Head, PatchSizes, PatchTransformer, modulate, time_features
 from .flow_network import Convention, FlowNetwork
 
-_TIME_FEATURES = 256
 # Added to the scores of tokens that are not to be seen: its exponential is 0, in fp16 too.
 _HIDDEN = -1e4
 # What steers it: hidden states (B, T, D), a mask (B, T), pooled vectors (B, P).
@@ -64,37 +62,25 @@ class TextDiTConfig(PatchSizes):
         if set(widths) != set(TEXT_INPUTS):
             return None
         hidden, _, pooled = (widths[name] for name in TEXT_INPUTS)
-        return cls(shape[0], tuple(shape[1:]), text_size=hidden, pooled_size=pooled, **sizes)
+        height, width = shape[1:]
+        return cls(shape[0], (height, width), text_size=int(hidden), pooled_size=int(pooled), **sizes)
 
 
-class TextDiT(nn.Module):
-    """State, time and text -> prediction (B, out_channels, H, W).
-
-    `out_channels` says how many planes the layer `head.out` writes: C, unless a policy head has widened it.
-    """
+class TextDiT(PatchTransformer):
+    """State, time and text -> prediction (B, out_channels, H, W)."""
 
     def __init__(self, config: TextDiTConfig):
-        super().__init__()
-        self.config, self.out_channels = config, config.in_channels
-        width, patch = config.hidden_size, config.patch_size
-        self.patch_embed = nn.Conv2d(config.in_channels, width, patch, stride=patch)
-        self.time_mlp = nn.Sequential(nn.Linear(_TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        super().__init__(config)
+        self.config = config
+        width = config.hidden_size
         self.text_embed = nn.Sequential(nn.LayerNorm(config.text_size), nn.Linear(config.text_size, width))
         self.pooled_embed = nn.Sequential(
             nn.LayerNorm(config.pooled_size), nn.Linear(config.pooled_size, width)
         )
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(TextBlock(width, config.num_heads) for _ in range(config.depth))
-        self.head = Head(width, patch**2 * config.in_channels)
-        rows, columns = (side // patch for side in config.sample_shape[1:])
-        table = position_table(rows, columns, width, (rows, columns))
-        self.register_buffer("positions", table, persistent=False)
-        self.checkpoints_gradients = False
+        self.head = Head(width, config.patch_size**2 * config.in_channels)
         self._initialise()
-
-    def enable_gradient_checkpointing(self) -> None:
-        """From now on keep a block's input only, and compute the rest again in the backward pass: slower, smaller."""
-        self.checkpoints_gradients = True
 
     def forward(
         self,
@@ -108,10 +94,7 @@ class TextDiT(nn.Module):
 
         The text: hidden states (B, T, D), a mask (B, T) that is 0 for padding, pooled vectors (B, P).
         """
-        patch = self.config.patch_size
-        rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
-        tokens = self.patch_embed(x_t).flatten(2).transpose(1, 2)
-        tokens = tokens + self._positions(rows, columns, tokens)
+        tokens = self.embed_patches(x_t)
         time = self.time_mlp(time_features(t).to(tokens.dtype))
         emb = F.silu(time + self.pooled_embed(pooled_projections))
         table = self.modulation(emb).unflatten(-1, (6, -1))
@@ -121,17 +104,8 @@ class TextDiT(nn.Module):
         seen = torch.cat([seen.new_ones(seen.shape[0], tokens.shape[1]), seen], dim=1)[:, None, None, :]
         mask = torch.where(seen, 0.0, _HIDDEN).to(tokens.dtype)
         for block in self.blocks:
-            if self.checkpoints_gradients and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, text, mask, table, use_reentrant=False)
-            else:
-                tokens = block(tokens, text, mask, table)
-        return unpatchify(self.head(tokens, emb), (rows, columns), patch, self.out_channels)
-
-    def _positions(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        trained_on = tuple(side // self.config.patch_size for side in self.config.sample_shape[1:])
-        if (rows, columns) == trained_on:
-            return self.positions.to(like)
-        return position_table(rows, columns, self.config.hidden_size, trained_on).to(like)
+            tokens = self.run_block(block, tokens, text, mask, table)
+        return self.read_planes(tokens, emb, x_t)
 
     def _initialise(self) -> None:
         for module in self.modules():

@@ -214,13 +214,13 @@ def build_text_encoder(
         getattr(text_model.config, "max_position_embeddings", None) or _MAX_TOKENS,
         _MAX_TOKENS,
     )
-    own = {
+    own: dict[str, Any] = {
         "max_tokens": longest,
         "pad_id": tokenizer.pad_token_id or 0,
         "pad_left": tokenizer.padding_side == "left",
     }
-    pooled = {} if family.pool else {"pooled_input": None}
-    spec = TextEncoderSpec(name, **(own | pooled | dict(family.defaults or {}) | settings))
+    pooled: dict[str, Any] = {} if family.pool else {"pooled_input": None}
+    spec = TextEncoderSpec(name, **own | pooled | dict(family.defaults or {}) | settings)
     module = EncoderModule(text_model.eval().requires_grad_(False), spec.layers, family.pool)
     return TextEncoder(spec, tokenizer_json(tokenizer), module)
 

@@ -5,6 +5,7 @@ authors' exporter names `DX...` and their loader by diffusers' own names.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,11 @@ _PLACES = 4
 _LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
-class _Mixture:
+class _Mixture(DiffusersNetwork):
     """Adds the log-std, which a small network makes of what modulates the base's output, as the last plane."""
+
+    embed_time: Any  # of the base
+    module: Any
 
     def predict(self, x_t, t, conditioning):
         """See `FlowNetwork.predict`."""
@@ -78,7 +82,7 @@ ADAPTERS: dict[str, tuple[str, type[DiffusersNetwork]]] = {
 
 def join_adapter(
     files: OfficialFiles,
-    base: nn.Module,
+    base: Any,
     sample_shape: tuple[int, ...],
     *,
     guidance: float | None = None,
@@ -109,7 +113,7 @@ def join_adapter(
     layers = [name for name in files.weights if not name.endswith((_LORA_A, _LORA_B))]
     merge_lora(base, files.weights, strength)
     _replace_layers(base, files, layers, head)
-    network = kind(base, sample_shape)
+    network: Any = kind(base, sample_shape)
     network.head = head
     if guidance is not None:
         network.guidance_embedding = guidance

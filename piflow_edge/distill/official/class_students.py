@@ -1,6 +1,7 @@
 """`GMDiTTransformer2DModelV2` and `DXDiTTransformer2DModel`: the authors' class-conditional students as our DiT."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class MixtureDiT(DiT):
 class PlainNodesNetwork(DiTNetwork):
     """A DX student whose nodes, or coefficients, are all velocities, as the authors' are."""
 
-    def split(self, head, planes, x_t, level):
+    def split(self, head: Any, planes, x_t, level):
         """See `FlowNetwork.split`."""
         return (planes.unflatten(1, (head.num_nodes, -1)),)
 

@@ -1,5 +1,7 @@
 """The authors' output layers as ours: one layer for means and log-weights, and what gives the log-std beside it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +77,7 @@ def build_logstd(files: OfficialFiles, *, activated: bool = False) -> nn.Module:
 
 def build_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return a linear layer with these weights."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return layer

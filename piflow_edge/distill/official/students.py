@@ -82,8 +82,8 @@ def _read_class_student(files: OfficialFiles, published: Published | None, sourc
 def describe_source(source: str, published: Published | None, network: FlowNetwork) -> dict[str, Any]:
     """What a bundle records of where its student came from; no folder of this machine."""
     known = {"hub_id": published.hub_id, "base": published.base} if published else {}
-    return {"source": find_local(source).name if find_local(source) else source, **known,
-            "sha256": network.fingerprint()}  # fmt: skip
+    local = find_local(source)
+    return {"source": local.name if local else source, **known, "sha256": network.fingerprint()}
 
 
 def _guess_class(files: OfficialFiles) -> str:

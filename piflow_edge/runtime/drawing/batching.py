@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from piflow_edge.engines import Engine
+from piflow_edge.engines import OpenNetwork
 
 
-def cut_batches(count: int, size: int, engine: Engine) -> Iterator[slice]:
+def cut_batches(count: int, size: int, engine: OpenNetwork) -> Iterator[slice]:
     """Cuts for as few calls of up to `size` samples as the engine allows, all of about one size: of 10 for an engine of
     4 to 8 it takes 5 and 5, where 8 would leave 2."""
     most = max(engine.min_batch, min(size, engine.max_batch or size))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from piflow_edge.bundle.manifest import Manifest
-from piflow_edge.engines import Engine
+from piflow_edge.engines import OpenNetwork
 from piflow_edge.errors import NotFiniteError
 from piflow_edge.kernels import gpu_arrays
 from piflow_edge.runtime.images import decode_float_there, decode_there
@@ -21,11 +21,12 @@ _DECODED_PIXELS = 1 << 20
 class Decoding:
     """What makes images of a bundle's latents: its decoder, opened in one precision, or None for latents of pixels."""
 
-    def __init__(self, manifest: Manifest, decoder: Engine | None, precision: str):
+    def __init__(self, manifest: Manifest, decoder: OpenNetwork | None, precision: str):
         self._manifest, self._decoder, self._precision = manifest, decoder, precision
 
     def inputs(self, latents: Any) -> dict[str, Any]:
         """What the decoder is fed for latents (B, C, H, W) as the student gives them: scaled back."""
+        assert self._manifest.decoder is not None
         (given,) = self._manifest.decoder.inputs
         return {given.name: self._manifest.latent.restore(latents)}
 
@@ -43,12 +44,13 @@ class Decoding:
             found[f"images.{i}"] = convert(decoded)
         return found
 
-    def with_decoder(self, decoder: Engine | None) -> "Decoding":
+    def with_decoder(self, decoder: OpenNetwork | None) -> "Decoding":
         """The same with another way to run the decoder."""
         return Decoding(self._manifest, decoder, self._precision)
 
     def _pieces(self, latents: Any) -> Iterator[slice]:
         manifest, (*_, rows, columns) = self._manifest, latents.shape
+        assert manifest.image_shape is not None and self._decoder is not None
         _, height, width = manifest.image_shape
         _, usual_rows, usual_columns = manifest.latent.shape
         pixels = height * width * rows * columns // (usual_rows * usual_columns)
@@ -69,18 +71,19 @@ class Decoding:
         return join_arrays(images)
 
     def _decode(self, latents: Any, convert: Callable[..., Any]) -> Any:
+        assert self._decoder is not None
         (decoded,) = self._decoder.run(self.inputs(latents)).values()
         check_finite(decoded, "the decoder", self._manifest, self._precision, self._decoder)
         return convert(decoded)
 
 
-def check_finite(array: Any, network: str, manifest: Manifest, precision: str, engine: Engine) -> None:
+def check_finite(array: Any, network: str, manifest: Manifest, precision: str, engine: OpenNetwork) -> None:
     """NotFiniteError for NaN and infinity: they would be black, or whatever the processor makes of them."""
     if not gpu_arrays.all_finite(array):
         raise not_finite(network, manifest, precision, engine)
 
 
-def not_finite(network: str, manifest: Manifest, precision: str, engine: Engine) -> NotFiniteError:
+def not_finite(network: str, manifest: Manifest, precision: str, engine: OpenNetwork) -> NotFiniteError:
     """The error that says which network made NaN or infinity."""
     return NotFiniteError(
         f"{network} of bundle {manifest.name!r} in {precision} on {engine.name} made NaN or infinity; load it in "

@@ -56,7 +56,7 @@ class KeptImage:
 def count_calls(schedule: Schedule, settings: SamplingSettings) -> int:
     """Return the network calls of a loop, those of `resamples` included."""
     segments = schedule.segments_below(settings.strength)
-    return len(segments) + settings.resamples * sum(segment.sigma_src < 1 for segment in segments)
+    return len(segments) + (settings.resamples or 0) * sum(segment.sigma_src < 1 for segment in segments)
 
 
 def resample_before_calls(
@@ -72,7 +72,7 @@ def resample_before_calls(
 
     The draws of that noise follow after one for each segment. Source: RePaint, arXiv:2201.09865.
     """
-    segments, repeats = schedule.segments_below(settings.strength), settings.resamples
+    segments, repeats = schedule.segments_below(settings.strength), settings.resamples or 0
 
     def enter(x_t: Array, index: int) -> Array:
         sigma_src = segments[index].sigma_src

@@ -1,16 +1,16 @@
 """From noise to latents: the sampling loop, with all that surrounds it in a generator's call."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from piflow_edge.arrays import Array
+from piflow_edge.arrays import Array, SameArray
 from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import Conditioning, take
-from piflow_edge.engines import Engine
+from piflow_edge.engines import OpenNetwork
 from piflow_edge.errors import ScheduleError
 from piflow_edge.integrator import Integrate
 from piflow_edge.kernels import gpu_arrays
@@ -28,18 +28,18 @@ from .stopwatch import Stopwatch
 class Student:
     """The student network, opened. States and outputs lie where the engine works."""
 
-    def __init__(self, manifest: Manifest, engine: Engine):
+    def __init__(self, manifest: Manifest, engine: OpenNetwork):
         self._manifest, self._engine = manifest, engine
 
-    def inputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, Array]:
+    def inputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, SameArray]:
         """Return what the network is fed at states `x_t` (B, C, H, W)."""
         return self._manifest.network_inputs(x_t, sigma_t, conditioning)
 
-    def outputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, Array]:
+    def outputs(self, x_t: Array, sigma_t: float, conditioning: Conditioning) -> dict[str, SameArray]:
         """Call the network: its raw outputs at states `x_t`."""
         return self._engine.run(self.inputs(x_t, sigma_t, conditioning))
 
-    def as_policy(self, outputs: dict[str, Array], x_src: Array, sigma_src: float) -> Policy:
+    def as_policy(self, outputs: Mapping[str, SameArray], x_src: Array, sigma_src: float) -> Policy:
         """Return the policy that outputs at `x_src` stand for."""
         return self._manifest.policy.policy(outputs, x_src, sigma_src)
 
@@ -130,8 +130,9 @@ def draw(
             watch.wrap_integrate(integrate, report=False),
             watch.wrap_integrate(integrate_kept, report=True),
         )
-    hooks = {} if renoise is None else {"renoise": renoise}
+    hooks: dict[str, Any] = {} if renoise is None else {"renoise": renoise}
     if kept_image is not None:
-        x_src = kept_image.put_into(x_src, settings.strength)
-        hooks["enter"] = resample_before_calls(kept_image, network, integrate, renoise, schedule, settings)
+        x_src = kept_image.put_into(x_src, settings.strength or 1.0)
+        draw_fresh = renoise or Hooks.renoise
+        hooks["enter"] = resample_before_calls(kept_image, network, integrate, draw_fresh, schedule, settings)
     return sample(network, x_src, schedule, settings, Hooks(integrate=integrate_kept, **hooks))

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from piflow_edge.arrays import Array
+from piflow_edge.arrays import Array, SameArray
 from piflow_edge.errors import Cancelled, ScheduleError
 from piflow_edge.integrator import Integrate, integrate
 from piflow_edge.policies import Policy
@@ -154,7 +154,7 @@ class Watch:
             )
 
 
-def _on_host(array: Array) -> Array:
+def _on_host(array: SameArray) -> SameArray:
     return array.to_host() if hasattr(array, "to_host") else array
 
 

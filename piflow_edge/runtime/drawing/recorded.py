@@ -31,7 +31,7 @@ _MOST_GRAPHS = 4
 # Kinds of images whose first coming is remembered.
 _MOST_KINDS = 64
 
-Compute = Callable[[dict[str, DeviceArray]], dict[str, DeviceArray]]
+Compute = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class RecordedComputation:
@@ -94,14 +94,14 @@ class RecordedComputation:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         pinned = nvidia.PinnedMemory(self._place.ordinal, max(1, size))
         self._held.append(pinned)
-        return np.frombuffer(pinned.bytes, dtype, size // dtype.itemsize).reshape(shape)
+        return np.frombuffer(memoryview(pinned.bytes), dtype, size // dtype.itemsize).reshape(shape)
 
 
 class _OnGpu:
     """An engine whose other inputs are brought to the GPU once, where they are kept."""
 
     def __init__(self, engine: Engine):
-        self._engine = engine
+        self._engine, self.name, self.device = engine, engine.name, engine.device
         self.min_batch, self.max_batch = engine.min_batch, engine.max_batch
 
     def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class ImageGraphs:
     def _record(
         self, key: tuple, request: Request, shown: str, inputs: Mapping[str, np.ndarray]
     ) -> RecordedComputation | None:
-        def compute(given: dict[str, DeviceArray]) -> dict[str, DeviceArray]:
+        def compute(given: dict[str, Any]) -> dict[str, Any]:
             steers = {name: array for name, array in given.items() if name != "x_src"}
             latents = draw(
                 lambda x_t, sigma_t: self._student.policy(x_t, sigma_t, steers),

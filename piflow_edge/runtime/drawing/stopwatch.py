@@ -16,7 +16,8 @@ class Stopwatch:
     """
 
     def __init__(self, wait: Callable[[], None] | None = None):
-        self.ms, self._wait = dict.fromkeys((*STAGES, "total"), 0.0), wait
+        self.ms: dict[str, float] = dict.fromkeys((*STAGES, "total"), 0.0)
+        self._wait = wait
 
     @property
     def waits(self) -> bool:

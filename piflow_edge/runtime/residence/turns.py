@@ -20,7 +20,8 @@ class Turns:
 
     def __init__(self, open_network: Callable[[str], Engine]):
         self._open, self._lock = open_network, threading.RLock()
-        self._name, self._engine = "", None
+        self._name = ""
+        self._engine: Engine | None = None
         self._is_closed = False
 
     def take(self, name: str) -> "TurnEngine":
@@ -42,12 +43,11 @@ class Turns:
     def _turn_to(self, name: str) -> Engine:
         if self._is_closed:
             raise EngineError(f"the {name} is closed; load the bundle again")
-        if self._name != name:
+        if self._engine is None or self._name != name:
             self._free()  # first: both together may not fit
             log.info("opening the %s", name)
             began = time.perf_counter()
-            self._engine = self._open(name)
-            self._name = name
+            self._engine, self._name = self._open(name), name
             log.info("the %s is open, after %.1f s", name, time.perf_counter() - began)
         return self._engine
 
@@ -58,7 +58,7 @@ class Turns:
 
 
 class TurnEngine:
-    """One of the networks of `Turns` as an `Engine`. What it says of itself stays known while it is not open."""
+    """One of the networks of `Turns`, opened. What it says of itself stays known while it is not open."""
 
     def __init__(self, turns: Turns, network: str, opened: Engine):
         self._turns, self._network = turns, network

@@ -142,7 +142,7 @@ class Batcher:
                 return
             if error is not None:
                 job.future.set_exception(error)
-            else:
+            elif result is not None:
                 job.future.set_result(result)
 
     def _look_on(self, batch: Sequence[Job], done: Progress) -> None:

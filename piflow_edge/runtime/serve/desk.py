@@ -197,10 +197,11 @@ async def encode_previews(images: np.ndarray) -> list[str]:
 
 def _encode_result(result: Result, format: str) -> list[Picture]:
     pictures = []
-    for i, image in enumerate(as_pil(result.images)):
+    assert result.seeds is not None, "nobody gives noise over HTTP"
+    for i, (image, (seed, index)) in enumerate(zip(as_pil(result.images), result.seeds, strict=True)):
         recipe = result.recipe.of(i)
         content = encode_picture(image, f".{format}", recipe)
-        pictures.append(Picture(content, *result.seeds[i], recipe.as_json()))
+        pictures.append(Picture(content, seed, index, recipe.as_json()))
     return pictures
 
 
