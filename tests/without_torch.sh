@@ -6,7 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 packages="setuptools>=77 wheel pytest pytest-xdist hypothesis cryptography jsonschema numpy pillow onnxruntime click rich array-api-compat \
-onnx filelock packaging tokenizers starlette uvicorn prometheus-client httpx"
+onnx filelock packaging tokenizers starlette uvicorn prometheus-client httpx2"
 
 find_python() { # VERSION -> an interpreter that starts
     for found in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python; do

@@ -132,7 +132,7 @@ def test_a_body_that_does_not_come(monkeypatch):
         yield b"{"
         await anyio.sleep(5)
 
-    import httpx
+    import httpx2
     from anyio.from_thread import start_blocking_portal
 
     from piflow_edge.runtime.serve.web_app import build_app
@@ -140,8 +140,8 @@ def test_a_body_that_does_not_come(monkeypatch):
     app = build_app([gaussian_generator()], ServeSettings())
 
     async def post():
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        transport = httpx2.ASGITransport(app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post("/v1/generate", content=never(), headers=JSON)
 
     with start_blocking_portal() as portal:
