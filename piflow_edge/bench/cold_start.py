@@ -98,7 +98,9 @@ def _student(task):
 
 
 def build_example(conditioner, batch: int) -> dict:
-    """Return what a generator is asked for: its conditioner's example, or so many images where nothing steers."""
+    """Return what a generator is asked for: example prompts, other examples, or a count where nothing steers."""
+    if prompts := conditioner.example_prompts(batch):
+        return {"prompt": prompts}
     example = conditioner.example(batch)
     return {"arrays": example} if example else {"count": batch}
 

@@ -27,11 +27,11 @@ from piflow_edge.system.hardware import jetson_release, nvidia_gpus, power_state
 from .findings import OK, PROBLEM, WARNING, Finding
 from .nvidia_findings import PACKAGES as NVIDIA_PACKAGES
 from .nvidia_findings import driver_cuda_version, jetson_findings, missing_library, nvidia_findings
-from .package_findings import package_findings, python_finding
+from .package_findings import package_findings, prompts_finding, python_finding
 
 _PACKAGES = (
     "piflow-edge", "numpy", "pillow", "click", "rich", "array-api-compat", *ort_package.PACKAGES, "openvino",
-    *NVIDIA_PACKAGES[1:], "torch", "onnx", "diffusers",
+    *NVIDIA_PACKAGES[1:], "torch", "onnx", "diffusers", "tokenizers",
 )  # fmt: skip
 # Sends the network to a cloud service; nothing here uses it, and it loads without one.
 _REMOTE_PROVIDERS = {"AzureExecutionProvider"}
@@ -61,6 +61,7 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
     findings = [
         python_finding(sys.version_info[:3]),
         *package_findings(installed),
+        prompts_finding(installed),
         runtime_finding(installed),
         *telemetry_finding(installed),
         *provider_findings(installed),

@@ -62,6 +62,21 @@ def package_findings(installed: dict[str, str]) -> list[Finding]:
     return [listed, *dict.fromkeys(findings)]
 
 
+def prompts_finding(installed: dict[str, str]) -> Finding:
+    """Whether bundles that read prompts can do so here."""
+    command = "pip install 'piflow-edge[text]'"
+    if "tokenizers" not in installed:
+        return Finding(
+            "prompts", WARNING, "tokenizers is not installed, which bundles need to read prompts", command
+        )
+    try:
+        importlib.import_module("tokenizers")
+    except Exception as error:  # a broken one raises whatever it stumbles over
+        command = "pip install --force-reinstall tokenizers"
+        return Finding("prompts", PROBLEM, f"tokenizers does not load: {error}", command)
+    return Finding("prompts", OK, f"tokenizers {installed['tokenizers']}")
+
+
 def _requirement_findings(requirement) -> list[Finding]:
     """What is wrong with one package that piflow-edge asks for; one of an extra may be absent."""
     from packaging.version import Version

@@ -49,6 +49,14 @@ def test_python_is_judged_by_its_version(running, status):
     assert finding.status == status and (finding.fix is None) == (status == OK)
 
 
+def test_without_tokenizers_the_command_that_gets_them_is_told(monkeypatch):
+    missing = package_findings.prompts_finding({})
+    assert missing.status == WARNING and missing.fix == "pip install 'piflow-edge[text]'"
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # as one that does not load
+    broken = package_findings.prompts_finding({"tokenizers": "0.23.3"})
+    assert broken.status == PROBLEM and broken.fix == "pip install --force-reinstall tokenizers"
+
+
 def test_the_handwritten_model_is_valid_and_the_identity():
     onnx = pytest.importorskip("onnx")
     model = onnx.load_from_string(doctor.identity_model())

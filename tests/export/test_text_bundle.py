@@ -1,5 +1,8 @@
 """A student that reads prompts: exported with its text encoder, verified, and sampled by prompt without PyTorch."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 
@@ -9,14 +12,18 @@ pytest.importorskip("transformers")
 import torch
 
 import piflow_edge as pf
+from piflow_edge.bench.cold_start import build_example
 from piflow_edge.conditioning import ConditionRequest
 from piflow_edge.distill.networks.flow_network import attach_policy_head
 from piflow_edge.distill.networks.text_dit import TextDiTConfig, TextDiTNetwork
 from piflow_edge.distill.networks.text_encoders import open_prompts
 from piflow_edge.distill.sources import StudentModel
+from piflow_edge.doctor.examination import bundle_finding
+from piflow_edge.engines import open_engine, read_graph_file
 from piflow_edge.errors import BundleError, ConditioningError, DataError
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import GMPolicySpec
+from tests.commands.test_cli import invoke
 from tests.helpers.text_encoders import tiny_text_encoder
 
 pytestmark = pytest.mark.torch
@@ -39,9 +46,8 @@ def make_text_student():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles") / "text"
-    rows = export_bundle(
-        make_text_student(), folder, encoders=[tiny_text_encoder("bert")], precisions=("fp32", "fp16")
-    )
+    settings = {"precisions": ("fp32", "fp16"), "samplers": [2]}
+    rows = export_bundle(make_text_student(), folder, encoders=[tiny_text_encoder("bert")], **settings)
     assert all(row.passed for row in rows)
     assert {"tokens", "encodings"} <= {row.layer for row in rows}
     return folder
@@ -72,6 +78,61 @@ def test_prompts_drawn_together_are_what_they_are_alone_to_the_bit(folder):
             alone = generator(prompts[i], seed=i, output="latent")
             np.testing.assert_array_equal(result.latents, alone.latents)
             assert result.recipe == alone.recipe
+
+
+def test_a_sampler_graph_takes_encodings_in_triton_too(folder, tmp_path):
+    from piflow_edge.bundle.folder import Bundle
+    from piflow_edge.runtime.triton import write_model
+
+    model = write_model(Bundle(folder), tmp_path)
+    config = (model / "config.pbtxt").read_text()
+    for name, kind, dims in [
+        ("encoder_hidden_states", "FP32", "40, 32"),
+        ("encoder_attention_mask", "INT64", "40"),
+        ("pooled_projections", "FP32", "32"),
+    ]:
+        assert f'name: "{name}"\n    data_type: TYPE_{kind}\n    dims: [ {dims} ]' in config
+    graph = open_engine(read_graph_file(model / "1" / "model.onnx"), engine="ort-cpu")
+    with pf.load(folder) as generator:
+        drawn = generator("a cat", seed=4, nfe=2, output="numpy")
+        encoded = generator.conditioner.encode(ConditionRequest(prompts="a cat"))
+    noise = pf.philox_normal(4, [0], (3, 16, 16))
+    made = graph.run({"noise": noise, **encoded})["images"]
+    assert np.abs(made.astype(int) - drawn.images).max() <= 1
+
+
+def test_the_timed_example_is_a_prompt_and_a_bundle_shows_some(folder):
+    with pf.load(folder) as generator:
+        assert build_example(generator.conditioner, 2) == {"prompt": list(EXAMPLES[:2])}
+    shown = invoke("inspect", folder).output
+    assert "'a red apple', 'a cat with a hat'" in shown
+
+
+def test_without_tokenizers_doctor_tells_the_command_that_gets_them(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    finding = bundle_finding(folder)
+    assert finding.status == "problem" and finding.fix == "pip install 'piflow-edge[text]'"
+
+
+def test_evaluate_reads_captions_with_the_bundles_own_encoder(folder, tmp_path):
+    from piflow_edge.distill.data.datasets import load_images
+    from piflow_edge.distill.data.encodings import encode_captions
+    from piflow_edge.export.feature_extractor import train_prompt_features
+
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (200, 16, 16, 3), dtype=np.uint8)
+    captions = np.array([f"a red apple number {number}" for number in range(200)])
+    np.savez(tmp_path / "data.npz", images=images, captions=captions, labels=np.arange(200) % 2)
+    prompts = open_prompts([tiny_text_encoder("bert")], examples=EXAMPLES)
+    data = encode_captions(load_images(str(tmp_path / "data.npz")), prompts, "tiny")
+    _, beside = train_prompt_features(data, tmp_path / "pair.onnx", epochs=1)
+    pair = ("--features", tmp_path / "pair.onnx", "--prompt-features", tmp_path / "pair.onnx", beside)
+    settings = ("--data", tmp_path / "data.npz", "--no-teacher", "--images", 100, "--json")
+    answer = json.loads(invoke("evaluate", folder, *settings, *pair).stdout)
+    (score,) = answer["scores"]
+    assert 0 <= score["prompt_accuracy"] <= 1 and -1 <= score["prompt_similarity"] <= 1
+    assert len(score["class_diversity"]) == 25 and set(score["class_diversity"]) <= set(captions.tolist())
+    assert answer["conditions"]["prompt_features"]["other_prompts"] == 24
 
 
 def test_the_recipe_holds_the_prompt_and_makes_the_picture_again(folder, tmp_path):
