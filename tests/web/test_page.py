@@ -128,6 +128,8 @@ def serving():
     """A function that serves digits by the command, and returns the address."""
     processes = []
 
+    pytest.importorskip("starlette", reason="a server needs the 'serve' extra")
+
     def start(*options: str) -> str:
         command = [sys.executable, "-m", "piflow_edge.cli", "serve", "digits", "--port", "0", *options]
         processes.append(

@@ -9,11 +9,6 @@ import piflow_edge as pf
 from piflow_edge.errors import EngineError
 from tests.helpers.gaussian import GaussianEngine, gaussian_generator
 
-pytest.importorskip("starlette", reason="a server needs the 'serve' extra")
-pytest.importorskip("uvicorn", reason="a server needs the 'serve' extra")
-pytest.importorskip("prometheus_client", reason="a server needs the 'serve' extra")
-pytest.importorskip("httpx2", reason="starlette's test client needs it")
-
 # Only `localhost` is let in, and the test client calls itself "testserver".
 ADDRESS = "http://localhost"
 

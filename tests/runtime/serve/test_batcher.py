@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
 
+pytest.importorskip("starlette", reason="a server needs the 'serve' extra")
+pytest.importorskip("prometheus_client", reason="a server needs the 'serve' extra")
+pytest.importorskip("httpx2", reason="starlette's test client needs it")
+
 from piflow_edge import PiFlowError, SamplingSettings
 from piflow_edge.errors import ShapeError
 from piflow_edge.runtime.serve.batcher import Batcher

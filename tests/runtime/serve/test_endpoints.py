@@ -16,6 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("starlette", reason="a server needs the 'serve' extra")
+pytest.importorskip("prometheus_client", reason="a server needs the 'serve' extra")
+pytest.importorskip("httpx2", reason="starlette's test client needs it")
+
 from piflow_edge.errors import BundleError, UsageError
 from piflow_edge.runtime.recipe import parse_recipe
 from piflow_edge.runtime.serve.limits import ServeSettings

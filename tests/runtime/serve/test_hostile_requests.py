@@ -5,6 +5,10 @@ import time
 
 import pytest
 
+pytest.importorskip("starlette", reason="a server needs the 'serve' extra")
+pytest.importorskip("prometheus_client", reason="a server needs the 'serve' extra")
+pytest.importorskip("httpx2", reason="starlette's test client needs it")
+
 from piflow_edge.errors import UsageError
 from piflow_edge.runtime.serve.limits import ServeSettings
 from tests.helpers.gaussian import gaussian_generator
