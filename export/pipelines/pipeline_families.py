@@ -17,12 +17,14 @@ class EncoderPlace:
         folder, tokenizer: subfolders of the pipeline.
         name: of the encoder in the bundle.
         settings: fields of `TextEncoderSpec`, as the pipeline's own code has them.
+        system: what the pipeline tells a chat model before the prompt; the tokenizer's own template puts both together.
     """
 
     folder: str
     tokenizer: str
     name: str
     settings: Mapping[str, Any]
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,29 @@ _QWEN = PipelineFamily(
     ),
 )  # fmt: skip
 
+# Prompts are filled up to 512 tokens and the padding is handed on unmasked, as FLUX.2 was trained.
+_FLUX_2_SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+_FLUX_2 = PipelineFamily(
+    "Flux2Transformer2DModel",
+    (
+        EncoderPlace(
+            "text_encoder", "tokenizer", "mistral3",
+            {"mask_input": None, "pooled_input": None, "max_tokens": 512, "pad_to_max": True, "fixed_length": True,
+             "layers": (10, 20, 30)},
+            system=_FLUX_2_SYSTEM,
+        ),
+    ),
+)  # fmt: skip
+
 FAMILIES: dict[str, PipelineFamily] = {
     "FluxPipeline": _FLUX,
+    "Flux2Pipeline": _FLUX_2,
     "QwenImagePipeline": _QWEN,
     # As the authors' own code saves them.
     "PiFluxPipeline": _FLUX,
+    "PiFlux2Pipeline": _FLUX_2,
     "PiQwenImagePipeline": _QWEN,
 }

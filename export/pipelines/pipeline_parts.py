@@ -10,7 +10,12 @@ import torch
 
 from piflow_edge.distill.data.autoencoder import Autoencoder, load_autoencoder
 from piflow_edge.distill.networks.diffusers_networks import load_module
-from piflow_edge.distill.networks.text_encoders import TextEncoder, load_text_encoder, open_prompts
+from piflow_edge.distill.networks.text_encoders import (
+    TextEncoder,
+    load_text_encoder,
+    open_prompts,
+    read_chat_template,
+)
 from piflow_edge.distill.official.adapters import join_adapter
 from piflow_edge.distill.official.checkpoint_files import read_official_files
 from piflow_edge.distill.official.hub import find_files
@@ -18,7 +23,7 @@ from piflow_edge.distill.official.published import Published, find_published
 from piflow_edge.distill.official.students import ADAPTER_FILES, SUBSTEP_RULE, describe_source
 from piflow_edge.distill.student_model import StudentModel
 from piflow_edge.errors import CheckpointError
-from piflow_edge.export.pipelines.pipeline_families import FAMILIES, PipelineFamily
+from piflow_edge.export.pipelines.pipeline_families import FAMILIES, EncoderPlace, PipelineFamily
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +80,7 @@ def read_pipeline(
     published = find_published(adapter)
     _tell_license(published)
     autoencoder = load_autoencoder(folder / "vae")
-    encoders = [
-        load_text_encoder(
-            folder / place.folder, tokenizer=folder / place.tokenizer, name=place.name, **place.settings
-        )
-        for place in family.encoders
-    ]
+    encoders = [_load_encoder(folder, place) for place in family.encoders]
     module = load_module(folder / "transformer", family.transformer)
     shape = _latent_shape(module, autoencoder, size or family.size)
     guidance = published.guidance if published else None
@@ -103,6 +103,14 @@ def read_pipeline(
         sides=(min(_SHORTEST, *shape[1:]), max(_LONGEST, *shape[1:]), _PACKED),
     )
     return PipelineParts(student, autoencoder, encoders, published.base_license if published else None)
+
+
+def _load_encoder(folder: Path, place: EncoderPlace) -> TextEncoder:
+    words = folder / place.tokenizer
+    chat = {} if place.system is None else {"template": read_chat_template(words, place.system)}
+    return load_text_encoder(
+        folder / place.folder, tokenizer=words, name=place.name, **{**place.settings, **chat}
+    )
 
 
 def _find_family(folder: Path) -> PipelineFamily:

@@ -54,8 +54,8 @@ def test_noise_is_that_of_python_to_the_bit(ask):
         np.testing.assert_array_equal(as_floats(found["answer"]).view(np.int32), expected.view(np.int32))
 
 
-@pytest.mark.parametrize("h", [0.0, 0.5, "inf"])
-def test_segments_are_those_of_python(ask, h):
+@pytest.mark.parametrize(("h", "rule"), [(0.0, "round"), (0.0, "ceil"), (0.5, "ceil"), ("inf", "round")])
+def test_segments_are_those_of_python(ask, h, rule):
     cases = [(1, 1.0, 1.0, 128), (4, 3.2, 1.0, 128), (3, 1.5, 0.5, 10), (8, 2.0, 2.0, 3)]
     names = ("nfe", "shift", "finalStepSizeScale", "totalSubsteps")
     answers = ask(
@@ -63,6 +63,7 @@ def test_segments_are_those_of_python(ask, h):
             {
                 "command": "segments",
                 "h": "Infinity" if h == "inf" else h,
+                "substepRule": rule,
                 **dict(zip(names, case, strict=True)),
             }
             for case in cases
@@ -71,7 +72,7 @@ def test_segments_are_those_of_python(ask, h):
     for case, found in zip(cases, answers, strict=True):
         from piflow_edge.sampling import substep_levels
 
-        schedule = Schedule(*case, h)
+        schedule = Schedule(*case, h, rule)
         assert len(found["answer"]) == schedule.nfe
         for segment, planned in zip(schedule.segments, found["answer"], strict=True):
             np.testing.assert_allclose(planned["sigmas"], substep_levels(segment, schedule.shift), rtol=1e-12)
@@ -107,7 +108,7 @@ def test_policies_lead_where_those_of_python_lead(ask, spec, temperature):
     ]  # fmt: skip
     in_double = {name: array.astype(np.float64) for name, array in outputs.items()}
     for (src, dst, steps), found in zip(cases, ask(*commands), strict=True):
-        policy = spec.policy(in_double, x_src.astype(np.float64), src).tempered(temperature)
+        policy = spec.policy(in_double, x_src.astype(np.float64), src).temper(temperature)
         expected = integrate(policy, x_src.astype(np.float64), np.linspace(src, dst, steps + 1))
         # Both in float64; the end is rounded to float32 once.
         scale = np.abs(expected).max()

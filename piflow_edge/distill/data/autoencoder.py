@@ -222,7 +222,7 @@ def _config(folder: Path) -> dict:
         raise DataError(f"{folder / 'config.json'} cannot be read: {error}") from error
     kind = config.get("_class_name") if isinstance(config, dict) else None
     if kind not in KINDS:
-        raise DataError(f"an autoencoder is an {' or an '.join(KINDS)}; {folder} holds {kind!r}")
+        raise DataError(f"an autoencoder is one of {', '.join(KINDS)}; {folder} holds {kind!r}")
     moments = ("latents_mean", "latents_std")
     if not KINDS[kind].moments and (key := next((k for k in moments if config.get(k) is not None), None)):
         raise DataError(

@@ -68,6 +68,7 @@ FAMILIES: dict[str, EncoderFamily] = {
     "qwen2": EncoderFamily("Qwen2Model", defaults=_DECODER),
     "qwen3": EncoderFamily("Qwen3Model", defaults=_DECODER),
     "qwen2_5_vl": EncoderFamily("Qwen2_5_VLModel", text_model="language_model", defaults=_DECODER),
+    "mistral3": EncoderFamily("Mistral3Model", text_model="language_model", defaults=_DECODER),
 }
 
 
@@ -223,6 +224,29 @@ def build_text_encoder(
     spec = TextEncoderSpec(name, **own | pooled | dict(family.defaults or {}) | settings)
     module = EncoderModule(text_model.eval().requires_grad_(False), spec.layers, family.pool)
     return TextEncoder(spec, tokenizer_json(tokenizer), module)
+
+
+def read_chat_template(source: str | Path, system: str) -> str:
+    """Return the text that a chat model's tokenizer puts around a prompt, "{}", after a system's message.
+
+    Special tokens that the tokenizer adds by itself are left out.
+
+    Raises:
+        CheckpointError: the tokenizer has no chat template, or one that leaves the prompt out.
+    """
+    words = _transformers().AutoTokenizer.from_pretrained(source)
+    parts = {"system": system, "user": "{}"}
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in parts.items()]
+    try:
+        text = words.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
+    except Exception as error:  # the template is a program of the tokenizer's maker
+        raise CheckpointError(
+            f"the tokenizer in {source} has no chat template that can be used: {error}"
+        ) from error
+    if text.count("{}") != 1:
+        raise CheckpointError(f"the chat template of the tokenizer in {source} does not hold the prompt once")
+    added = words("")["input_ids"]
+    return text.removeprefix(words.decode(added)) if added else text
 
 
 def tokenizer_json(tokenizer: Any) -> bytes:

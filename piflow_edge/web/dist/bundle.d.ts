@@ -21,6 +21,8 @@ export interface Manifest {
         total_substeps: number;
         h: number | string;
         temperature: number | string;
+        /** Not in bundles of older releases, which rounded. */
+        substep_rule?: "round" | "ceil";
     };
     conditioning: any;
     latent: {
@@ -32,6 +34,12 @@ export interface Manifest {
         deviation: number[];
         packing: number;
     };
+    /** How long named axes may be. */
+    axes: Record<string, {
+        min: number;
+        max: number | null;
+        multiple_of: number;
+    }>;
     networks: Record<string, NetworkSpec>;
     assets: Record<string, string>;
     precisions: string[];
@@ -40,6 +48,10 @@ export interface Manifest {
         size: number;
     }>;
 }
+/** Name of the network that makes images of latents. */
+export declare const DECODER = "decoder";
+/** Height and width of the images; of a bundle that makes several sizes the usual one. */
+export declare function imageSize({ networks, latent, axes }: Manifest): [number, number];
 export interface OpenOptions {
     /** SHA-256 that `bundle.json` must have: then nobody but its maker can change the bundle. */
     sha256?: string;

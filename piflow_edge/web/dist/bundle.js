@@ -6,6 +6,22 @@ const FORMAT = 5;
 const MANIFEST_LIMIT = 1 << 20;
 /** The last lines of a manifest: its own checksum, which is that of everything else. */
 const OWN_CHECKSUM = /,\n  "sha256": "([0-9a-f]{64})"\n\}\n$/;
+/** Name of the network that makes images of latents. */
+export const DECODER = "decoder";
+/** Height and width of the images; of a bundle that makes several sizes the usual one. */
+export function imageSize({ networks, latent, axes }) {
+    const made = networks[DECODER]?.outputs[0].shape ?? latent.shape;
+    const sides = [
+        ["height", "image_height"],
+        ["width", "image_width"],
+    ];
+    return sides.map(([side, imageSide], i) => {
+        const length = made[made.length - 2 + i];
+        if (typeof length === "number")
+            return length;
+        return (latent.shape[1 + i] * axes[imageSide].multiple_of) / axes[side].multiple_of;
+    });
+}
 export class Bundle {
     manifest;
     sha256;

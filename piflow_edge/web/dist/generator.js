@@ -1,5 +1,5 @@
 /** The generator an app embeds: a bundle, opened, that makes images. */
-import { Bundle } from "./bundle.js";
+import { Bundle, DECODER, imageSize } from "./bundle.js";
 import { openConditioner } from "./conditioning.js";
 import { Cancelled, RequestError } from "./errors.js";
 import { drawNoise } from "./noise.js";
@@ -10,7 +10,6 @@ import { readPolicy } from "./policies/index.js";
 import { planSegments, publishedTemperature } from "./schedule.js";
 import { importOrt, Session } from "./sessions.js";
 import { RELEASE } from "./release.js";
-const DECODER = "decoder";
 const STUDENT = "student";
 /** Images that share a network call. */
 const BATCH_SIZE = 16;
@@ -165,7 +164,7 @@ class Drawing {
             const spec = this.bundle.manifest.networks[DECODER];
             const outputs = await this.sessions[DECODER].run({ [spec.inputs[0].name]: { data, shape } });
             data = outputs[spec.outputs[0].name];
-            shape = [shape[0], ...spec.outputs[0].shape.slice(1)];
+            shape = [shape[0], spec.outputs[0].shape[1], ...imageSize(this.bundle.manifest)];
         }
         const images = toPixels(data, shape).map((pixels, i) => new Image(pixels, recipes[i]));
         timings.decode += performance.now() - before;
@@ -173,7 +172,7 @@ class Drawing {
     }
     /** The settings with nothing left open, and what they make. */
     plan(options) {
-        const { schedule, latent, networks } = this.bundle.manifest;
+        const { schedule } = this.bundle.manifest;
         const nfe = options.nfe ?? schedule.nfe;
         const substeps = options.substeps ?? schedule.total_substeps;
         const h = options.h ?? schedule.h;
@@ -188,8 +187,9 @@ class Drawing {
             finalStepSizeScale: schedule.final_step_size_scale,
             totalSubsteps: substeps,
             h: Number(h === "inf" ? Infinity : h),
+            substepRule: schedule.substep_rule,
         });
-        const [height, width] = (networks[DECODER]?.outputs[0].shape ?? latent.shape).slice(-2);
+        const [height, width] = imageSize(this.bundle.manifest);
         const rest = { solver: "euler", strength: 1, resamples: 0, height, width };
         return { segments, temperature, settings: { nfe, substeps, temperature, h, ...rest } };
     }

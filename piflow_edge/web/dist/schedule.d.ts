@@ -5,12 +5,15 @@ export interface Segment {
     /** Factors of the state and of fresh noise after the last substep; null where none is added. */
     renoise: [number, number] | null;
 }
+/** How a segment's share of the substeps becomes a whole number; `SUBSTEP_RULES` of the Python module. */
+export type SubstepRule = "round" | "ceil";
 export interface ScheduleSettings {
     nfe: number;
     shift: number;
     finalStepSizeScale: number;
     totalSubsteps: number;
     h: number;
+    substepRule?: SubstepRule;
 }
 /** Noise level at a raw time. */
 export declare function warp(rawT: number, shift: number): number;

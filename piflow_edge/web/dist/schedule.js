@@ -1,6 +1,11 @@
 /** Time: where the network is called, and what happens in between. The formulas are those of `piflow_edge/schedule.py`. */
 import { RequestError } from "./errors.js";
 const RENOISE_EPS = 1e-6;
+const WHOLE = 1e-6;
+const SUBSTEP_RULES = {
+    round: roundHalfToEven,
+    ceil: (count) => Math.ceil(count - WHOLE), // a whole number stays, whatever warp and unwarp rounded
+};
 /** Noise level at a raw time. */
 export function warp(rawT, shift) {
     return (shift * rawT) / (1 + (shift - 1) * rawT);
@@ -16,6 +21,7 @@ export function publishedTemperature(nfe) {
 /** One segment per network call, in order. */
 export function planSegments(settings) {
     const { nfe, shift, finalStepSizeScale, totalSubsteps, h } = settings;
+    const countOf = SUBSTEP_RULES[settings.substepRule ?? "round"];
     checkWhole("nfe", nfe);
     checkWhole("substeps", totalSubsteps);
     if (!(h >= 0))
@@ -23,9 +29,10 @@ export function planSegments(settings) {
     const base = 1 / (nfe - 1 + finalStepSizeScale);
     const levels = Array.from({ length: nfe }, (_, i) => warp(Math.max(1 - i * base, 0), shift));
     levels.push(0);
-    return levels.slice(0, -1).map((src, i) => planSegment(src, levels[i + 1], shift, totalSubsteps, h));
+    const count = (rawTime) => Math.max(countOf(totalSubsteps * rawTime), 1);
+    return levels.slice(0, -1).map((src, i) => planSegment(src, levels[i + 1], shift, count, h));
 }
-function planSegment(src, next, shift, totalSubsteps, h) {
+function planSegment(src, next, shift, count, h) {
     let m = 1;
     let dst = next;
     if (h > 0) {
@@ -35,7 +42,7 @@ function planSegment(src, next, shift, totalSubsteps, h) {
     }
     const start = unwarp(src, shift);
     const end = unwarp(dst, shift);
-    const substeps = Math.max(roundHalfToEven(totalSubsteps * (start - end)), 1);
+    const substeps = count(start - end);
     const sigmas = Float64Array.from({ length: substeps + 1 }, (_, i) => warp(Math.max(start + (end - start) * (i / substeps), 0), shift));
     sigmas[0] = src; // exactly, whatever warp and unwarp rounded
     sigmas[substeps] = dst;

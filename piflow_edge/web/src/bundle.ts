@@ -33,6 +33,8 @@ export interface Manifest {
     total_substeps: number;
     h: number | string;
     temperature: number | string;
+    /** Not in bundles of older releases, which rounded. */
+    substep_rule?: "round" | "ceil";
   };
   conditioning: any;
   latent: {
@@ -44,10 +46,29 @@ export interface Manifest {
     deviation: number[];
     packing: number;
   };
+  /** How long named axes may be. */
+  axes: Record<string, { min: number; max: number | null; multiple_of: number }>;
   networks: Record<string, NetworkSpec>;
   assets: Record<string, string>;
   precisions: string[];
   files: Record<string, { sha256: string; size: number }>;
+}
+
+/** Name of the network that makes images of latents. */
+export const DECODER = "decoder";
+
+/** Height and width of the images; of a bundle that makes several sizes the usual one. */
+export function imageSize({ networks, latent, axes }: Manifest): [number, number] {
+  const made = networks[DECODER]?.outputs[0].shape ?? latent.shape;
+  const sides = [
+    ["height", "image_height"],
+    ["width", "image_width"],
+  ];
+  return sides.map(([side, imageSide], i) => {
+    const length = made[made.length - 2 + i];
+    if (typeof length === "number") return length;
+    return (latent.shape[1 + i] * axes[imageSide].multiple_of) / axes[side].multiple_of;
+  }) as [number, number];
 }
 
 export interface OpenOptions {

@@ -1,6 +1,6 @@
 /** The generator an app embeds: a bundle, opened, that makes images. */
 
-import { Bundle, type OpenOptions } from "./bundle.js";
+import { Bundle, DECODER, imageSize, type OpenOptions } from "./bundle.js";
 import { openConditioner, type Asked, type Conditioner } from "./conditioning.js";
 import { Cancelled, RequestError } from "./errors.js";
 import { drawNoise, type Seed } from "./noise.js";
@@ -12,7 +12,6 @@ import { planSegments, publishedTemperature, type Segment } from "./schedule.js"
 import { importOrt, Session, type Arrays, type SessionOptions } from "./sessions.js";
 import { RELEASE } from "./release.js";
 
-const DECODER = "decoder";
 const STUDENT = "student";
 /** Images that share a network call. */
 const BATCH_SIZE = 16;
@@ -238,7 +237,7 @@ class Drawing {
       const spec = this.bundle.manifest.networks[DECODER];
       const outputs = await this.sessions[DECODER].run({ [spec.inputs[0].name]: { data, shape } });
       data = outputs[spec.outputs[0].name];
-      shape = [shape[0], ...(spec.outputs[0].shape.slice(1) as number[])];
+      shape = [shape[0], spec.outputs[0].shape[1] as number, ...imageSize(this.bundle.manifest)];
     }
     const images = toPixels(data, shape).map((pixels, i) => new Image(pixels, recipes[i]));
     timings.decode += performance.now() - before;
@@ -247,7 +246,7 @@ class Drawing {
 
   /** The settings with nothing left open, and what they make. */
   private plan(options: GenerateOptions): Plan {
-    const { schedule, latent, networks } = this.bundle.manifest;
+    const { schedule } = this.bundle.manifest;
     const nfe = options.nfe ?? schedule.nfe;
     const substeps = options.substeps ?? schedule.total_substeps;
     const h = options.h ?? (schedule.h as number | "inf");
@@ -262,8 +261,9 @@ class Drawing {
       finalStepSizeScale: schedule.final_step_size_scale,
       totalSubsteps: substeps,
       h: Number(h === "inf" ? Infinity : h),
+      substepRule: schedule.substep_rule,
     });
-    const [height, width] = (networks[DECODER]?.outputs[0].shape ?? latent.shape).slice(-2) as [number, number];
+    const [height, width] = imageSize(this.bundle.manifest);
     const rest = { solver: "euler" as const, strength: 1, resamples: 0, height, width };
     return { segments, temperature, settings: { nfe, substeps, temperature, h, ...rest } };
   }

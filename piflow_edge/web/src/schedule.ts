@@ -3,6 +3,7 @@
 import { RequestError } from "./errors.js";
 
 const RENOISE_EPS = 1e-6;
+const WHOLE = 1e-6;
 
 /** What one network call covers: `sigmas` are the noise levels of its substeps, from the level it is called at. */
 export interface Segment {
@@ -11,12 +12,21 @@ export interface Segment {
   renoise: [number, number] | null;
 }
 
+/** How a segment's share of the substeps becomes a whole number; `SUBSTEP_RULES` of the Python module. */
+export type SubstepRule = "round" | "ceil";
+
+const SUBSTEP_RULES: Record<SubstepRule, (count: number) => number> = {
+  round: roundHalfToEven,
+  ceil: (count) => Math.ceil(count - WHOLE), // a whole number stays, whatever warp and unwarp rounded
+};
+
 export interface ScheduleSettings {
   nfe: number;
   shift: number;
   finalStepSizeScale: number;
   totalSubsteps: number;
   h: number;
+  substepRule?: SubstepRule;
 }
 
 /** Noise level at a raw time. */
@@ -37,16 +47,24 @@ export function publishedTemperature(nfe: number): number {
 /** One segment per network call, in order. */
 export function planSegments(settings: ScheduleSettings): Segment[] {
   const { nfe, shift, finalStepSizeScale, totalSubsteps, h } = settings;
+  const countOf = SUBSTEP_RULES[settings.substepRule ?? "round"];
   checkWhole("nfe", nfe);
   checkWhole("substeps", totalSubsteps);
   if (!(h >= 0)) throw new RequestError(`h is a number, 0 or more, or Infinity; got ${h}`);
   const base = 1 / (nfe - 1 + finalStepSizeScale);
   const levels = Array.from({ length: nfe }, (_, i) => warp(Math.max(1 - i * base, 0), shift));
   levels.push(0);
-  return levels.slice(0, -1).map((src, i) => planSegment(src, levels[i + 1], shift, totalSubsteps, h));
+  const count = (rawTime: number) => Math.max(countOf(totalSubsteps * rawTime), 1);
+  return levels.slice(0, -1).map((src, i) => planSegment(src, levels[i + 1], shift, count, h));
 }
 
-function planSegment(src: number, next: number, shift: number, totalSubsteps: number, h: number): Segment {
+function planSegment(
+  src: number,
+  next: number,
+  shift: number,
+  count: (rawTime: number) => number,
+  h: number,
+): Segment {
   let m = 1;
   let dst = next;
   if (h > 0) {
@@ -56,7 +74,7 @@ function planSegment(src: number, next: number, shift: number, totalSubsteps: nu
   }
   const start = unwarp(src, shift);
   const end = unwarp(dst, shift);
-  const substeps = Math.max(roundHalfToEven(totalSubsteps * (start - end)), 1);
+  const substeps = count(start - end);
   const sigmas = Float64Array.from({ length: substeps + 1 }, (_, i) =>
     warp(Math.max(start + (end - start) * (i / substeps), 0), shift),
   );

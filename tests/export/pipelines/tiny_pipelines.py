@@ -93,3 +93,46 @@ def _qwen_config(text):
 
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
     return transformers.Qwen2_5_VLConfig(text_config=text.config.to_dict(), vision_config=vision)
+
+
+# Which hidden states of the tiny encoder are joined; of the real one 10, 20 and 30.
+FLUX_2_LAYERS = (0, 1, 2)
+_CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{{ c['text'] }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+)
+
+
+def save_flux_2_pipeline(folder: Path) -> Path:
+    """A FLUX.2 pipeline of some ten thousand weights; images of twice the latents' size."""
+    import copy
+
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    transformer = diffusers.Flux2Transformer2DModel(
+        **_SMALL, in_channels=16, num_single_layers=1, joint_attention_dim=3 * 32, timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    words = copy.deepcopy(transformers_tokenizer("qwen"))
+    words.chat_template, words.padding_side, words.pad_token = _CHAT, "left", "<|endoftext|>"
+    small = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "head_dim": 16}
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(
+            **small, vocab_size=len(words), num_hidden_layers=3, num_key_value_heads=1
+        ),
+        vision_config=transformers.PixtralVisionConfig(
+            **small, num_hidden_layers=1, image_size=28, patch_size=14
+        ),
+    )
+    encoder = transformers.Mistral3ForConditionalGeneration(config)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    diffusers.Flux2Pipeline(scheduler, vae, encoder, words, transformer).save_pretrained(folder)
+    return folder
