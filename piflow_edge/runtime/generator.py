@@ -86,6 +86,11 @@ class Generator:
         known = {nfe for nfe in several if type(nfe) is int and nfe > 0}
         return tuple(sorted({*known, schedule.nfe}))
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether images of a kind that came before are one CUDA graph, which a callback cuts into its calls."""
+        return self._graphs is not None
+
     def __call__(
         self,
         subject: Any = None,

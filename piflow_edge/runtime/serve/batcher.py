@@ -8,6 +8,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from piflow_edge.errors import Cancelled
 from piflow_edge.runtime.drawing.observer import Progress
@@ -124,11 +125,12 @@ class Batcher:
             return batch
 
     def _draw(self, batch: Sequence[Job]) -> None:
+        # Not without need where it would cost more than a batch that nobody waits for.
+        is_watched = not self._generator.is_recorded or any(job.on_progress for job in batch)
+        look_on = partial(self._look_on, batch) if is_watched else None
         try:
             results = self._generator.make_together(
-                [job.request for job in batch],
-                output="numpy",
-                callback=lambda done: self._look_on(batch, done),
+                [job.request for job in batch], output="numpy", callback=look_on
             )
         except Cancelled:
             return  # nobody waits for any of them

@@ -148,3 +148,20 @@ def test_progress_is_of_the_jobs_own_images(max_batch):
                 images[first : first + len(preview)] = preview
         np.testing.assert_array_equal(images, job.future.result(0).images)
         assert sorted(set(calls)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("on_progress, is_watched", [(None, False), (lambda progress: None, True)])
+def test_recorded_images_are_watched_only_for_those_who_look(monkeypatch, on_progress, is_watched):
+    """A callback would cut a CUDA graph of a whole image into its calls."""
+    generator, watched = gaussian_generator(), []
+    make = generator.make_together
+    monkeypatch.setattr(type(generator), "is_recorded", True)
+    monkeypatch.setattr(
+        generator,
+        "make_together",
+        lambda *given, callback, **more: watched.append(callback) or make(*given, **more),
+    )
+    batcher = Batcher(generator, Counters(), max_batch=4, max_waiting=8)
+    submit(batcher, generator, on_progress=on_progress).future.result(10)
+    batcher.close()
+    assert [callback is not None for callback in watched] == [is_watched]
