@@ -306,8 +306,9 @@ def inspect(bundle, as_json):
 
     from piflow_edge.bundle.compatibility import compatibility, gpu_names
     from piflow_edge.bundle.folder import Bundle
+    from piflow_edge.runtime.drawing.recorded_memory import estimate_recorded_memory
 
-    from .description import describe_manifest, describe_networks
+    from .description import describe_manifest, describe_networks, describe_recorded_memory
 
     opened = Bundle(bundle)
     opened.check_graphs()
@@ -315,13 +316,16 @@ def inspect(bundle, as_json):
     answers = compatibility(opened)
     if as_json:
         signed = vars(signature) if signature else None
-        emit({**asdict(manifest), "signature": signed, "compatibility": [vars(row) for row in answers]})
+        recorded = estimate_recorded_memory(manifest)
+        emit({**asdict(manifest), "signature": signed, "compatibility": [vars(row) for row in answers],
+              "recorded_image_bytes": recorded and recorded._asdict()})  # fmt: skip
         return
     from rich.table import Table
 
     table = Table(title=f"bundle {manifest.name}", show_header=False)
     for key, value in describe_manifest(manifest).items():
         table.add_row(key, value)
+    table.add_row("recorded on a GPU", describe_recorded_memory(manifest))
     table.add_row("signed by", str(signature or "nobody"))
     show(table)
     table = Table("network", "inputs", "outputs", "opset", "files", title="networks")

@@ -1,7 +1,10 @@
 """A manifest in words, for people."""
 
+from rich.filesize import decimal
+
 from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import TensorSpec
+from piflow_edge.runtime.drawing.recorded_memory import MOST_GRAPHS, estimate_recorded_memory
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, str]:
@@ -29,6 +32,16 @@ def describe_manifest(manifest: Manifest) -> dict[str, str]:
         "licence": manifest.license,
         "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
     }
+
+
+def describe_recorded_memory(manifest: Manifest) -> str:
+    """Return what the CUDA graphs of whole images take, with engine `tensorrt`."""
+    found = estimate_recorded_memory(manifest)
+    if found is None:
+        return "depends on what is drawn"
+    device, pinned = map(decimal, found)
+    kinds = f"up to {MOST_GRAPHS} kinds of calls"
+    return f"{device} of the GPU, {pinned} of the host, for one image a call, besides the engine; {kinds}"
 
 
 def describe_networks(manifest: Manifest) -> list[tuple[str, str, str, str, str]]:

@@ -176,6 +176,11 @@ class Pool:
     def __init__(self, ordinal: int):
         self._ordinal, self._memories, self._next = ordinal, [], 0
 
+    @property
+    def size(self) -> int:
+        """Bytes of all its memory."""
+        return builtins.sum(memory.size for memory in self._memories)
+
     @contextmanager
     def lending(self) -> Iterator[None]:
         """Take the memory of all arrays that this thread makes from here, from the first on."""

@@ -335,6 +335,7 @@ class PinnedMemory:
     def __init__(self, ordinal: int, size: int):
         with _alone, current(ordinal) as driver:
             self.pointer = int(_done(driver.cuMemHostAlloc(size, 0)))
+        self.size = size
         self.bytes = (ctypes.c_char * size).from_address(self.pointer)
         self._free = _give_back(self, ordinal, lambda driver, at: driver.cuMemFreeHost(at), self.pointer)
 

@@ -83,6 +83,7 @@ class TestOnABundle:
         assert answer["schedule"]["nfe"] == 2
         assert {row["answer"] for row in answer["compatibility"]} <= {"yes", "no", "unverified"}
         assert answer["signature"] is None
+        assert 0 < answer["recorded_image_bytes"]["pinned"] < answer["recorded_image_bytes"]["device"]
         text = run("inspect", shared_bundle).stdout
         assert "network calls per image" in text and "TensorRT 8.6" in text and "nobody" in text
         assert json.loads(run("inspect", "--schema").stdout)["additionalProperties"] is False

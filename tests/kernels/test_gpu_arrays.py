@@ -436,10 +436,15 @@ for order in range(3):
         check(labels=labels, seed=seed, output="numpy", launches=1 if order or seed > 1 else None)
 fake.fake_set_order(0)
 assert len(graphs) == 1
+from piflow_edge.runtime.drawing.recorded_memory import estimate_recorded_memory
+for seed in range(2):
+    generator(labels=[1, 2, 3, 4], seed=seed, output="numpy")  # as many as the engine takes: none is added inside
+*_, graph = graphs.values()
+assert graph.memory == estimate_recorded_memory(generator.bundle.manifest, 4), graph.memory
 for output in ("float", "latent"):
     for seed in range(3):
         check(labels=[1, 2], seed=seed, output=output, temperature=0.3)
-assert len(graphs) == 3
+assert len(graphs) == 4
 
 # Nothing is computed between network and rollout but in the kernel of the rollout.
 before = fake.fake_count(8), fake.fake_count(9)
@@ -458,7 +463,7 @@ for count in range(1, 5):
         for seed in range(2):
             check(labels=list(range(count)), seed=seed, output="numpy", substeps=substeps)
     held.append(counts()["bytes"])
-assert len(graphs) == recorded._MOST_GRAPHS and held[-1] < 2 * held[0], held
+assert len(graphs) == recorded.MOST_GRAPHS and held[-1] < 2 * held[0], held
 
 # Who looks on or stops cuts an image at its calls; noise between calls and masks are not recorded.
 seen = []

@@ -22,12 +22,11 @@ from piflow_edge.runtime.request import Request
 
 from .decoding import Decoding
 from .latents import Student, draw
+from .recorded_memory import MOST_GRAPHS, RecordedMemory
 from .stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
-# Graphs that are kept, those used longest ago go first: each has its own memory for states and images.
-_MOST_GRAPHS = 4
 # Kinds of images whose first coming is remembered.
 _MOST_KINDS = 64
 
@@ -67,6 +66,12 @@ class RecordedComputation:
         self._recording.launch(self._place.stream)
         nvidia.wait_for(self._place.stream)
         return self._outputs
+
+    @property
+    def memory(self) -> RecordedMemory:
+        """What it holds."""
+        pinned = sum(held.size for held in self._held if isinstance(held, nvidia.PinnedMemory))
+        return RecordedMemory(self._pool.size, pinned)
 
     def free(self) -> None:
         """Give its memory back, before the engines that it runs are closed."""
@@ -201,7 +206,7 @@ class ImageGraphs:
             images = self._decoding.queue_images(latents, as_float=shown == "float")
             return {"latents": latents, **images}
 
-        while len(self._graphs) >= _MOST_GRAPHS:
+        while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)[1].free()
         try:
             self._graphs[key] = RecordedComputation(self._place, inputs, compute)
