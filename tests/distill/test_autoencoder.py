@@ -159,7 +159,7 @@ class TestFolder:
 
     def test_another_class(self, copy):
         self.configure(copy, _class_name="UNet2DModel")
-        self.assert_refused(copy, "an one of AutoencoderKL, AutoencoderTiny, .*; .* holds 'UNet2DModel'")
+        self.assert_refused(copy, "is one of AutoencoderKL, AutoencoderTiny, .*; .* holds 'UNet2DModel'")
 
     def test_a_scale_for_each_channel(self, copy):
         self.configure(copy, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
