@@ -234,7 +234,13 @@ def export_cost(found: Mapping) -> str:
             line.get("cpu_ratio") and times(line["cpu_ratio"]), peak and f"{peak / 1000:.2f}",
         ))  # fmt: skip
     heads = ["weights", "stage", "s", "processor s", "processor time over torch.onnx.export's", "peak GB"]
-    return table(heads, rows)
+    load = found["load_at_the_end"]
+    busy = (
+        f"\n\nOther work was done meanwhile (load {load:.1f}): seconds of the clock are too long."
+        if load and load > 2.5
+        else ""
+    )
+    return table(heads, rows) + busy
 
 
 def noise(found: Mapping) -> str:
