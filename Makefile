@@ -52,7 +52,7 @@ lint: $(VENV)/.tools
 	@mkdir -p build/types
 	@cp -R piflow_edge build/types/
 	@cp -R engines export build/types/piflow_edge/
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # From the wheel: in the source tree engines/ and export/ lie beside the package they are part of.
 docs: $(VENV)/.tools

@@ -55,18 +55,7 @@ def draft_manifest(
         format_version=FORMAT_VERSION,
         name=name,
         policy=head if settings.eps is None else replace(head, eps=settings.eps),
-        schedule=ScheduleSpec(
-            nfe=student.nfes[-1],  # of several it was trained for, the best
-            shift=student.shift,
-            final_step_size_scale=student.final_step_size_scale,
-            total_substeps=student.total_substeps,
-            h=0.0,
-            temperature=settings.temperature,
-            substep_rule=student.substep_rule,
-            good_nfes=list(student.nfes),
-            or_more=student.or_more,
-            shift_by_size=student.shift_by_size,
-        ),
+        schedule=_schedule(student, settings),
         conditioning=conditioner.to_json(),
         latent=latent,
         axes=_axes(student, settings),
@@ -84,13 +73,7 @@ def draft_manifest(
         files={},
     )
     if autoencoder is not None:
-        manifest.networks[DECODER] = describe_decoder(
-            autoencoder, latent.restored_shape, settings.opset, manifest.axes
-        )
-        if student.sides is not None:
-            _, factor = measure_scale(autoencoder, latent.restored_shape)
-            for side, image_side in ((HEIGHT, IMAGE_HEIGHT), (WIDTH, IMAGE_WIDTH)):
-                manifest.axes[image_side] = manifest.axes[side].scaled(factor)
+        _add_decoder(manifest, student, autoencoder, settings.opset)
     for encoder in encoders:
         manifest.networks[encoder.spec.network] = describe_encoder(encoder, settings.opset)
         manifest.axes[tokens_axis(encoder)] = AxisSpec(1, encoder.spec.max_tokens, 1)
@@ -101,6 +84,30 @@ def draft_manifest(
         tensors = sampler_tensors(schedule, latent.shape, manifest.image_shape, conditioner.inputs)
         manifest.networks[sampler_name(nfe)] = NetworkSpec("", *tensors, {}, settings.opset, {})
     return manifest
+
+
+def _schedule(student: StudentModel, settings: ExportSettings) -> ScheduleSpec:
+    return ScheduleSpec(
+        nfe=student.nfes[-1],  # of several it was trained for, the best
+        shift=student.shift,
+        final_step_size_scale=student.final_step_size_scale,
+        total_substeps=student.total_substeps,
+        h=0.0,
+        temperature=settings.temperature,
+        substep_rule=student.substep_rule,
+        good_nfes=list(student.nfes),
+        or_more=student.or_more,
+        shift_by_size=student.shift_by_size,
+    )
+
+
+def _add_decoder(manifest: Manifest, student: StudentModel, autoencoder: Autoencoder, opset: int) -> None:
+    shape = manifest.latent.restored_shape
+    manifest.networks[DECODER] = describe_decoder(autoencoder, shape, opset, manifest.axes)
+    if student.sides is not None:
+        _, factor = measure_scale(autoencoder, shape)
+        for side, image_side in ((HEIGHT, IMAGE_HEIGHT), (WIDTH, IMAGE_WIDTH)):
+            manifest.axes[image_side] = manifest.axes[side].scaled(factor)
 
 
 def _tolerances(networks: Iterable[str], settings: ExportSettings) -> dict[str, ToleranceSpec]:

@@ -1,4 +1,4 @@
-"""The house holds: who may import whom, no circles, small folders, one meaning per module name.
+"""The house holds: who may import whom, no circles, small folders, short functions, one meaning per module name.
 
 The rules are those of CONTRIBUTING.md, "The house". Imports are read from the syntax trees, so that late
 ones and those for type checkers count too, and no module is run. A violation that is known stands in a list
@@ -46,6 +46,7 @@ KNOWN_IMPORTS: set[str] = set()
 KNOWN_CIRCLES: set[str] = set()
 
 MOST_FILES = 14  # beside __init__.py
+MOST_LINES = 40  # of a function's body, its docstring aside
 KNOWN_FULL_FOLDERS = {"benchmarks"}
 # Two rooms may each have a module of these names, because each means the same there.
 SHARED_NAMES = {
@@ -183,6 +184,22 @@ def test_folders_stay_small():
     )
     full = {folder for folder, count in files.items() if count > MOST_FILES}
     check_list_only_shrinks(full, KNOWN_FULL_FOLDERS, f"a folder has above {MOST_FILES} files")
+
+
+def count_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Count the lines of a function's body without its docstring."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_functions_stay_short():
+    long = {
+        f"{shorten(module)}.{node.name}"
+        for module, tree in read_modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and count_lines(node) > MOST_LINES
+    }
+    check_list_only_shrinks(long, set(), f"a function has above {MOST_LINES} lines")
 
 
 def test_a_module_name_means_one_thing():

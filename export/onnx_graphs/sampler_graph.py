@@ -5,6 +5,7 @@ whatever the NFE.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -80,19 +81,13 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
         ScheduleError: substeps below the policy's floor; see `PolicyKind.rollout_tables`.
     """
     network = onnx.load_from_string(student)
-    times, rollout_tables = _time_tables(manifest, nfe), _rollout_tables(manifest, nfe)
-    tables = times | rollout_tables
+    rollout_tables = _rollout_tables(manifest, nfe)
+    tables = _time_tables(manifest, nfe) | rollout_tables
     state = ", ".join(map(str, manifest.latent.shape))
     rollout = build_rollout(manifest.policy, rollout_tables)
     inputs = [spec.name for spec in manifest.student.inputs]
     functions = [_as_function(network, "Student", inputs, manifest.policy.outputs), rollout]
-    images_output = images = ""
-    if manifest.image_shape is not None:
-        channels, height, width = manifest.image_shape
-        images_output = f", uint8[batch, {height}, {width}, {channels}] images"
-        name = f"{DOMAIN}.Decoder" if manifest.decoder else "Identity"
-        restore = _restore(manifest.latent)
-        images = _IMAGES.format(decoder=name, restore=restore, uint8=onnx.TensorProto.UINT8)
+    images_output, images = _write_images(manifest)
     if manifest.decoder and decoder:
         functions.append(
             _as_function(onnx.load_from_string(decoder), "Decoder", DECODER_INPUTS, DECODER_OUTPUTS)
@@ -119,18 +114,22 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
     )
     model = onnx.parser.parse_model(text)
     constants = {f"{name}_of_segments": table for name, table in tables.items()}
-    if images:
-        constants |= {
-            "latent_scale": np.float32(manifest.latent.scale),
-            "latent_shift": np.float32(manifest.latent.shift),
-            "half_range": np.float32(127.5),
-        }
-        constants |= _restore_constants(manifest.latent)
+    constants |= _restore_constants(manifest.latent) if images else {}
     model.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()
     )
     model.functions.extend(functions)
     return inline(model).SerializeToString()
+
+
+def _write_images(manifest: Manifest) -> tuple[str, str]:
+    """The graph's output of images, and the nodes that make them; empty where there are none."""
+    if manifest.image_shape is None:
+        return "", ""
+    channels, height, width = manifest.image_shape
+    decoder, restore = f"{DOMAIN}.Decoder" if manifest.decoder else "Identity", _restore(manifest.latent)
+    nodes = _IMAGES.format(decoder=decoder, restore=restore, uint8=onnx.TensorProto.UINT8)
+    return f", uint8[batch, {height}, {width}, {channels}] images", nodes
 
 
 def _restore(latent: LatentSpec) -> str:
@@ -152,8 +151,12 @@ def _restore(latent: LatentSpec) -> str:
     return "\n".join([*lines, f"  restored = Identity ({name})"])
 
 
-def _restore_constants(latent: LatentSpec) -> dict[str, np.ndarray]:
-    constants: dict[str, np.ndarray] = {}
+def _restore_constants(latent: LatentSpec) -> dict[str, Any]:
+    constants: dict[str, Any] = {
+        "latent_scale": np.float32(latent.scale),
+        "latent_shift": np.float32(latent.shift),
+        "half_range": np.float32(127.5),
+    }
     if latent.mean:
         for name, values in (("mean", latent.mean), ("deviation", latent.deviation)):
             constants[f"channel_{name}"] = np.array(values, np.float32).reshape(1, -1, 1, 1)

@@ -116,24 +116,13 @@ def export(
         _export_teacher(source, out, overwrite, as_json)
         return
     from piflow_edge.bundle.signature import SigningKey
-    from piflow_edge.distill.data.autoencoder import load_autoencoder
-    from piflow_edge.distill.networks.text_encoders import load_text_encoders
-    from piflow_edge.distill.sources import load_student
-    from piflow_edge.export.export_settings import NO_LICENSE
     from piflow_edge.export.to_bundle import export_bundle
 
-    try:
-        license_text = license_file.read_text(encoding="utf-8") if license_file else NO_LICENSE
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"--license must be a text file in UTF-8: {error}") from error
-    parts: dict[str, Any] = {"autoencoder": load_autoencoder(autoencoder) if autoencoder else None}
+    given_license = _read_license(license_file)
     if pipeline:
-        student, parts, told = _read_pipeline(pipeline, adapter, size, adapter_strength)
-        license_text = license_text if license_file else told.get("license_text", license_text)
+        student, parts = _read_pipeline(pipeline, adapter, size, adapter_strength)
     else:
-        student = load_student(source, config=config)
-        parts["encoders"] = load_text_encoders(encoders, student.conditioner) if encoders else ()
-        told = {}
+        student, parts = _read_student(source, config, autoencoder, encoders)
     settings = {
         "name": name or out.name,
         "temperature": temperature,
@@ -143,8 +132,7 @@ def export(
         "axes": axes,
         "opset": int(opset),
         **parts,
-        "license_text": license_text,
-        "license_name": license_file.name if license_file else told.get("license_name", "unstated"),
+        **given_license,
         "signing_key": SigningKey(key) if key else None,
     }
     if target != "bundle":
@@ -170,17 +158,44 @@ def _check_source(source: str | None, pipeline: str | None, adapter: str | None)
         raise click.UsageError("--pipeline and --adapter are given together")
 
 
+def _read_license(file: Path | None) -> dict[str, str]:
+    """Return what `export_bundle` is told of a license that was given."""
+    try:
+        return (
+            {}
+            if file is None
+            else {"license_text": file.read_text(encoding="utf-8"), "license_name": file.name}
+        )
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"--license must be a text file in UTF-8: {error}") from error
+
+
+def _read_student(
+    source: str, config: Path | None, autoencoder: Path | None, encoders: tuple[str, ...]
+) -> tuple:
+    """The student, and what else its bundle is made of."""
+    from piflow_edge.distill.data.autoencoder import load_autoencoder
+    from piflow_edge.distill.networks.text_encoders import load_text_encoders
+    from piflow_edge.distill.sources import load_student
+
+    student = load_student(source, config=config)
+    return student, {
+        "autoencoder": load_autoencoder(autoencoder) if autoencoder else None,
+        "encoders": load_text_encoders(encoders, student.conditioner) if encoders else (),
+    }
+
+
 def _read_pipeline(pipeline: str, adapter: str, size, strength: float) -> tuple:
-    """The student, what else its bundle is made of, and what is known of the base's license."""
+    """The student, and what else its bundle is made of: parts of the pipeline, and the base's license."""
     from piflow_edge.export.pipelines.pipeline_parts import read_pipeline
 
     _refuse_options("is part of the --pipeline; leave it out", "config", "autoencoder", "encoders")
     sides = (size, size) if isinstance(size, int) else size
     parts = read_pipeline(pipeline, adapter, size=sides, strength=strength)
-    told = {}
+    found: dict[str, Any] = {"autoencoder": parts.autoencoder, "encoders": parts.encoders}
     if parts.license_name:
-        told = {"license_name": parts.license_name, "license_text": parts.license_text}
-    return parts.student, {"autoencoder": parts.autoencoder, "encoders": parts.encoders}, told
+        found |= {"license_name": parts.license_name, "license_text": parts.license_text}
+    return parts.student, found
 
 
 def _export_to_triton(student, repository: Path, settings: dict) -> tuple[list, list[Path]]:

@@ -154,6 +154,25 @@ def load_checkpoint(folder: Path, *, kind: str | None = None) -> Checkpoint:
         CheckpointError: there is none, it is damaged or of another version, or of another kind than asked for.
     """
     folder = Path(folder)
+    description = _read_description(folder)
+    if kind is not None and description["kind"] != kind:
+        raise CheckpointError(f"{folder} holds a {description['kind']}; this needs a {kind}")
+    try:
+        conditioner = conditioner_from_json(description["conditioning"])
+    except ConditioningError as error:
+        raise CheckpointError(f"{folder / 'checkpoint.json'} cannot be used: {error}") from error
+    tensors = _read_tensors(folder, description["file"], description["sha256"])
+    return Checkpoint(
+        description["kind"],
+        description["iteration"],
+        description["network"],
+        description["settings"],
+        conditioner,
+        tensors,
+    )
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads((folder / "checkpoint.json").read_bytes())
     except FileNotFoundError:
@@ -171,33 +190,22 @@ def load_checkpoint(folder: Path, *, kind: str | None = None) -> Checkpoint:
     if set(description) != _KEYS:
         odd = ", ".join(sorted(set(description) ^ _KEYS))
         raise CheckpointError(f"{folder / 'checkpoint.json'} has missing or unknown keys: {odd}")
-    if kind is not None and description["kind"] != kind:
-        raise CheckpointError(f"{folder} holds a {description['kind']}; this needs a {kind}")
-    try:
-        conditioner = conditioner_from_json(description["conditioning"])
-    except ConditioningError as error:
-        raise CheckpointError(f"{folder / 'checkpoint.json'} cannot be used: {error}") from error
-    name = description["file"]
+    return description
+
+
+def _read_tensors(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     if Path(name).name != name:
         raise CheckpointError(f"{folder / 'checkpoint.json'} points outside its folder: {name!r}")
     try:
         data = (folder / name).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{folder} is incomplete: {name} cannot be read ({error.strerror})") from error
-    if sha256(data) != description["sha256"]:
+    if sha256(data) != digest:
         raise CheckpointError(f"{name} in {folder} does not match its checksum; copy the checkpoint again")
     try:
-        tensors = load_tensors(data)
+        return load_tensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{folder} cannot be used: {error}") from error
-    return Checkpoint(
-        description["kind"],
-        description["iteration"],
-        description["network"],
-        description["settings"],
-        conditioner,
-        tensors,
-    )
 
 
 def _from_format_2(description: dict) -> dict:

@@ -92,10 +92,7 @@ def train(
     check_fit(network, data)
     processes = Processes(config.mixed_precision, run.gradient_accumulation)
     pieces = processes.share(config.batch_size)
-    training = asdict(config) | {"mixed_precision": processes.mixed_precision}
-    settings = {**settings, **data.settings(), "training": training}
-    if processes.differ(sha256(json.dumps(settings, sort_keys=True).encode())):
-        raise DataError("the processes were not started alike: their data, teacher or settings differ")
+    settings = _describe_run(settings, data, config, processes)
 
     def find() -> Checkpoint | None:
         return _prepare_folder(folder, resume, kind, network, data, settings, run)
@@ -124,14 +121,21 @@ def train(
             if step.stop:
                 raise KeyboardInterrupt
             if preview and run.sample_every and done % run.sample_every == 0:
-                _with_averages(
-                    preview, state, journal, lambda images, done=done: journal.pictures(done, images)
-                )
+                _with_averages(preview, state, journal, lambda made, done=done: journal.pictures(done, made))
             if compare and run.compare_every and done % run.compare_every == 0:
                 _with_averages(compare, state, journal, lambda error, done=done: journal.compare(done, error))
     final = save(config.iterations)
     processes.end()
     return final
+
+
+def _describe_run(settings: dict, data: ImageData, config: TrainingConfig, processes: Processes) -> dict:
+    """What a checkpoint records of a run, and what a resumed run must have in common with it."""
+    training = asdict(config) | {"mixed_precision": processes.mixed_precision}
+    described = {**settings, **data.settings(), "training": training}
+    if processes.differ(sha256(json.dumps(described, sort_keys=True).encode())):
+        raise DataError("the processes were not started alike: their data, teacher or settings differ")
+    return described
 
 
 def _prepare_folder(

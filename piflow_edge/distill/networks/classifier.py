@@ -85,14 +85,8 @@ def train_classifier(
         DataError: fewer than two classes, or images of fewer than 8 pixels a side.
         CheckFailedError: the training diverged.
     """
-    # Images that are steered by the same are a class.
-    names, ids = np.unique(data.titles(np.arange(len(data))), return_inverse=True)
-    if data.latent is not None or len(names) == len(data):
-        holds = "latents" if data.latent is not None else "no two images of one class"
-        raise DataError(f"a classifier learns from images with labels; {data.name!r} holds {holds}")
+    ids, num_classes = _find_classes(data)
     channels, size = data.shape[0], min(data.shape[1], LARGEST)
-    if len(names) < 2:
-        raise DataError(f"a classifier needs images of two classes or more; {data.name!r} has {len(names)}")
     if size < 8:
         raise DataError(
             f"a classifier needs images of 8x8 pixels or more; those of {data.name!r} are {size}x{size}"
@@ -105,7 +99,7 @@ def train_classifier(
     background = find_background(data)
     reach = max(1, size // 8)
 
-    classifier = SmallClassifier(channels, size, len(names), width)
+    classifier = SmallClassifier(channels, size, num_classes, width)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3, weight_decay=1e-4)
     steps = epochs * max(1, len(train) // _BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -124,19 +118,33 @@ def train_classifier(
         raise CheckFailedError(f"the classifier's training diverged: its loss is {loss.item()}")
     classifier.eval().requires_grad_(False)
 
-    def accuracy(indices: np.ndarray) -> float:
-        pieces = np.array_split(indices, max(1, len(indices) // 500))
-        right = sum(
-            int((classifier(load_pixels(data, piece, size)).argmax(1) == labels[piece]).sum())
-            for piece in pieces
-        )
-        return right / max(1, len(indices))
-
+    parts = {"train": train, "held_out": test}
     return TrainedClassifier(
         classifier,
-        {"train": accuracy(train), "held_out": accuracy(test)},
-        {"train": len(train), "held_out": len(test)},
+        {name: _measure_accuracy(classifier, data, labels, part, size) for name, part in parts.items()},
+        {name: len(part) for name, part in parts.items()},
     )
+
+
+def _measure_accuracy(
+    classifier: nn.Module, data: ImageData, labels: Tensor, indices: np.ndarray, size: int
+) -> float:
+    pieces = np.array_split(indices, max(1, len(indices) // 500))
+    right = sum(
+        int((classifier(load_pixels(data, piece, size)).argmax(1) == labels[piece]).sum()) for piece in pieces
+    )
+    return right / max(1, len(indices))
+
+
+def _find_classes(data: ImageData) -> tuple[np.ndarray, int]:
+    """The class of each image, and how many classes there are. Images that are steered by the same are a class."""
+    names, ids = np.unique(data.titles(np.arange(len(data))), return_inverse=True)
+    if data.latent is not None or len(names) == len(data):
+        holds = "latents" if data.latent is not None else "no two images of one class"
+        raise DataError(f"a classifier learns from images with labels; {data.name!r} holds {holds}")
+    if len(names) < 2:
+        raise DataError(f"a classifier needs images of two classes or more; {data.name!r} has {len(names)}")
+    return ids, len(names)
 
 
 def load_pixels(data: ImageData, indices: np.ndarray, size: int) -> Tensor:
