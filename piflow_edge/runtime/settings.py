@@ -27,7 +27,8 @@ _ELSEWHERE = {
     "num_inference_steps": "give nfe, the student's calls per image",
     "steps": "give nfe, the student's calls per image",
     "guidance_scale": "the student was distilled from a guided teacher, so there is no guidance to set here",
-    "negative_prompt": "the student was distilled from a guided teacher, so there is no guidance to set here",
+    "negative_prompt": "guidance is part of the student since it was distilled, and not with negative prompts: "
+    "say in the prompt what you want to see",
     "generator": "give seed, a whole number",
     "latents": "give noise, an array (B, C, H, W)",
     "num_images_per_prompt": "give count",

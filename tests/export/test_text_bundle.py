@@ -20,7 +20,7 @@ from piflow_edge.distill.networks.text_encoders import open_prompts
 from piflow_edge.distill.sources import StudentModel
 from piflow_edge.doctor.examination import bundle_finding
 from piflow_edge.engines import open_engine, read_graph_file
-from piflow_edge.errors import BundleError, ConditioningError, DataError
+from piflow_edge.errors import BundleError, ConditioningError, DataError, UsageError
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import GMPolicySpec
 from tests.commands.test_cli import invoke
@@ -151,6 +151,11 @@ def test_the_recipe_holds_the_prompt_and_makes_the_picture_again(folder, tmp_pat
 def test_what_is_no_prompt_is_refused(folder, given):
     with pf.load(folder) as generator, pytest.raises(ConditioningError):
         generator(**given)
+
+
+def test_a_negative_prompt_is_refused_with_the_reason(folder):
+    with pf.load(folder) as generator, pytest.raises(UsageError, match=r"negative_prompt.*distilled"):
+        generator("a cat", negative_prompt="a dog")
 
 
 def test_without_its_encoder_a_bundle_takes_encodings(tmp_path):
