@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from piflow_edge.conditioning import TextPrompts
 from piflow_edge.distill.data.autoencoder import Autoencoder, load_autoencoder
-from piflow_edge.distill.networks.diffusers_networks import load_module
+from piflow_edge.distill.networks.diffusers_networks import DiffusersNetwork, load_module
 from piflow_edge.distill.networks.text_encoders import (
     TextEncoder,
     load_text_encoder,
@@ -28,6 +29,8 @@ from piflow_edge.export.pipelines.pipeline_families import FAMILIES, EncoderPlac
 log = logging.getLogger(__name__)
 
 _INDEX = "model_index.json"
+# Of a pipeline on the hub: what lies beside its folders are the same weights once more, for other programs.
+_PIPELINE_FILES = (_INDEX, "*/*")
 # A token is two by two places of a latent.
 _PACKED = 2
 # Of the authors' FlowMapSDEScheduler, for all text students.
@@ -74,7 +77,7 @@ def read_pipeline(
         DataError: the autoencoder cannot be used.
         MissingExtraError: diffusers or transformers is not installed.
     """
-    folder = find_files(pipeline)
+    folder = find_files(pipeline, _PIPELINE_FILES)
     family = _find_family(folder)
     files = read_official_files(find_files(adapter, ADAPTER_FILES))
     published = find_published(adapter)
@@ -85,24 +88,37 @@ def read_pipeline(
     shape = _latent_shape(module, autoencoder, size or family.size)
     guidance = published.guidance if published else None
     network = join_adapter(files, module, shape, guidance=guidance, strength=strength)
-    student = StudentModel(
+    provenance = {
+        **describe_source(adapter, published, network),
+        "adapter_strength": strength,
+        "embedded_guidance": getattr(network, "guidance_embedding", None),
+    }
+    conditioner = open_prompts(encoders, examples=family.examples).spec
+    student = _build_student(network, conditioner, autoencoder, published, provenance)
+    return PipelineParts(student, autoencoder, encoders, published.base_license if published else None)
+
+
+def _build_student(
+    network: DiffusersNetwork,
+    conditioner: TextPrompts,
+    autoencoder: Autoencoder,
+    published: Published | None,
+    provenance: dict[str, Any],
+) -> StudentModel:
+    moments = {"mean": list(autoencoder.mean), "deviation": list(autoencoder.deviation)}
+    sides = network.sample_shape[1:]
+    return StudentModel(
         network,
         nfe=published.nfes if published else _USUAL_NFE,
         shift=_SHIFT,
         final_step_size_scale=_FINAL_STEP_SIZE_SCALE,
-        conditioner=open_prompts(encoders, examples=family.examples).spec,
-        latent=vars(autoencoder.latent)
-        | {"mean": list(autoencoder.mean), "deviation": list(autoencoder.deviation)},
-        provenance={
-            **describe_source(adapter, published, network),
-            "adapter_strength": strength,
-            "embedded_guidance": getattr(network, "guidance_embedding", None),
-        },
+        conditioner=conditioner,
+        latent=vars(autoencoder.latent) | moments,
+        provenance=provenance,
         substep_rule=SUBSTEP_RULE,
         or_more=bool(published and published.or_more),
-        sides=(min(_SHORTEST, *shape[1:]), max(_LONGEST, *shape[1:]), _PACKED),
+        sides=(min(_SHORTEST, *sides), max(_LONGEST, *sides), _PACKED),
     )
-    return PipelineParts(student, autoencoder, encoders, published.base_license if published else None)
 
 
 def _load_encoder(folder: Path, place: EncoderPlace) -> TextEncoder:

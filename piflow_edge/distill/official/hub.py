@@ -77,10 +77,10 @@ def _download(place: HubPlace, patterns: tuple[str, ...]) -> Path:
             snapshot_download(place.repo, allow_patterns=[inside + pattern for pattern in patterns])
         )
     except Exception as error:  # the hub raises many kinds
+        wanted = f"'hf download {place.repo} --include \"{inside}*\" --local-dir FOLDER'"
         raise CheckpointError(
-            f"{place} cannot be fetched from the hub: {_first_line(error)}; where there is a connection, run "
-            f"'hf download {place.repo} --include \"{inside}*\" --local-dir FOLDER' and give "
-            f"FOLDER{f'/{place.subfolder}' if inside else ''}"
+            f"there is no folder {place} here, and it cannot be fetched from the hub: {_first_line(error)}; where "
+            f"there is a connection, run {wanted} and give FOLDER{f'/{place.subfolder}' if inside else ''}"
         ) from error
     if not (folder / place.subfolder).exists():
         raise CheckpointError(f"the hub's {place.repo} has no folder {place.subfolder!r}")

@@ -61,6 +61,7 @@ STUDENTS = (
     replace(_IMAGENET, subfolder="gmrepa_k32_imagenet_piid_1step"),
     replace(_IMAGENET, subfolder="gmrepa_k32_imagenet_piid_2step", nfes=(2,)),
 )
+REPOSITORIES = frozenset(student.repo for student in STUDENTS)
 _BY_NAME = {student.subfolder: student for student in STUDENTS}
 
 

@@ -13,7 +13,7 @@ from .adapters import ADAPTERS
 from .checkpoint_files import OfficialFiles, read_class_name, read_official_files
 from .class_students import build_class_student
 from .hub import find_files, find_local, parse_hub_id
-from .published import Published, find_published
+from .published import REPOSITORIES, Published, find_published
 
 # Files of a student on the hub that are read.
 ADAPTER_FILES = ("*.json", "*.safetensors")
@@ -25,10 +25,14 @@ _SD_CHANNELS = 4
 
 
 def is_official(source: str, config: Path | None = None) -> bool:
-    """Return True if `source` is a student of the authors: by its class or its folder's name, or by a hub id."""
+    """Return True if `source` is a student of the authors: by its class or its folder's name, or by a hub id.
+
+    A hub id names a subfolder or a repository of theirs: "runs/student" is a folder that is not there.
+    """
     here = find_local(source)
     if here is None:
-        return parse_hub_id(source) is not None
+        place = parse_hub_id(source)
+        return place is not None and bool(place.subfolder or place.repo in REPOSITORIES)
     if (here / "checkpoint.json").is_file():
         return False
     return read_class_name(config or here) in {*FAMILIES, *ADAPTERS} or find_published(source) is not None

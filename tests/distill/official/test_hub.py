@@ -61,3 +61,10 @@ def test_the_published_students_are_known_by_hub_id_and_by_folder(tmp_path):
     assert known["gmdit_k32_imagenet_piid_1step"].num_timesteps == 1000
     assert known["gmrepa_k32_imagenet_piid_2step"].nfes == (2,)
     assert find_published("runs/mine") is None
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("piflow_edge.distill.official.hub._download", lambda *a: pytest.fail("downloaded"))
+    with pytest.raises(CheckpointError, match="there is none at runs/student-1"):
+        load_student("runs/student-1")
