@@ -34,7 +34,8 @@ class ScheduleSpec:
     h: float | str
     temperature: float | str
     substep_rule: Literal["round", "ceil"] = field(default="round", metadata=ADDED_LATER)
-    good_nfes: list[int] = field(default_factory=list, metadata=ADDED_LATER)
+    # Left out of the hash, which a list has not: schedules are looked up in every call.
+    good_nfes: list[int] = field(default_factory=list, hash=False, metadata=ADDED_LATER)
     or_more: bool = field(default=False, metadata=ADDED_LATER)
     shift_by_size: ShiftBySize | None = field(default=None, metadata=ADDED_LATER)
 

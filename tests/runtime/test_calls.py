@@ -68,6 +68,16 @@ def test_nothing_is_left_open_in_a_recipe():
     assert settings == SamplingSettings(3, 32, "euler", 1.0, 0.0, 1.0, 0, SIDE, SIDE)
 
 
+def test_settings_are_completed_once():
+    manifest = gaussian_generator().bundle.manifest
+    asked = SamplingSettings(nfe=2)
+    first, again = (complete_settings(asked, manifest, has_image=False, has_mask=False) for _ in range(2))
+    assert again is first  # looked up: it takes longer than the noise of a small image
+    complete_settings(SamplingSettings(nfe=1), manifest, has_image=False, has_mask=False)
+    with pytest.raises(PiFlowError, match="True"):  # equal to 1, and no number of calls
+        complete_settings(SamplingSettings(nfe=True), manifest, has_image=False, has_mask=False)
+
+
 def test_what_was_completed_completes_to_itself():
     manifest = gaussian_generator(h="inf").bundle.manifest
     completed, schedule = complete_settings(
