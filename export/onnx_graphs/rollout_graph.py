@@ -79,6 +79,10 @@ def build_rollout(kind: PolicySpec, tables: Mapping[str, np.ndarray]) -> onnx.Fu
 
 def inline(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model without functions of its own, for runtimes that know none; checked."""
+    # Of ONNX Runtime's own operators too, such as products of weights in four bits.
+    known = {entry.domain for entry in model.opset_import}
+    others = {entry.domain: entry for function in model.functions for entry in function.opset_import}
+    model.opset_import.extend(entry for domain, entry in others.items() if domain not in known)
     model = inline_local_functions(model)
     kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
     del model.opset_import[:]

@@ -119,10 +119,6 @@ def export_sampler(student: bytes, manifest: Manifest, nfe: int, decoder: bytes 
         numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()
     )
     model.functions.extend(functions)
-    # Operators of ONNX Runtime's own, such as products of weights in four bits.
-    known = {entry.domain for entry in model.opset_import}
-    others = {entry.domain: entry for function in functions for entry in function.opset_import}
-    model.opset_import.extend(entry for domain, entry in others.items() if domain not in known)
     return inline(model).SerializeToString()
 
 
