@@ -1,10 +1,14 @@
 """A student that reads prompts: exported with its text encoder, verified, and sampled by prompt without PyTorch."""
 
+import base64
+import io
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -133,6 +137,24 @@ def test_evaluate_reads_captions_with_the_bundles_own_encoder(folder, tmp_path):
     assert 0 <= score["prompt_accuracy"] <= 1 and -1 <= score["prompt_similarity"] <= 1
     assert len(score["class_diversity"]) == 25 and set(score["class_diversity"]) <= set(captions.tolist())
     assert answer["conditions"]["prompt_features"]["other_prompts"] == 24
+
+
+def test_a_server_draws_prompts_that_come_together_as_the_generator_draws_them(folder):
+    for package in ("starlette", "prometheus_client", "httpx2"):
+        pytest.importorskip(package, reason="a server needs the 'serve' extra, and its tests httpx2")
+    from tests.runtime.serve.conftest import serve
+
+    prompts = ["a cat", "eine Katze, die lacht 🐈", "a red apple"] * 4
+    with serve(pf.load(folder)) as client, ThreadPoolExecutor(6) as pool:
+        bodies = [{"prompt": prompt, "seed": i} for i, prompt in enumerate(prompts)]
+        answers = list(pool.map(lambda body: client.post("/v1/images/generations", json=body).json(), bodies))
+        refused = client.post("/v1/generate", json={"labels": 3})
+    with pf.load(folder) as generator:
+        for i, answer in enumerate(answers):
+            found = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+            expected = generator(prompts[i], seed=i, output="numpy").images[0]
+            np.testing.assert_array_equal(np.asarray(found), expected)
+    assert refused.status_code == 400 and "labels have no meaning" in refused.json()["error"]["message"]
 
 
 def test_the_recipe_holds_the_prompt_and_makes_the_picture_again(folder, tmp_path):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import anyio
+import anyio.to_thread
 import numpy as np
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -54,6 +56,7 @@ class Desk:
 
     def __init__(self, generators: Iterable[Generator], limits: ServeSettings, counters: Counters):
         self.limits, self.generators = limits, {}
+        self._encoding = anyio.CapacityLimiter(1)
         for generator in generators:
             name = generator.bundle.name
             if name in self.generators:
@@ -118,8 +121,11 @@ class Desk:
         seed = secrets.randbelow(_SEEDS) if order.seed is None else order.seed
         generator = self.generators[name]
         prepare = partial(generator.prepare, **order.asked, seed=seed, settings=order.settings)
-        # Prompts run an encoder; all else takes less time than another thread takes to begin.
-        request = await run_in_threadpool(prepare) if generator.conditioner.networks else prepare()
+        # Prompts run an encoder, one at a time, for its memory; all else takes less time than a thread takes to begin.
+        if generator.conditioner.networks:
+            request = await anyio.to_thread.run_sync(prepare, limiter=self._encoding)
+        else:
+            request = prepare()
         if len(request) > self.limits.max_images:
             raise OrderError(f"a request makes up to {self.limits.max_images} images; got {len(request)}")
         job = Job(request, on_progress)
