@@ -17,7 +17,6 @@ from piflow_edge.distill.networks.diffusers_networks import (
     QwenImageDiffusersNetwork,
 )
 from piflow_edge.errors import CheckpointError
-from piflow_edge.policies import PolicySpec
 
 from .checkpoint_files import OfficialFiles
 from .output_layers import append_logstd, build_linear, build_logstd, join_mixture_rows, read_policy_spec
@@ -112,7 +111,7 @@ def join_adapter(
     head = read_policy_spec(files, base.config.in_channels, "proj_out")
     layers = [name for name in files.weights if not name.endswith((_LORA_A, _LORA_B))]
     merge_lora(base, files.weights, strength)
-    _replace_layers(base, files, layers, head)
+    _replace_layers(base, files, layers)
     network: Any = kind(base, sample_shape)
     network.head = head
     if guidance is not None:
@@ -141,8 +140,8 @@ def merge_lora(module: nn.Module, weights: Mapping[str, Tensor], strength: float
         weight.add_((up.float() @ down.float()).to(weight), alpha=strength)
 
 
-def _replace_layers(base: nn.Module, files: OfficialFiles, names: list[str], head: PolicySpec) -> None:
-    if head.kind == "gm":
+def _replace_layers(base: nn.Module, files: OfficialFiles, names: list[str]) -> None:
+    if "proj_out_means.weight" in files.weights:
         rows = {
             kind: join_mixture_rows(files, kind, _PLACES, places_last=True) for kind in ("weight", "bias")
         }
