@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from piflow_edge.distill.official.checkpoint_files import read_official_files
 from piflow_edge.distill.official.hub import find_files
 from piflow_edge.distill.official.published import Published, find_published
 from piflow_edge.distill.official.students import ADAPTER_FILES, SUBSTEP_RULE, describe_source
+from piflow_edge.distill.official.user_lora import UserLoRA, add_user_lora
 from piflow_edge.distill.student_model import StudentModel
 from piflow_edge.errors import CheckpointError
 from piflow_edge.export.pipelines.pipeline_families import FAMILIES, EncoderPlace, PipelineFamily
@@ -62,7 +64,12 @@ class PipelineParts:
 
 
 def read_pipeline(
-    pipeline: str, adapter: str, *, size: tuple[int, int] | None = None, strength: float = 1.0
+    pipeline: str,
+    adapter: str,
+    *,
+    size: tuple[int, int] | None = None,
+    strength: float = 1.0,
+    loras: Sequence[UserLoRA] = (),
 ) -> PipelineParts:
     """Read a pipeline and make its transformer the student that an adapter makes of it.
 
@@ -71,6 +78,7 @@ def read_pipeline(
         adapter: folder, `FOLDER:subfolder` or hub id of one of the authors' adapters.
         size: height and width of the images, in pixels; None is the family's.
         strength: of the adapter's LoRA.
+        loras: of the user's own, added to the student's weights.
 
     Raises:
         CheckpointError: no such pipeline or adapter, or they do not fit each other; or a size that cannot be.
@@ -88,8 +96,11 @@ def read_pipeline(
     shape = _latent_shape(module, autoencoder, size or family.size)
     guidance = published.guidance if published else None
     network = join_adapter(files, module, shape, guidance=guidance, strength=strength)
+    for lora in loras:
+        add_user_lora(module, lora)
     provenance = {
         **describe_source(adapter, published, network),
+        "loras": [{"source": Path(lora.source).name, "strength": lora.strength} for lora in loras],
         "adapter_strength": strength,
         "embedded_guidance": getattr(network, "guidance_embedding", None),
     }

@@ -21,6 +21,7 @@ from .options import (
     report_rows,
     show,
     temperature,
+    user_loras,
 )
 from .options import size as image_size
 
@@ -32,6 +33,9 @@ from .options import size as image_size
 @click.option("--adapter", metavar="FOLDER|HUB_ID[:SUBFOLDER]",
               help="Adapter of pi-Flow's authors, such as Lakonik/pi-FLUX.1:gmflux_k8_piid_4step.")  # fmt: skip
 @click.option("--adapter-strength", type=float, default=1.0, help="Of the adapter's LoRA.")
+@click.option("--lora", "loras", callback=user_loras, multiple=True, metavar="SOURCE[=STRENGTH]",
+              help="LoRA of your own for the --pipeline's transformer, in diffusers' format, added to its weights. Can "
+              "be given again.")  # fmt: skip
 @click.option("--size", callback=image_size, metavar="SIDE|HEIGHTxWIDTH",
               help="Of the images of a --pipeline, in pixels; else 1024x1024.")  # fmt: skip
 @click.option("--config", type=click.Path(dir_okay=False, path_type=Path),
@@ -75,6 +79,7 @@ def export(
     pipeline,
     adapter,
     adapter_strength,
+    loras,
     size,
     config,
     out,
@@ -120,7 +125,7 @@ def export(
 
     given_license = _read_license(license_file)
     if pipeline:
-        student, parts = _read_pipeline(pipeline, adapter, size, adapter_strength)
+        student, parts = _read_pipeline(pipeline, adapter, size, adapter_strength, loras)
     else:
         student, parts = _read_student(source, config, autoencoder, encoders)
     settings = {
@@ -185,13 +190,15 @@ def _read_student(
     }
 
 
-def _read_pipeline(pipeline: str, adapter: str, size, strength: float) -> tuple:
+def _read_pipeline(pipeline: str, adapter: str, size, strength: float, loras) -> tuple:
     """The student, and what else its bundle is made of: parts of the pipeline, and the base's license."""
+    from piflow_edge.distill.official.user_lora import UserLoRA
     from piflow_edge.export.pipelines.pipeline_parts import read_pipeline
 
     _refuse_options("is part of the --pipeline; leave it out", "config", "autoencoder", "encoders")
     sides = (size, size) if isinstance(size, int) else size
-    parts = read_pipeline(pipeline, adapter, size=sides, strength=strength)
+    own = [UserLoRA(*lora) for lora in loras]
+    parts = read_pipeline(pipeline, adapter, size=sides, strength=strength, loras=own)
     found: dict[str, Any] = {"autoencoder": parts.autoencoder, "encoders": parts.encoders}
     if parts.license_name:
         found |= {"license_name": parts.license_name, "license_text": parts.license_text}

@@ -261,6 +261,20 @@ def axis_ranges(context, parameter, texts: tuple[str, ...]) -> dict:
     return found
 
 
+def user_loras(context, parameter, texts: tuple[str, ...]) -> list[tuple[str, float]]:
+    """Return SOURCE or SOURCE=STRENGTH as source and strength, 1 where it is not said."""
+    found = []
+    for text in texts:
+        source, equals, strength = text.rpartition("=")
+        try:
+            found.append((source, float(strength)) if equals else (text, 1.0))
+        except ValueError:
+            raise click.BadParameter(
+                f"give SOURCE or SOURCE=STRENGTH, such as style=0.8; got {text!r}"
+            ) from None
+    return found
+
+
 def precisions(context, parameter, text: str) -> list[str]:
     from piflow_edge.bundle.precisions import PRECISIONS  # late: it brings in NumPy
 
