@@ -97,6 +97,7 @@ def export_bundle(
     files |= {encoder.spec.tokenizer_asset: encoder.tokenizer for encoder in encoders}
     files |= {GOLDEN: golden_file(golden), LICENSE: settings.license_text.encode()}
     listed = {file: FileSpec(sha256(data), len(data)) for file, data in files.items()}
+    del exact, calibration  # whose weights the check of the files, which loads them again, needs no more
     return _write(folder, replace(manifest, files=listed), files, signing_key)
 
 
@@ -128,10 +129,13 @@ def _first_non_finite(student: Graph, golden: dict[str, np.ndarray], manifest: M
 def _write(
     folder: Path, manifest: Manifest, files: dict[str, bytes], signing_key: SigningKey | None
 ) -> list[Row]:
-    """Write and verify a bundle at a temporary place, and move it to `folder`."""
+    """Write and verify a bundle at a temporary place, and move it to `folder`. It empties `files`."""
     with new_folder(folder) as work:
-        for file, data in {**files, MANIFEST: manifest_bytes(manifest)}.items():
+        write_atomic(work / MANIFEST, manifest_bytes(manifest))
+        while files:
+            file, data = files.popitem()
             write_atomic(work / file, data)
+            del data
         if signing_key is not None:
             write_atomic(work / SIGNATURE, signing_key.sign(manifest_bytes(manifest)))
         rows = []
