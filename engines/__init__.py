@@ -248,6 +248,14 @@ class Backend(Engine, Protocol):
         ...
 
 
+def check_engine_options(options: object) -> None:
+    """Raise EngineError unless it is an `EngineOptions`."""
+    if not isinstance(options, EngineOptions):
+        raise EngineError(
+            f"options is an EngineOptions, such as EngineOptions(num_threads=1); got {options!r}"
+        )
+
+
 def open_engine(
     graph: Graph,
     *,
@@ -279,10 +287,7 @@ def open_engine(
         raise EngineError(f"engine is one of {', '.join(ENGINE_NAMES)}; got {engine!r}")
     if device is not None and not isinstance(device, str):
         raise EngineError(f"device is a name, such as 'cpu' or 'cuda:1', or None; got device {device!r}")
-    if not isinstance(options, EngineOptions):
-        raise EngineError(
-            f"options is an EngineOptions, such as EngineOptions(num_threads=1); got {options!r}"
-        )
+    check_engine_options(options)
     graph.check()
     if engine == "auto":
         return _fastest(graph, device, options)

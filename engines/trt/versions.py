@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from piflow_edge.engines import Graph
-from piflow_edge.engines.trt import pins as trt_pins
 from piflow_edge.errors import EngineError, MissingExtraError
 from piflow_edge.kernels import nvidia
 
@@ -143,7 +142,9 @@ def set_precision(row: Api, trt, config, network, graph: Graph, precision: str) 
         config.set_flag(getattr(trt.BuilderFlag, name))
     if not row.strongly_typed and precision == "fp16":
         inputs = (network.get_input(n) for n in range(network.num_inputs))
-        trt_pins.pin_float32(trt, network, graph, {tensor.name: format_of(tensor.dtype) for tensor in inputs})
+        from piflow_edge.engines.trt.pins import pin_float32  # late: only builds need it
+
+        pin_float32(trt, network, graph, {tensor.name: format_of(tensor.dtype) for tensor in inputs})
 
 
 def share_profiles(row: Api, trt, config) -> None:

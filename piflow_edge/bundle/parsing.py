@@ -15,7 +15,6 @@ from piflow_edge.schedule import is_temperature
 from piflow_edge.system.files import sha256
 
 from .bounds import find_excess, find_odd_names, is_deeper_than
-from .format4 import read_format_4
 from .manifest import (
     DECODER,
     FORMAT_VERSION,
@@ -45,7 +44,13 @@ def _read_format_5(body: dict, place: str) -> Manifest:
     return read_typed(Manifest, body, place)
 
 
-_READERS = {FORMAT_VERSION: _read_format_5, 4: read_format_4}
+def _read_format_4(body: dict, place: str) -> Manifest:
+    from .format4 import read_format_4  # late: few bundles are that old
+
+    return read_format_4(body, place)
+
+
+_READERS = {FORMAT_VERSION: _read_format_5, 4: _read_format_4}
 
 
 def parse_manifest(data: bytes, folder: Path) -> Manifest:

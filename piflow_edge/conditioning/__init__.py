@@ -5,7 +5,8 @@ what it means: it makes the arrays of what a caller asks for, describes them in 
 is. To add a kind, write a class with the methods of `Conditioner` in a file of its own and a line in `CONDITIONERS`.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from piflow_edge.errors import ConditioningError
 
@@ -14,13 +15,19 @@ from .base import Conditioner, ConditionerKind, ConditionRequest, build_conditio
 from .class_labels import ClassLabels
 from .mapping import Conditioning, concatenate, count_of, take
 from .specs import TensorSpec
-from .text import OpenedTextPrompts, TextEncoderSpec, TextPrompts
 from .unconditional import Unconditional
 
-# The one registry: name in JSON -> class.
-CONDITIONERS: dict[str, type[ConditionerKind]] = {
-    kind.kind: kind for kind in (ClassLabels, TextPrompts, Arrays, Unconditional)
+if TYPE_CHECKING:
+    from .text import OpenedTextPrompts, TextEncoderSpec, TextPrompts
+
+# The one registry: name in JSON -> where the class lives. Few bundles read prompts, so that their module loads late.
+CONDITIONERS = {
+    "class": "piflow_edge.conditioning.class_labels:ClassLabels",
+    "text": "piflow_edge.conditioning.text:TextPrompts",
+    "arrays": "piflow_edge.conditioning.arrays:Arrays",
+    "none": "piflow_edge.conditioning.unconditional:Unconditional",
 }
+_OF_TEXT = ("OpenedTextPrompts", "TextEncoderSpec", "TextPrompts")
 
 __all__ = [
     "CONDITIONERS",
@@ -38,6 +45,7 @@ __all__ = [
     "concatenate",
     "conditioner_from_json",
     "count_of",
+    "find_conditioner_kind",
     "take",
 ]
 
@@ -53,4 +61,16 @@ def conditioner_from_json(body: Any) -> Conditioner:
         raise ConditioningError(
             f"this release knows conditioning of kind {', '.join(CONDITIONERS)}; got {kind!r}"
         )
-    return CONDITIONERS[kind].from_json(body)
+    return find_conditioner_kind(kind).from_json(body)
+
+
+def find_conditioner_kind(kind: str) -> type[ConditionerKind]:
+    """Return the class of one of `CONDITIONERS`."""
+    module, _, name = CONDITIONERS[kind].partition(":")
+    return getattr(import_module(module), name)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_TEXT:
+        return getattr(import_module(".text", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -148,7 +148,7 @@ def _is_length(length: Any) -> bool:
     return (type(length) is str and bool(length)) or (type(length) is int and 0 < length < 2**31)
 
 
-def _example(spec: TensorSpec, count: int, random: np.random.Generator) -> np.ndarray:
+def _example(spec: TensorSpec, count: int, random: "np.random.Generator") -> np.ndarray:
     axes = {length: _EXAMPLE_LENGTH for length in spec.shape if isinstance(length, str)} | {"batch": count}
     size, dtype = spec.size(axes), np.dtype(spec.dtype)
     if dtype.kind == "f":

@@ -24,7 +24,6 @@ from .drawing.batching import cut_batches, join_arrays
 from .drawing.decoding import Decoding, check_finite, not_finite, on_host
 from .drawing.latents import Student, Workplace, draw_latents
 from .drawing.observer import Event, Observer, Progress, build_observer
-from .drawing.recorded import ImageGraphs
 from .drawing.stopwatch import Stopwatch
 from .lifetime import Lifetime
 from .recipe import Recipe
@@ -71,6 +70,8 @@ class Generator:
         self._keeps_one = options.keep == "one"
         self._graphs = None
         if self._place and not self._keeps_one:
+            from .drawing.recorded import ImageGraphs  # late: only GPUs record
+
             self._graphs = ImageGraphs(bundle.manifest, engine, decoder, self.decoding, self._place)
         self._lifetime = Lifetime(bundle.name, self._free)
         self._warned: set[str] = set()

@@ -89,7 +89,7 @@ def _complete(
     """See `complete_settings`. `name`, `spec` and `sizes`: the bundle's, its schedule's and those of its images."""
     settings = SamplingSettings(*fields)
     height, width = _check_size(settings, name, sizes)
-    if sizes is not None:
+    if sizes is not None and height and width:
         spec = spec.at_size(sizes.count_positions(height, width))
     schedule = _make_schedule(spec, settings)
     if settings.solver not in SOLVERS:

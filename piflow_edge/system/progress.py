@@ -1,6 +1,5 @@
 """How far a long job has come: one bar on a terminal, a plain line now and then everywhere else; on stderr."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +77,8 @@ class _Lines:
         line = f"{self._title}: {self._done} of {self._total}"
         if self._as_json:
             said = {"title": self._title, "done": self._done, "total": self._total, "per_second": rate}
+            import json  # late: `--help` needs none
+
             line = json.dumps({**said, "seconds_left": left, "remark": self._remark})
         elif self._done < self._total:
             line += f" ({self._done / self._total:.0%}), {rate:.3g} per s, {_clock(left)} left"

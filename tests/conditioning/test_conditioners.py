@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from piflow_edge.conditioning import (
-    CONDITIONERS,
     Arrays,
     ClassLabels,
     ConditionRequest,
@@ -15,6 +14,7 @@ from piflow_edge.conditioning import (
     build_condition_request,
     conditioner_from_json,
     count_of,
+    find_conditioner_kind,
 )
 from piflow_edge.errors import ConditioningError, LabelError, ShapeError
 
@@ -38,7 +38,7 @@ def ids(labels, conditioner=PETS, **asked):
 
 @pytest.mark.parametrize("conditioner", EVERY_KIND, ids=lambda c: c.kind)
 def test_every_kind_is_registered_and_comes_back_from_json(conditioner):
-    assert CONDITIONERS[conditioner.kind] is type(conditioner)
+    assert find_conditioner_kind(conditioner.kind) is type(conditioner)
     body = json.loads(json.dumps(conditioner.to_json()))
     assert conditioner_from_json(body) == conditioner
 

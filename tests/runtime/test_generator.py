@@ -299,7 +299,7 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
         read_network=lambda name, precision: NetworkFiles(name.encode(), {}, "b", None),
     )
     monkeypatch.setattr("piflow_edge.bundle.folder.Bundle", lambda folder, trusted_keys: bundle)
-    monkeypatch.setattr("piflow_edge.runtime.loading.open_engine", open_engine)
+    monkeypatch.setattr("piflow_edge.runtime.residence.opening.open_engine", open_engine)
     with pytest.raises(EngineError, match="no decoder here"):
         pf.load("b", engine=asked)
     assert opened == [("student", asked, None), ("decoder", given, "gpu")] and closed == ["student"]

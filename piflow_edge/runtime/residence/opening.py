@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import DECODER, STUDENT
-from piflow_edge.engines import Engine, EngineOptions, open_engine
+from piflow_edge.engines import Engine, EngineOptions, check_engine_options, open_engine
 from piflow_edge.runtime.graphs import read_graph, view_graph
 
 from .turns import Turns
@@ -20,6 +20,7 @@ def open_networks(
 
     "auto" chooses for each of them, all on the student's device: an engine may be built for the student alone.
     """
+    check_engine_options(options)
     names = [*bundle.manifest.conditioner.networks, DECODER]
     others = [name for name in names if name in bundle.manifest.networks]
     return _KEEPING[options.keep](bundle, others, engine, precision, device, options)
