@@ -42,6 +42,23 @@ class TestScripts:
         assert line["speedup / ratio of calls"] == pytest.approx(2 * line["speedup / ratio of sample runs"])
         page(tmp_path, "end_to_end", "in diffusers")
 
+    def test_prompts(self, tmp_path, monkeypatch):
+        pytest.importorskip("diffusers", reason="the decoder needs the 'diffusers' extra")
+        pytest.importorskip("transformers")
+        from benchmarks import prompts
+        from tests.helpers.text_encoders import tiny_text_encoder, transformers_tokenizer
+
+        tiny_text_encoder("bert").module.model.save_pretrained(tmp_path / "bert")
+        transformers_tokenizer("wordpiece").save_pretrained(tmp_path / "bert")
+        # Processes of their own would spend their time on imports.
+        monkeypatch.setattr(prompts, "measure_peak", lambda bundle, keep: 1.0)
+        settings = ("--text-encoder", tmp_path / "bert", "--small", "--rounds", 1)
+        found = answer_of("prompts", *settings, out=tmp_path / "prompts.json")
+        assert set(found["files_mb"]) == {
+            "student.fp32.onnx", "encoder.bert.fp32.onnx", "decoder.fp32.onnx",
+        }  # fmt: skip
+        assert found["overhead"]["ratio_new"] > 0.5 and set(found["peak_mb"]) == {"all", "one"}
+
     def test_export_cost(self, tmp_path, monkeypatch):
         from benchmarks import export_cost
 
