@@ -125,7 +125,7 @@ def test_noise(shared_bundle, tmp_path):
 def test_precision_tables_read_what_is_timed(shared_bundle, tmp_path):
     from benchmarks import precision
 
-    calls = precision.timed(shared_bundle, [1, 2], 1)
+    calls = precision.time_calls(shared_bundle, [1, 2], 1)
     wide = {"graph_share": {"fp32": 1.0}, "psnr_db_to_pytorch": {"fp32": 90.0}, "calls": calls}
     (tmp_path / "precision.json").write_text(json.dumps({"command": "", "wide": wide}))
     page(tmp_path, "precision", "ms, batch 2")
@@ -148,7 +148,7 @@ def test_every_figure_of_the_pages_is_made_from_a_result():
     import re
 
     from benchmarks.figures import SENTENCES, SEVERAL
-    from benchmarks.page import PAGES, reworded, rewrite
+    from benchmarks.page import PAGES, reword, rewrite
 
     results, several = BENCHMARKS / "results", set()
     for name in PAGES:
@@ -156,7 +156,7 @@ def test_every_figure_of_the_pages_is_made_from_a_result():
         names = re.findall(r"<!-- (\w+) -->", text)
         assert len(names) - names.count("end") == names.count("end")
         several |= set(names) & SEVERAL.keys()
-        assert reworded(name, rewrite(text, results), results) == text  # else: python -m benchmarks.page
+        assert reword(name, rewrite(text, results), results) == text  # else: python -m benchmarks.page
     assert several == SEVERAL.keys() and {sentence.page for sentence in SENTENCES} < set(PAGES)
 
 
@@ -169,14 +169,14 @@ def test_every_result_says_how_it_was_made(file):
 
 
 def test_a_sentence_gets_its_figures_and_must_be_there(tmp_path):
-    from benchmarks.page import reworded
+    from benchmarks.page import reword
 
     (tmp_path / "startup.json").write_text(json.dumps({"ms": {"first image": 1234.5}}))
     page = "from the start to the first image it was 0.5 s (see there)."
-    assert reworded("docs/faq.md", page, tmp_path) == page.replace("0.5", "1.23")
-    assert reworded("README.md", page, tmp_path) == page
+    assert reword("docs/faq.md", page, tmp_path) == page.replace("0.5", "1.23")
+    assert reword("README.md", page, tmp_path) == page
     with pytest.raises(SystemExit, match=r"docs/faq\.md"):
-        reworded("docs/faq.md", "it was fast", tmp_path)
+        reword("docs/faq.md", "it was fast", tmp_path)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])

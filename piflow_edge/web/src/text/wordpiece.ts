@@ -1,7 +1,7 @@
 /**
  * WordPiece, as BERT and its children tokenize: the part of Hugging Face's `tokenizer.json` that these models use.
  *
- * Of all characters, some 550 of rare scripts are read otherwise than by the `tokenizers` library, whose tables are of
+ * Of all characters, some 670 of rare scripts are read otherwise than by the `tokenizers` library, whose tables are of
  * an older Unicode: Adlam, N'Ko and others that the vocabularies of such models do not hold either.
  */
 
