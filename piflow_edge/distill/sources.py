@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,27 +150,62 @@ def load_teacher(
         CheckpointError: nothing there, or nothing that can be used.
         MissingExtraError: what reads it is not installed.
     """
-    text, path = str(source), Path(source)
-    if (path / "checkpoint.json").is_file():
-        return teacher_from_checkpoint(load_checkpoint(path, kind="teacher"), origin=str(path.resolve()))
-    if path.suffix in _WEIGHT_FILES:
-        from piflow_edge.distill.networks.sit import load_sit
+    text = str(source)
+    family = next(family for family in TEACHER_FAMILIES.values() if family.recognises(text))
+    return family.load(text, sample_shape, style)
 
-        if sample_shape is None:
-            raise CheckpointError(f"{text} does not say the size of its states; give sample_shape")
-        network = load_sit(path, sample_size=(sample_shape[1], sample_shape[2]), style=style)
-        origin = {"source": str(path.resolve()), "style": style}
-        provenance = {"source": path.name, "style": style}
-    elif ":" in text and not path.exists():
-        network, origin = _from_entry(text), {"source": text}
-        provenance = {"source": text}
-    else:
-        from piflow_edge.distill.networks.diffusers_networks import load_diffusers
 
-        network = load_diffusers(text, sample_shape=sample_shape)
-        origin = {"source": str(path.resolve()) if path.exists() else text}
-        provenance = {"source": path.name}
-    return _teacher(network, None, origin, provenance)
+def _load_teacher_checkpoint(source: str, sample_shape: Any, style: str) -> TeacherModel:
+    path = Path(source)
+    return teacher_from_checkpoint(load_checkpoint(path, kind="teacher"), origin=str(path.resolve()))
+
+
+def _load_sit_file(source: str, sample_shape: tuple[int, ...] | None, style: str) -> TeacherModel:
+    from piflow_edge.distill.networks.sit import load_sit
+
+    path = Path(source)
+    if sample_shape is None:
+        raise CheckpointError(f"{source} does not say the size of its states; give sample_shape")
+    network = load_sit(path, sample_size=(sample_shape[1], sample_shape[2]), style=style)
+    origin = {"source": str(path.resolve()), "style": style}
+    return _teacher(network, None, origin, {"source": path.name, "style": style})
+
+
+def _load_function(source: str, sample_shape: Any, style: str) -> TeacherModel:
+    return _teacher(_from_entry(source), None, {"source": source}, {"source": source})
+
+
+def _load_diffusers(source: str, sample_shape: tuple[int, ...] | None, style: str) -> TeacherModel:
+    from piflow_edge.distill.networks.diffusers_networks import load_diffusers
+
+    path = Path(source)
+    network = load_diffusers(source, sample_shape=sample_shape)
+    origin = {"source": str(path.resolve()) if path.exists() else source}
+    return _teacher(network, None, origin, {"source": path.name})
+
+
+@dataclass(frozen=True)
+class TeacherFamily:
+    """A kind of source that teachers come from.
+
+    `recognises`: whether a source, as text, is of this kind. `load`: source, shape of the states, style -> teacher; see
+    `load_teacher`.
+    """
+
+    recognises: Callable[[str], bool]
+    load: Callable[[str, tuple[int, ...] | None, str], TeacherModel]
+
+
+# The one registry, by name. The first that recognises a source loads it; the last takes what is left: a hub id may be
+# anything.
+TEACHER_FAMILIES = {
+    "checkpoint": TeacherFamily(
+        lambda source: (Path(source) / "checkpoint.json").is_file(), _load_teacher_checkpoint
+    ),
+    "sit": TeacherFamily(lambda source: Path(source).suffix in _WEIGHT_FILES, _load_sit_file),
+    "function": TeacherFamily(lambda source: ":" in source and not Path(source).exists(), _load_function),
+    "diffusers": TeacherFamily(lambda source: True, _load_diffusers),
+}
 
 
 def teacher_from_checkpoint(checkpoint: Checkpoint, origin: str | None = None) -> TeacherModel:
