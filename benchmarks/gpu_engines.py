@@ -34,7 +34,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.engines import ENGINES
 from piflow_edge.engines.building import steps as building
 from piflow_edge.errors import PiFlowError
-from piflow_edge.kernels import nvidia
+from piflow_edge.kernels import gpu_arrays, nvidia
 from piflow_edge.kernels.gpu_arrays import DeviceArray
 from piflow_edge.runtime.graphs import find_targets
 from piflow_edge.system.hardware import power_state, versions
@@ -97,11 +97,9 @@ def on_gpu(inputs, ordinal, stream):
     for name, array in inputs.items():
         array = np.ascontiguousarray(array)
         memory = nvidia.Memory(ordinal, array.nbytes)
-        nvidia.copy(ordinal, memory.pointer, array.ctypes.data, array.nbytes, stream.handle)
-        found[name] = DeviceArray(
-            memory.pointer, str(array.dtype), array.shape, ordinal, memory, stream.handle
-        )
-    nvidia.wait_for(stream.handle)
+        nvidia.copy(ordinal, memory.pointer, array.ctypes.data, array.nbytes, stream)
+        found[name] = DeviceArray(memory.pointer, str(array.dtype), array.shape, ordinal, memory, stream)
+    nvidia.wait_for(stream)
     return found
 
 
@@ -109,14 +107,14 @@ def calls(generator, batch):
     """What is timed of one engine."""
     inputs, engine = network_inputs(generator, batch, 1.0), generator.engine
     found = {"network": lambda: engine.run(inputs), "images": lambda: images(generator, batch)}
-    if engine.name == "tensorrt":
-        stream = nvidia.Stream(0)
+    if engine.name in ("tensorrt", "ort-cuda"):
+        stream, formats = gpu_arrays.place(0).stream, getattr(engine, "input_formats", {})
         # TensorRT before 10 takes class ids as int32.
-        there = on_gpu({n: a.astype(engine.input_formats[n]) for n, a in inputs.items()}, 0, stream)
+        there = on_gpu({n: a.astype(formats.get(n, a.dtype)) for n, a in inputs.items()}, 0, stream)
 
         def queue():
             engine.run(there)
-            nvidia.wait_for(stream.handle)
+            nvidia.wait_for(stream)
 
         found["network on the GPU"] = queue
     return found
