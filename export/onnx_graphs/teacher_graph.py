@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from piflow_edge.conditioning import Arrays, Conditioner
+from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner, concatenate, count_of
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.networks.flow_network import FlowNetwork, find_misfit
 from piflow_edge.distill.sources import TeacherModel
-from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, Graph, open_engine
+from piflow_edge.distill.teacher import as_tensors
+from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions, Graph, open_engine
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
 from piflow_edge.export.onnx_graphs.to_onnx import export_network, network_graph
 from piflow_edge.noise import philox_normal
@@ -51,37 +52,59 @@ def _find_conditioner(model: TeacherModel, data: ImageData) -> Conditioner:
     return conditioner
 
 
-def export_teacher(network: FlowNetwork, file: Path) -> float:
-    """Write a class-conditional teacher as `x_t`, `t` (noise level), `labels` -> `u_t`, checked against PyTorch.
+def export_teacher(network: FlowNetwork, file: Path, conditioner: Conditioner | None = None) -> float:
+    """Write a teacher as `x_t`, `t` (noise level) and what steers it -> `u_t`, checked against PyTorch.
 
-    The label after the last class stands for no class: `EngineTeacher` guides with it, on two samples in one call.
+    What stands for "no condition" is given under the same names: `EngineTeacher` guides with it, on two samples in one
+    call where it is as long as the condition.
+
+    Args:
+        network: the teacher.
+        file: to write.
+        conditioner: what steers it; None is class labels, as many as the network knows.
 
     Returns:
         The worst difference from PyTorch, relative to the largest velocity.
 
     Raises:
-        CheckpointError: the network takes no labels.
+        CheckpointError: what steers the network is not known.
         CheckFailedError: the graph does not reproduce PyTorch; nothing is written.
     """
-    if set(network.null) != {"labels"}:
-        raise CheckpointError("a teacher's graph takes class labels; this network takes none")
-    classes = int(network.null["labels"])
-    model = export_network(network)
-    engine = open_engine(Graph(model), engine="ort-cpu")
-    labels = np.array([0, classes - 1, classes], np.int64)
-    x_t = philox_normal(0, range(len(labels)), network.sample_shape)
-    worst = 0.0
-    for level in _LEVELS:
-        t = np.full(len(labels), level, np.float32)
-        x, sigma, ids = map(torch.from_numpy, (x_t, t, labels))
-        expected = network.velocity(x, sigma, labels=ids).numpy()
-        largest = np.abs(expected).max() or 1.0  # a network that was never trained answers 0
-        found = engine.run({"x_t": x_t, "t": t, "labels": labels})["u_t"]
-        worst = max(worst, float(np.abs(found - expected).max() / largest))
+    conditioner = conditioner or _name_classes(network)
+    model = export_network(network, conditioner.inputs)
+    worst = _compare_velocities(network, open_engine(Graph(model), engine="ort-cpu"), conditioner)
     if not worst <= _TOLERANCE:  # NaN does not pass
         raise CheckFailedError(
             f"the teacher's graph is {worst:.1e} off PyTorch, which is more than {_TOLERANCE:.0e}"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, model)
+    return worst
+
+
+def _name_classes(network: FlowNetwork) -> ClassLabels:
+    """Class labels for a network that was told nothing else; the last one it knows is that of no class."""
+    if set(network.null) != {"labels"}:
+        raise CheckpointError(
+            "nothing says what steers this network; give the checkpoint of train-teacher, or a network whose null is "
+            "that of 'labels'"
+        )
+    return ClassLabels(tuple(map(str, range(int(network.null["labels"])))))
+
+
+def _compare_velocities(network: FlowNetwork, engine: Engine, conditioner: Conditioner) -> float:
+    """The worst difference between graph and network, with and without a condition, relative to the largest."""
+    given = conditioner.example(2)
+    null = conditioner.null(1)
+    if null and all(null[name].shape[1:] == array.shape[1:] for name, array in given.items()):
+        given = concatenate([given, null])
+    count = count_of(given, 2)
+    x_t = philox_normal(0, range(count), network.sample_shape)
+    worst = 0.0
+    for level in _LEVELS:
+        t = np.full(count, level, np.float32)
+        expected = network.velocity(torch.from_numpy(x_t), torch.from_numpy(t), **as_tensors(given)).numpy()
+        largest = np.abs(expected).max() or 1.0  # a network that was never trained answers 0
+        found = engine.run({"x_t": x_t, "t": t, **given})["u_t"]
+        worst = max(worst, float(np.abs(found - expected).max() / largest))
     return worst

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from piflow_edge.bundle.folder import Bundle
+from piflow_edge.conditioning import Arrays, Conditioner
 from piflow_edge.engines import open_engine, read_graph_file
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.generator import Generator
@@ -67,7 +68,7 @@ def line_up_teacher(
     Raises:
         EngineError: the graph does not run there, or is another one.
     """
-    conditioner, latent = bundle.manifest.conditioner, bundle.manifest.latent
+    conditioner, latent = fill_null(bundle.manifest.conditioner), bundle.manifest.latent
     opened = open_engine(read_graph_file(teacher.file), engine=engine, device=device, options=config.options)
     guided = EngineTeacher(opened, conditioner)
     # Another graph, or one for other images, is better known before minutes of measuring.
@@ -77,6 +78,13 @@ def line_up_teacher(
     return [
         _measure_teacher(guided, bundle, engine, device, config, teacher, scale, n) for n in config.batches
     ]
+
+
+def fill_null(conditioner: Conditioner) -> Conditioner:
+    """Return what steers a teacher that is timed: where the bundle holds no "no condition", any numbers will do."""
+    if conditioner.null(1) is not None or not conditioner.inputs:
+        return conditioner
+    return Arrays(conditioner.inputs, conditioner.example(1))
 
 
 def _measure_teacher(guided, bundle, engine, device, config, teacher, scale, batch) -> LineupEntry:

@@ -265,7 +265,8 @@ def _export_teacher(checkpoint: str, file: Path, overwrite: bool, as_json: bool)
         raise click.UsageError(
             f"a teacher's graph is one file; give --out a name that ends in .onnx; got {file}"
         )
-    error = export_teacher(load_teacher(checkpoint).network, file)
+    teacher = load_teacher(checkpoint)
+    error = export_teacher(teacher.network, file, teacher.conditioner)
     if as_json:
         emit({"file": str(file), "error": error})
     else:

@@ -16,7 +16,9 @@ pytest.importorskip("transformers")
 import torch
 
 import piflow_edge as pf
+from piflow_edge.bench.benchmark import bench
 from piflow_edge.bench.cold_start import build_example
+from piflow_edge.bench.config import BenchConfig, TeacherConfig
 from piflow_edge.conditioning import ConditionRequest
 from piflow_edge.distill.networks.flow_network import attach_policy_head
 from piflow_edge.distill.networks.text_dit import TextDiTConfig, TextDiTNetwork
@@ -25,6 +27,7 @@ from piflow_edge.distill.sources import StudentModel
 from piflow_edge.doctor.examination import bundle_finding
 from piflow_edge.engines import open_engine, read_graph_file
 from piflow_edge.errors import BundleError, ConditioningError, DataError, UsageError
+from piflow_edge.export.onnx_graphs.teacher_graph import export_teacher
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import GMPolicySpec
 from tests.commands.test_cli import invoke
@@ -203,3 +206,13 @@ def test_an_altered_tokenizer_is_refused(folder, tmp_path):
     file.write_bytes(file.read_bytes().replace(b"apple", b"pears"))
     with pytest.raises(BundleError, match=r"tokenizer\.bert\.json"):
         pf.load(copy)
+
+
+def test_a_teacher_steered_by_text_is_timed_beside_its_student(folder, tmp_path):
+    student = make_text_student()
+    teacher = TextDiTNetwork(TextDiTConfig(3, 16, 4, 24, 1, 2, text_size=32, pooled_size=32))
+    torch.nn.init.normal_(teacher.module.head.out.weight, std=0.2)
+    assert export_teacher(teacher, tmp_path / "teacher.onnx", student.conditioner) < 1e-4
+    quick = BenchConfig(rounds=2, warmup=1, cold_starts=0, engines=["ort-cpu"], precisions=["fp32"])
+    found = bench([folder], quick, TeacherConfig(tmp_path / "teacher.onnx", steps=2, guidance_scale=2.0))
+    assert [row.setting.model for row in found.rows] == ["text", "teacher, guidance 2"]
