@@ -98,7 +98,7 @@ def _compare_velocities(network: FlowNetwork, engine: Engine, conditioner: Condi
     null = conditioner.null(1)
     if null and all(null[name].shape[1:] == array.shape[1:] for name, array in given.items()):
         given = concatenate([given, null])
-    count = count_of(given, 2)
+    count = count_of(given) or 2  # a network that nothing steers
     x_t = philox_normal(0, range(count), network.sample_shape)
     worst = 0.0
     for level in _LEVELS:
