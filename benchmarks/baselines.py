@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from piflow_edge.distill.networks.dit import DiT, time_features, unpatchify
+from piflow_edge.distill.networks.dit import DiT, time_features
 from piflow_edge.distill.networks.flow_network import DiTNetwork
 
 # (x_t (B, C, H, W), sigma: a float or (B,)) -> u_t
@@ -242,15 +242,11 @@ class MeanFlowDiT(DiT):
             nn.init.zeros_(parameter)  # whatever the span, it starts as the teacher
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, span: Tensor) -> Tensor:
-        patch = self.config.patch_size
-        rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
-        tokens = self.patch_embed(x_t).flatten(2).transpose(1, 2)
-        tokens = tokens + self._positions(rows, columns, tokens)
-        times, spans = (time_features(n).to(tokens.dtype) for n in (t, span * self.span_scale))
-        emb = F.silu(self.time_mlp(times) + self.span_mlp(spans) + self.class_embed(labels))
-        for block in self.blocks:
-            tokens = block(tokens, emb)
-        return unpatchify(self.head(tokens, emb), (rows, columns), patch, self.out_channels)
+        dtype = self.class_embed.weight.dtype
+        times, spans = (time_features(n).to(dtype) for n in (t, span * self.span_scale))
+        return self.predict(
+            x_t, F.silu(self.time_mlp(times) + self.span_mlp(spans) + self.class_embed(labels))
+        )
 
 
 class MeanFlowNetwork(DiTNetwork):

@@ -86,9 +86,9 @@ class ClockedData:
     def __getattr__(self, name):
         return getattr(self._data, name)
 
-    def batch(self, indices):
+    def batch(self, indices, draws=None):
         self.asked.append((seconds(self._device), time.perf_counter()))
-        return self._data.batch(indices)
+        return self._data.batch(indices, draws)
 
     def step_seconds(self, skipped: int = WARMING) -> np.ndarray:
         """By the budget's clock and by that on the wall, (S, 2), without the first few steps."""

@@ -58,14 +58,14 @@ class WatchedData(ImageData):
 
     count, at, happens, delay = 0, None, None, 0.0
 
-    def batch(self, indices):
+    def batch(self, indices, draws=None):
         if np.array_equal(indices, [0, 1]):  # a look at what the data are like, before the first step
-            return super().batch(indices)
+            return super().batch(indices, draws)
         WatchedData.count += 1
         if WatchedData.count == WatchedData.at:
             WatchedData.happens()
         time.sleep(WatchedData.delay)
-        return super().batch(indices)
+        return super().batch(indices, draws)
 
 
 def make_teacher():
