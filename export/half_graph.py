@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.onnx_graphs.large import load_tensor
+from piflow_edge.export.onnx_graphs.value_names import ValueNames
 
 # Operators that some runtime of ours has in float32 only.
 FLOAT32_OPERATORS = (
@@ -44,6 +45,7 @@ class _Conversion:
         self._model, self._files, self._float32_nodes, self._floats = model, files, float32_nodes, floats
         self._weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
         self._outputs = {value.name for value in model.graph.output}
+        self._names = ValueNames(model.graph)
         self._nodes: list[onnx.NodeProto] = []
         self._half: set[str] = set()  # values that are fp16 now
         self._casts: dict[tuple[str, int], str] = {}  # value, type -> the same value in that type
@@ -55,7 +57,7 @@ class _Conversion:
         }
         # Read in both types, a weight needs two names.
         self._float_names = {
-            name: f"{name}.float" if name in read_by_half else name for name in self._weights
+            name: self._names.add(f"{name}.float") if name in read_by_half else name for name in self._weights
         }
 
     def convert(self) -> onnx.ModelProto:
@@ -91,7 +93,7 @@ class _Conversion:
             if name not in self._floats:
                 continue
             if name in self._outputs:  # the name is the float32 value's
-                node.output[i] = self._casts[name, TensorProto.FLOAT16] = f"{name}.half"
+                node.output[i] = self._casts[name, TensorProto.FLOAT16] = self._names.add(f"{name}.half")
                 self._nodes.append(helper.make_node("Cast", [node.output[i]], [name], to=TensorProto.FLOAT))
             else:
                 self._half.add(name)
@@ -105,7 +107,8 @@ class _Conversion:
         if name not in self._floats or is_half == (kind == TensorProto.FLOAT16):
             return name
         if (name, kind) not in self._casts:
-            self._casts[name, kind] = f"{name}.half" if kind == TensorProto.FLOAT16 else f"{name}.float"
+            ending = "half" if kind == TensorProto.FLOAT16 else "float"
+            self._casts[name, kind] = self._names.add(f"{name}.{ending}")
             self._nodes.append(helper.make_node("Cast", [name], [self._casts[name, kind]], to=kind))
         return self._casts[name, kind]
 

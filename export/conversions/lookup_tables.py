@@ -7,6 +7,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from piflow_edge.export.onnx_graphs.value_names import ValueNames
+
 # Values of a table from which on it is worth a cast.
 _LEAST = 4096
 _FP16_LARGEST = float(np.finfo(np.float16).max)
@@ -31,17 +33,28 @@ def halve_lookup_tables(model: onnx.ModelProto, only: Container[str] | None = No
     looked_up = {name for name, node, place in readers if is_lookup(node, place)}
     looked_up -= {name for name, node, place in readers if not is_lookup(node, place)}
     half_tables = {tensor.name for tensor in graph.initializer if tensor.name in looked_up and _halve(tensor)}
-    lookups = []
-    for place in reversed(range(len(graph.node))):
-        node = graph.node[place]
-        if node.op_type == "Gather" and node.input[0] in half_tables:
-            lookups.append(node.name)
-            found = node.output[0]
-            node.output[0] = f"{found}.half"
-            graph.node.insert(
-                place + 1, helper.make_node("Cast", [node.output[0]], [found], to=TensorProto.FLOAT)
-            )
-    return lookups
+    lookups = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in half_tables]
+    names = ValueNames(graph)
+    for node in lookups:
+        _widen_output(graph, node, names)
+    return [node.name for node in lookups]
+
+
+def _widen_output(graph: onnx.GraphProto, lookup: onnx.NodeProto, names: ValueNames) -> None:
+    """Let a lookup give fp16, and cast what it finds for those who read it in float32."""
+    found = lookup.output[0]
+    narrow = next((node for node in graph.node if node.input[:1] == [found] and _is_cast_to_half(node)), None)
+    if narrow is None:
+        lookup.output[0] = names.add(f"{found}.half")
+    else:  # some read it in fp16 already
+        lookup.output[0] = narrow.output[0]
+        graph.node.remove(narrow)
+    place = next(i for i, node in enumerate(graph.node) if node.output[:1] == lookup.output[:1])
+    graph.node.insert(place + 1, helper.make_node("Cast", [lookup.output[0]], [found], to=TensorProto.FLOAT))
+
+
+def _is_cast_to_half(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT16
 
 
 def _halve(tensor: TensorProto) -> bool:

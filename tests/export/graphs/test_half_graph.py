@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import CheckFailedError
+from piflow_edge.export.conversions.fp16 import to_fp16
 from piflow_edge.export.half_graph import convert_to_half
 from piflow_edge.export.onnx_graphs.large import check, graph_of, types
 
@@ -81,6 +82,45 @@ def test_a_value_that_is_an_output_and_read_inside_keeps_its_name():
     for name, value in run(half).items():
         assert value.dtype == np.float32
         np.testing.assert_allclose(value, run(model)[name], rtol=2e-3)
+
+
+def test_names_of_casts_are_not_those_of_the_network():
+    nodes = (node("Mul", ["x", "a"], "m"), node("Exp", ["m"], "m.half"), node("Add", ["m.half", "m"], "y"))
+    model = model_of(*nodes, a=[1.5, 2.5], **{"a.float": [0.5, 0.5]})
+    model.graph.node.append(node("Sub", ["a.float", "a"], "spare"))
+    np.testing.assert_allclose(run(convert(model, "mul"))["y"], run(model)["y"], rtol=2e-3)
+
+
+def test_a_table_for_readers_in_both_types_is_widened_once():
+    table, inner, outer = np.random.default_rng(0).standard_normal((3, 64, 64), np.float32) / 8
+    nodes = [
+        node("Gather", ["table", "ids"], "found"),
+        node("Gemm", ["found", "inner"], "hidden"),  # in fp16
+        node("MatMul", ["hidden", "outer"], "product"),
+        node("Add", ["found", "product"], "y"),  # an output: in float32 from the last product on
+    ]
+    values = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (("ids", TensorProto.INT64, ["n"]), ("y", TensorProto.FLOAT, ["n", 64]))
+    ]
+    tensors = {"table": table, "inner": inner, "outer": outer}
+    weights = [numpy_helper.from_array(array, name) for name, array in tensors.items()]
+    whole = helper.make_graph(nodes, "graph", values[:1], values[1:], weights)
+    model = helper.make_model(whole, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    ids = np.array([5, 0, 63])
+    converted = to_fp16(Graph(model.SerializeToString()), [{"ids": ids}])
+    assert converted.float32_nodes.keys() == {"add", "matmul"}
+    half = onnx.load_from_string(converted.graph.model)
+    kinds = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    assert kinds == {
+        "table": TensorProto.FLOAT16,
+        "inner": TensorProto.FLOAT16,
+        "outer": TensorProto.FLOAT,
+    }
+    assert casts(half) == [TensorProto.FLOAT] * 2  # of what is found, and of `hidden`
+    made = open_engine(converted.graph, engine="ort-cpu").run({"ids": ids})["y"]
+    # Values of about 1, of a table, a weight and a value with 11 bits.
+    np.testing.assert_allclose(made, table[ids] + table[ids] @ inner @ outer, rtol=0, atol=2**-11)
 
 
 def test_nodes_that_hold_values_or_name_a_type_follow():
