@@ -34,7 +34,7 @@ from .agreement import Agreement, Draw
 from .configs import ImitationConfig
 from .imitation import correct_at_once, correct_in_turn, datafree_imitation_loss, imitation_loss
 from .sources import TeacherModel
-from .teacher import GuidanceConfig, GuidedTeacher, null_condition, preview_inputs
+from .teacher import GuidanceConfig, GuidedTeacher, null_condition, preview_inputs, preview_titles
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,7 @@ def distill(
         run=run,
         frozen=[] if lora else [teacher.network],
         preview=student_preview(student, data, draw) if run.sample_every else None,
+        titles=preview_titles(data.conditioner) if run.sample_every else (),
         compare=agreement,
         resume=resume,
     )

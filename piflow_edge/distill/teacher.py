@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from piflow_edge.conditioning import Conditioner
+from piflow_edge.conditioning import Conditioner, ConditionRequest
 from piflow_edge.distill.data.datasets import ImageData
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.loop.training import Preview, train
@@ -158,6 +158,15 @@ def preview_inputs(network: FlowNetwork, conditioner: Conditioner) -> tuple[Tens
     return noise, as_tensors(conditioner.example(_PREVIEW_COUNT))
 
 
+def preview_titles(conditioner: Conditioner) -> list[str]:
+    """Return what stands under the pictures of a sheet: the prompt, or a few words for what else steers it."""
+    if prompts := conditioner.example_prompts(_PREVIEW_COUNT):
+        return prompts
+    given = conditioner.example(_PREVIEW_COUNT)
+    request = ConditionRequest(arrays=given) if given else ConditionRequest(count=_PREVIEW_COUNT)
+    return [conditioner.title(entry) for entry in conditioner.describe(request, given)]
+
+
 def null_condition(network: Teacher, conditioner: Conditioner) -> dict[str, Tensor]:
     """Return what stands for "no condition", one entry without the batch axis per name; empty where nothing does.
 
@@ -276,6 +285,7 @@ def train_teacher(
     return train(
         network, loss, data, training, folder, kind="teacher", settings=settings, run=run,
         preview=_preview_of(network, data.conditioner, null, flow_matching.shift) if run.sample_every else None,
+        titles=preview_titles(data.conditioner) if run.sample_every else (),
         resume=resume,
     )  # fmt: skip
 

@@ -45,6 +45,23 @@ def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return sheet
 
 
+def titled_grid(images: Sequence[Image.Image], titles: Sequence[str], columns: int) -> Image.Image:
+    """Equally large images in rows of `columns`, each with its title under it, cut where it is too long."""
+    from PIL import ImageDraw
+
+    grids = [image_grid([images[i : i + columns]]) for i in range(0, len(images), columns)]
+    font, pitch = _font(), grids[0].height + _TEXT_SIZE + 4
+    sheet = Image.new("RGB", (grids[0].width, pitch * len(grids)), "white")
+    draw = ImageDraw.Draw(sheet)
+    width = (grids[0].width - _GAP) // min(columns, len(images))
+    for y, grid in enumerate(grids):
+        sheet.paste(grid, (0, y * pitch))
+        for x, title in enumerate(titles[y * columns : (y + 1) * columns]):
+            text = _fit_text(font, _printable(font, title), width - 4)
+            draw.text((_GAP + x * width, y * pitch + grid.height), text, "black", font)
+    return sheet
+
+
 def side_by_side(rows: Mapping[str, Sequence[Image.Image]], headings: Sequence[str]) -> Image.Image:
     """`image_grid` with the rows' names on its left and a heading over every column, cut where it is too long."""
     from PIL import ImageDraw

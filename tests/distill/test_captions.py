@@ -30,7 +30,7 @@ from piflow_edge.distill.networks.families import fit_architecture
 from piflow_edge.distill.networks.text_encoders import open_prompts
 from piflow_edge.distill.sources import teacher_from_checkpoint
 from piflow_edge.distill.student import distill
-from piflow_edge.distill.teacher import train_teacher
+from piflow_edge.distill.teacher import preview_titles, train_teacher
 from piflow_edge.errors import CheckpointError, DataError
 from piflow_edge.policies import GMPolicySpec
 from tests.helpers.text_encoders import tiny_text_encoder
@@ -287,3 +287,13 @@ def test_a_batch_is_the_same_however_it_is_cut(data, encoder, tmp_path):
     )  # fmt: skip
     for name, tensor in whole.group("ema").items():
         torch.testing.assert_close(cut.group("ema")[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_sheets_of_samples_show_the_prompts(teacher, tmp_path):
+    with Image.open(tmp_path / "teacher" / "samples" / "0000004.png") as sheet:
+        # Four rows of ten pictures of 64 pixels, 8 enlarged, with a line of text under each.
+        assert sheet.size == (662, 4 * (68 + 18))
+        under = np.asarray(sheet.convert("L"))[68:86]
+    assert preview_titles(teacher.conditioner)[:3] == ["a red apple", "a cat", "a happy face"]
+    for start in range(2, 640, 66):
+        assert under[:, start : start + 60].min() < 100, "something is written under each"

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 from piflow_edge.errors import MissingExtraError
 from piflow_edge.system.files import write_atomic
 from piflow_edge.system.progress import announce, progress
-from piflow_edge.system.sheets import as_pil, encode_png, image_grid
+from piflow_edge.system.sheets import as_pil, encode_png, titled_grid
 
 from .curves import describe_trend, draw_curves, read_curves
 
@@ -27,6 +27,7 @@ class Journal:
         self.folder, self.config, self.run, self.start = folder, config, run, start
         self.bar, self.log, self.board = bar, log, board
         self.began = time.perf_counter()
+        self.titles: Sequence[str] = ()  # of the pictures on sheets
         self.errors: dict[int, float] = {}  # to the teacher, by iteration
 
     def step(self, done: int, loss: float, norm: float, learning_rate: float, skipped: int) -> None:
@@ -63,7 +64,7 @@ class Journal:
 
     def pictures(self, done: int, images: np.ndarray) -> None:
         """Keep images, uint8 (B, H, W, C), as `samples/<iterations>.png`."""
-        sheet = image_grid([as_pil(images[i : i + _COLUMNS]) for i in range(0, len(images), _COLUMNS)])
+        sheet = titled_grid(as_pil(images), self.titles, _COLUMNS)
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
         write_atomic(folder / f"{done:07d}.png", encode_png(sheet))

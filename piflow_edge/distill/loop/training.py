@@ -60,6 +60,7 @@ def train(
     run: RunConfig = DEFAULT_RUN,
     frozen: Sequence[nn.Module] = (),
     preview: Preview | None = None,
+    titles: Sequence[str] = (),
     compare: Compare | None = None,
     resume: bool = False,
 ) -> Checkpoint:
@@ -79,6 +80,7 @@ def train(
         run: how to carry the run out.
         frozen: other networks the loss calls; they are put on the device and run in mixed precision too.
         preview: makes the sheets of samples, from the averaged weights.
+        titles: of the pictures on those sheets.
         compare: measures the error to the teacher, with the averaged weights.
         resume: go on from the checkpoint in `folder` instead of refusing to overwrite it.
 
@@ -111,6 +113,7 @@ def train(
         if processes.is_main:
             opened = open_journal(folder, f"training {kind}", config, run, start)
             journal = stack.enter_context(opened)
+            journal.titles = titles
         for iteration in range(start, config.iterations):
             step, done = take_step(state, loss, data, config, pieces, iteration, stopped), iteration + 1
             if journal:
