@@ -7,7 +7,6 @@ import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -211,6 +210,8 @@ class OrtTensorRT(OrtCUDA):
         Raises:
             MissingExtraError: ONNX Runtime, or the one with this provider, is not installed.
         """
+        from importlib.metadata import PackageNotFoundError, version  # slow to import
+
         module = cls.installed_runtime()
         for name in cls.libraries:
             try:

@@ -81,39 +81,44 @@ class OrtEngine:
             MissingExtraError: it is not installed, or without the provider.
             EngineError: the provider is of another system.
         """
-        if (reason := cls._elsewhere()) is not None:
-            raise EngineError(reason)
-        ort = ort_package.import_onnxruntime(cls.package, cls.name, cls._also())
+        ort = cls._import_runtime()
         if (reason := cls._missing(ort)) is not None:
-            raise MissingExtraError(reason)
+            raise MissingExtraError(f"{reason}; {cls._advise_install()}")
         return ort
 
     @classmethod
     def opener(cls, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
-        """See `Engine`."""
+        """See `Engine`. Who names the engine learns how to get it too: to look what is installed here takes long."""
         try:
-            cls.installed_runtime()
+            reason = cls._missing(cls._import_runtime())
         except PiFlowError as error:
             return str(error)
-        return partial(cls, graph, device, options)
+        return reason or partial(cls, graph, device, options)
 
     @classmethod
-    def _elsewhere(cls) -> str | None:
-        if cls.system in (None, sys.platform):
-            return None
-        return f"engine {cls.name!r} needs {cls.needs}, and this is {sys.platform}: use engine 'auto'"
+    def _import_runtime(cls):
+        """The onnxruntime module, with or without the provider; raises as `installed_runtime`."""
+        if cls.system not in (None, sys.platform):
+            raise EngineError(
+                f"engine {cls.name!r} needs {cls.needs}, and this is {sys.platform}: use engine 'auto'"
+            )
+        return ort_package.import_onnxruntime(cls.package, cls.name, cls._also())
 
     @classmethod
     def _missing(cls, ort) -> str | None:
         if cls.provider in ort.get_available_providers():
             return None
+        return (
+            f"engine {cls.name!r} needs ONNX Runtime's {cls.provider}, and the onnxruntime {ort.__version__} installed "
+            "here lacks it"
+        )
+
+    @classmethod
+    def _advise_install(cls) -> str:
         here = ort_package.find_installed_packages()
         remove = f"pip uninstall -y {' '.join(here)} && " if here else ""
         several = f"{' and '.join(here)} are both installed and overwrite each other; " if here[1:] else ""
-        return (
-            f"engine {cls.name!r} needs ONNX Runtime's {cls.provider}, and the onnxruntime {ort.__version__} installed "
-            f"here lacks it; {several}get it with: {remove}pip install {cls.package}{cls._also()}"
-        )
+        return f"{several}get it with: {remove}pip install {cls.package}{cls._also()}"
 
     @classmethod
     def _also(cls) -> str:

@@ -114,7 +114,8 @@ def test_a_provider_that_is_not_installed_is_an_error_with_a_command(name, monke
         open_engine(IDENTITY, engine=name)
     assert f"engine {name!r} needs ONNX Runtime's {backend.provider}" in str(error.value)
     assert f"pip uninstall -y onnxruntime && pip install {backend.package}" in str(error.value)
-    assert backend.opener(IDENTITY, "", EngineOptions()) == str(error.value)
+    reason = backend.opener(IDENTITY, "", EngineOptions())
+    assert str(error.value).startswith(f"{reason}; ") and "pip" not in reason
 
 
 @pytest.mark.parametrize(
