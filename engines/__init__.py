@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from piflow_edge.errors import EngineError, PiFlowError
+from piflow_edge.option import check_options, option
 from piflow_edge.system.hardware import available_cores
 
 if TYPE_CHECKING:
@@ -139,19 +140,23 @@ class EngineOptions:
         EngineError: a setting out of range, or a core that this process may not use.
     """
 
-    num_threads: int | None = None
-    cpu_affinity: tuple[int, ...] | None = None
+    num_threads: int | None = option(
+        None, "Of the CPU; else one for each core this process may use.", minimum=1, maximum=_MOST_THREADS
+    )
+    cpu_affinity: tuple[int, ...] | None = option(None, "Compute on these cores only, numbered from 0.")
     spinning: bool = False
     memory_arena: bool = False
     memory_pattern: bool = True
-    keep: str = "all"
+    keep: str = option(
+        "all",
+        "Networks in memory: all, or one, opened, run and freed in turn, where all do not fit.",
+        choices=("all", "one"),
+    )
 
     def __post_init__(self):
-        threads = self.num_threads
-        if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
-            raise EngineError(f"num_threads is a whole number from 1 to {_MOST_THREADS}; got {threads!r}")
-        if self.keep not in ("all", "one"):
-            raise EngineError(f"keep is 'all' or 'one'; got {self.keep!r}")
+        if self.num_threads is not None and type(self.num_threads) is not int:
+            raise EngineError(f"num_threads is a whole number; got {self.num_threads!r}")
+        check_options(self, EngineError)
         if self.cpu_affinity is not None:
             object.__setattr__(self, "cpu_affinity", _check_cores(self.cpu_affinity))
 

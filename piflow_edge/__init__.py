@@ -23,7 +23,7 @@ _HOMES = {
     "Generator": "runtime.generator",
     "Result": "runtime.result",
     "Progress": "runtime.drawing.observer",
-    "SamplingSettings": "sampling",
+    "SamplingSettings": "sampling_settings",
     "Recipe": "runtime.recipe",
     "read_recipe": "runtime.recipe",
     "Cancelled": "errors",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from piflow_edge.runtime.recipe import Recipe as Recipe
     from piflow_edge.runtime.recipe import read_recipe as read_recipe
     from piflow_edge.runtime.result import Result as Result
-    from piflow_edge.sampling import SamplingSettings as SamplingSettings
+    from piflow_edge.sampling_settings import SamplingSettings as SamplingSettings
     from piflow_edge.schedule import Schedule as Schedule
     from piflow_edge.schedule import Segment as Segment
     from piflow_edge.schedule import unwarp as unwarp

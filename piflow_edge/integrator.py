@@ -13,9 +13,8 @@ import numpy as np
 from .arrays import Array, SameArray, array_namespace
 from .errors import ScheduleError, ShapeError
 from .policies import VelocityField
+from .sampling_settings import SOLVERS
 from .schedule import segment_sigmas
-
-SOLVERS = ("euler", "multistep")
 
 # What carries a state along noise levels: `integrate` below, or another with its arguments.
 Integrate = Callable[..., Any]

@@ -3,14 +3,13 @@
 The settings check themselves by it, and `commands/options.py` makes the options of the command line of it.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import field, fields
+from typing import Any, NamedTuple
 
 from .errors import ScheduleError
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """Help and range of one field.
 
     `minimum`, `maximum`: ends of the range that belong to it. `above`, `below`: ends that do not. `choices`: the

@@ -1,9 +1,8 @@
 """From noise to data: the loop over student calls."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -11,47 +10,10 @@ from .arrays import Array, SameArray
 from .errors import ScheduleError
 from .integrator import Integrate, integrate
 from .policies import Policy
+from .sampling_settings import SamplingSettings
 from .schedule import Schedule, Segment, segment_sigmas
 
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How images are sampled. None is what the bundle was exported with.
-
-    Args:
-        nfe: student calls per image. What is fixed in the student's policy stays.
-        substeps: Euler steps over all of raw time.
-        solver: "euler", as the student was trained, or "multistep"; see `rollout`.
-        temperature: sharpens GM policies at every call but the last, 0 or more, where 1 leaves them as trained; "auto"
-            is the published rule min(0.1 (nfe - 1), 1).
-        h: strength of noise added between calls, 0 or more, or "inf"; see `Schedule`.
-        strength: noise level to start from a given image at, above 0 and up to 1, where nothing is left of it. The
-            calls above it are left out. None is 1 with a mask; without one it must be given with an image.
-        resamples: with a mask, calls more for every call but the one at noise level 1, by which what is drawn comes to
-            fit what is kept (RePaint, arXiv:2201.09865). None is 4, which few calls per image need.
-        height, width: of an image in pixels.
-    """
-
-    nfe: int | None = None
-    substeps: int | None = None
-    solver: str = "euler"
-    temperature: float | str | None = None
-    h: float | str | None = None
-    strength: float | None = None
-    resamples: int | None = None
-    height: int | None = None
-    width: int | None = None
-
-    def fill(self, **defaults: Any) -> "SamplingSettings":
-        """Return these settings with `defaults` for those that are None."""
-        missing = {}
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                missing[name] = value
-        return replace(self, **missing) if missing else self
-
-
-SETTING_NAMES = tuple(field.name for field in fields(SamplingSettings))
+AS_TRAINED = SamplingSettings()
 
 
 def _keep(x_t: Array, index: int) -> Array:
@@ -80,7 +42,7 @@ def sample(
     network: Callable[[Array, float], Policy],
     noise: Array,
     schedule: Schedule,
-    settings: SamplingSettings = SamplingSettings(),
+    settings: SamplingSettings = AS_TRAINED,
     hooks: Hooks = Hooks(),
 ) -> SameArray:
     """Carry noise to data: a network call at the start of every segment, whose policy is integrated to its end.

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "piflow_edge").is_dir(), reason="the sources are not here")
 SOURCES = {"piflow_edge": "piflow_edge", "piflow_edge.export": "export", "piflow_edge.engines": "engines"}
 
-METHOD = ("schedule", "policies", "integrator", "sampling", "noise", "arrays")
+METHOD = ("schedule", "policies", "integrator", "sampling", "sampling_settings", "noise", "arrays")
 MEASURING = ("evaluation", "bench", "doctor")
 RUNTIME_AND_BELOW = ("runtime", "bundle", "conditioning", "engines", "method", "system")
 GROUND = ("errors", "option", "version")  # every room may import these

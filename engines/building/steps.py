@@ -17,6 +17,7 @@ from piflow_edge.engines.trt import plans as trt_build
 from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import nvidia
+from piflow_edge.option import option
 from piflow_edge.system.hardware import host_memory
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,16 @@ class BuildSettings:
         own_kernels: for "tensorrt", leave cuBLAS and cuDNN out, which releases before 10 use too: less memory.
     """
 
-    engine: str = "tensorrt"
-    device: str = "cuda"
+    engine: str = option(
+        "tensorrt",
+        "What to build for: TensorRT itself, or one of ONNX Runtime's providers.",
+        choices=BUILT_ENGINES,
+    )
+    device: str = option("cuda", "The GPU: cuda or cuda:N.")
     batch: Batch = Batch()  # noqa: RUF009 - frozen
     workspace: int | None = None
     timing_cache: bool = True
-    own_kernels: bool = False
+    own_kernels: bool = option(False, "Leave cuBLAS and cuDNN out, which TensorRT 8 uses too: less memory.")
 
     def __post_init__(self):
         if self.engine not in BUILT_ENGINES:

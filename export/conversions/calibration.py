@@ -14,7 +14,8 @@ from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.drawing.acceleration import integrate
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import peak_error, relative_error, rms_levels, rms_of_psnr
-from piflow_edge.sampling import Hooks, SamplingSettings, sample
+from piflow_edge.sampling import Hooks, sample
+from piflow_edge.sampling_settings import SamplingSettings
 
 Inputs = dict[str, np.ndarray]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from piflow_edge.engines import DEFAULT_OPTIONS, ENGINE_NAMES, EngineOptions
 from piflow_edge.errors import EngineError, ScheduleError
+from piflow_edge.option import find_options, option
 from piflow_edge.runtime.arguments import check_whole
 
 ALL_ENGINES = "all"
@@ -25,15 +26,15 @@ class BenchConfig:
         ScheduleError: a number out of range, or an empty list.
     """
 
-    engines: Sequence[str] = ("auto",)
-    precisions: Sequence[str] | None = None
-    nfes: Sequence[int] | None = None
-    substeps: Sequence[int] | None = None
-    batches: Sequence[int] = (1,)
-    rounds: int = 100
-    warmup: int = 5
-    seconds: float = 120.0
-    cold_starts: int = 3
+    engines: Sequence[str] = option(("auto",), "Backends; all is every one that runs here.")
+    precisions: Sequence[str] | None = option(None, "Else all of each bundle.")
+    nfes: Sequence[int] | None = option(None, "Network calls per image; else as trained.", minimum=1)
+    substeps: Sequence[int] | None = option(None, "Of the policy, in all; else the bundle's.", minimum=1)
+    batches: Sequence[int] = option((1,), "Images at a time.", minimum=1)
+    rounds: int = option(100, "Timed calls of each contender.", minimum=1)
+    warmup: int = option(5, "Rounds before that.", minimum=0)
+    seconds: float = option(120.0, "End the rounds after this time, but not before five.", minimum=0)
+    cold_starts: int = option(3, "Fresh processes for first images and memory of each contender.", minimum=0)
     device: str | None = None
     options: EngineOptions = DEFAULT_OPTIONS
     seed: int = 0
@@ -47,11 +48,12 @@ class BenchConfig:
         for name in self.engines:  # beside "all" too, where no engine of that name would be looked for
             if name not in (ALL_ENGINES, *ENGINE_NAMES):
                 raise EngineError(f"engine is one of {', '.join((ALL_ENGINES, *ENGINE_NAMES))}; got {name!r}")
-        for name, least in {"rounds": 1, "warmup": 0, "cold_starts": 0}.items():
-            check_whole(name, getattr(self, name), least)
+        least = {name: int(limits.minimum or 0) for name, limits in find_options(self).items()}
+        for name in ("rounds", "warmup", "cold_starts"):
+            check_whole(name, getattr(self, name), least[name])
         for name in ("nfes", "substeps", "batches"):
             for value in getattr(self, name) or ():
-                check_whole(f"each of {name}", value, 1)
+                check_whole(f"each of {name}", value, least[name])
 
 
 DEFAULT_CONFIG = BenchConfig()
@@ -65,10 +67,10 @@ class TeacherConfig:
     """
 
     file: Path
-    steps: int = 50
-    guidance_scale: float | None = None
+    steps: int = option(50, "Euler steps of the teacher.", minimum=1)
+    guidance_scale: float | None = option(None, "Of the teacher; else the first bundle's.", minimum=1)
 
     def __post_init__(self):
         if not self.file.is_file():
             raise EngineError(f"a teacher is a graph in a file; there is none at {self.file}")
-        check_whole("steps", self.steps, 1)
+        check_whole("steps", self.steps, int(find_options(self)["steps"].minimum or 0))

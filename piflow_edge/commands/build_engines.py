@@ -2,13 +2,12 @@
 
 import click
 
-from .options import BUNDLE, JSON, TRUSTED_KEYS, axis_lengths, emit, say, show
+from .options import BUNDLE, JSON, TRUSTED_KEYS, axis_lengths, command, emit, say, settings_options, show
 
 
-@click.command()
+@command()
 @BUNDLE
-@click.option("--engine", type=click.Choice(["tensorrt", "ort-tensorrt", "tensorrt-rtx"]), default="tensorrt",
-              help="What to build for: TensorRT itself, or one of ONNX Runtime's providers.")  # fmt: skip
+@settings_options("settings", "piflow_edge.engines.building.steps:BuildSettings")
 @click.option("--batch", default="1:1:8", metavar="MIN:OPT:MAX",
               help="Batch sizes it computes, best at OPT; one number is all. Fewer take as long as MIN.")  # fmt: skip
 @click.option("--axis", "lengths", callback=axis_lengths, multiple=True, metavar="NAME=MIN:OPT:MAX",
@@ -19,17 +18,14 @@ from .options import BUNDLE, JSON, TRUSTED_KEYS, axis_lengths, emit, say, show
 @click.option("--graph", metavar="NETWORK",
               help="Build this one of the bundle's networks, or sampler; else all but sampler graphs.")  # fmt: skip
 @click.option("--nfe", type=click.IntRange(min=1), help="Calls of the sampler graph, with --graph sampler.")
-@click.option("--device", default="cuda", help="The GPU: cuda or cuda:N.")
 @click.option("--no-timing-cache", is_flag=True, help="Time every kernel anew, and keep no times.")
-@click.option("--own-kernels", is_flag=True,
-              help="Leave cuBLAS and cuDNN out, which TensorRT 8 uses too: less memory.")  # fmt: skip
 @click.option("--rebuild", is_flag=True, help="Build even what the cache has.")
 @click.option("--dry-run", is_flag=True, help="Tell what would be built; needs no GPU and no TensorRT.")
 @TRUSTED_KEYS
 @JSON
 def build(
-    bundle, engine, batch, lengths, workspace, precision, graph, nfe, device, no_timing_cache, own_kernels, rebuild,
-    dry_run, trusted_keys, as_json,
+    bundle, settings, batch, lengths, workspace, precision, graph, nfe, no_timing_cache, rebuild, dry_run,
+    trusted_keys, as_json,
 ):  # fmt: skip
     """Build engines of a bundle's networks for this GPU, and keep them in the cache, where `--engine` finds them.
 
@@ -40,17 +36,17 @@ def build(
       piflow-edge build bundles/digits --engine tensorrt --precision fp16 --batch 1:1:4
       piflow-edge build bundles/digits --dry-run --json
     """
+    from dataclasses import replace
+
     from piflow_edge.bundle.folder import Bundle
     from piflow_edge.engines.building import steps as building
     from piflow_edge.runtime.graphs import find_targets
 
-    settings = building.BuildSettings(
-        engine=engine,
-        device=device,
+    settings = replace(
+        settings,
         batch=building.Batch.parse(batch),
         workspace=workspace and workspace << 20,
         timing_cache=not no_timing_cache,
-        own_kernels=own_kernels,
     )
     opened = Bundle(bundle, trusted_keys=trusted_keys)
     plans = [
@@ -58,12 +54,12 @@ def build(
         for target in find_targets(opened, graph=graph, nfe=nfe, precision=precision, lengths=lengths)
     ]
     if dry_run:
-        _tell_plans(plans, as_json, {"bundle": str(bundle), "engine": engine})
+        _tell_plans(plans, as_json, {"bundle": str(bundle), "engine": settings.engine})
         return
     reports = [building.build(plan, settings, rebuild=rebuild, say=say) for plan in plans]
     if as_json:
         engines = [report.as_json() for report in reports]
-        emit({"bundle": str(bundle), "engine": engine, "engines": engines})
+        emit({"bundle": str(bundle), "engine": settings.engine, "engines": engines})
         return
     from rich.table import Table
 

@@ -13,6 +13,7 @@ from .options import (
     TRUSTED_KEYS,
     axis_ranges,
     calls,
+    command,
     emit,
     engine_options,
     engine_settings,
@@ -26,7 +27,7 @@ from .options import (
 from .options import size as image_size
 
 
-@click.command()
+@command()
 @click.argument("source", metavar="[STUDENT]", required=False)
 @click.option("--pipeline", metavar="FOLDER|HUB_ID",
               help="Pipeline of diffusers that --adapter is for; its encoders and decoder come along.")  # fmt: skip
@@ -273,7 +274,7 @@ def _export_teacher(checkpoint: str, file: Path, overwrite: bool, as_json: bool)
         click.echo(file)
 
 
-@click.command()
+@command()
 @BUNDLE
 @engine_options
 @click.option("--precision", help="Check this one; else all of the bundle's.")
@@ -312,7 +313,7 @@ def print_schema(context, parameter, wanted):
         context.exit()
 
 
-@click.command()
+@command()
 @BUNDLE
 @click.option("--schema", is_flag=True, is_eager=True, expose_value=False, callback=print_schema,
               help="Print the JSON Schema of bundle.json instead; needs no BUNDLE.")  # fmt: skip

@@ -8,20 +8,19 @@ import click
 from .options import (
     BUNDLE_PATH,
     JSON,
-    calls,
+    command,
     emit,
     engine_options,
     engine_settings,
+    field_option,
     placement_options,
     say,
+    settings_options,
     show,
 )
 
+_CONFIG = "piflow_edge.bench.config"
 FILE = click.Path(dir_okay=False, path_type=Path)
-
-
-def names(context, parameter, text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def finite(context, parameter, value: float | None) -> float | None:
@@ -34,10 +33,6 @@ def writable(context, parameter, file: Path | None) -> Path | None:
     if file is not None and not file.parent.is_dir():  # better known before minutes of measuring
         raise click.BadParameter(f"there is no folder {file.parent} to write {file.name} in; make it first")
     return file
-
-
-def counts(context, parameter, text: str | None) -> list[int] | None:
-    return calls(context, parameter, text) or None
 
 
 def check_outputs(plot: Path | None, csv_file: Path | None, evaluation: Path | None) -> None:
@@ -83,32 +78,24 @@ def write_benchmark(found, quality, csv_file: Path | None, plot: Path | None) ->
         write_atomic(plot, png_bytes(quality_plot.draw_benchmark(found, quality)))
 
 
-@click.command()
+@command()
 @click.argument("bundles", nargs=-1, required=True, **BUNDLE_PATH)
-@click.option("--engine", "engines", default="auto", callback=names, metavar="NAME,...",
-              help="Backends; all is every one that runs here.")  # fmt: skip
-@click.option(
-    "--precision", "precisions", callback=names, metavar="NAME,...", help="Else all of each bundle."
+@settings_options(
+    "config",
+    f"{_CONFIG}:BenchConfig",
+    {"engines": "engine", "precisions": "precision", "nfes": "nfe", "batches": "batch"},
+    engines={"metavar": "NAME,..."},
+    precisions={"metavar": "NAME,..."},
+    nfes={"metavar": "N,..."},
+    substeps={"metavar": "N,..."},
+    batches={"metavar": "N,..."},
+    seconds={"callback": finite},
 )
-@click.option(
-    "--nfe", "nfes", callback=counts, metavar="N,...", help="Network calls per image; else as trained."
-)
-@click.option(
-    "--substeps", callback=counts, metavar="N,...", help="Of the policy, in all; else the bundle's."
-)
-@click.option("--batch", "batches", default="1", callback=counts, metavar="N,...", help="Images at a time.")
-@click.option("--rounds", type=click.IntRange(min=1), default=100, help="Timed calls of each contender.")
-@click.option("--warmup", type=click.IntRange(min=0), default=5, help="Rounds before that.")
-@click.option("--seconds", type=click.FloatRange(min=0), callback=finite, default=120.0,
-              help="End the rounds after this time, but not before five.")  # fmt: skip
-@click.option("--cold-starts", type=click.IntRange(min=0), default=3,
-              help="Fresh processes for first images and memory of each contender.")  # fmt: skip
 @placement_options
 @click.option("--teacher", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Its graph, by export --teacher-graph: the baseline.")  # fmt: skip
-@click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
-@click.option("--guidance", type=click.FloatRange(min=1), callback=finite,
-              help="Of the teacher; else the first bundle's.")  # fmt: skip
+@field_option(f"{_CONFIG}:TeacherConfig", "steps", "teacher_steps")
+@field_option(f"{_CONFIG}:TeacherConfig", "guidance_scale", "guidance", callback=finite)
 @click.option("--csv", "csv_file", type=FILE, callback=writable, help="Also write a table here.")
 @click.option("--plot", type=FILE, callback=writable,
               help="Write a PNG here: latency against quality, or where time goes. Needs matplotlib.")  # fmt: skip
@@ -119,8 +106,7 @@ def write_benchmark(found, quality, csv_file: Path | None, plot: Path | None) ->
 @JSON
 @click.pass_context
 def bench(
-    context, bundles, engines, precisions, nfes, substeps, batches, rounds, warmup, seconds, cold_starts, teacher,
-    teacher_steps, guidance, csv_file, plot, evaluation, old, as_json, **placement,
+    context, bundles, config, teacher, teacher_steps, guidance, csv_file, plot, evaluation, old, as_json, **placement,
 ):  # fmt: skip
     """How fast is it here? Time and memory per engine, precision, calls, substeps and batch.
 
@@ -133,10 +119,12 @@ def bench(
       piflow-edge bench demo/bundles/digits-nfe1 --batch 1,8 --compare before.json
       piflow-edge bench demo/bundles/* --teacher demo/teacher.onnx --evaluation demo/report/evaluation.json --plot b.png
     """
+    from dataclasses import replace
+
     from piflow_edge.bench import quality_plot
     from piflow_edge.bench.benchmark import bench as measure
     from piflow_edge.bench.comparison_of_runs import compare, read_benchmark
-    from piflow_edge.bench.config import BenchConfig, TeacherConfig
+    from piflow_edge.bench.config import TeacherConfig
 
     check_outputs(plot, csv_file, evaluation)
     steps_given = context.get_parameter_source("teacher_steps") != click.core.ParameterSource.DEFAULT
@@ -147,22 +135,10 @@ def bench(
     before = None if old is None else read_benchmark(old)
     quality = None if evaluation is None else quality_plot.read_quality(evaluation)
     if quality is not None:
-        quality_plot.check_quality(quality, bundles, nfes, precisions, substeps)
+        quality_plot.check_quality(quality, bundles, config.nfes, config.precisions, config.substeps)
     found = measure(
         bundles,
-        BenchConfig(
-            engines=engines,
-            precisions=precisions,
-            nfes=nfes,
-            substeps=substeps,
-            batches=batches,
-            rounds=rounds,
-            warmup=warmup,
-            seconds=seconds,
-            cold_starts=cold_starts,
-            device=settings["device"],
-            options=settings["options"],
-        ),
+        replace(config, device=settings["device"], options=settings["options"]),
         None if teacher is None else TeacherConfig(teacher, teacher_steps, guidance),
     )
     show_benchmark(found, None if before is None else compare(before, found.as_json()), as_json)
@@ -170,7 +146,7 @@ def bench(
     write_benchmark(found, quality, csv_file, plot)
 
 
-@click.command()
+@command()
 @click.option(
     "--bundle", help="That the self-test runs; else digits, which comes with the package.", **BUNDLE_PATH
 )

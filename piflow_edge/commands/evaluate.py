@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from .options import FOLDER, IMAGE_SIZE, JSON, SEED, TEACHER, TEACHER_STYLE, emit, say, show
+from .options import FOLDER, IMAGE_SIZE, JSON, SEED, TEACHER, TEACHER_STYLE, command, emit, say, show
 
 
-@click.command()
+@command()
 @click.option("--out", type=FOLDER, default=Path("demo"), help="Folder for students, bundles and report.")
 @click.option(
     "--iterations",
@@ -89,7 +89,7 @@ def caption_real_images(images, students: Sequence[Path]):
         return encode_captions(replace(images, captions=first), opened, encoder)
 
 
-@click.command()
+@command()
 @click.argument("students", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--data", default="digits", help="The real images: 'digits', an .npz, or a folder per class.")
 @IMAGE_SIZE

@@ -3,6 +3,7 @@
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,19 +11,25 @@ from .options import (
     BUNDLE,
     COUNT,
     JSON,
+    KEEP,
     TRUSTED_KEYS,
+    command,
     emit,
     engine_options,
     engine_settings,
     say,
+    settings_options,
     temperature,
 )
 from .options import size as image_size
 
+if TYPE_CHECKING:
+    from piflow_edge.sampling_settings import SamplingSettings
+
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command()
+@command()
 @BUNDLE
 @click.option(
     "--labels", help="Class ids or names, separated by commas, ranges such as 0-9, or all: one image each."
@@ -41,28 +48,21 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
               help="File, a folder for one file each, or - for stdout.")  # fmt: skip
 @click.option("--output", type=click.Choice(["png", "uint8", "float", "latent"]), default="png",
               help="Pictures, or arrays as .npy: bytes, numbers from 0 to 1, or what the decoder gets.")  # fmt: skip
-@click.option("--nfe", type=COUNT, help="Network calls per image; else the bundle's.")
-@click.option("--substeps", type=COUNT, help="Euler steps of the policy; else the bundle's.")
-@click.option("--solver", type=click.Choice(["euler", "multistep"]), default="euler",
-              help="Euler as trained, or a quarter of the policy's evaluations.")  # fmt: skip
-@click.option("--temperature", callback=temperature, metavar="NUMBER|auto",
-              help="Of the mixture, 0 or more, or auto, the published rule for --nfe; else the bundle's.")  # fmt: skip
-@click.option("--h", help="Strength of the noise added between calls, 0 or more, or inf; else the bundle's.")
+@settings_options(
+    "settings",
+    "piflow_edge.sampling_settings:SamplingSettings",
+    temperature={"type": str, "callback": temperature, "metavar": "NUMBER|auto"},
+    h={"type": str},
+)
 @click.option("--noise", type=FILE, help="Starting noise as .npy, (B, C, H, W), instead of the seed's.")
 @click.option(
     "--image", type=FILE, help="Start from this picture, or latents as .npy; give --strength or --mask."
 )
-@click.option("--strength", type=float, help="Noise level to start from --image at, above 0 and up to 1.")
 @click.option("--mask", type=FILE, help="White where to draw into --image; the rest stays as it is.")
-@click.option("--resamples", type=click.IntRange(min=0),
-              help="More calls for each, by which what is drawn fits what --mask keeps; else 4.")  # fmt: skip
 @click.option("--size", callback=image_size, metavar="SIDE|HEIGHTxWIDTH",
               help="Of an image in pixels, where the bundle makes several; else its usual one.")  # fmt: skip
-@click.option("--height", type=COUNT, help="Of an image in pixels; else the bundle's.")
-@click.option("--width", type=COUNT, help="Of an image in pixels; else the bundle's.")
 @engine_options
-@click.option("--keep", type=click.Choice(["all", "one"]), default="all",
-              help="Networks in memory: all, or one, opened, run and freed in turn, where all do not fit.")  # fmt: skip
+@KEEP
 @click.option("--precision", help="One of the bundle's; else its first.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the noise.")
 @TRUSTED_KEYS
@@ -86,7 +86,7 @@ def sample(
     """
     from piflow_edge.runtime.recipe import read_recipe
 
-    _set_size(request)
+    request["settings"] = _set_size(request["settings"], request.pop("size"))
     request["prompt"] = [*request["prompt"], *_read_prompts(request.pop("prompts"))] or None
     _check_out(out, output, as_json)
     recipe = None
@@ -140,14 +140,16 @@ def _read_prompts(file: Path | None) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _set_size(request: dict) -> None:
+def _set_size(settings: "SamplingSettings", size: int | tuple[int, int] | None) -> "SamplingSettings":
     """Put height and width in the place of --size."""
-    size = request.pop("size")
+    from dataclasses import replace
+
     if size is None:
-        return
-    if request["height"] or request["width"]:
+        return settings
+    if settings.height or settings.width:
         raise click.UsageError("--size is --height and --width at once; leave one or the others out")
-    request["height"], request["width"] = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int) else size
+    return replace(settings, height=height, width=width)
 
 
 def _read_files(options: dict) -> dict:

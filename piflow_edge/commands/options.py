@@ -4,18 +4,59 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from piflow_edge.distill.configs import TrainingConfig
-from piflow_edge.engines import ENGINE_NAMES, EngineOptions
-from piflow_edge.option import Option, find_options
 from piflow_edge.system.progress import PROGRESS_MODES, set_progress_mode
+
+if TYPE_CHECKING:
+    from piflow_edge.option import Option
+
+
+class LateOptions:
+    """In the place of options that a command makes when somebody needs them: to list the commands takes none.
+
+    `make` returns decorators of click.
+    """
+
+    name = None
+
+    def __init__(self, make: Callable[[], Sequence[Callable]]):
+        self._make = make
+
+    def make(self) -> list[click.Parameter]:
+        collected: Any = _with(self._make(), lambda: None)
+        return collected.__click_params__[::-1]
+
+
+class Command(click.Command):
+    """A command whose parameters may be `LateOptions`."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        parts = [each.make() if isinstance(each, LateOptions) else [each] for each in self.params]
+        self.params = [parameter for part in parts for parameter in part]
+        return super().get_params(ctx)
+
+
+def command(name: str | None = None) -> Callable[[Callable], Command]:
+    """Return the decorator that makes a command, of the function's name unless another is given."""
+    return click.command(name, cls=Command)
+
+
+def late_options(make: Callable[[], Sequence[Callable]]) -> Callable:
+    """Return a decorator that gives a `command` the options of `make`, made when they are needed."""
+
+    def decorate(function: Any) -> Any:
+        # Where the decorators of click leave theirs.
+        function.__click_params__ = [*getattr(function, "__click_params__", ()), LateOptions(make)]
+        return function
+
+    return decorate
 
 
 class Names(click.ParamType):
@@ -24,17 +65,30 @@ class Names(click.ParamType):
     name = "name,..."
 
     def convert(self, value, parameter, context):
-        return tuple(value.split(",")) if isinstance(value, str) else value
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
 
 
-def click_type(annotation: Any, limits: Option) -> Any:
+class Counts(click.ParamType):
+    """Whole numbers, 1 or more, separated by commas."""
+
+    name = "n,..."
+
+    def convert(self, value, parameter, context):
+        return tuple(calls(context, parameter, value)) or None if isinstance(value, str) else value
+
+
+# Several values in one option, by the kind of one.
+LISTS = {str: Names, int: Counts}
+
+
+def click_type(annotation: Any, limits: "Option") -> Any:
     """Return what click reads a field of a dataclass as, with the range that the field says."""
     if limits.choices:
         return click.Choice(limits.choices)
     kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
     kind = kinds[0] if type(None) in typing.get_args(annotation) else annotation
-    if kind == tuple[str, ...]:
-        return Names()
+    if typing.get_origin(kind) is Sequence or kind == tuple[str, ...]:
+        return LISTS[typing.get_args(kind)[0]]()
     if typing.get_origin(kind) is tuple:
         return typing.get_args(kind)
     ends = {
@@ -48,25 +102,40 @@ def click_type(annotation: Any, limits: Option) -> Any:
     return {int: click.IntRange, float: click.FloatRange}[kind](**ends)
 
 
-def field_option(settings: Any, field: str, flag: str | None = None, **changes: Any) -> Callable:
-    """Return the option of the command line for one field of a dataclass.
+def find_settings(settings: Any) -> Any:
+    """Return a dataclass or an instance, or what stands in the place "module:NAME"."""
+    if not isinstance(settings, str):
+        return settings
+    module, _, name = settings.partition(":")
+    return getattr(import_module(module), name)
 
-    Args:
-        settings: an instance, whose value is the default.
-        field: its name; `piflow_edge.option.option` says its help and range.
-        flag: name of the option and of the command's argument, where it is not the field's.
-        changes: arguments of `click.option` that go before what the field says.
-    """
-    limits, flag = find_options(settings)[field], flag or field
+
+def _make_option(settings: Any, field: str, flag: str, changes: Mapping[str, Any]) -> Callable:
+    from piflow_edge.option import find_options
+
+    limits = find_options(settings)[field]
     values: dict[str, Any] = {"help": limits.help}
-    annotation = typing.get_type_hints(type(settings))[field]
+    annotation = typing.get_type_hints(settings if isinstance(settings, type) else type(settings))[field]
     if annotation is bool:
         values["is_flag"] = True
     else:
         values |= {"default": getattr(settings, field)}
         if "type" not in changes:
             values["type"] = click_type(annotation, limits)
-    return click.option(f"--{flag.replace('_', '-')}", flag, **values | changes)
+    return click.option(f"--{flag.replace('_', '-')}", flag, **{**values, **changes})
+
+
+def field_option(settings: Any, field: str, flag: str | None = None, **changes: Any) -> Callable:
+    """Return the option of the command line for one field of a dataclass.
+
+    Args:
+        settings: the dataclass or an instance, whose value is the default; or where it stands, "module:NAME", which is
+            imported when the option is needed.
+        field: its name; `piflow_edge.option.option` says its help and range.
+        flag: name of the option and of the command's argument, where it is not the field's.
+        changes: arguments of `click.option` that go before what the field says.
+    """
+    return late_options(lambda: [_make_option(find_settings(settings), field, flag or field, changes)])
 
 
 def settings_options(
@@ -76,20 +145,32 @@ def settings_options(
 
     Args:
         argument: of the command, which gets the instance.
-        settings: the defaults. Fields that say nothing of themselves keep their value.
+        settings: the defaults, as in `field_option`. Fields that say nothing of themselves keep their value.
         flags: field -> name of its option, where they differ.
         changes: field -> arguments of `click.option` that go before what the field says.
     """
-    flags = {field: (flags or {}).get(field, field) for field in find_options(settings)}
-    options = [field_option(settings, field, flag, **changes.get(field, {})) for field, flag in flags.items()]
+
+    def find_flags() -> tuple[Any, dict[str, str]]:
+        from piflow_edge.option import find_options
+
+        found = find_settings(settings)
+        return found, {field: (flags or {}).get(field, field) for field in find_options(found)}
+
+    def make_options() -> list[Callable]:
+        found, names = find_flags()
+        return [_make_option(found, field, flag, changes.get(field, {})) for field, flag in names.items()]
 
     def decorate(command):
         @wraps(command)
         def call(*arguments, **given):
-            values = {field: given.pop(flag) for field, flag in flags.items()}
-            return command(*arguments, **given, **{argument: replace(settings, **values)})
+            from dataclasses import replace
 
-        return _with(options, call)
+            found, names = find_flags()
+            values = {field: given.pop(flag) for field, flag in names.items()}
+            defaults = found() if isinstance(found, type) else found
+            return command(*arguments, **given, **{argument: replace(defaults, **values)})
+
+        return late_options(make_options)(call)
 
     return decorate
 
@@ -152,7 +233,7 @@ TRUSTED_KEYS = click.option(
     help="Public key in PEM; can be given again. Use only a bundle that one of them signed.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-SEED = field_option(TrainingConfig(), "seed")
+SEED = field_option("piflow_edge.distill.configs:TrainingConfig", "seed")
 DATA = click.option(
     "--data",
     default="digits",
@@ -181,29 +262,39 @@ TEACHER_STYLE = click.option(
 )
 RESUME = click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 COUNT = click.IntRange(min=1)
+_PLACE = "piflow_edge.engines:EngineOptions"
 # Where and how networks run.
-ENGINE = (
-    click.option("--engine", type=click.Choice(ENGINE_NAMES), default="auto",
-                 help="Backend to run on; auto takes the fastest here that need not be built first."),
+_PLACEMENT = (
     click.option("--device", help="What the engine runs on, such as cpu, cuda or cuda:1; else its best."),
-    click.option("--threads", type=COUNT, help="Of the CPU; else one for each core this process may use."),
-    click.option("--cores", callback=lambda *given: cores(*given), metavar="N,N,...",
-                 help="Compute on these cores only, numbered from 0."),
-)  # fmt: skip
+    field_option(_PLACE, "num_threads", "threads"),
+    field_option(
+        _PLACE, "cpu_affinity", "cores", type=str, callback=lambda *given: cores(*given), metavar="N,N,..."
+    ),
+)
+KEEP = field_option(_PLACE, "keep")
+
+
+def _make_engine_option() -> list[Callable]:
+    from piflow_edge.engines import ENGINE_NAMES
+
+    help = "Backend to run on; auto takes the fastest here that need not be built first."
+    return [click.option("--engine", type=click.Choice(ENGINE_NAMES), default="auto", help=help)]
 
 
 def engine_options(command):
-    """The options of `ENGINE`, which the command gets as `**engine` and hands to `engine_settings`."""
-    return _with(ENGINE, command)
+    """The engine and `placement_options`, which the command gets as `**engine` and hands to `engine_settings`."""
+    return _with((late_options(_make_engine_option), *_PLACEMENT), command)
 
 
 def placement_options(command):
     """Those of `engine_options` but for the engine, for a command that takes several."""
-    return _with(ENGINE[1:], command)
+    return _with(_PLACEMENT, command)
 
 
 def engine_settings(engine, device, threads, cores, keep: str = "all") -> dict:
-    """What `load` and `open_engine` take, from the options of `ENGINE`."""
+    """What `load` and `open_engine` take, from the options of `engine_options`."""
+    from piflow_edge.engines import EngineOptions
+
     return {
         "engine": engine,
         "device": device,

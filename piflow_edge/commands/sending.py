@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from .options import BUNDLE, FOLDER, JSON, TRUSTED_KEYS, emit
+from .options import BUNDLE, FOLDER, JSON, TRUSTED_KEYS, command, emit
 
 
-@click.command()
+@command()
 @click.argument(
     "bundle", type=click.Path(path_type=Path)
 )  # not BUNDLE: the one of the package is not signed in place
@@ -33,7 +33,7 @@ def sign(bundle, key, as_json):
         click.echo(signature.fingerprint)
 
 
-@click.command()
+@command()
 @BUNDLE
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The .zip to write."
@@ -56,7 +56,7 @@ def pack(bundle, out, overwrite, as_json):
         click.echo(out)
 
 
-@click.command()
+@command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--out", type=FOLDER, required=True, help="Folder of the bundle; must not exist.")
 @TRUSTED_KEYS
@@ -78,7 +78,7 @@ def unpack(file, out, trusted_keys, as_json):
         click.echo(out)
 
 
-@click.command()
+@command()
 @BUNDLE
 @click.option(
     "--out", type=FOLDER, required=True, help="The model repository; the model becomes a folder in it."

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import click
 
-from piflow_edge.runtime.serve.limits import ServeSettings
-
 from .options import (
     BUNDLE_PATH,
     FOLDER,
     JSON,
     RUNTIME_OF_BROWSERS,
     TRUSTED_KEYS,
+    command,
     emit,
     engine_options,
     engine_settings,
@@ -29,9 +28,11 @@ def _read_key(context, parameter, file: Path | None) -> str | None:
         raise click.BadParameter(f"{file} holds an API key in ASCII: {error}") from error
 
 
-@click.command()
+@command()
 @click.argument("bundles", nargs=-1, required=True, **BUNDLE_PATH)
-@settings_options("limits", ServeSettings(), {"allowed_hosts": "allowed_host"})
+@settings_options(
+    "limits", "piflow_edge.runtime.serve.limits:ServeSettings", {"allowed_hosts": "allowed_host"}
+)
 @click.option("--api-key-file", "api_key", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               callback=_read_key, help="File with a key that callers must send.")  # fmt: skip
 @click.option("--onnxruntime-web", "runtime", type=FOLDER,
@@ -77,7 +78,7 @@ def serve(bundles, limits, api_key, runtime, engine, device, threads, cores, pre
         build_server(generators, limits, lambda: click.echo(address), runtime).run(sockets=[socket])
 
 
-@click.command()
+@command()
 @click.argument("bundles", nargs=-1, required=True, **BUNDLE_PATH)
 @click.option("--out", type=FOLDER, required=True, help="The folder for a web server.")
 @click.option("--onnxruntime-web", "runtime", type=FOLDER, default=RUNTIME_OF_BROWSERS,

@@ -4,17 +4,6 @@ from pathlib import Path
 
 import click
 
-from piflow_edge.distill.configs import (
-    TEACHER_TRAINING,
-    FlowMatchingConfig,
-    GuidanceConfig,
-    ImitationConfig,
-    LoRAConfig,
-    NetworkSizes,
-    RunConfig,
-    TrainingConfig,
-)
-
 from .options import (
     AUTOENCODER,
     COUNT,
@@ -28,6 +17,7 @@ from .options import (
     TEACHER_STYLE,
     PolicyName,
     calls,
+    command,
     emit,
     field_option,
     is_main_process,
@@ -35,6 +25,7 @@ from .options import (
     settings_options,
 )
 
+_CONFIGS = "piflow_edge.distill.configs"
 TEXT_ENCODER = click.option(
     "--text-encoder", "encoders", multiple=True, metavar="SOURCE",
     help="Folder or hub id of a text encoder of transformers: the captions in --data steer. Can be given again.",
@@ -74,18 +65,18 @@ def _load_for_distil(data: str, size, autoencoder: Path | None, encoders: tuple[
     return teacher, caption_for_teacher(images, encoders, teacher.conditioner)
 
 
-@click.command("train-teacher")
+@command("train-teacher")
 @DATA
 @IMAGE_SIZE
 @AUTOENCODER
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @TEXT_ENCODER
 @MAX_TOKENS
-@settings_options("training", TEACHER_TRAINING)
-@settings_options("flow_matching", FlowMatchingConfig())
-@settings_options("sizes", NetworkSizes())
+@settings_options("training", f"{_CONFIGS}:TEACHER_TRAINING")
+@settings_options("flow_matching", f"{_CONFIGS}:FlowMatchingConfig")
+@settings_options("sizes", f"{_CONFIGS}:NetworkSizes")
 @click.option("--weights-only", is_flag=True, help="Leave a small float16 checkpoint that cannot be resumed.")
-@settings_options("run", RunConfig())
+@settings_options("run", f"{_CONFIGS}:RunConfig")
 @RESUME
 def train_teacher(
     data,
@@ -127,7 +118,7 @@ def train_teacher(
         click.echo(out)
 
 
-@click.command()
+@command()
 @TEACHER
 @TEACHER_STYLE
 @DATA
@@ -137,26 +128,26 @@ def train_teacher(
 @click.option("--out", type=FOLDER, required=True, help="Folder for the checkpoint.")
 @click.option("--policy", type=PolicyName(), default="gm", help="Gaussian mixture, "
               "grid of x_0 predictions, or polynomial.")  # fmt: skip
-@click.option("--components", type=COUNT, default=8, help="K of a Gaussian mixture.")
-@click.option("--nodes", type=COUNT, default=10, help="N of a DX policy.")
+@field_option("piflow_edge.policies:GMPolicySpec", "num_components", "components")
+@field_option("piflow_edge.policies:DXPolicySpec", "num_nodes", "nodes")
 @settings_options(
     "guidance",
-    GuidanceConfig(),
+    f"{_CONFIGS}:GuidanceConfig",
     {"scale": "guidance", "interval": "guidance_interval", "orthogonal": "orthogonal_guidance"},
     interval={"metavar": "LOW HIGH"},
 )
 @settings_options(
     "imitation",
-    ImitationConfig(),
+    f"{_CONFIGS}:ImitationConfig",
     {"total_substeps": "substeps", "num_intermediate_states": "intermediate_states"},
     nfe={"type": str, "callback": calls, "metavar": "NFE,..."},
 )
 @click.option("--dynamic-shift", type=(int, int, float, float), metavar="BASE MAX BASE_LOG MAX_LOG",
               help="Shift by resolution instead: two sequence lengths, and their shifts' logarithms.")  # fmt: skip
-@field_option(LoRAConfig(), "rank", "lora", default=None)
-@field_option(LoRAConfig(), "targets", "lora_targets", metavar="TEXT")
-@settings_options("training", TrainingConfig())
-@settings_options("run", RunConfig())
+@field_option(f"{_CONFIGS}:LoRAConfig", "rank", "lora", default=None)
+@field_option(f"{_CONFIGS}:LoRAConfig", "targets", "lora_targets", metavar="TEXT")
+@settings_options("training", f"{_CONFIGS}:TrainingConfig")
+@settings_options("run", f"{_CONFIGS}:RunConfig")
 @RESUME
 def distill(
     source, teacher_style, data, size, autoencoder, encoders, out, policy, components, nodes, dynamic_shift, lora,
@@ -171,6 +162,7 @@ def distill(
       piflow-edge distill --nfe 1 --out runs/student-1
       piflow-edge distill --teacher runs/teacher --data prompts.txt --data-free --text-encoder MiniLM --out runs/s
     """
+    from piflow_edge.distill.configs import LoRAConfig
     from piflow_edge.distill.imitation import shift_by_resolution
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
@@ -200,7 +192,7 @@ def distill(
         click.echo(out)
 
 
-@click.command("train-features")
+@command("train-features")
 @click.option("--data", default="digits", help="'digits', an .npz, or a folder with one folder per class.")
 @IMAGE_SIZE
 @click.option(

@@ -10,6 +10,7 @@ from array_api_compat import device
 
 from piflow_edge.arrays import Array, SameArray, array_namespace
 from piflow_edge.errors import ScheduleError, ShapeError
+from piflow_edge.option import check_options, option
 from piflow_edge.schedule import unwarp
 
 from .policy import (
@@ -22,7 +23,6 @@ from .policy import (
     as_real,
     as_state,
     cached_for_all_modes,
-    check_count,
     check_shape,
     convert_to_x_0,
     depends_on_mode,
@@ -177,7 +177,7 @@ class DXPolicySpec(PolicyKind):
     """
 
     kind: Literal["dx"] = field(default="dx", kw_only=True)
-    num_nodes: int = 10
+    num_nodes: int = option(10, "N of a DX policy.", minimum=1)
     segment_size: float = 1.0
     shift: float = 1.0
     mode: Literal["grid", "polynomial"] = "grid"
@@ -188,7 +188,7 @@ class DXPolicySpec(PolicyKind):
     names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dx": {}, "dx-polynomial": {"mode": "polynomial"}}
 
     def __post_init__(self):
-        check_count("num_nodes", self.num_nodes)
+        check_options(self, ShapeError)
         if self.mode not in ("grid", "polynomial"):
             raise ShapeError(f"mode of a DX policy is 'grid' or 'polynomial'; got {self.mode!r}")
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from piflow_edge.arrays import Array, Namespace, SameArray, array_namespace
-from piflow_edge.errors import ScheduleError
+from piflow_edge.errors import ScheduleError, ShapeError
+from piflow_edge.option import check_options, option
 
 from .policy import (
     MixtureRollout,
@@ -21,7 +22,6 @@ from .policy import (
     as_real,
     as_state,
     cached_for_all_modes,
-    check_count,
     check_eps,
     check_shape,
     compute_softmax,
@@ -227,7 +227,7 @@ class GMPolicySpec(PolicyKind):
     """
 
     kind: Literal["gm"] = field(default="gm", kw_only=True)
-    num_components: int = 8
+    num_components: int = option(8, "K of a Gaussian mixture.", minimum=1)
     eps: float = 1e-4
 
     outputs: ClassVar[tuple[str, ...]] = ("means", "logweights", "logstds")
@@ -235,7 +235,7 @@ class GMPolicySpec(PolicyKind):
     names: ClassVar[Mapping[str, Mapping[str, Any]]] = {"gm": {}}
 
     def __post_init__(self):
-        check_count("num_components", self.num_components)
+        check_options(self, ShapeError)
 
     def policy(self, outputs: Mapping[str, Array], x_src: Array, sigma_src) -> GMPolicy:
         """See `PolicyKind.policy`."""

@@ -276,12 +276,6 @@ def check_eps(eps: float) -> None:
         raise ScheduleError(f"eps is above 0; got {eps!r}")
 
 
-def check_count(name: str, count: int) -> None:
-    """Raise ShapeError unless `count` is 1 or more."""
-    if count < 1:
-        raise ShapeError(f"{name} is 1 or more; got {count}")
-
-
 def check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
     """Raise ShapeError unless `array` has the shape, and is not empty."""
     if tuple(array.shape) != tuple(shape) or 0 in shape:

@@ -16,7 +16,7 @@ from piflow_edge.conditioning import build_condition_request
 from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions
 from piflow_edge.errors import BundleError, ShapeError, UsageError
 from piflow_edge.kernels import gpu_arrays, nvidia
-from piflow_edge.sampling import SamplingSettings
+from piflow_edge.sampling_settings import SamplingSettings
 from piflow_edge.system.files import sha256
 
 from .arguments import convert_floats

@@ -11,7 +11,7 @@ import numpy as np
 
 from piflow_edge.conditioning import ClassLabels
 from piflow_edge.errors import RecipeError
-from piflow_edge.sampling import SETTING_NAMES, SamplingSettings
+from piflow_edge.sampling_settings import SETTING_NAMES, SamplingSettings
 from piflow_edge.system.files import sha256
 
 # Key of the text chunk in a PNG file, and the longest such text that is read: some 10,000 images.

@@ -12,7 +12,7 @@ from piflow_edge.conditioning import Conditioner, Conditioning, ConditionRequest
 from piflow_edge.engines import Engine
 from piflow_edge.errors import RecipeError, ShapeError
 from piflow_edge.kernels import gpu_arrays
-from piflow_edge.sampling import SamplingSettings
+from piflow_edge.sampling_settings import SamplingSettings
 from piflow_edge.schedule import Schedule
 from piflow_edge.version import __version__
 

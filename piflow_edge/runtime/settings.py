@@ -13,8 +13,8 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.bundle.sections import ScheduleSpec
 from piflow_edge.bundle.sizes import ImageSizes, OneSize
 from piflow_edge.errors import ScheduleError, ShapeError, UsageError
-from piflow_edge.integrator import SOLVERS
-from piflow_edge.sampling import SETTING_NAMES, SamplingSettings
+from piflow_edge.option import find_options
+from piflow_edge.sampling_settings import SETTING_NAMES, SamplingSettings
 from piflow_edge.schedule import Schedule, check_temperature
 
 from .arguments import check_whole
@@ -22,6 +22,7 @@ from .arguments import check_whole
 # Of inpainting. On Gaussian data with 4 calls the seam is 2.5 times as rough as the data without, 1.5 times with 4.
 _RESAMPLES = 4
 _OPEN = SamplingSettings()
+_RANGES = find_options(SamplingSettings)
 # What other libraries call it, and what to do here instead.
 _ELSEWHERE = {
     "num_inference_steps": "give nfe, the student's calls per image",
@@ -92,9 +93,9 @@ def _complete(
     if sizes is not None and height and width:
         spec = spec.at_size(sizes.count_positions(height, width))
     schedule = _make_schedule(spec, settings)
-    if settings.solver not in SOLVERS:
-        raise ScheduleError(f"solver is one of {', '.join(SOLVERS)}; got {settings.solver!r}")
-    check_whole("resamples", settings.resamples, 0)
+    if not (solvers := _RANGES["solver"]).allows(settings.solver):
+        raise ScheduleError(f"solver is {solvers.describe_range()}; got {settings.solver!r}")
+    _check_whole_setting("resamples", settings)
     if settings.resamples and not has_mask:
         raise ScheduleError("resamples are for inpainting; give a mask, or leave them out")
     resamples = settings.resamples if settings.resamples is not None else _RESAMPLES if has_mask else 0
@@ -140,8 +141,8 @@ def describe_untrained(
 def _check_size(
     settings: SamplingSettings, bundle: str, sizes: ImageSizes | OneSize | None
 ) -> tuple[int | None, int | None]:
-    check_whole("height", settings.height, 1)
-    check_whole("width", settings.width, 1)
+    _check_whole_setting("height", settings)
+    _check_whole_setting("width", settings)
     if sizes is not None:
         return sizes.check(bundle, settings.height, settings.width)
     for name in ("height", "width"):
@@ -150,6 +151,10 @@ def _check_size(
                 f"bundle {bundle!r} makes no images; leave height and width out; got {name}={given!r}"
             )
     return None, None
+
+
+def _check_whole_setting(name: str, settings: SamplingSettings) -> None:
+    check_whole(name, getattr(settings, name), int(_RANGES[name].minimum or 0))
 
 
 def _make_schedule(spec: ScheduleSpec, settings: SamplingSettings) -> Schedule:
@@ -177,8 +182,8 @@ def _strength(strength: Any, has_image: bool, has_mask: bool, nfe: int) -> float
         )
     if strength is None:
         strength = 1.0
-    elif not (isinstance(strength, numbers.Real) and 0 < float(strength) <= 1):
-        raise ScheduleError(f"strength lies above 0 and up to 1; got {strength!r}")
+    elif not (isinstance(strength, numbers.Real) and _RANGES["strength"].allows(float(strength))):
+        raise ScheduleError(f"strength is {_RANGES['strength'].describe_range()}; got {strength!r}")
     if has_mask and strength == 1 and nfe == 1:
         raise ScheduleError(
             "with one call at noise level 1 the student sees nothing of what a mask keeps; give nfe of 2 or more, or a "

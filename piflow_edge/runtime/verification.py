@@ -26,7 +26,8 @@ from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
 from piflow_edge.kernels.rollout import integrate
 from piflow_edge.policies.rounding import bound_velocities
-from piflow_edge.sampling import Hooks, SamplingSettings, sample
+from piflow_edge.sampling import Hooks, sample
+from piflow_edge.sampling_settings import SamplingSettings
 
 from .generator import Generator
 from .graphs import read_graph

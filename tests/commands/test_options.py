@@ -1,14 +1,18 @@
 """Options made of a dataclass: default, help and range are said once, and hold for Python callers too."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
-import click
 import pytest
 from click.testing import CliRunner
 
-from piflow_edge.commands.options import settings_options
+from piflow_edge.commands.options import command, find_settings, settings_options
 from piflow_edge.errors import ScheduleError
 from piflow_edge.option import check_options, find_options, option
+
+# Of `bench`: field -> its option, where they differ.
+FLAGS = {"engines": "engine", "precisions": "precision", "nfes": "nfe", "batches": "batch"}
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,12 @@ class Kettle:
 def brew(*arguments, settings=Kettle(), **changes):
     made = []
 
-    @click.command()
+    @command()
     @settings_options("kettle", settings, {"cups": "number"}, **changes)
-    def command(kettle):
+    def boil(kettle):
         made.append(kettle)
 
-    done = CliRunner().invoke(command, list(arguments))
+    done = CliRunner().invoke(boil, list(arguments))
     return done, made
 
 
@@ -93,7 +97,41 @@ def test_settings_of_training_are_the_options_of_the_commands():
     from piflow_edge.cli import main
     from piflow_edge.distill.configs import TEACHER_TRAINING, RunConfig, TrainingConfig
 
-    for command, training in (("distill", TrainingConfig()), ("train-teacher", TEACHER_TRAINING)):
-        defaults = main.commands[command].make_context(command, ["--out", "x"]).params
-        assert defaults.items() >= {name: getattr(training, name) for name in find_options(training)}.items()
+    for name, training in (("distill", TrainingConfig()), ("train-teacher", TEACHER_TRAINING)):
+        defaults = main.commands[name].make_context(name, ["--out", "x"]).params
+        assert defaults.items() >= {each: getattr(training, each) for each in find_options(training)}.items()
         assert defaults.items() >= vars(RunConfig()).items()
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "settings"),
+    [
+        ("sample", "digits --out x.png", "piflow_edge.sampling_settings:SamplingSettings"),
+        ("bench", "digits", "piflow_edge.bench.config:BenchConfig"),
+    ],
+)
+def test_a_command_without_options_gets_the_defaults_of_the_library(monkeypatch, name, line, settings):
+    from piflow_edge.cli import main
+
+    given, parsed = {}, main.commands[name]
+    monkeypatch.setattr(parsed, "callback", lambda **values: given.update(values))
+    parsed.main(line.split(), standalone_mode=False)
+    options = find_options(find_settings(settings))
+    for field, limits in options.items():
+        (parameter,) = [each for each in parsed.params if each.name == FLAGS.get(field, field)]
+        assert (parameter.help, given[parameter.name]) == (
+            limits.help,
+            getattr(find_settings(settings), field),
+        )
+
+
+def test_the_list_of_commands_makes_no_options_of_settings():
+    code = "import sys, piflow_edge.cli as cli; cli.main(['--help'], standalone_mode=False); "
+    code += "sys.exit(str([m for m in ('piflow_edge.option', 'piflow_edge.engines') if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+
+
+def test_settings_of_a_call_bring_no_numpy():
+    code = "import sys, piflow_edge.sampling_settings; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -120,7 +120,7 @@ class TestGenerator:
             (dict(labels=[1], strength=0.5), "give the image too"),
             (dict(labels=[1], mask=np.ones((8, 8), bool)), "give the image too"),
             (dict(labels=[1], image=np.zeros((8, 8), np.uint8)), "give the strength"),
-            (dict(labels=[1], image=np.zeros((8, 8), np.uint8), strength=0), "strength lies above 0"),
+            (dict(labels=[1], image=np.zeros((8, 8), np.uint8), strength=0), "strength is above 0"),
             (dict(labels=[1], image=np.zeros((9, 8), np.uint8), strength=0.5), "8x8 pixels"),
             (dict(labels=[1], image=np.zeros((2, 8, 8, 1), np.uint8), strength=0.5), "one image for all"),
             (dict(labels=[1], image=np.zeros((8, 8), np.uint8), mask=np.ones((9, 9), bool)), "a mask is"),

@@ -10,7 +10,7 @@ from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.bundle.sizes import ImageSizes
 from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.runtime.settings import complete_settings
-from piflow_edge.sampling import SamplingSettings
+from piflow_edge.sampling_settings import SamplingSettings
 from piflow_edge.schedule import ShiftBySize
 
 SIZES = ImageSizes(AxisSpec(32, 256, 2), AxisSpec(32, 256, 2), 8, (1024, 1024))

@@ -9,7 +9,7 @@ import numpy as np
 from piflow_edge.arrays import Array
 from piflow_edge.integrator import Integrate
 from piflow_edge.policies import Policy
-from piflow_edge.sampling import SamplingSettings
+from piflow_edge.sampling_settings import SamplingSettings
 from piflow_edge.schedule import Schedule, count_substeps, segment_sigmas, unwarp
 
 

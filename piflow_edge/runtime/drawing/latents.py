@@ -17,7 +17,8 @@ from piflow_edge.kernels import gpu_arrays
 from piflow_edge.kernels.rollout import integrate
 from piflow_edge.policies import Policy
 from piflow_edge.runtime.request import Request
-from piflow_edge.sampling import Hooks, SamplingSettings, sample
+from piflow_edge.sampling import Hooks, sample
+from piflow_edge.sampling_settings import SamplingSettings
 from piflow_edge.schedule import Schedule
 
 from .inpainting import KeptImage, count_calls, resample_before_calls

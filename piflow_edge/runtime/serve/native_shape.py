@@ -10,7 +10,7 @@ from starlette.responses import StreamingResponse
 
 from piflow_edge.errors import PiFlowError
 from piflow_edge.runtime.result import Result
-from piflow_edge.sampling import SamplingSettings
+from piflow_edge.sampling_settings import SamplingSettings
 
 from .desk import Desk, Picture, encode_previews, encode_result
 from .jobs import JobProgress

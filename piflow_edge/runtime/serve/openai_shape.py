@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from piflow_edge.sampling import SamplingSettings
+from piflow_edge.sampling_settings import SamplingSettings
 
 from .desk import Picture
 from .limits import ServeSettings

@@ -9,7 +9,7 @@ import anyio
 from starlette.requests import ClientDisconnect, Request
 
 from piflow_edge.errors import PiFlowError
-from piflow_edge.sampling import SamplingSettings
+from piflow_edge.sampling_settings import SamplingSettings
 
 from .limits import ServeSettings
 

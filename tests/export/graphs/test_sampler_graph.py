@@ -23,7 +23,8 @@ from piflow_edge.runtime.generator import Generator
 from piflow_edge.runtime.graphs import read_graph
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import verify
-from piflow_edge.sampling import Hooks, SamplingSettings, sample
+from piflow_edge.sampling import Hooks, sample
+from piflow_edge.sampling_settings import SamplingSettings
 from tests.conftest import make_student
 
 # Two float32 computations of up to 128 substeps, and a network of which each feeds the next.
