@@ -24,8 +24,6 @@ class LateOptions:
     `make` returns decorators of click.
     """
 
-    name = None
-
     def __init__(self, make: Callable[[], Sequence[Callable]]):
         self._make = make
 
@@ -35,12 +33,21 @@ class LateOptions:
 
 
 class Command(click.Command):
-    """A command whose parameters may be `LateOptions`."""
+    """A command whose parameters may be `LateOptions`, which are made when somebody reads the parameters."""
 
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        parts = [each.make() if isinstance(each, LateOptions) else [each] for each in self.params]
-        self.params = [parameter for part in parts for parameter in part]
-        return super().get_params(ctx)
+    @property
+    def params(self) -> list[click.Parameter]:
+        parts = [each.make() if isinstance(each, LateOptions) else [each] for each in self._params]
+        self._params = [parameter for part in parts for parameter in part]
+        return self._params
+
+    @params.setter
+    def params(self, params: list[Any]) -> None:
+        self._params: list[Any] = params
+
+    def add_option(self, option: click.Parameter) -> None:
+        """Add an option as the last one, and make none."""
+        self._params.append(option)
 
 
 def command(name: str | None = None) -> Callable[[Callable], Command]:
@@ -377,7 +384,7 @@ def precisions(context, parameter, text: str) -> list[str]:
     return names
 
 
-def add_progress_options(command: click.Command) -> None:
+def add_progress_options(command: Command) -> None:
     """Give a command that takes long the options that say how it tells how far it is."""
 
     def choose(context, parameter, mode: str | None) -> None:
@@ -387,7 +394,7 @@ def add_progress_options(command: click.Command) -> None:
     told = {"expose_value": False, "callback": choose}
     help = "How to tell how far the job is, on stderr: auto is a bar on a terminal and a line every 15 s elsewhere."
     # Eager: it is read first, so that its default does not undo --quiet.
-    command.params.append(
+    command.add_option(
         click.Option(
             ["--progress"],
             type=click.Choice(PROGRESS_MODES),
@@ -397,7 +404,7 @@ def add_progress_options(command: click.Command) -> None:
             **told,
         )
     )
-    command.params.append(
+    command.add_option(
         click.Option(["--quiet"], is_flag=True, flag_value="quiet", help="Tell nothing of it.", **told)
     )
 

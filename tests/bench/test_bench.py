@@ -338,7 +338,7 @@ class TestCommand:
             ("--nfe 0", "1 or more"),
             ("--batch 1,", "1 or more"),
             ("--seconds nan", "give a number"),
-            ("--threads 100000", "1 to 1024"),
+            ("--threads 100000", "1<=x<=1024"),
             ("--device steam", "got device 'steam'"),
             ("--teacher none.onnx", "does not exist"),
             ("--guidance 2", "--teacher"),

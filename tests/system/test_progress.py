@@ -7,7 +7,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from piflow_edge.commands.options import add_progress_options
+from piflow_edge.commands.options import add_progress_options, command
 from piflow_edge.system import progress as told
 from piflow_edge.system.progress import announce, progress, set_progress_mode
 
@@ -89,7 +89,7 @@ def test_an_unknown_mode_is_refused():
     ],
 )
 def test_the_command_line_chooses(clock, given, mode):
-    @click.command()
+    @command()
     def work():
         click.echo(told._mode)
 
