@@ -20,7 +20,9 @@ def main(run: Path, out: Path) -> None:
     """Write the checkpoint in RUN to OUT, in about an eighth of its size."""
     checkpoint = load_checkpoint(run)
     groups = ("raw", "ema")
-    kept = {name: tensor.half() for name, tensor in checkpoint.tensors.items() if name.split(".")[0] in groups}
+    kept = {
+        name: tensor.half() for name, tensor in checkpoint.tensors.items() if name.split(".")[0] in groups
+    }
     save_checkpoint(out, replace(checkpoint, tensors=kept))
     size = sum(file.stat().st_size for file in out.iterdir())
     click.echo(f"{out}: iteration {checkpoint.iteration}, {size / 1e6:.1f} MB")
