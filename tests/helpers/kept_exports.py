@@ -16,6 +16,10 @@ from unittest import mock
 class _Fingerprint(pickle.Pickler):
     """Everything in a module, but no addresses: equal modules have equal bytes."""
 
+    def __init__(self, file):
+        super().__init__(file)
+        self.fast = True  # which of its equal parts are one object does not count: torch.export alters that
+
     def reducer_override(self, value):
         import torch
 
@@ -55,7 +59,7 @@ def kept_exports(folder):
         shown = io.BytesIO()
         try:
             _Fingerprint(shown).dump((module, example))
-        except (AttributeError, TypeError):  # it holds what cannot be told apart
+        except (AttributeError, TypeError, ValueError):  # it holds what cannot be told apart, or itself
             return export(module, example, **settings)
         shown.write(repr(sorted(settings.items())).encode())
         file = folder / f"{hashlib.sha256(shown.getvalue()).hexdigest()}.onnx"

@@ -17,7 +17,9 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.cli import main
 from piflow_edge.conditioning import ConditionRequest
 from piflow_edge.errors import CheckpointError, ShapeError
+from piflow_edge.export.conversions import calibration
 from piflow_edge.export.pipelines.pipeline_parts import read_pipeline
+from tests.export.pipelines.fewer_bits import assert_draws_nearly_the_same
 from tests.export.pipelines.official_sampling import MixtureTransformer, draw_latents
 from tests.export.pipelines.tiny_pipelines import save_flux_pipeline, save_gm_adapter
 
@@ -34,21 +36,15 @@ def place(tmp_path_factory):
     pipeline = save_flux_pipeline(place / "pipeline")
     transformer = diffusers.FluxTransformer2DModel.from_pretrained(pipeline / "transformer")
     adapter = save_gm_adapter(place / "gmflux_k8_piid_4step", transformer, "GMFluxTransformer2DModel", LORA)
-    command = [
-        "export",
-        "--pipeline",
-        str(pipeline),
-        "--adapter",
-        f"{place}:{adapter.name}",
-        "--size",
-        "16x24",
-        "--axis",
-        "height=4:40:2",
-        "--axis",
-        "width=4:40:2",
-    ]
-    done = CliRunner().invoke(main, [*command, "--out", str(place / "bundle"), "--json"])
-    assert done.exit_code == 0, done.output
+    command = ["export", "--pipeline", str(pipeline), "--adapter", f"{place}:{adapter.name}", "--size", "16x24",
+               "--axis", "height=4:40:2", "--axis", "width=4:40:2", "--json"]  # fmt: skip
+    fewer = {"bundle": ["--precision", "fp32,fp16,int4"], "int8": ["--network-precision", "encoder=int8"]}
+    with pytest.MonkeyPatch.context() as patch:
+        # T5 fills each prompt up to 512 tokens, and 16 prompts would take most of the time.
+        patch.setattr(calibration, "CALIBRATION_IMAGES", 2)
+        for name, options in fewer.items():
+            done = CliRunner().invoke(main, [*command, *options, "--out", str(place / name)])
+            assert done.exit_code == 0, done.output
     return place
 
 
@@ -149,3 +145,14 @@ def test_what_cannot_be_exported_is_said_before_the_work(place, tmp_path):
     for options in (["--pipeline", pipeline], [pipeline, "--pipeline", pipeline, "--adapter", adapter], []):
         refused = CliRunner().invoke(main, ["export", *options, "--out", str(tmp_path / "out")])
         assert refused.exit_code == 2 and "--pipeline" in refused.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_fewer_bits_draw_nearly_what_fp32_does(place, precision):
+    with pf.load(place / "bundle") as exact, pf.load(place / "bundle", precision=precision) as generator:
+        assert_draws_nearly_the_same(generator, exact, [PROMPT, "a cat"], precision, precision)
+
+
+def test_text_encoders_in_int8_steer_nearly_as_in_fp32(place):
+    with pf.load(place / "bundle") as exact, pf.load(place / "int8") as generator:
+        assert_draws_nearly_the_same(generator, exact, [PROMPT, "a cat"], "int8", "int8")

@@ -14,6 +14,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.conditioning import ConditionRequest
 from piflow_edge.export.pipelines.pipeline_parts import read_pipeline
 from piflow_edge.export.to_bundle import export_bundle
+from tests.export.pipelines.fewer_bits import assert_draws_nearly_the_same
 from tests.export.pipelines.official_sampling import MixtureTransformer, draw_latents
 from tests.export.pipelines.tiny_pipelines import save_gm_adapter, save_qwen_pipeline
 
@@ -32,7 +33,10 @@ def place(tmp_path_factory):
         place / "gmqwen_k8_piid_4step", transformer, "GMQwenImageTransformer2DModel", LORA
     )
     parts = read_pipeline(str(pipeline), str(adapter), size=(16, 24))
-    export_bundle(parts.student, place / "bundle", autoencoder=parts.autoencoder, encoders=parts.encoders)
+    networks = {"autoencoder": parts.autoencoder, "encoders": parts.encoders}
+    export_bundle(parts.student, place / "bundle", precisions=("fp32", "fp16", "int4"), **networks)
+    # Beside a student in fp32: what steers it is all that differs.
+    export_bundle(parts.student, place / "int8", network_precisions={"encoder": "int8"}, **networks)
     return place
 
 
@@ -93,3 +97,14 @@ def test_its_student_is_good_for_four_calls_or_more(place):
     assert manifest.schedule.describe_good_nfes() == "4 or more"
     assert manifest.latent.mean == [0.1, -0.2, 0.3, 0.0] and manifest.latent.deviation == [1.5, 0.7, 2.0, 1.1]
     assert manifest.provenance["embedded_guidance"] is None
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_fewer_bits_draw_nearly_what_fp32_does(place, precision):
+    with pf.load(place / "bundle") as exact, pf.load(place / "bundle", precision=precision) as generator:
+        assert_draws_nearly_the_same(generator, exact, PROMPTS, precision, precision)
+
+
+def test_a_text_encoder_in_int8_steers_nearly_as_in_fp32(place):
+    with pf.load(place / "bundle") as exact, pf.load(place / "int8") as generator:
+        assert_draws_nearly_the_same(generator, exact, PROMPTS, "int8", "int8")
