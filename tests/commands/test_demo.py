@@ -52,4 +52,4 @@ def test_the_same_command_goes_on_where_it_was(demo):
 
 
 def test_other_settings_in_the_same_folder_are_refused(demo):
-    assert "other settings" in invoke("demo", "--out", demo[0], "--iterations", 4, code=2).stderr
+    assert "other settings" in invoke("demo", "--out", demo[0], "--seed", 4, code=2).stderr

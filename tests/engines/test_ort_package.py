@@ -68,7 +68,7 @@ def test_programs_of_ours_that_load_onnxruntime_themselves_turn_its_telemetry_of
         r"^\s*import onnxruntime|(from|require\(|import\() *[\"']onnxruntime-node|Ort::Env", re.M
     )
     programs = [text for text in (*fenced, *texts) if loads.search(text)]
-    assert len(programs) >= 3
+    assert len(programs) >= 2
     assert [text for text in programs if VARIABLE not in text] == []
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle, demo_bundle
+from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, EngineError
 from piflow_edge.runtime.residence.opening import open_networks
 from piflow_edge.runtime.residence.turns import Turns
@@ -59,7 +60,7 @@ def test_the_images_are_those_of_networks_that_are_all_kept(latent_bundle):
 
 
 def test_a_graph_is_opened_in_its_place_and_not_as_bytes(monkeypatch):
-    import onnxruntime
+    onnxruntime = import_onnxruntime()
 
     given, session = [], onnxruntime.InferenceSession
     monkeypatch.setattr(

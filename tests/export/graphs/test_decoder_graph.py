@@ -204,7 +204,7 @@ def assert_alike_within(result, autoencoder, levels):
 
 
 def test_a_decoder_that_differs_from_pytorch_is_not_exported(tmp_path, kl, other_decoder, monkeypatch):
-    monkeypatch.setattr(bundle_graphs, "export_decoder", lambda autoencoder, shape: other_decoder)
+    monkeypatch.setattr(bundle_graphs, "export_decoder", lambda autoencoder, shape, axes=None: other_decoder)
     student = make_student(latent=vars(kl.latent), in_channels=4)
     with pytest.raises(CheckFailedError, match="images differ by"):
         export_bundle(student, tmp_path / "out" / "bundle", autoencoder=kl)
