@@ -56,7 +56,8 @@ def main():
     """Distil flow-matching image generators to 1-4 network calls, export them, run them without PyTorch."""
 
 
-for command in (
+# Commands that may take long, which say how far they are.
+_LONG = (
     evaluate.demo,
     training.train_teacher,
     training.distill,
@@ -65,33 +66,24 @@ for command in (
     bundles.export,
     building.build,
     images.sample,
+    bundles.verify,
+    device.bench,
+)
+_SHORT = (
     serving.serve,
     serving.web,
-    bundles.verify,
     bundles.inspect,
     sending.sign,
     sending.pack,
     sending.unpack,
     sending.triton,
-    device.bench,
     device.doctor,
-):
-    main.add_command(command)
+)
 
-
-for command in (
-    evaluate.demo,
-    training.train_teacher,
-    training.distill,
-    training.train_features,
-    evaluate.evaluate,
-    bundles.export,
-    building.build,
-    images.sample,
-    bundles.verify,
-    device.bench,
-):
+for command in _LONG:
     add_progress_options(command)
+for command in (*_LONG, *_SHORT):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

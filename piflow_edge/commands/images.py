@@ -131,13 +131,17 @@ def _check_out(out: Path, output: str, as_json: bool) -> None:
 
 
 def _read_prompts(file: Path | None) -> list[str]:
+    from piflow_edge.system.files import read_lines
+
+    if file is None:
+        return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+        prompts = read_lines(file)
     except UnicodeDecodeError as error:
         raise click.UsageError(f"--prompts must be a text file in UTF-8: {error}") from error
-    if file and not any(map(str.strip, lines)):
+    if not prompts:
         raise click.UsageError(f"--prompts: {file} holds no prompt; write one a line")
-    return [line.strip() for line in lines if line.strip()]
+    return prompts
 
 
 def _set_size(settings: "SamplingSettings", size: int | tuple[int, int] | None) -> "SamplingSettings":

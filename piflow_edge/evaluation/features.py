@@ -9,11 +9,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from piflow_edge.engines import read_graph_file
+from piflow_edge.engines import Graph, read_graph_file
 from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.engines.ort.sessions import give_weights
 from piflow_edge.errors import DataError, EngineError, FeatureError, ShapeError
@@ -97,6 +97,28 @@ def choose_features(name: str, shape: tuple[int, ...]) -> Features:
     return open_features(DIGITS)
 
 
+def open_feature_file(path: Path) -> tuple[Any, Graph]:
+    """Open a network that images or prompts are compared in, in ONNX Runtime on the CPU: its session, and its graph.
+
+    Raises:
+        FeatureError: it cannot be opened, or keeps weights anywhere but in files beside it.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    ort = import_onnxruntime()
+    try:
+        graph = read_graph_file(path)
+    except EngineError as error:
+        raise FeatureError(f"{path} is refused: {error}") from error
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
+    give_weights(options, graph)
+    try:
+        session = ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises a dozen unrelated classes
+        raise FeatureError(f"onnxruntime {ort.__version__} cannot open {path}: {error}") from error
+    return session, graph
+
+
 class OnnxFeatures:
     """A feature extractor in an ONNX file, run in ONNX Runtime on the CPU.
 
@@ -116,18 +138,7 @@ class OnnxFeatures:
     """
 
     def __init__(self, path: Path, *, value_range: str | None = None):
-        ort = import_onnxruntime()
-        try:
-            graph = read_graph_file(path)
-        except EngineError as error:
-            raise FeatureError(f"{path} is refused: {error}") from error
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
-        give_weights(options, graph)
-        try:
-            self._session = ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises a dozen unrelated classes
-            raise FeatureError(f"onnxruntime {ort.__version__} cannot open {path}: {error}") from error
+        self._session, graph = open_feature_file(path)
         self._name = path.name
         metadata = self._session.get_modelmeta().custom_metadata_map
         self._range = value_range or metadata.get(RANGE_KEY, "-1,1")

@@ -13,14 +13,11 @@ import numpy as np
 
 from piflow_edge.conditioning import Conditioning, take
 from piflow_edge.conditioning.tokenizer import PromptTokenizer
-from piflow_edge.engines import read_graph_file
-from piflow_edge.engines.ort.importing import import_onnxruntime
-from piflow_edge.engines.ort.sessions import give_weights
-from piflow_edge.errors import EngineError, FeatureError
+from piflow_edge.errors import FeatureError
 from piflow_edge.system.files import sha256
 from piflow_edge.system.pixels import DESCRIPTION_KEY
 
-from .features import OnnxFeatures
+from .features import OnnxFeatures, open_feature_file
 
 # Prompts that share a network call.
 _BATCH_SIZE = 64
@@ -46,13 +43,16 @@ class PromptFeatures:
     def __init__(self, images: Path, prompts: Path, *, value_range: str | None = None):
         self.images = OnnxFeatures(images, value_range=value_range)
         self._file = prompts
-        self._session, digest = _open_session(prompts)
+        self._session, graph = open_feature_file(prompts)
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self._output = _find_output(self._session, prompts)
         self._tokenizer = self._read_tokenizer() if "input_ids" in self._inputs else None
         own = self._session.get_modelmeta().custom_metadata_map.get(DESCRIPTION_KEY)
         self.description = own or f"{images.name} and {prompts.name}"
-        self.source = {"images": self.images.source, "prompts": {"file": prompts.name, "sha256": digest}}
+        self.source = {
+            "images": self.images.source,
+            "prompts": {"file": prompts.name, "sha256": sha256(graph.model)},
+        }
 
     def encode_images(self, images: np.ndarray) -> np.ndarray:
         """Return vectors of length 1, (M, D), of images float32 (M, C, H, W) in [-1, 1]."""
@@ -123,22 +123,6 @@ class PromptFeatures:
             pad_to_max=fixed,
             pad_id=padding.get("pad_id", 0),
         )
-
-
-def _open_session(file: Path):
-    ort = import_onnxruntime()
-    try:
-        graph = read_graph_file(file)
-    except EngineError as error:
-        raise FeatureError(f"{file} is refused: {error}") from error
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors reach the caller as exceptions; the rest is chatter
-    give_weights(options, graph)
-    try:
-        session = ort.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a dozen unrelated classes
-        raise FeatureError(f"onnxruntime {ort.__version__} cannot open {file}: {error}") from error
-    return session, sha256(graph.model)
 
 
 def _find_output(session, file: Path) -> str:

@@ -100,6 +100,15 @@ def _beside(path: Path) -> Path:
 Content = Any
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8 that are not blank, without blanks at their ends.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def sha256(data: Content) -> str:
     """SHA-256 of `data`, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

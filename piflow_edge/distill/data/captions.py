@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from piflow_edge.errors import DataError
+from piflow_edge.system.files import read_lines
 
 # Files beside images that hold their captions; the second name is that of Hugging Face's image folders.
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")
@@ -115,7 +116,7 @@ def read_text_files(files: Sequence[Path]) -> list[list[str]]:
     for file in files:
         beside = file.with_suffix(".txt")
         try:
-            rows.append((beside.name, beside.read_text(encoding="utf-8").splitlines()))
+            rows.append((beside.name, read_lines(beside)))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"the caption of {file.name} cannot be read from {beside}: {reason}") from error
@@ -144,10 +145,10 @@ def read_prompts(file: Path) -> list[str]:
         DataError: it cannot be read, or holds none.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        prompts = read_lines(file)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as prompts: {error}") from error
-    if not (prompts := [line.strip() for line in lines if line.strip()]):
+    if not prompts:
         raise DataError(f"{file} must hold a prompt on each line; it holds none")
     return prompts
 

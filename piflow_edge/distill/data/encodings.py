@@ -73,7 +73,7 @@ def _cached_encodings(captions: Captions, prompts: OpenedTextPrompts, encoder: s
                     raise DataError(
                         f"encodings are kept in float16, up to 65504; that of {text!r:.60} holds larger numbers or NaN"
                     )
-                shapes = {name: list(array.shape[1:]) for name, array in encoding.items()}
+                shapes = shapes or {name: list(array.shape[1:]) for name, array in encoding.items()}
                 writer.append(row[None])
                 bar("")
         return {"shapes": shapes}

@@ -1,19 +1,18 @@
 """A folder of images, by class or with captions, decoded once and kept in the cache."""
 
-import hashlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from piflow_edge.conditioning import ClassLabels, Unconditional
+from piflow_edge.conditioning import ClassLabels, Conditioner, Unconditional
 from piflow_edge.errors import DataError
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.files import sha256
@@ -22,7 +21,7 @@ from piflow_edge.system.progress import progress
 
 from .array_cache import ArrayWriter, load_or_build
 from .captions import Captions, find_caption_file, read_caption_file, read_text_files
-from .image_data import ImageData, pieces
+from .image_data import ImageData
 
 log = logging.getLogger(__name__)
 
@@ -32,25 +31,25 @@ _FORMAT = 2
 # Skipped images that are named; the others are counted.
 _NAMED = 10
 
+# (which files are kept, (M,)) -> what steers them, and it for each.
+Steer = Callable[[np.ndarray], tuple[Conditioner, dict[str, np.ndarray]]]
+
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels of those files of a list that can be used.
+    """Images of those files of a list that can be used.
 
-    `images`: uint8 (M, C, H, W), in place on the disk. `kept`: which of the files they are, (M,). `skipped`: name and
-    reason of every other one.
+    `data`: their pixels, in place on the disk, and what steers them. `kept`: which of the files they are, (M,).
+    `skipped`: name and reason of every other one.
     """
 
-    images: np.ndarray
+    data: ImageData
     kept: np.ndarray
     skipped: list[list[str]]
 
     def fingerprint(self) -> str:
-        """SHA-256 of pixels and numbers."""
-        digest = hashlib.sha256(self.kept.tobytes())
-        for piece in pieces(self.images, "checking the decoded images"):
-            digest.update(np.ascontiguousarray(piece).data)
-        return digest.hexdigest()
+        """SHA-256 of images and numbers. The data's own is kept, so that a run need not read all pixels again."""
+        return sha256(self.kept.tobytes() + self.data.fingerprint().encode())
 
 
 def read_folder(path: Path, size: tuple[int, int] | None) -> ImageData:
@@ -80,31 +79,30 @@ def _read_classes(path: Path, folders: list[Path], size: tuple[int, int] | None)
             raise DataError(f"class folder {folder} holds no images ({', '.join(sorted(_SUFFIXES))})")
         files += found
         labels += [label] * len(found)
-    decoded = _decode(path, files, size)
-    ids = np.array(labels, np.int64)[decoded.kept]
-    for lost in sorted(set(range(len(folders))) - set(ids.tolist())):
+    conditioner, ids = ClassLabels(tuple(f.name for f in folders)), np.array(labels, np.int64)
+    decoded = _decode(path, files, size, lambda kept: (conditioner, {"labels": ids[kept]}))
+    for lost in sorted(set(range(len(folders))) - set(decoded.data.arrays["labels"].tolist())):
         lines = [entry for entry in decoded.skipped if entry[0].startswith(f"{folders[lost].name}/")]
         raise DataError(f"none of the images in {folders[lost]} can be used:{_name_files(lines)}")
-    names = tuple(f.name for f in folders)
-    return ImageData(path.resolve().name, decoded.images, ClassLabels(names), {"labels": ids})
+    return decoded.data
 
 
 def _read_captioned(
     path: Path, files: list[Path], rows: list[list[str]], size: tuple[int, int] | None
 ) -> ImageData:
-    decoded = _decode(path, files, size)
-    captions = Captions.of_rows([rows[i] for i in decoded.kept])
-    return ImageData(path.resolve().name, decoded.images, Unconditional(), {}, captions=captions)
+    decoded = _decode(path, files, size, lambda kept: (Unconditional(), {}))
+    # After the cache, whose images are whole whatever is said of them.
+    return replace(decoded.data, captions=Captions.of_rows([rows[i] for i in decoded.kept]))
 
 
-def _decode(path: Path, files: list[Path], size: tuple[int, int] | None) -> Decoded:
+def _decode(path: Path, files: list[Path], size: tuple[int, int] | None, steer: Steer) -> Decoded:
     """The images in `files`, from the cache where it has them; those that cannot be used are named on the log."""
 
     def restore(images: np.ndarray, known: dict) -> Decoded:
         kept = np.array(known["kept"], np.int64)
         if images.dtype != np.uint8 or kept.shape != images.shape[:1]:
             raise ValueError("files and images do not fit")
-        return Decoded(images, kept, known["skipped"])
+        return Decoded(ImageData(path.resolve().name, images, *steer(kept)), kept, known["skipped"])
 
     def build(writer: ArrayWriter) -> dict:
         return _decode_all(path, files, size, writer)

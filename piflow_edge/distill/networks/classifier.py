@@ -5,6 +5,7 @@ Distances in it say how alike two sets of these images are, and cannot be set be
 train-features` makes others.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,22 +101,14 @@ def train_classifier(
     reach = max(1, size // 8)
 
     classifier = SmallClassifier(channels, size, num_classes, width)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3, weight_decay=1e-4)
+
+    def loss_of(random: IterationRandom) -> Tensor:
+        picked = train[random.choice(len(train), _BATCH_SIZE)]
+        shifted = shift_images(load_pixels(data, picked, size), background, reach, random)
+        return F.cross_entropy(classifier(shifted), labels[picked])
+
     steps = epochs * max(1, len(train) // _BATCH_SIZE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with progress("training the classifier", steps) as bar:
-        for step in range(steps):
-            random = IterationRandom(seed, step + 1)
-            picked = train[random.choice(len(train), _BATCH_SIZE)]
-            shifted = shift_images(load_pixels(data, picked, size), background, reach, random)
-            loss = F.cross_entropy(classifier(shifted), labels[picked])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar(f"loss {loss.item():.3f}")
-    if not torch.isfinite(loss):
-        raise CheckFailedError(f"the classifier's training diverged: its loss is {loss.item()}")
+    minimise(loss_of, classifier.parameters(), "classifier", steps, learning_rate=2e-3, seed=seed)
     classifier.eval().requires_grad_(False)
 
     parts = {"train": train, "held_out": test}
@@ -124,6 +117,42 @@ def train_classifier(
         {name: _measure_accuracy(classifier, data, labels, part, size) for name, part in parts.items()},
         {name: len(part) for name, part in parts.items()},
     )
+
+
+def minimise(
+    loss_of: Callable[[IterationRandom], Tensor],
+    parameters: Iterable[nn.Parameter],
+    what: str,
+    steps: int,
+    *,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Train small networks by Adam, at a learning rate that falls to 0 along half a cosine.
+
+    Args:
+        loss_of: the loss of a batch that is drawn with the random numbers it is called with.
+        parameters: to train.
+        what: they are of, for the bar and for errors.
+        steps: batches.
+        learning_rate: at the start.
+        seed: of all batches.
+
+    Raises:
+        CheckFailedError: the training diverged.
+    """
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with progress(f"training the {what}", steps) as bar:
+        for step in range(steps):
+            loss = loss_of(IterationRandom(seed, step + 1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar(f"loss {loss.item():.3f}")
+    if not torch.isfinite(loss):
+        raise CheckFailedError(f"the {what}'s training diverged: its loss is {loss.item()}")
 
 
 def _measure_accuracy(

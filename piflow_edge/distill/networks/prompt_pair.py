@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from piflow_edge.distill.data.image_data import CaptionedData
 from piflow_edge.distill.loop.randomness import IterationRandom
-from piflow_edge.errors import CheckFailedError, DataError
-from piflow_edge.system.progress import progress
+from piflow_edge.errors import DataError
 
-from .classifier import LARGEST, SmallClassifier, find_background, load_pixels, shift_images
+from .classifier import LARGEST, SmallClassifier, find_background, load_pixels, minimise, shift_images
 
 # Images of a batch, each with its caption: an image's own is to be told from all others.
 _BATCH_SIZE = 128
@@ -135,28 +134,19 @@ def _train(
     seed: int,
 ) -> None:
     scale = nn.Parameter(torch.tensor(_SCALE))
-    optimizer = torch.optim.Adam(
-        [*classifier.parameters(), *head.parameters(), scale], lr=1e-3, weight_decay=1e-4
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     background, reach = find_background(data), max(1, classifier.size // 8)
-    with progress("training the pair", steps) as bar:
-        for step in range(steps):
-            random = IterationRandom(seed, step + 1)
-            picked = train[random.permutation(len(train))[:_BATCH_SIZE]]
-            images = shift_images(load_pixels(data, picked, classifier.size), background, reach, random)
-            prompts = head(_pooled(data, picked, pooled_input, random.uniform(len(picked))))
-            vectors = F.normalize(classifier.features(images), dim=1), F.normalize(prompts, dim=1)
-            similarity = scale.clamp(max=_LARGEST_SCALE).exp() * vectors[0] @ vectors[1].T
-            own = torch.arange(len(picked))
-            loss = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar(f"loss {loss.item():.3f}")
-    if not torch.isfinite(loss):
-        raise CheckFailedError(f"the pair's training diverged: its loss is {loss.item()}")
+
+    def loss_of(random: IterationRandom) -> Tensor:
+        picked = train[random.permutation(len(train))[:_BATCH_SIZE]]
+        images = shift_images(load_pixels(data, picked, classifier.size), background, reach, random)
+        prompts = head(_pooled(data, picked, pooled_input, random.uniform(len(picked))))
+        vectors = F.normalize(classifier.features(images), dim=1), F.normalize(prompts, dim=1)
+        similarity = scale.clamp(max=_LARGEST_SCALE).exp() * vectors[0] @ vectors[1].T
+        own = torch.arange(len(picked))
+        return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+    parameters = [*classifier.parameters(), *head.parameters(), scale]
+    minimise(loss_of, parameters, "pair", steps, learning_rate=1e-3, seed=seed)
 
 
 def _pooled(data: CaptionedData, indices: np.ndarray, name: str, draws: np.ndarray | None) -> Tensor:

@@ -24,6 +24,7 @@ from tests.export.pipelines.official_sampling import MixtureTransformer, draw_la
 from tests.export.pipelines.tiny_pipelines import save_flux_pipeline, save_gm_adapter
 
 pytestmark = pytest.mark.torch
+PIPELINE = diffusers.FluxPipeline
 LORA = ("transformer_blocks.0.ff.net.2", "time_text_embed.timestep_embedder.linear_1",
         "single_transformer_blocks.0.proj_out")  # fmt: skip
 PROMPT = "a red apple, 苹果"
@@ -46,13 +47,6 @@ def place(tmp_path_factory):
             done = CliRunner().invoke(main, [*command, *options, "--out", str(place / name)])
             assert done.exit_code == 0, done.output
     return place
-
-
-@pytest.fixture(scope="module")
-def pipeline(place):
-    torch.set_grad_enabled(False)
-    yield diffusers.FluxPipeline.from_pretrained(place / "pipeline")
-    torch.set_grad_enabled(True)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from tests.export.pipelines.official_sampling import MixtureTransformer, draw_la
 from tests.export.pipelines.tiny_pipelines import FLUX_2_LAYERS, save_flux_2_pipeline, save_gm_adapter
 
 pytestmark = pytest.mark.torch
+PIPELINE = diffusers.Flux2Pipeline
 LORA = ("transformer_blocks.0.ff.linear_out", "time_guidance_embed.timestep_embedder.linear_1")
 PROMPT = "a red apple, 苹果"
 
@@ -42,13 +43,6 @@ def place(tmp_path_factory):
         parts = read_pipeline(str(pipeline), str(adapter), size=(16, 24))
     export_bundle(parts.student, place / "bundle", autoencoder=parts.autoencoder, encoders=parts.encoders)
     return place
-
-
-@pytest.fixture(scope="module")
-def pipeline(place):
-    torch.set_grad_enabled(False)
-    yield diffusers.Flux2Pipeline.from_pretrained(place / "pipeline")
-    torch.set_grad_enabled(True)
 
 
 def draw_with_diffusers(pipeline, transformer, noise):

@@ -19,6 +19,7 @@ from tests.export.pipelines.official_sampling import MixtureTransformer, draw_la
 from tests.export.pipelines.tiny_pipelines import save_gm_adapter, save_qwen_pipeline
 
 pytestmark = pytest.mark.torch
+PIPELINE = diffusers.QwenImagePipeline
 LORA = ("transformer_blocks.0.img_mlp.net.2", "time_text_embed.timestep_embedder.linear_1")
 PROMPTS = ["a red apple", "a cat wearing a hat, 苹果, numbers 0123"]
 
@@ -38,13 +39,6 @@ def place(tmp_path_factory):
     # Beside a student in fp32: what steers it is all that differs.
     export_bundle(parts.student, place / "int8", network_precisions={"encoder": "int8"}, **networks)
     return place
-
-
-@pytest.fixture(scope="module")
-def pipeline(place):
-    torch.set_grad_enabled(False)
-    yield diffusers.QwenImagePipeline.from_pretrained(place / "pipeline")
-    torch.set_grad_enabled(True)
 
 
 def draw_with_diffusers(pipeline, transformer, prompt, noise):
