@@ -126,6 +126,10 @@ def distill(
         DataError, CheckpointError, CheckFailedError and others: see `training.train`.
     """
     check_teacher(teacher, data)
+    if not (data.has_images or imitation.data_free):
+        raise DataError(
+            f"{data.name!r} holds prompts and no images; give --data-free, or images with captions"
+        )
     head = head.fit_to_segments(imitation.longest_segment(min(imitation.nfes)), imitation.shift)
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
     null = null_condition(teacher.network, data.conditioner) if null is None else null
@@ -162,10 +166,12 @@ def distill(
 
 def check_teacher(teacher: TeacherModel, data: ImageData) -> None:
     """Raise DataError unless a teacher can correct students on these data."""
+    unread = data.captions is not None and not data.several
     if teacher.conditioner is not None and teacher.conditioner.to_json() != data.conditioner.to_json():
         raise DataError(
             f"the teacher was trained with other conditioning ({teacher.conditioner.summarize()}) than {data.name!r} "
             f"has ({data.conditioner.summarize()})"
+            + ("; give --text-encoder, which reads the captions" if unread else "")
         )
     if "settings" in teacher.provenance:  # of a teacher that was trained here
         check_same_latents(teacher.provenance["settings"], data)

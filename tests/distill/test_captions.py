@@ -266,6 +266,17 @@ def test_a_student_learns_from_prompts_alone(teacher, encoder, tmp_path):
     distil(teacher, prompts, tmp_path / "student", data_free=True)
 
 
+def test_prompts_alone_and_captions_that_are_not_read_are_refused(data, teacher, encoder, tmp_path):
+    (tmp_path / "words.txt").write_text("a blue cat\n")
+    prompts = prompts_for_teacher(
+        tmp_path / "words.txt", ["any"], teacher.conditioner, teacher.network.sample_shape
+    )
+    with pytest.raises(DataError, match=r"'words' holds prompts and no images; give --data-free"):
+        distil(teacher, prompts, tmp_path / "student")
+    with pytest.raises(DataError, match=r"nothing steers.*; give --text-encoder, which reads the captions"):
+        distil(teacher, data, tmp_path / "student")
+
+
 def test_prompts_need_an_encoder_and_something_in_the_file(teacher, encoder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="a prompt on each line; it holds none"):

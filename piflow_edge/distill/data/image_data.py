@@ -64,6 +64,11 @@ class ImageData:
         return self.images.shape[1:]
 
     @property
+    def has_images(self) -> bool:
+        """Whether there are images, and not prompts alone with the shape of what is made of them."""
+        return self.images.strides[0] != 0
+
+    @property
     def latent_scale(self) -> float:
         return self.latent.scale if self.latent else 1.0
 
@@ -120,8 +125,7 @@ class ImageData:
     @cached_property
     def _sha256(self) -> str:
         digest = hashlib.sha256()
-        # Of images that are only a shape, one is as good as all.
-        images = self.images if self.images.strides[0] else self.images[:1]
+        images = self.images if self.has_images else self.images[:1]  # of a shape, one is as good as all
         for piece in pieces(images, f"checking {self.name}"):
             digest.update(np.ascontiguousarray(piece).data)
         for name, array in sorted(self.arrays.items()):
