@@ -46,8 +46,10 @@ def _find_conditioner(model: TeacherModel, data: ImageData) -> Conditioner:
     network, conditioner = model.network, model.conditioner or data.conditioner
     if problem := find_misfit(network.null, conditioner):
         raise DataError(f"the teacher: {problem}; of {data.name!r}: {data.conditioner.summarize()}")
-    null = {name: value[None].cpu().numpy() for name, value in network.null.items()}
-    if conditioner.null(1) is None and null and null.keys() == {spec.name for spec in conditioner.inputs}:
+    if conditioner.null(1) is not None:
+        return conditioner
+    null = {name: value[None].cpu().numpy() for name, value in network.null.items()} or data.null()
+    if null and null.keys() == {spec.name for spec in conditioner.inputs}:
         return Arrays(conditioner.inputs, null)
     return conditioner
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from piflow_edge.conditioning import ConditionRequest
+from piflow_edge.conditioning import ConditionRequest, conditioner_from_json
 from piflow_edge.distill.captioned import (
     _spread,
     caption_for_teacher,
@@ -30,8 +30,9 @@ from piflow_edge.distill.networks.families import fit_architecture
 from piflow_edge.distill.networks.text_encoders import open_prompts
 from piflow_edge.distill.sources import teacher_from_checkpoint
 from piflow_edge.distill.student import distill
-from piflow_edge.distill.teacher import preview_titles, train_teacher
+from piflow_edge.distill.teacher import GuidedTeacher, as_tensors, preview_titles, train_teacher
 from piflow_edge.errors import CheckpointError, DataError
+from piflow_edge.export.onnx_graphs.teacher_graph import open_teacher
 from piflow_edge.policies import GMPolicySpec
 from tests.helpers.text_encoders import tiny_text_encoder
 
@@ -308,3 +309,20 @@ def test_sheets_of_samples_show_the_prompts(teacher, tmp_path):
     assert preview_titles(teacher.conditioner)[:3] == ["a red apple", "a cat", "a happy face"]
     for start in range(2, 640, 66):
         assert under[:, start : start + 60].min() < 100, "something is written under each"
+
+
+def test_a_teacher_is_guided_in_an_engine_as_in_pytorch(data, teacher, encoder):
+    captioned = caption_for_teacher(data, ["any"], teacher.conditioner)
+    # As it is read from a folder: its conditioner reads no prompts, and "no condition" is the data's.
+    loaded = replace(teacher, conditioner=conditioner_from_json(teacher.conditioner.to_json()))
+    given = captioned.conditioning(np.arange(3))
+    x_t = np.random.default_rng(0).standard_normal((3, 3, 8, 8), np.float32)
+    found = open_teacher(loaded, captioned).velocity(x_t, 0.7, given, guidance_scale=3.0)
+    null = {name: row[0] for name, row in as_tensors(captioned.null()).items()}
+    guided = GuidedTeacher(teacher.network, GuidanceConfig(3.0), null=null)
+    expected = guided.velocity(torch.from_numpy(x_t), 0.7, **as_tensors(given)).numpy()
+    plain = teacher.network.velocity(
+        torch.from_numpy(x_t), torch.full((3,), 0.7), **as_tensors(given)
+    ).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(found - plain).max() > 1e-3 * np.abs(plain).max()  # guidance did something

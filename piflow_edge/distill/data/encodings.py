@@ -41,7 +41,9 @@ def encode_captions(data: ImageData, prompts: OpenedTextPrompts, encoder: str) -
             "with captions.jsonl, captions.csv or a .txt file beside each image"
         )
     kept = _cached_encodings(captions, prompts, encoder)
-    return CaptionedData(data.name, data.images, prompts, kept.unpack(), data.latent, captions)
+    null = prompts.null(1)
+    null = None if null is None else fill_up(null, prompts.spec)
+    return CaptionedData(data.name, data.images, prompts, kept.unpack(), data.latent, captions, null)
 
 
 def make_prompt_data(

@@ -107,6 +107,10 @@ class ImageData:
         """Rows of `arrays` that belong to the items at `indices`."""
         return indices
 
+    def null(self) -> Mapping[str, np.ndarray] | None:
+        """Return what stands for "no condition", one entry (1, ...) by name, or None."""
+        return self.conditioner.null(1)
+
     def titles(self, indices: np.ndarray) -> list[str]:
         """Return a few words for each of the items at `indices`."""
         given = self.conditioning(indices)
@@ -141,9 +145,19 @@ class ImageData:
 
 @dataclass(frozen=True)
 class CaptionedData(ImageData):
-    """Images that are steered by their captions. `arrays`: (N, ...), of every one of the N captions."""
+    """Images that are steered by their captions.
+
+    `arrays`: (N, ...), of every one of the N captions. `encoded_null`: see `null`; it is kept, since the encoders may
+    be closed when it is needed.
+    """
+
+    encoded_null: Mapping[str, np.ndarray] | None = None
 
     several: ClassVar[bool] = True
+
+    def null(self) -> Mapping[str, np.ndarray] | None:
+        """Return the encoding of the prompt that stands for "no condition", or None."""
+        return self.encoded_null
 
     def _rows(self, indices: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
         assert self.captions is not None, "captions were encoded"
