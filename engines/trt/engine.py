@@ -104,7 +104,6 @@ class TensorRTEngine:
 
     name = "tensorrt"
     choice = Choice("it was asked for")
-    can_be_recorded = True
 
     def __init__(self, graph: Graph, device: str, options: EngineOptions, *, plan: bytes | None = None):
         trt = trt_versions.tensorrt()
@@ -148,6 +147,14 @@ class TensorRTEngine:
         except PiFlowError as error:
             return str(error)
         return partial(cls, graph, device, options, plan=plan)
+
+    @property
+    def call_lock(self) -> threading.Lock:
+        """Held while a call is queued, and by who queues a recording of calls.
+
+        All calls share the memory of inputs: between a call's copies there and its kernels nothing else may come.
+        """
+        return self._lock
 
     @property
     def input_formats(self) -> dict[str, str]:

@@ -499,6 +499,25 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert not wrong, wrong
 
+# A recorded image never comes between another call's copies of inputs and its kernels: they share that memory.
+meanwhile = []
+bring = generator.engine._bring
+
+
+def bring_and_wait(*what):
+    bring(*what)
+    if threading.current_thread() is threading.main_thread() and not meanwhile:
+        meanwhile.append(thread := threading.Thread(target=work, args=(2,)))  # whose images are recorded
+        thread.start()
+        thread.join(0.5)
+
+
+generator.engine._bring = bring_and_wait
+check(labels=[2, 0], seed=9, output="numpy", h=0.5)
+meanwhile[0].join()
+generator.engine._bring = bring
+assert not wrong, wrong
+
 # What an image takes of the interpreter, without what the pretended TensorRT does when the GPU's turn comes.
 calls, inside = 0, 0
 

@@ -8,7 +8,8 @@ these settings come a second time.
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,21 @@ class RecordedComputation:
     Args:
         place: the GPU, and the stream that it is to be queued on.
         inputs: host arrays of the shapes and formats that it will be run with.
+        locks: held while it is queued: those of the engines that `compute` calls.
         compute: arrays on the GPU -> arrays on the GPU; waits for nothing, and does the same each time.
 
     Raises:
         EngineError: `compute` did something that cannot be recorded.
     """
 
-    def __init__(self, place: Place, inputs: Mapping[str, np.ndarray], compute: Compute):
-        self._place, self._compute = place, compute
+    def __init__(
+        self,
+        place: Place,
+        inputs: Mapping[str, np.ndarray],
+        locks: Sequence[AbstractContextManager],
+        compute: Compute,
+    ):
+        self._place, self._locks, self._compute = place, locks, compute
         # Of its own: what other threads queue meanwhile must not come into the recording.
         self._recorder = nvidia.Stream(place.ordinal)
         self._pool, self._held = gpu_arrays.Pool(place.ordinal), []
@@ -63,7 +71,10 @@ class RecordedComputation:
         """What it computes. The arrays are overwritten by the next run."""
         for name, array in inputs.items():
             np.copyto(self._inputs[name], array, casting="same_kind")
-        self._recording.launch(self._place.stream)
+        with ExitStack() as held:
+            for lock in self._locks:
+                held.enter_context(lock)
+            self._recording.launch(self._place.stream)
         nvidia.wait_for(self._place.stream)
         return self._outputs
 
@@ -139,8 +150,9 @@ class ImageGraphs:
         self._seen: Counter[tuple] = Counter()
         self._lock = threading.Lock()
         networks = [network for network in (engine, decoder) if network is not None]
-        other = [one.name for one in networks if not getattr(one, "can_be_recorded", False)]
+        other = [one.name for one in networks if not hasattr(one, "call_lock")]
         self._is_possible = not other
+        self._locks = [getattr(one, "call_lock") for one in networks if one.name not in other]
         if other:
             log.info("images are queued call by call: engine %r cannot be recorded as a CUDA graph", other[0])
 
@@ -209,7 +221,7 @@ class ImageGraphs:
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)[1].free()
         try:
-            self._graphs[key] = RecordedComputation(self._place, inputs, compute)
+            self._graphs[key] = RecordedComputation(self._place, inputs, self._locks, compute)
         except EngineError as error:
             self._is_possible = False
             log.warning("images are queued call by call, which is slower: %s", error)
