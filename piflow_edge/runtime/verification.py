@@ -25,6 +25,8 @@ from piflow_edge.conditioning import ConditionRequest, take
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
 from piflow_edge.kernels.rollout import integrate
+from piflow_edge.noise import philox_normal
+from piflow_edge.policies import Policy
 from piflow_edge.policies.rounding import bound_velocities
 from piflow_edge.sampling import Hooks, sample
 from piflow_edge.sampling_settings import SamplingSettings
@@ -64,7 +66,7 @@ class Row:
 
 
 def verify(generator: Generator) -> list[Row]:
-    """Compare a bundle's engine and kernels with its golden samples: outputs, velocities, latents, images.
+    """Compare a bundle's engine and kernels with its golden samples: outputs, velocities, states, latents, images.
 
     Networks are run with all golden images, and with batches of `BATCHES`. Whole images, drawn from the golden noise,
     come last: their root mean square error, in levels; of latents where there are no images, relative to the largest.
@@ -85,6 +87,7 @@ def verify(generator: Generator) -> list[Row]:
         *_compare_prompts(generator, golden, tolerances),
         _worst("network outputs", outputs, tolerances.outputs),
         _compare_velocities(generator, golden, tolerances.velocities),
+        _worst("trajectory", _compare_trajectory(generator, golden), tolerances.latents),
         _worst("latents", latents, tolerances.latents),
         *_compare_whole(generator, golden, latents, tolerances),
     ]
@@ -154,6 +157,28 @@ def _compare_velocities(generator: Generator, golden: dict[str, np.ndarray], tol
         pair = (f"velocities.{i}", found, golden[f"velocities.{i}"])
         rows.append(_worst("policy velocities", [pair], max(tolerance, bound)))
     return max(rows, key=lambda row: np.inf if np.isnan(row.error) else row.error / row.tolerance)
+
+
+def _compare_trajectory(generator: Generator, golden: dict[str, np.ndarray]) -> list[Pair]:
+    """Where the golden policies carry the golden state of every call, beside where they should."""
+    manifest, pairs = generator.bundle.manifest, []
+    noise, spec = golden["noise"], manifest.schedule
+
+    def enter(x_t: np.ndarray, i: int) -> np.ndarray:
+        pairs.append((f"x_t.{i}", x_t, golden[f"x_t.{i}"]))
+        return golden[f"x_t.{i}"]
+
+    def call(x_t: np.ndarray, sigma: float) -> Policy:
+        outputs = {spec.name: golden[f"{spec.name}.{len(pairs) - 1}"] for spec in manifest.student.outputs}
+        return generator.student.as_policy(outputs, x_t, sigma)
+
+    def renoise(draw: int) -> np.ndarray:
+        return philox_normal(GOLDEN_SEED, np.arange(len(noise)), noise.shape[1:], draw=draw)
+
+    schedule = spec.schedule()
+    settings = SamplingSettings(temperature=spec.temperature_of(len(schedule.segments)))
+    latents = sample(call, noise, schedule, settings, Hooks(enter, integrate, renoise))
+    return [*pairs, ("latents", latents, golden["latents"])]
 
 
 def _compare_latents(generator: Generator, golden: dict[str, np.ndarray]) -> list[Pair]:
@@ -295,6 +320,7 @@ _REMEDIES = {
     "encodings": "the engine computes the text encoder otherwise than PyTorch did: take another engine or precision",
     "network outputs": "the engine computes the network otherwise than PyTorch did: take another engine or precision",
     "policy velocities": "the policy's formula is another one than when the bundle was exported: export it again",
+    "trajectory": "the policies are integrated otherwise than when the bundle was exported: export it again",
     "latents": "small differences add up from call to call: take another precision, or fewer calls",
     "images": "the engine computes the decoder otherwise than PyTorch did: take another engine or precision",
 }

@@ -18,6 +18,7 @@ from piflow_edge.export.half_graph import convert_to_half
 from piflow_edge.export.onnx_graphs.encoder_graph import example_inputs, export_encoder
 from piflow_edge.export.onnx_graphs.large import types
 from piflow_edge.export.to_bundle import export_bundle
+from piflow_edge.kernels.rollout import integrate
 from piflow_edge.runtime import verification
 from tests.commands.test_cli import invoke
 from tests.export.test_text_bundle import EXAMPLES, make_text_student
@@ -131,7 +132,7 @@ def test_a_network_that_there_is_not_is_refused(tmp_path):
         ("conditioning.pooled_projections", "encodings"),
         ("means.0", "network outputs"),
         ("velocities.0", "policy velocities"),
-        ("latents", "latents"),
+        ("latents", "trajectory"),
         ("images", "images"),
     ],
 )
@@ -142,3 +143,14 @@ def test_verify_names_the_first_stage_that_is_wrong(folder, monkeypatch, array, 
         monkeypatch.setattr(verification, "read_golden", lambda bundle: golden)
         rows = verification.verify(generator)
     assert next(row.layer for row in rows if not row.passed) == layer
+
+
+def test_verify_names_the_trajectory_where_policies_are_integrated_otherwise(folder, monkeypatch):
+    def integrate_too_far(policy, x_t, sigmas, **how):
+        return integrate(policy, x_t, [*sigmas[:-1], sigmas[-1] / 2], **how)
+
+    monkeypatch.setattr(verification, "integrate", integrate_too_far)
+    with pf.load(folder) as generator:
+        rows = verification.verify(generator)
+    failed = next(row for row in rows if not row.passed)
+    assert (failed.layer, failed.where) == ("trajectory", "x_t.1")
