@@ -34,6 +34,7 @@ def commands(demo: str) -> dict[str, list[str]]:
         "export_cost": ["export_cost.py"],
         "training_step": ["training_step.py"],
         "noise": ["noise.py", "--demo", demo],
+        "prompts": ["prompts.py", "--text-encoder", "runs/emoji/minilm"],
         "serve_load": ["serve_load.py", "large"],
         "browser": ["browser.py", "digits"],
         "soak": ["soak.py", f"{demo}/bundles/digits-nfe2"],

@@ -181,6 +181,23 @@ def soak(found: Mapping) -> str:
     return f"{text}\n\nIt {'grew' if found['grew'] else 'did not grow'}."
 
 
+def prompts(found: Mapping) -> str:
+    cost, peaks = found["overhead"], found["peak_mb"]
+    files = ", ".join(
+        f"{name.split('.')[0]} {format_number(size)}" for name, size in found["files_mb"].items()
+    )
+    rows = [
+        ("ms, a new prompt: the networks' bare calls", cost["ms"]["bare_new"]),
+        ("ms, a new prompt: the generator", cost["ms"]["generator_new"]),
+        ("their ratio, budget ≤ 1.03", cost["ratio_new"]),
+        ("the same for a prompt that came before", cost["ratio_again"]),
+        ("MB of the networks' files", files),
+        ("MB at the peak, all networks in memory", peaks["all"]),
+        ('MB at the peak, one in turn (`keep="one"`)', peaks["one"]),
+    ]
+    return table(["", ""], rows)
+
+
 def serve_load(found: Mapping) -> str:
     speed, over, growth = found["throughput"], found["overload"], found["growth"]
     callers = f"{over['callers']} callers at once"
@@ -324,6 +341,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "overhead": overhead,
     "precision": precision,
     "soak": soak,
+    "prompts": prompts,
     "serve_load": serve_load,
     "browser": browser,
     "training_step": training_step,
