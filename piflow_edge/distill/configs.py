@@ -202,6 +202,9 @@ class ImitationConfig:
     Args:
         nfe: student calls per image the student is trained for, 1 or more; several numbers for one student that can
             do with any of them.
+        sigma_floor: the loss counts errors of velocities, which for a network that predicts x_0 are its own divided by
+            the noise level, without bound; below this level they no longer grow. None is what `distill` finds in the
+            teacher's training, else 0.
         policy_eps: floor inside the policy; None is what the authors train with, 1e-6 for GM and 1e-4 for DX.
 
     Raises:
@@ -222,6 +225,11 @@ class ImitationConfig:
     )
     gm_dropout: float = option(0.0, "Share of components left out of the path.", minimum=0, below=1)
     loss_scale: float = option(1.0, "Factor of the loss.", above=0)
+    sigma_floor: float | None = option(
+        None,
+        "Noise level below which the loss no longer grows; else that of the teacher's training, or 0.",
+        minimum=0,
+    )
     policy_eps: float | None = None
     decay_iterations: int = option(
         0,

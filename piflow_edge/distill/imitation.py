@@ -146,7 +146,7 @@ def correct_in_turn(
         teacher, config, integrate: as in `imitation_loss`.
     """
     x_t, raw_t = path.x_src, path.raw_t_src
-    predictions, targets = [], []
+    predictions, targets, levels = [], [], []
     for student_step, teacher_step in zip(path.student_steps, path.teacher_steps, strict=True):
         raw_t_a = np.maximum(raw_t - student_step, 0.0)
         x_a, sigma_a = _follow(path_policy, x_t, raw_t, raw_t_a, config, integrate)
@@ -155,7 +155,9 @@ def correct_in_turn(
         x_t = x_a + u_t * _per_sample(warp(raw_t, config.shift) - sigma_a, x_a)
         predictions.append(average_velocity(policy, x_a, raw_t_a, raw_t - path.window, config, integrate))
         targets.append(u_t)
-    return _compare(torch.cat(predictions), torch.cat(targets), x_t, raw_t, config)
+        levels.append(sigma_a)
+    loss = _compare(torch.cat(predictions), torch.cat(targets), np.concatenate(levels), config)
+    return SegmentLoss(loss, x_t, raw_t, torch.cat(predictions), torch.cat(targets))
 
 
 def correct_at_once(
@@ -180,8 +182,10 @@ def correct_at_once(
         predictions.append(average_velocity(policy, x_t, raw_t, raw_t - path.window, config, integrate))
         states.append(x_t)
         levels.append(sigma_t)
-    targets = teacher(torch.cat(states), np.concatenate(levels))
-    return _compare(torch.cat(predictions), targets, x_t, raw_t, config)
+    sigma_t = np.concatenate(levels)
+    targets = teacher(torch.cat(states), sigma_t)
+    loss = _compare(torch.cat(predictions), targets, sigma_t, config)
+    return SegmentLoss(loss, x_t, raw_t, torch.cat(predictions), targets)
 
 
 # How a segment is corrected: `correct_in_turn` or `correct_at_once`.
@@ -191,11 +195,12 @@ Correct = Callable[
 ]
 
 
-def _compare(
-    predictions: Tensor, targets: Tensor, x_t: Tensor, raw_t: np.ndarray, config: ImitationConfig
-) -> SegmentLoss:
-    loss = config.loss_scale * 0.5 * (predictions - targets).square().mean()
-    return SegmentLoss(loss, x_t, raw_t, predictions, targets)
+def _compare(predictions: Tensor, targets: Tensor, sigma_t: np.ndarray, config: ImitationConfig) -> Tensor:
+    """The loss of velocities at noise levels `sigma_t`, one for each of them."""
+    error = predictions - targets
+    if config.sigma_floor:
+        error = error * _per_sample(sigma_t / np.maximum(sigma_t, config.sigma_floor), error)
+    return config.loss_scale * 0.5 * error.square().mean()
 
 
 def imitation_loss(

@@ -130,6 +130,7 @@ def distill(
         raise DataError(
             f"{data.name!r} holds prompts and no images; give --data-free, or images with captions"
         )
+    imitation = inherit_floor(imitation, teacher)
     head = head.fit_to_segments(imitation.longest_segment(min(imitation.nfes)), imitation.shift)
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
     null = null_condition(teacher.network, data.conditioner) if null is None else null
@@ -162,6 +163,14 @@ def distill(
         compare=agreement,
         resume=resume,
     )
+
+
+def inherit_floor(imitation: ImitationConfig, teacher: TeacherModel) -> ImitationConfig:
+    """Return the settings with the `sigma_floor` of the teacher's training, where they name none."""
+    if imitation.sigma_floor is not None:
+        return imitation
+    trained = teacher.provenance.get("settings", {}).get("flow_matching", {})
+    return replace(imitation, sigma_floor=trained.get("sigma_floor", 0.0))
 
 
 def check_teacher(teacher: TeacherModel, data: ImageData) -> None:

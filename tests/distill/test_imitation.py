@@ -1,5 +1,7 @@
 """The imitation loss against the authors' recorded training steps: same random numbers, same loss and gradients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from piflow_edge import DXPolicy, GMPolicy
 from piflow_edge.distill.imitation import (
     ImitationConfig,
     average_velocity,
+    correct_at_once,
+    correct_in_turn,
     datafree_imitation_loss,
     imitation_loss,
     source_segments,
@@ -200,6 +204,29 @@ def test_only_the_policy_velocity_carries_a_gradient():
     (config.loss_scale * 0.5 * policy.velocity(x_a.clone(), sigma_a).square().mean()).backward()
     for name, leaf in leaves.items():
         torch.testing.assert_close(found[name], leaf.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("correct", [correct_in_turn, correct_at_once])
+def test_below_the_floor_errors_count_as_those_of_x_0(correct):
+    case = cases("piid_train", lambda name: name == "gm_nfe1")[0]
+    _, student = toy_student(case, np.float64)
+    toy, levels = ToyTeacher(case, np.float64), []
+
+    def teacher(x_t, sigma_t):
+        levels.append(sigma_t)
+        # Of another batch than the toy teacher takes where all points come at once.
+        parts = zip(x_t.split(len(x_0)), np.split(sigma_t, len(x_t) // len(x_0)), strict=True)
+        return torch.cat([toy(*part) for part in parts])
+
+    x_0 = torch.from_numpy(case["x_0"].astype(np.float64))
+    config = replace(config_of(case), sigma_floor=0.6)
+    random = RecordedRandom(case, case.params["random_draw_order"])
+    part = imitation_loss(student, teacher, x_0, config, random, correct=correct)
+    sigma = np.concatenate(levels)[:, None, None, None]
+    assert sigma.min() < 0.6 < sigma.max()
+    errors = (part.predictions - part.targets).detach().numpy()
+    errors = np.where(sigma < 0.6, errors * sigma / 0.6, errors)
+    np.testing.assert_allclose(part.loss.item(), config.loss_scale * 0.5 * (errors**2).mean(), rtol=1e-12)
 
 
 def test_a_last_segment_may_be_the_longest():

@@ -178,6 +178,24 @@ def test_a_finished_run_resumed_is_left_as_it_is(teacher, data, tmp_path):
     assert all(torch.equal(value, again.tensors[name]) for name, value in first.tensors.items())
 
 
+def test_the_floor_of_the_loss_is_that_of_the_teachers_training_unless_named(data, tmp_path):
+    floored = train_teacher(data, TINY, FlowMatchingConfig(sigma_floor=0.2), SHORT, tmp_path / "teacher")
+    found = [
+        run(floored, data, tmp_path / name, imitation=ImitationConfig(sigma_floor=floor))
+        for name, floor in (("inherited", None), ("named", 0.0))
+    ]
+    assert [one.settings["imitation"]["sigma_floor"] for one in found] == [0.2, 0.0]
+
+
+def test_a_student_of_before_there_was_a_floor_is_resumed(teacher, data, tmp_path):
+    run(teacher, data, tmp_path)
+    file = tmp_path / "checkpoint.json"
+    described = json.loads(file.read_text())
+    assert described["settings"]["imitation"].pop("sigma_floor") == 0
+    file.write_text(json.dumps(described))
+    assert run(teacher, data, tmp_path, config=replace(SHORT, iterations=8), resume=True).iteration == 8
+
+
 def test_a_checkpoint_is_not_overwritten_unasked(teacher, data, tmp_path):
     run(teacher, data, tmp_path)
     with pytest.raises(CheckpointError, match="--resume"):

@@ -350,7 +350,10 @@ def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, sett
     now = {"network": network, "conditioning": data.conditioner.to_json()}
     was, now = _flat({**was, **checkpoint.settings}), _flat(json.loads(json.dumps({**now, **settings})))
     # Settings that the release which began the run did not have.
-    was = _flat({"training": asdict(TrainingConfig())}) | was
+    before: dict[str, Any] = {"training": asdict(TrainingConfig())}
+    if "imitation" in checkpoint.settings:
+        before["imitation"] = {"sigma_floor": 0.0}
+    was = _flat(before) | was
     keys = [key for key in {**was, **now} if key not in _MAY_CHANGE]
     odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in keys if was.get(k) != now.get(k)]
     if settings["training"]["iterations"] < checkpoint.iteration:
