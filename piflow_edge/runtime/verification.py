@@ -164,16 +164,16 @@ def _compare_trajectory(generator: Generator, golden: dict[str, np.ndarray]) -> 
     manifest, pairs = generator.bundle.manifest, []
     noise, spec = golden["noise"], manifest.schedule
 
-    def enter(x_t: np.ndarray, i: int) -> np.ndarray:
+    def enter(x_t: Any, i: int) -> Any:
         pairs.append((f"x_t.{i}", x_t, golden[f"x_t.{i}"]))
         return golden[f"x_t.{i}"]
 
-    def call(x_t: np.ndarray, sigma: float) -> Policy:
+    def call(x_t: Any, sigma: float) -> Policy:
         outputs = {spec.name: golden[f"{spec.name}.{len(pairs) - 1}"] for spec in manifest.student.outputs}
         return generator.student.as_policy(outputs, x_t, sigma)
 
     def renoise(draw: int) -> np.ndarray:
-        return philox_normal(GOLDEN_SEED, np.arange(len(noise)), noise.shape[1:], draw=draw)
+        return philox_normal(GOLDEN_SEED, range(len(noise)), noise.shape[1:], draw=draw)
 
     schedule = spec.schedule()
     settings = SamplingSettings(temperature=spec.temperature_of(len(schedule.segments)))

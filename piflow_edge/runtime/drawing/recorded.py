@@ -149,7 +149,7 @@ class ImageGraphs:
         self._graphs: OrderedDict[tuple, RecordedComputation] = OrderedDict()
         self._seen: Counter[tuple] = Counter()
         self._lock = threading.Lock()
-        networks = [network for network in (engine, decoder) if network is not None]
+        networks: list[Any] = [network for network in (engine, decoder) if network is not None]
         other = [one.name for one in networks if not hasattr(one, "call_lock")]
         self._is_possible = not other
         self._locks = [one.call_lock for one in networks if one.name not in other]
