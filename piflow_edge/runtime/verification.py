@@ -87,7 +87,7 @@ def verify(generator: Generator) -> list[Row]:
         *_compare_prompts(generator, golden, tolerances),
         _worst("network outputs", outputs, tolerances.outputs),
         _compare_velocities(generator, golden, tolerances.velocities),
-        _worst("trajectory", _compare_trajectory(generator, golden), tolerances.latents),
+        _worst("trajectories", _compare_trajectory(generator, golden), tolerances.latents),
         _worst("latents", latents, tolerances.latents),
         *_compare_whole(generator, golden, latents, tolerances),
     ]
@@ -320,7 +320,7 @@ _REMEDIES = {
     "encodings": "the engine computes the text encoder otherwise than PyTorch did: take another engine or precision",
     "network outputs": "the engine computes the network otherwise than PyTorch did: take another engine or precision",
     "policy velocities": "the policy's formula is another one than when the bundle was exported: export it again",
-    "trajectory": "the policies are integrated otherwise than when the bundle was exported: export it again",
+    "trajectories": "the policies are integrated otherwise than when the bundle was exported: export it again",
     "latents": "small differences add up from call to call: take another precision, or fewer calls",
     "images": "the engine computes the decoder otherwise than PyTorch did: take another engine or precision",
 }

@@ -36,7 +36,7 @@ def test_a_bundle_reproduces_its_golden_samples(shared_bundle):
     assert [row.layer for row in rows] == [
         "network outputs",
         "policy velocities",
-        "trajectory",
+        "trajectories",
         "latents",
         "images",
         "drawn images",

@@ -75,7 +75,7 @@ def test_usage_errors_exit_with_2():
 class TestOnABundle:
     def test_verify(self, shared_bundle):
         answer = json.loads(run("verify", shared_bundle, "--json").stdout)
-        assert answer["passed"] and len(answer["layers"]) == 5
+        assert answer["passed"] and len(answer["layers"]) == 6
         assert "latents" in run("verify", shared_bundle).stdout
 
     def test_inspect(self, shared_bundle):
@@ -238,7 +238,7 @@ class TestOnABundle:
         spec = {"sha256": sha256(data), "size": len(data)}
         edit(bundle, lambda body: body["files"].update({"golden.npz": spec}))
         done = run("verify", bundle, code=1)
-        assert "FAILED" in done.stdout and "latents differ by" in done.stderr
+        assert "FAILED" in done.stdout and "trajectories differ by" in done.stderr
 
     def test_export_and_what_it_refuses(self, tmp_path):
         from piflow_edge.distill.loop.checkpoint import save_checkpoint

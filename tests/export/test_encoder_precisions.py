@@ -132,7 +132,7 @@ def test_a_network_that_there_is_not_is_refused(tmp_path):
         ("conditioning.pooled_projections", "encodings"),
         ("means.0", "network outputs"),
         ("velocities.0", "policy velocities"),
-        ("latents", "trajectory"),
+        ("latents", "trajectories"),
         ("images", "images"),
     ],
 )
@@ -153,4 +153,4 @@ def test_verify_names_the_trajectory_where_policies_are_integrated_otherwise(fol
     with pf.load(folder) as generator:
         rows = verification.verify(generator)
     failed = next(row for row in rows if not row.passed)
-    assert (failed.layer, failed.where) == ("trajectory", "x_t.1")
+    assert (failed.layer, failed.where) == ("trajectories", "x_t.1")

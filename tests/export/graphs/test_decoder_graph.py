@@ -91,7 +91,7 @@ def test_from_images_to_a_bundle_that_makes_images(tmp_path):
     )
     assert student.settings["latent"] == vars(autoencoder.latent)
     rows = export_bundle(student, tmp_path / "bundle", autoencoder=autoencoder)
-    layers = ["network outputs", "policy velocities", "trajectory", "latents", "images", "drawn images"]
+    layers = ["network outputs", "policy velocities", "trajectories", "latents", "images", "drawn images"]
     assert [row.layer for row in rows] == layers
     code = (
         "import sys, numpy, piflow_edge as pf; r = pf.load(sys.argv[1])(['a', 1, 0], seed=3, output='numpy');"
@@ -234,7 +234,7 @@ def test_without_an_autoencoder_a_bundle_makes_latents(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         rows = export_bundle(student, tmp_path / "bundle", samplers=[2])
     assert "will make latents, not images" in caplog.text
-    assert [row.layer for row in rows][2:] == ["trajectory", "latents", "drawn latents", "sampler latents"]
+    assert [row.layer for row in rows][2:] == ["trajectories", "latents", "drawn latents", "sampler latents"]
     assert not (tmp_path / "bundle" / "preview.png").exists()
     generator = pf.load(tmp_path / "bundle")
     latents = generator([1, 2], output="latent").latents
