@@ -237,7 +237,10 @@ class OpenNetwork(Protocol):
 
 
 class Engine(OpenNetwork, Protocol):
-    """A network in a backend. `close` frees its memory; it may be called twice. `choice` is set by `open_engine`."""
+    """A network in a backend. `close` frees its memory; it may be called twice. `choice` is set by `open_engine`.
+
+    One whose calls can be a part of a recorded CUDA graph also has `call_lock`, held while such a graph is queued.
+    """
 
     choice: Choice
 

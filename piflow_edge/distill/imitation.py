@@ -156,8 +156,8 @@ def correct_in_turn(
         predictions.append(average_velocity(policy, x_a, raw_t_a, raw_t - path.window, config, integrate))
         targets.append(u_t)
         levels.append(sigma_a)
-    loss = _compare(torch.cat(predictions), torch.cat(targets), np.concatenate(levels), config)
-    return SegmentLoss(loss, x_t, raw_t, torch.cat(predictions), torch.cat(targets))
+    sigma_t = np.concatenate(levels)
+    return _compare(torch.cat(predictions), torch.cat(targets), sigma_t, x_t, raw_t, config)
 
 
 def correct_at_once(
@@ -184,8 +184,7 @@ def correct_at_once(
         levels.append(sigma_t)
     sigma_t = np.concatenate(levels)
     targets = teacher(torch.cat(states), sigma_t)
-    loss = _compare(torch.cat(predictions), targets, sigma_t, config)
-    return SegmentLoss(loss, x_t, raw_t, torch.cat(predictions), targets)
+    return _compare(torch.cat(predictions), targets, sigma_t, x_t, raw_t, config)
 
 
 # How a segment is corrected: `correct_in_turn` or `correct_at_once`.
@@ -195,12 +194,20 @@ Correct = Callable[
 ]
 
 
-def _compare(predictions: Tensor, targets: Tensor, sigma_t: np.ndarray, config: ImitationConfig) -> Tensor:
-    """The loss of velocities at noise levels `sigma_t`, one for each of them."""
+def _compare(
+    predictions: Tensor,
+    targets: Tensor,
+    sigma_t: np.ndarray,
+    x_t: Tensor,
+    raw_t: np.ndarray,
+    config: ImitationConfig,
+) -> SegmentLoss:
+    """The loss of velocities (n B, C, H, W) at noise levels `sigma_t` (n B,); the path ended at `x_t`, `raw_t`."""
     error = predictions - targets
     if config.sigma_floor:
         error = error * _per_sample(sigma_t / np.maximum(sigma_t, config.sigma_floor), error)
-    return config.loss_scale * 0.5 * error.square().mean()
+    loss = config.loss_scale * 0.5 * error.square().mean()
+    return SegmentLoss(loss, x_t, raw_t, predictions, targets)
 
 
 def imitation_loss(

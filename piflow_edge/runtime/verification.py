@@ -24,8 +24,8 @@ from piflow_edge.bundle.sections import ToleranceSpec
 from piflow_edge.conditioning import ConditionRequest, take
 from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, EngineError, MissingExtraError, NotFiniteError
+from piflow_edge.kernels.normal import philox_normal
 from piflow_edge.kernels.rollout import integrate
-from piflow_edge.noise import philox_normal
 from piflow_edge.policies import Policy
 from piflow_edge.policies.rounding import bound_velocities
 from piflow_edge.sampling import Hooks, sample
@@ -132,7 +132,7 @@ def _compare_calls(generator: Generator, golden: dict[str, np.ndarray]) -> list[
     segments, sizes = manifest.schedule.schedule().segments, _batches(generator, golden)
     for i, segment in enumerate(segments):
         x_t = golden[f"x_t.{i}"]
-        theirs = {spec.name: golden[f"{spec.name}.{i}"] for spec in manifest.student.outputs}
+        theirs = _golden_outputs(generator.bundle, golden, i)
         for size in sizes:
             ours = _call(generator, x_t[:size], segment.sigma_src, take(conditioning, slice(size)))
             outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
@@ -150,7 +150,7 @@ def _compare_velocities(generator: Generator, golden: dict[str, np.ndarray], tol
     manifest, rows = generator.bundle.manifest, []
     for i, segment in enumerate(manifest.schedule.schedule().segments):
         x_t, levels = golden[f"x_t.{i}"], golden[f"levels.{i}"].tolist()
-        outputs = {spec.name: golden[f"{spec.name}.{i}"] for spec in manifest.student.outputs}
+        outputs = _golden_outputs(generator.bundle, golden, i)
         policy = generator.student.as_policy(outputs, x_t, segment.sigma_src)
         found = np.stack([policy.velocity(x_t, level) for level in levels])
         bound = bound_velocities(manifest.policy, outputs, x_t, segment.sigma_src, levels)
@@ -161,22 +161,21 @@ def _compare_velocities(generator: Generator, golden: dict[str, np.ndarray], tol
 
 def _compare_trajectory(generator: Generator, golden: dict[str, np.ndarray]) -> list[Pair]:
     """Where the golden policies carry the golden state of every call, beside where they should."""
-    manifest, pairs = generator.bundle.manifest, []
-    noise, spec = golden["noise"], manifest.schedule
+    noise, spec, pairs = golden["noise"], generator.bundle.manifest.schedule, []
 
     def enter(x_t: Any, i: int) -> Any:
         pairs.append((f"x_t.{i}", x_t, golden[f"x_t.{i}"]))
         return golden[f"x_t.{i}"]
 
     def call(x_t: Any, sigma: float) -> Policy:
-        outputs = {spec.name: golden[f"{spec.name}.{len(pairs) - 1}"] for spec in manifest.student.outputs}
+        outputs = _golden_outputs(generator.bundle, golden, len(pairs) - 1)
         return generator.student.as_policy(outputs, x_t, sigma)
 
     def renoise(draw: int) -> np.ndarray:
         return philox_normal(GOLDEN_SEED, range(len(noise)), noise.shape[1:], draw=draw)
 
     schedule = spec.schedule()
-    settings = SamplingSettings(temperature=spec.temperature_of(len(schedule.segments)))
+    settings = SamplingSettings(temperature=spec.temperature_of(schedule.nfe))
     latents = sample(call, noise, schedule, settings, Hooks(enter, integrate, renoise))
     return [*pairs, ("latents", latents, golden["latents"])]
 
@@ -372,6 +371,11 @@ def golden_conditioning(
     """What the golden images are steered by; `prefix`: "resized." for that of other lengths."""
     names = [spec.name for spec in bundle.manifest.conditioner.inputs]
     return {name: golden[f"{prefix}conditioning.{name}"] for name in names}
+
+
+def _golden_outputs(bundle: Bundle, golden: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    """What the network made in call `i`, by name."""
+    return {spec.name: golden[f"{spec.name}.{i}"] for spec in bundle.manifest.student.outputs}
 
 
 def relative_error(ours: np.ndarray, golden: np.ndarray) -> float:

@@ -39,6 +39,8 @@ _LEFT_BEHIND = re.compile(r"\.(checkpoint\.json|log\.jsonl|weights-.*\.safetenso
 _CHECKPOINT_BYTES = 16
 # Settings that may be others when a run goes on: it is made longer, or its batches cut for another machine.
 _MAY_CHANGE = ("training.iterations", "training.batch_size")
+# What settings were in releases that did not record them.
+_UNRECORDED = {"training": asdict(TrainingConfig()), "imitation": {"sigma_floor": 0.0}}
 
 # (network, x_0, conditioning, random) -> scalar. The network to call is the one given: it is prepared for training.
 Loss = Callable[[nn.Module, Tensor, dict[str, Tensor], Share], Tensor]
@@ -349,11 +351,7 @@ def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, sett
     was = {"network": checkpoint.network, "conditioning": checkpoint.conditioner.to_json()}
     now = {"network": network, "conditioning": data.conditioner.to_json()}
     was, now = _flat({**was, **checkpoint.settings}), _flat(json.loads(json.dumps({**now, **settings})))
-    # Settings that the release which began the run did not have.
-    before: dict[str, Any] = {"training": asdict(TrainingConfig())}
-    if "imitation" in checkpoint.settings:
-        before["imitation"] = {"sigma_floor": 0.0}
-    was = _flat(before) | was
+    was = _flat({name: _UNRECORDED[name] for name in _UNRECORDED if name in checkpoint.settings}) | was
     keys = [key for key in {**was, **now} if key not in _MAY_CHANGE]
     odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in keys if was.get(k) != now.get(k)]
     if settings["training"]["iterations"] < checkpoint.iteration:

@@ -152,7 +152,7 @@ class ImageGraphs:
         networks: list[Any] = [network for network in (engine, decoder) if network is not None]
         other = [one.name for one in networks if not hasattr(one, "call_lock")]
         self._is_possible = not other
-        self._locks = [one.call_lock for one in networks if one.name not in other]
+        self._locks = [one.call_lock for one in networks] if self._is_possible else []
         if other:
             log.info("images are queued call by call: engine %r cannot be recorded as a CUDA graph", other[0])
 
