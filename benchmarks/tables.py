@@ -183,14 +183,19 @@ def soak(found: Mapping) -> str:
 
 def prompts(found: Mapping) -> str:
     cost, peaks = found["overhead"], found["peak_mb"]
+
+    def ratio(kind: str) -> str:
+        low, high = cost[f"interval_{kind}"]
+        return f"{cost[f'ratio_{kind}']:.3f} ({low:.3f} to {high:.3f})"
+
     files = ", ".join(
         f"{name.split('.')[0]} {format_number(size)}" for name, size in found["files_mb"].items()
     )
     rows = [
         ("ms, a new prompt: the networks' bare calls", cost["ms"]["bare_new"]),
         ("ms, a new prompt: the generator", cost["ms"]["generator_new"]),
-        ("their ratio, budget ≤ 1.03", cost["ratio_new"]),
-        ("the same for a prompt that came before", cost["ratio_again"]),
+        ("median of their ratios, budget ≤ 1.03", ratio("new")),
+        ("the same for a prompt that came before", ratio("again")),
         ("MB of the networks' files", files),
         ("MB at the peak, all networks in memory", peaks["all"]),
         ('MB at the peak, one in turn (`keep="one"`)', peaks["one"]),
