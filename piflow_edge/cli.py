@@ -7,7 +7,7 @@ missing extra or unusable input, 130 stopped with Ctrl-C.
 import click
 
 from .commands import build_engines as building
-from .commands import bundles, device, evaluate, images, sending, serving, training
+from .commands import bulk_images, bundles, device, evaluate, images, sending, serving, training
 from .commands.options import add_progress_options
 from .errors import MissingExtraError, PiFlowError
 
@@ -19,6 +19,7 @@ _GOING_ON = {
     "demo": "; the same command goes on where it was",
     "train-teacher": "; the same command with --resume goes on",
     "distill": "; the same command with --resume goes on",
+    "generate": "; the same command goes on where it was",
 }
 
 
@@ -66,6 +67,7 @@ _LONG = (
     bundles.export,
     building.build,
     images.sample,
+    bulk_images.generate,
     bundles.verify,
     device.bench,
 )

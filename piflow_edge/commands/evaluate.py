@@ -119,6 +119,9 @@ def evaluate(
 ):  # fmt: skip
     """Is it any good? Score bundles against their teacher and the real images, from the same noise.
 
+    STUDENTS are bundles, or folders of images that generate made: these are compared as they are, each with as many of
+    its images of a class or prompt as are compared.
+
     Quality (FID, KID, precision, density), diversity (recall, coverage, class by class) and agreement with the teacher
     are measured in the features of a network; --out adds the pictures side by side. Where --data has captions and the
     students read prompts, these are the prompts, several images of each, and --prompt-features says whether images show
@@ -134,6 +137,7 @@ def evaluate(
     from piflow_edge.evaluation.features import open_features
     from piflow_edge.evaluation.prompt_features import PromptFeatures
     from piflow_edge.evaluation.report import text_table, write_report
+    from piflow_edge.runtime.bulk.bulk_job import has_job
 
     from .demo import shipped_teacher
 
@@ -141,7 +145,8 @@ def evaluate(
         raise click.UsageError("--teacher and --no-teacher exclude each other")
     if value_range is not None and features is None:
         raise click.UsageError("--value-range is that of a --features file; give one")
-    real = caption_real_images(load_images(data, size=size), students)
+    bundles = [path for path in students if not has_job(path)]
+    real = caption_real_images(load_images(data, size=size), bundles)
     if source is None and data == "digits" and not no_teacher:
         source = shipped_teacher()
     extractor = None
@@ -151,7 +156,7 @@ def evaluate(
         students,
         real,
         extractor,
-        teacher=None if source is None else open_source(source, teacher_style, students, real),
+        teacher=None if source is None else open_source(source, teacher_style, bundles, real),
         count=images,
         seed=seed,
         guidance_scale=guidance,

@@ -86,8 +86,8 @@ def sample(
     """
     from piflow_edge.runtime.recipe import read_recipe
 
-    request["settings"] = _set_size(request["settings"], request.pop("size"))
-    request["prompt"] = [*request["prompt"], *_read_prompts(request.pop("prompts"))] or None
+    request["settings"] = set_size(request["settings"], request.pop("size"))
+    request["prompt"] = [*request["prompt"], *read_prompts(request.pop("prompts"))] or None
     _check_out(out, output, as_json)
     recipe = None
     if like is not None:
@@ -130,7 +130,7 @@ def _check_out(out: Path, output: str, as_json: bool) -> None:
         )
 
 
-def _read_prompts(file: Path | None) -> list[str]:
+def read_prompts(file: Path | None) -> list[str]:
     from piflow_edge.system.files import read_lines
 
     if file is None:
@@ -144,7 +144,7 @@ def _read_prompts(file: Path | None) -> list[str]:
     return prompts
 
 
-def _set_size(settings: "SamplingSettings", size: int | tuple[int, int] | None) -> "SamplingSettings":
+def set_size(settings: "SamplingSettings", size: int | tuple[int, int] | None) -> "SamplingSettings":
     """Put height and width in the place of --size."""
     from dataclasses import replace
 

@@ -146,7 +146,12 @@ def field_option(settings: Any, field: str, flag: str | None = None, **changes: 
 
 
 def settings_options(
-    argument: str, settings: Any, flags: Mapping[str, str] | None = None, **changes: Mapping[str, Any]
+    argument: str,
+    settings: Any,
+    flags: Mapping[str, str] | None = None,
+    *,
+    without: Sequence[str] = (),
+    **changes: Mapping[str, Any],
 ) -> Callable:
     """Give a command the options of a dataclass; it is called with an instance.
 
@@ -154,6 +159,7 @@ def settings_options(
         argument: of the command, which gets the instance.
         settings: the defaults, as in `field_option`. Fields that say nothing of themselves keep their value.
         flags: field -> name of its option, where they differ.
+        without: fields that get no option and keep their value.
         changes: field -> arguments of `click.option` that go before what the field says.
     """
 
@@ -161,7 +167,8 @@ def settings_options(
         from piflow_edge.option import find_options
 
         found = find_settings(settings)
-        return found, {field: (flags or {}).get(field, field) for field in find_options(found)}
+        fields = [field for field in find_options(found) if field not in without]
+        return found, {field: (flags or {}).get(field, field) for field in fields}
 
     def make_options() -> list[Callable]:
         found, names = find_flags()

@@ -11,6 +11,7 @@ import numpy as np
 
 from piflow_edge.errors import DataError
 from piflow_edge.noise import philox_normal
+from piflow_edge.runtime.bulk.bulk_job import has_job
 from piflow_edge.runtime.generator import Generator
 from piflow_edge.runtime.loading import load
 from piflow_edge.system.hardware import machine
@@ -26,6 +27,7 @@ from .contenders import (
     unique_names,
 )
 from .features import Features, choose_features
+from .images_on_disk import ImageFolder
 from .judgement import find_warnings
 from .made_images import REAL, MadeImages, Pictures, extract_real_features, make_images
 from .metrics import KID_SUBSET_SIZE, KID_SUBSETS, Agreement, FeatureSet, prompt_agreement
@@ -100,7 +102,7 @@ def evaluate(
     """Compare bundles with real images and, if there is one, with a teacher, whole and cut to a few Euler steps.
 
     Args:
-        students: bundles.
+        students: bundles, or folders that `piflow-edge generate` filled.
         data: the real images, with what steers them, of the students' size.
         features: what images are compared in; None is the shipped digits classifier, for the digits alone.
         teacher: what the students learnt from; None leaves out what is measured beside it.
@@ -124,9 +126,11 @@ def evaluate(
     if data.latent is not None:
         raise DataError(f"images are compared, and {data.name!r} holds latents; give the images they are of")
     features = choose_features(data.name, data.shape) if features is None else features
-    generators = dict(zip(unique_names(students), map(load, students), strict=True))
+    named = dict(zip(unique_names(students), students, strict=True))
+    folders = {name: ImageFolder(path) for name, path in named.items() if has_job(path)}
+    generators = {name: load(path) for name, path in named.items() if name not in folders}
     steps = (teacher_steps, *(cut for cut in cut_steps if cut != teacher_steps))
-    lineup = _gather(generators, teacher, data, count, steps, guidance_scale)
+    lineup = _gather(generators, folders, teacher, data, count, steps, guidance_scale)
     plan = lineup.plan
     columns = choose_columns(plan.groups, data.shape[-1])
     if prompt_features is not None and not plan.prompts:
@@ -152,6 +156,7 @@ def evaluate(
 
 def _gather(
     generators: dict[str, Generator],
+    folders: dict[str, ImageFolder],
     teacher: Teacher | None,
     data: RealImages,
     count: int,
@@ -170,9 +175,10 @@ def _gather(
         teachers = teacher_contenders(teacher, scale, steps, decoder)
         contenders, full = teachers + contenders, teachers[0].name
         takers["the teacher"], shapes["the teacher"] = teacher.conditioner, tuple(teacher.sample_shape or ())
-    if not contenders:
-        raise DataError("there is nothing to compare; give a student's bundle or a teacher")
     steered = {name: bool(conditioner.inputs) for name, conditioner in takers.items()}
+    steered |= {name: folder.is_steered for name, folder in folders.items()}
+    if not steered:
+        raise DataError("there is nothing to compare; give a student's bundle or a teacher")
     if len(set(steered.values())) > 1:
         raise DataError(f"all are steered or none is; steered: {steered}")
     plan = plan_images(data, count, steered=any(steered.values()))
@@ -180,7 +186,9 @@ def _gather(
         check_fit(plan, takers)
     if len(set(shapes.values())) > 1:
         raise DataError(f"all start from the same noise, so of one shape; got {shapes}")
-    return _Lineup(contenders, plan, next(iter(shapes.values())), full, scale, students)
+    made = [folder.contender(name, plan) for name, folder in folders.items()]
+    shape = next(iter(shapes.values()), tuple(data.shape))
+    return _Lineup([*contenders, *made], plan, shape, full, scale, [*students, *folders])
 
 
 def _score(lineup: _Lineup, images: MadeImages, real: FeatureSet, times: dict[str, float]) -> list[Score]:
@@ -191,7 +199,7 @@ def _score(lineup: _Lineup, images: MadeImages, real: FeatureSet, times: dict[st
             found = images.features[name]
             scores.append(
                 score_of(
-                    name, found, real, plan.groups, plan.group_names, network_calls=calls, ms=times[name]
+                    name, found, real, plan.groups, plan.group_names, network_calls=calls, ms=times.get(name)
                 )
             )
             bar(name)
@@ -199,7 +207,9 @@ def _score(lineup: _Lineup, images: MadeImages, real: FeatureSet, times: dict[st
         return scores
     teacher = scores[0]
     return [
-        beside_teacher(s, teacher, images.features[s.name], images.features[teacher.name], images.mse[s.name])
+        beside_teacher(
+            s, teacher, images.features[s.name], images.features[teacher.name], images.mse.get(s.name)
+        )
         for s in scores
     ]
 

@@ -33,6 +33,7 @@ class Pictures:
 @dataclass(frozen=True)
 class MadeImages:
     """What is kept of all images. `features`, `mse` to the reference: by contender. `pictures`: a few images.
+    Without an `mse` are those whose images were made before.
 
     `prompt_vectors`: by contender, what `PromptFeatures` makes of the images; empty without it.
     """
@@ -96,7 +97,8 @@ def make_images(
                 own.features.append(features(images))
                 if prompt_features is not None:
                     own.prompt_vectors.append(prompt_features.encode_images(images))
-                own.error += 0.0 if wanted is None else agreement(images, wanted) * len(images)
+                if wanted is not None and contender.is_drawn:
+                    own.error += agreement(images, wanted) * len(images)
                 own.shown |= {i: images[i - start] for i in columns if i in indices}
                 bar(contender.name)
     rows = {name: np.stack([own.shown[i] for i in columns]) for name, own in collections.items()}
@@ -108,7 +110,7 @@ def make_images(
             for name, own in collections.items()
             if prompt_features is not None
         },
-        {name: own.error / len(plan) for name, own in collections.items()},
+        {c.name: collections[c.name].error / len(plan) for c in contenders if c.is_drawn},
         Pictures({REAL: real, **rows}, plan.titles(columns)),
     )
 

@@ -61,14 +61,14 @@ _COLUMNS = [
     _Column(
         "MSE to teacher",
         "MSE",
-        lambda s: f"{s.mse:.4f}",
+        lambda s: _or_nothing(s.mse, ".4f"),
         "from the same noise and conditioning; pixel values run from -1 to 1",
         True,
     ),
     _Column(
         "distance to teacher",
         "dist.",
-        lambda s: f"{s.feature_distance:.3f}",
+        lambda s: _or_nothing(s.feature_distance, ".3f"),
         "on features, from the same noise and conditioning, over the teacher's diversity: 0 for the same image, 1 for "
         "any other of the class",
         True,
@@ -147,7 +147,7 @@ _COLUMNS = [
     _Column(
         "ms per image",
         "ms",
-        lambda s: f"{s.ms_per_image:.2f}",
+        lambda s: _or_nothing(s.ms_per_image, ".2f"),
         "median, one image at a time, ONNX Runtime on the CPU",
     ),
 ]
@@ -311,6 +311,10 @@ def _short(value: float, digits: int = 4) -> str:
 
 def _interval(ends: tuple[float, float] | None) -> str:
     return "" if ends is None else f"{_short(ends[0])} to {_short(ends[1])}"
+
+
+def _or_nothing(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _slug(name: str) -> str:

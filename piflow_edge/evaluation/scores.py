@@ -34,7 +34,8 @@ class Score:
     `class_diversity`: class by class, and `class_diversity_ratio` to the teacher's. `worst_class`: where that is
     lowest. `precision`, `recall`, `density`, `coverage`: see `metrics.territory`. `mse`: to the teacher's images from
     the same noise, on pixels. `feature_distance`: to them, on features, over the teacher's diversity: 0 for the same
-    images, 1 for others of the same class. `ms_per_image`: median, one image at a time. `prompt_accuracy`,
+    images, 1 for others of the same class. `ms_per_image`: median, one image at a time. These three are None where the
+    images were made before, of other noise. `prompt_accuracy`,
     `prompt_similarity`: see `metrics.prompt_agreement`; None where no prompts are compared with. Where prompts steer, a
     class is a prompt.
     """
@@ -57,7 +58,7 @@ class Score:
     coverage: float
     mse: float | None = field(default=None, kw_only=True)
     feature_distance: float | None = field(default=None, kw_only=True)
-    ms_per_image: float
+    ms_per_image: float | None
     prompt_accuracy: float | None = field(default=None, kw_only=True)
     prompt_similarity: float | None = field(default=None, kw_only=True)
 
@@ -70,7 +71,7 @@ def score_of(
     group_names: Sequence[str],
     *,
     network_calls: int,
-    ms: float,
+    ms: float | None,
 ) -> Score:
     """One contender's figures, without those beside the teacher.
 
@@ -101,14 +102,14 @@ def score_of(
 
 
 def beside_teacher(
-    score: Score, teacher: Score, features: np.ndarray, teacher_features: np.ndarray, mse: float
+    score: Score, teacher: Score, features: np.ndarray, teacher_features: np.ndarray, mse: float | None
 ) -> Score:
     """The same figures with those beside the teacher.
 
     Args:
         score, teacher: of either, without these figures.
         features, teacher_features: of the images of either, (N, D), from the same noise and conditioning.
-        mse: to the teacher's images, on pixels.
+        mse: to the teacher's images, on pixels; None where they were not made from the same noise.
     """
     ratios = {
         key: _ratio(value, teacher.class_diversity[key]) for key, value in score.class_diversity.items()
@@ -121,7 +122,7 @@ def beside_teacher(
         class_diversity_ratio=ratios,
         worst_class=min(ratios, key=ratios.__getitem__),
         mse=mse,
-        feature_distance=_ratio(distance, teacher.diversity),
+        feature_distance=None if mse is None else _ratio(distance, teacher.diversity),
     )
 
 

@@ -142,6 +142,33 @@ def test_evaluate_reads_captions_with_the_bundles_own_encoder(folder, tmp_path):
     assert answer["conditions"]["prompt_features"]["other_prompts"] == 24
 
 
+def test_many_images_of_prompts_are_those_of_a_call(folder, tmp_path):
+    from piflow_edge.runtime.bulk.shards import list_pictures
+
+    prompts = ["a cat", "eine Katze, die lacht 🐈", "a red apple"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    out = tmp_path / "images"
+    asked = (
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--count",
+        2,
+        "--seed",
+        3,
+        "--shard-size",
+        4,
+        "--out",
+        out,
+    )
+    invoke("generate", folder, *asked)
+    with pf.load(folder) as generator:
+        expected = generator(prompts, count=2, seed=3, output="numpy").images
+    found = [entry for shard in sorted(out.glob("*.tar")) for entry in list_pictures(shard)]
+    assert [(index, title) for index, title, _ in found] == [(i, prompts[i // 2]) for i in range(6)]
+    for image, (_, _, place) in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(place.read()))), image)
+
+
 def test_a_server_draws_prompts_that_come_together_as_the_generator_draws_them(folder):
     for package in ("starlette", "prometheus_client", "httpx2"):
         pytest.importorskip(package, reason="a server needs the 'serve' extra, and its tests httpx2")
