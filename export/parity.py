@@ -1,6 +1,7 @@
 """The PyTorch side of the comparison: golden samples that every export must reproduce before it is moved in place."""
 
 import io
+import math
 
 import numpy as np
 import torch
@@ -9,14 +10,17 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import Conditioner, ConditionRequest
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
-from piflow_edge.export.conversions.calibration import count_images
+from piflow_edge.export.conversions.calibration import FEWEST_IMAGES, count_images
 from piflow_edge.integrator import rollout
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import GOLDEN_SEED, PROMPTS
 
-# Golden images per bundle, of a large network fewer: enough to see, few enough to keep a bundle small.
+# Golden images per bundle, of a large network or of large latents fewer: enough to see, few enough to keep a bundle
+# small.
 GOLDEN_IMAGES = 10
+# Values of their latents, all together, that more than the fewest images may have.
+_GOLDEN_VALUES = 40_000
 
 
 @torch.no_grad()
@@ -28,7 +32,7 @@ def golden_samples(
     `conditioner`: the student's, opened where it reads prompts.
     """
     spec, schedule = manifest.schedule, manifest.schedule.schedule()
-    count = count_images(GOLDEN_IMAGES, sum(parameter.numel() for parameter in network.parameters()))
+    count = _count_golden_images(network, manifest)
     indices = range(count)
     conditioning = manifest.example(count, conditioner=conditioner)
     given = {name: torch.from_numpy(array) for name, array in conditioning.items()}
@@ -48,7 +52,8 @@ def golden_samples(
         # The source, and down to a tenth of the way above the segment's end, where velocities are still tame.
         levels = segment.sigma_src + np.array([0.0, 0.5, 0.9]) * (segment.sigma_dst - segment.sigma_src)
         golden[f"levels.{i}"] = levels
-        golden[f"velocities.{i}"] = np.stack([policy.velocity(x_src, level) for level in levels.tolist()])
+        # In float32 they take half the bytes, and are far finer than verify allows.
+        golden[f"velocities.{i}"] = np.float32([policy.velocity(x_src, level) for level in levels.tolist()])
         if i < schedule.nfe - 1:
             policy = policy.temper(spec.temperature_of(schedule.nfe))
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
@@ -58,6 +63,11 @@ def golden_samples(
         x_t = x_dst.astype(np.float32)
     golden["latents"] = x_t
     return golden | _resized_samples(network, manifest, golden["noise"], conditioner)
+
+
+def _count_golden_images(network: FlowNetwork, manifest: Manifest) -> int:
+    most = min(GOLDEN_IMAGES, max(FEWEST_IMAGES, _GOLDEN_VALUES // math.prod(manifest.latent.shape)))
+    return count_images(most, sum(parameter.numel() for parameter in network.parameters()))
 
 
 def _trace_prompts(conditioner: Conditioner, count: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ from piflow_edge.errors import MissingExtraError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion
 from piflow_edge.export.conversions.int8 import quiet_tools
 from piflow_edge.export.conversions.layer_search import convert_within
-from piflow_edge.export.conversions.lookup_tables import halve_lookup_tables
+from piflow_edge.export.conversions.lookup_tables import quantise_lookup_tables
 from piflow_edge.export.conversions.weights_only import quantisable, quantise_weights
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of, model_of
@@ -43,7 +43,7 @@ def convert_network(network: str, graph: Graph, calibration: Calibration) -> Con
 
 
 def quantise_blocks(graph: Graph, excluded: Sequence[str] = ()) -> Graph:
-    """The graph with its matrix products in blocks of 4 bits, the `excluded` in int8, and lookup tables in fp16."""
+    """The graph with its matrix products in blocks of 4 bits, the `excluded` and lookup tables in int8."""
     model = model_of(graph)
     known = {name for node in model.graph.node for name in node.output}
     quantise_weights(model, excluded)
@@ -56,7 +56,7 @@ def quantise_blocks(graph: Graph, excluded: Sequence[str] = ()) -> Graph:
         tool = tools.MatMulNBitsQuantizer(whole.model, block_size=_BLOCK, nodes_to_exclude=left_out)
         tool.process()
     quantised = tool.model.model
-    halve_lookup_tables(quantised)
+    quantise_lookup_tables(quantised)
     compact(quantised, known)
     result = graph_of(quantised)
     check(result)

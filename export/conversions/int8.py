@@ -14,7 +14,7 @@ from piflow_edge.engines import Graph
 from piflow_edge.engines.ort.importing import import_part
 from piflow_edge.export.conversions.calibration import Calibration, Conversion, Inputs, split_samples
 from piflow_edge.export.conversions.layer_search import convert_within
-from piflow_edge.export.conversions.weights_only import convert_encoder, quantisable
+from piflow_edge.export.conversions.weights_only import convert_encoder, halve_weights, quantisable
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of, save
 
@@ -114,13 +114,19 @@ def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded:
         else:
             quantization.quantize_dynamic(source, out, extra_options={"MatMulConstBOnly": True}, **settings)
         model = onnx.load(out)  # with the weights of a file beside it
-    for node in model.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            node.name = ""  # there are many, and none is ever the one to blame
+    _unname_pairs(model)
+    halve_weights(model)
     compact(model, _values(onnx.load_from_string(graph.model)))
     result = graph_of(model)
     check(result)
     return result
+
+
+def _unname_pairs(model: onnx.ModelProto) -> None:
+    """Take the names off quantising nodes: there are many, and none is ever the one to blame."""
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            node.name = ""
 
 
 def _values(model: onnx.ModelProto) -> set[str]:

@@ -5,25 +5,30 @@ loses the rest: of MiniLM, dynamic int8 was off by 0.19 of a prompt's hidden sta
 squares, the worst of seven prompts). The operators are ONNX's own.
 """
 
+import math
 from collections.abc import Collection
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from piflow_edge.engines import Graph
 from piflow_edge.export.conversions.calibration import Conversion
-from piflow_edge.export.conversions.lookup_tables import halve_lookup_tables
+from piflow_edge.export.conversions.lookup_tables import quantise_lookup_tables
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of, model_of
+from piflow_edge.export.onnx_graphs.value_names import ValueNames
+
+# Values of a weight from which on it is worth a cast.
+_LEAST = 4096
 
 
 def convert_encoder(graph: Graph) -> Conversion:
-    """A text encoder with its weights in eight bits, and lookup tables in fp16."""
+    """A text encoder with its weights and lookup tables in eight bits."""
     model = model_of(graph)
     known = {name for node in model.graph.node for name in node.output}
     quantise_weights(model, quantisable(model))
-    halve_lookup_tables(model)
+    quantise_lookup_tables(model)
     compact(model, known)
     result = graph_of(model)
     check(result)
@@ -58,6 +63,20 @@ def quantise_weights(model: onnx.ModelProto, layers: Collection[str]) -> None:
     # They read nothing but weights, and so may stand before all others.
     for node in reversed(widen):
         model.graph.node.insert(0, node)
+
+
+def halve_weights(model: onnx.ModelProto) -> None:
+    """Keep float32 weights as fp16 in the file. Sums stay in float32: engines widen them on opening."""
+    graph, names = model.graph, ValueNames(model.graph)
+    for tensor in graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2 or math.prod(tensor.dims) < _LEAST:
+            continue
+        values = numpy_helper.to_array(tensor)
+        if np.abs(values).max() > np.finfo(np.float16).max:
+            continue
+        wide, half = tensor.name, names.add(f"{tensor.name}.half")
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), half))
+        graph.node.insert(0, helper.make_node("Cast", [half], [wide], to=TensorProto.FLOAT))
 
 
 def _output_axis(node: onnx.NodeProto) -> int:

@@ -27,34 +27,40 @@ from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
 _PIECE = 1 << 20
 
 
-# The name of the bundle that comes with the package.
-SHIPPED = "digits"
+# The bundles that come with the package.
+SHIPPED = ("digits", "emoji")
 
 
 def demo_bundle() -> Path:
-    """The bundle that comes with the package: digits in one network call, fp32, 8x8 grey images, classes "0" to "9".
+    """The smallest bundle that comes with the package: digits in one call, fp32, 8x8 grey images, classes "0" to "9".
 
     `pf.load` and the command line call it `digits`. Made by `make assets`.
     """
-    return Path(__file__).parents[1] / "assets" / SHIPPED
+    return _shipped_bundle("digits")
 
 
 def find_bundle(bundle: str | os.PathLike[str]) -> Path:
-    """Return the folder of a bundle that is given by its path, or `digits`, the one that comes with the package.
+    """Return the folder of a bundle that is given by its path, or by the name of one that comes with the package.
+
+    Those are `digits`, see `demo_bundle`, and `emoji`: 64x64 colour images from prompts in one call, int8.
 
     Raises:
-        BundleError: `digits` is a folder here as well.
+        BundleError: there is a folder of such a name here as well.
     """
     if not isinstance(bundle, (str, os.PathLike)):
         raise BundleError(f"a bundle is a folder, given by its path; got {bundle!r}")
-    if bundle != SHIPPED:
+    if bundle not in SHIPPED:
         return Path(bundle)
-    if Path(SHIPPED).exists():
+    if Path(bundle).exists():
         raise BundleError(
-            f"{SHIPPED!r} is the bundle that comes with piflow-edge, and there is one here too, which is "
-            f".{os.sep}{SHIPPED}; for the other, change the folder"
+            f"{bundle!r} is a bundle that comes with piflow-edge, and there is one here too, which is "
+            f".{os.sep}{bundle}; for the other, change the folder"
         )
-    return demo_bundle()
+    return _shipped_bundle(str(bundle))
+
+
+def _shipped_bundle(name: str) -> Path:
+    return Path(__file__).parents[1] / "assets" / name
 
 
 @dataclass(frozen=True)

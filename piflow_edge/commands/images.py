@@ -74,7 +74,7 @@ def sample(
 ):  # fmt: skip
     """Draw images from a bundle.
 
-    BUNDLE is a folder, or digits, the bundle that comes with piflow-edge. A file, PNG, WebP or JPEG by its suffix,
+    BUNDLE is a folder, or emoji or digits, which come with piflow-edge. A file, PNG, WebP or JPEG by its suffix,
     holds the image, or several side by side, small ones enlarged; a folder gets one PNG per image. Each holds the
     settings that make it again: see --like.
 

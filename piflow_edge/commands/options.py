@@ -213,11 +213,9 @@ def size(context, parameter, text: str | None) -> int | tuple[int, int] | None:
 
 
 def bundle_path(given: str | tuple[str, ...] | None) -> Any:
-    """Where a bundle is. `digits` is the one that comes with the package, as in --data digits."""
+    """Where a bundle is: a folder, or one that comes with the package by its name."""
     if given is None or isinstance(given, tuple):
         return given and tuple(map(bundle_path, given))
-    if given != "digits":
-        return Path(given)
     from piflow_edge.bundle.folder import find_bundle  # late: it brings NumPy
 
     return find_bundle(given)

@@ -44,7 +44,7 @@ def _read_key(context, parameter, file: Path | None) -> str | None:
 def serve(bundles, limits, api_key, runtime, engine, device, threads, cores, precision, trusted_keys):
     """Answer requests for images over HTTP, and show a page to ask for them.
 
-    BUNDLES are folders, or digits, the bundle that comes with piflow-edge. Requests that come together are drawn
+    BUNDLES are folders, or emoji or digits, which come with piflow-edge. Requests that come together are drawn
     together. Prints the address on stdout; Ctrl-C stops it.
 
     \b

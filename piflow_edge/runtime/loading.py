@@ -29,7 +29,7 @@ def load(
     """Open an exported student.
 
     Args:
-        bundle: the bundle's folder, or "digits", the bundle that comes with the package.
+        bundle: the bundle's folder, or "emoji" or "digits", bundles that come with the package.
         engine: "auto", the fastest that can run here, or the name of a backend; see `engines.open_engine`.
         precision: one of the bundle's ("fp32"); None is its first.
         device: what the backend runs on, such as "cpu", "cuda" or "cuda:1"; None is its best.

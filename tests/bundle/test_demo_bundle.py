@@ -1,4 +1,4 @@
-"""The bundle that comes with the package: a new user's first images, without torch and without training."""
+"""The bundles that come with the package: a new user's first images, without torch and without training."""
 
 import os
 import subprocess
@@ -23,6 +23,20 @@ def test_it_reproduces_its_golden_samples_and_is_small():
     check(verify(generator), "digits")
     assert generator.conditioner.names == tuple("0123456789") and generator.bundle.manifest.schedule.nfe == 1
     assert sum(file.stat().st_size for file in pf.demo_bundle().iterdir()) < 1.5e6
+
+
+def test_emoji_draws_from_a_prompt_and_reproduces_its_golden_samples():
+    pytest.importorskip("tokenizers")
+    from piflow_edge.runtime.verification import check, verify
+
+    with pf.load("emoji") as generator:
+        check(verify(generator), "emoji")
+        (heart,) = generator("blue heart", seed=0, output="numpy").images.astype(float)
+        (apple,) = generator("a red apple", seed=0, output="numpy").images.astype(float)
+    (red, _, blue), middle = heart[24:40, 24:40].mean((0, 1)), apple[24:40, 24:40].mean((0, 1))
+    assert blue > red + 80 and middle[0] > middle[2] + 80
+    folder = pf.demo_bundle().with_name("emoji")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 31e6
 
 
 def test_the_command_line_calls_it_digits(tmp_path):

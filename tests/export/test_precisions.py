@@ -152,15 +152,23 @@ BATCH = {
 
 
 def float_weights(graph):
-    """Values of the matrices that a graph holds in float32."""
-    tensors = onnx.load_from_string(graph).graph.initializer
+    """Values of the matrices that a graph holds in float32, or in fp16 and widens before they are used."""
+    model = onnx.load_from_string(graph).graph
+    widened = {node.input[0] for node in model.node if node.op_type == "Cast" and node.attribute[0].i == 1}
     return [
-        numpy_helper.to_array(t) for t in tensors if t.data_type == TensorProto.FLOAT and len(t.dims) == 2
+        numpy_helper.to_array(t)
+        for t in model.initializer
+        if len(t.dims) == 2
+        and (t.data_type == TensorProto.FLOAT or (t.data_type == TensorProto.FLOAT16 and t.name in widened))
     ]
 
 
 def holds(graph, matrix):
-    return any(np.array_equal(found, m) for found in float_weights(graph) for m in (matrix, matrix.T))
+    return any(
+        np.array_equal(found, m.astype(found.dtype))
+        for found in float_weights(graph)
+        for m in (matrix, matrix.T)
+    )
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "qdq"])

@@ -91,8 +91,8 @@ def make_shards_on_ray(
 def _connect(cluster: ClusterSettings) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]  # in none but the ray extra
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtraError(
             f"a cluster needs {error.name!r}; get it with: pip install 'piflow-edge[ray]'"
