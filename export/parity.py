@@ -52,8 +52,9 @@ def golden_samples(
         # The source, and down to a tenth of the way above the segment's end, where velocities are still tame.
         levels = segment.sigma_src + np.array([0.0, 0.5, 0.9]) * (segment.sigma_dst - segment.sigma_src)
         golden[f"levels.{i}"] = levels
+        velocities = [policy.velocity(x_src, level) for level in levels.tolist()]
         # In float32 they take half the bytes, and are far finer than verify allows.
-        golden[f"velocities.{i}"] = np.float32([policy.velocity(x_src, level) for level in levels.tolist()])
+        golden[f"velocities.{i}"] = np.stack(velocities).astype(np.float32)
         if i < schedule.nfe - 1:
             policy = policy.temper(spec.temperature_of(schedule.nfe))
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
