@@ -7,8 +7,9 @@ import torch
 
 from piflow_edge.conditioning import Arrays, ClassLabels, Conditioner, concatenate, count_of
 from piflow_edge.distill.data.datasets import ImageData
+from piflow_edge.distill.loop.training import suggest_steering
 from piflow_edge.distill.networks.flow_network import FlowNetwork, find_misfit
-from piflow_edge.distill.sources import TeacherModel
+from piflow_edge.distill.sources import TeacherModel, ask_teacher
 from piflow_edge.distill.teacher import as_tensors
 from piflow_edge.engines import DEFAULT_OPTIONS, Engine, EngineOptions, Graph, open_engine
 from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
@@ -37,6 +38,8 @@ def open_teacher(
         CheckFailedError, EngineError: the network cannot be exported, or no engine runs it.
     """
     network, conditioner = model.network, _find_conditioner(model, data)
+    x_t = torch.from_numpy(philox_normal(0, range(2), network.sample_shape))
+    ask_teacher(network, x_t, torch.full((2,), 0.5), as_tensors(conditioner.example(2)))
     engine = open_engine(network_graph(network, conditioner.inputs), options=options)
     return EngineTeacher(engine, conditioner, network.sample_shape)
 
@@ -44,8 +47,10 @@ def open_teacher(
 def _find_conditioner(model: TeacherModel, data: ImageData) -> Conditioner:
     """Return what steers a teacher: what it was trained with if that is known, else what the data have."""
     network, conditioner = model.network, model.conditioner or data.conditioner
-    if problem := find_misfit(network.null, conditioner):
-        raise DataError(f"the teacher: {problem}; of {data.name!r}: {data.conditioner.summarize()}")
+    if problem := find_misfit(network, conditioner):
+        raise DataError(
+            f"the teacher: {problem}; of {data.name!r}: {data.conditioner.summarize()}{suggest_steering(data)}"
+        )
     if conditioner.null(1) is not None:
         return conditioner
     null = {name: value[None].cpu().numpy() for name, value in network.null.items()} or data.null()

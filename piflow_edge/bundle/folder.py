@@ -96,7 +96,8 @@ class Bundle:
             raise BundleError(f"a bundle is a folder, given by its path; got {folder!r}")
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            hint = f"; unpack it first: piflow-edge unpack {self.folder}" if self.folder.is_file() else ""
+            way = f"piflow-edge unpack {self.folder} --out {self.folder.with_suffix('')}"
+            hint = f"; unpack it first: {way}" if self.folder.is_file() else ""
             what = "a file" if self.folder.is_file() else "nothing"
             raise BundleError(f"a bundle is a folder; there is {what} at {self.folder}{hint}")
         self.manifest_bytes = self._bytes(MANIFEST, limit=MANIFEST_LIMIT)

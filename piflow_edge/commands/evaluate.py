@@ -6,7 +6,19 @@ from typing import Any
 
 import click
 
-from .options import FOLDER, IMAGE_SIZE, JSON, SEED, TEACHER, TEACHER_STYLE, command, emit, say, show
+from .options import (
+    BUNDLE_PATH,
+    FOLDER,
+    IMAGE_SIZE,
+    JSON,
+    SEED,
+    TEACHER,
+    TEACHER_STYLE,
+    command,
+    emit,
+    say,
+    show,
+)
 
 
 @command()
@@ -90,7 +102,7 @@ def caption_real_images(images, students: Sequence[Path]):
 
 
 @command()
-@click.argument("students", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("students", nargs=-1, **BUNDLE_PATH)
 @click.option("--data", default="digits", help="The real images: 'digits', an .npz, or a folder per class.")
 @IMAGE_SIZE
 @click.option("--features", help="digits, a feature extractor as .onnx, or Inception-v3 weights as .pth; "

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from piflow_edge.conditioning import Conditioner, conditioner_from_json
 from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, load_weights, state_dict
 from piflow_edge.distill.networks.families import build_network
@@ -19,11 +21,13 @@ from piflow_edge.distill.networks.flow_network import (
     Convention,
     FlowNetwork,
     ModuleNetwork,
+    Teacher,
     attach_policy_head,
 )
 from piflow_edge.distill.networks.lora import LoRAConfig, fold_lora
+from piflow_edge.distill.official.hub import absence_error
 from piflow_edge.distill.official.students import is_official, load_official_student
-from piflow_edge.errors import CheckpointError, PiFlowError
+from piflow_edge.errors import CheckpointError, DataError, PiFlowError
 from piflow_edge.policies import policy_spec_from_json
 
 from .student_model import StudentModel
@@ -164,6 +168,8 @@ def _load_sit_file(source: str, sample_shape: tuple[int, ...] | None, style: str
     from piflow_edge.distill.networks.sit import load_sit
 
     path = Path(source)
+    if not path.exists():
+        raise absence_error(source)
     if sample_shape is None:
         raise CheckpointError(f"{source} does not say the size of its states; give sample_shape")
     network = load_sit(path, sample_size=(sample_shape[1], sample_shape[2]), style=style)
@@ -285,7 +291,7 @@ def _call_entry(entry: str) -> Any:
                 f"{entry}: there is no module {missing!r} to import here; for a file in this folder set PYTHONPATH=."
             ) from error
         raise CheckpointError(
-            f"{entry}: importing {module_name} failed: {_describe_failure(error)}; mend that"
+            f"{entry}: importing {module_name} failed: {describe_failure(error)}; mend that"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -309,11 +315,30 @@ def _call_entry(entry: str) -> Any:
     except PiFlowError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{entry} failed: {_describe_failure(error)}; mend that") from error
+        raise CheckpointError(f"{entry} failed: {describe_failure(error)}; mend that") from error
 
 
-def _describe_failure(error: Exception) -> str:
-    """The user's exception, and the user's line it came from: the command line shows no traceback."""
+def ask_teacher(teacher: Teacher, x_t: Tensor, sigma_t: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """Return a teacher's velocity at states (B, C, *S), as the first call of a run asks for it.
+
+    Raises:
+        DataError: the teacher cannot take what it is given.
+    """
+    try:
+        return teacher.velocity(x_t, sigma_t, **conditioning)
+    except PiFlowError:
+        raise
+    except Exception as error:  # a network's own code runs here
+        given = {"states": x_t, **conditioning}
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
+        raise DataError(
+            f"the teacher fails on what the data give it ({shapes}): {describe_failure(error)}; give data of the "
+            "shapes that it was made for"
+        ) from error
+
+
+def describe_failure(error: Exception) -> str:
+    """Return the user's exception, and the user's line it came from: the command line shows no traceback."""
     frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith("<")]
     # Of a library's own lines the user can mend none.
     place = next((f for f in reversed(frames) if "site-packages" not in Path(f.filename).parts), None)

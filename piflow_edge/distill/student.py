@@ -1,6 +1,5 @@
 """Distil a teacher into a few-step student with pi-ID."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from piflow_edge.distill.loop.training import (
     RunConfig,
     TrainingConfig,
     check_fit,
+    suggest_steering,
     train,
 )
 from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher, attach_policy_head
@@ -33,10 +33,8 @@ from piflow_edge.system.pixels import quantise_images
 from .agreement import Agreement, Draw
 from .configs import ImitationConfig
 from .imitation import correct_at_once, correct_in_turn, datafree_imitation_loss, imitation_loss
-from .sources import TeacherModel
+from .sources import TeacherModel, ask_teacher
 from .teacher import GuidanceConfig, GuidedTeacher, null_condition, preview_inputs, preview_titles
-
-log = logging.getLogger(__name__)
 
 
 def policy_of(
@@ -135,8 +133,8 @@ def distill(
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
     null = null_condition(teacher.network, data.conditioner) if null is None else null
     guided = GuidedTeacher(student if lora else teacher.network, guidance, null=null)
-    log.info("the teacher is guided by %g", guided.guidance.scale)
     check_start(student, guided.teacher, data.batch(np.arange(2) % len(data))[1])
+    assert guided.guidance.scale is not None  # the guided teacher has put a number for "as the teacher can"
     draw = student_draw(head, imitation, integrate)
     agreement = None
     if run.compare_every:
@@ -160,6 +158,7 @@ def distill(
         frozen=[] if lora else [teacher.network],
         preview=student_preview(student, data, draw) if run.sample_every else None,
         titles=preview_titles(data.conditioner) if run.sample_every else (),
+        remark=describe_guidance(guided.guidance.scale, teacher.network.input_guidance),
         compare=agreement,
         resume=resume,
     )
@@ -173,14 +172,20 @@ def inherit_floor(imitation: ImitationConfig, teacher: TeacherModel) -> Imitatio
     return replace(imitation, sigma_floor=trained.get("sigma_floor", 0.0))
 
 
+def describe_guidance(scale: float, input_scale: float | None) -> str:
+    """Return how a teacher is guided; `input_scale`: what the network reads as its guidance, if it reads any."""
+    how = "not guided" if scale == 1 else f"guided by {scale:g}"
+    return f"the teacher is {how}" + (
+        "" if input_scale is None else f", and reads guidance {input_scale:g} as an input"
+    )
+
+
 def check_teacher(teacher: TeacherModel, data: ImageData) -> None:
     """Raise DataError unless a teacher can correct students on these data."""
-    unread = data.captions is not None and not data.several
     if teacher.conditioner is not None and teacher.conditioner.to_json() != data.conditioner.to_json():
         raise DataError(
             f"the teacher was trained with other conditioning ({teacher.conditioner.summarize()}) than {data.name!r} "
-            f"has ({data.conditioner.summarize()})"
-            + ("; give --text-encoder, which reads the captions" if unread else "")
+            f"has ({data.conditioner.summarize()})" + suggest_steering(data)
         )
     if "settings" in teacher.provenance:  # of a teacher that was trained here
         check_same_latents(teacher.provenance["settings"], data)
@@ -229,7 +234,7 @@ def check_start(student: FlowNetwork, teacher: Teacher, conditioning: Mapping[st
     x_t = torch.from_numpy(philox_normal(0, range(2), student.sample_shape)).to(device)
     given = {name: torch.from_numpy(array).to(device) for name, array in conditioning.items()}
     sigma = np.full(len(x_t), 0.5)
-    u_t = teacher.velocity(x_t, torch.from_numpy(sigma).to(x_t), **given)
+    u_t = ask_teacher(teacher, x_t, torch.from_numpy(sigma).to(x_t), given)
     assert student.head is not None
     started = policy_of(student, student.head, x_t, sigma, given).velocity(x_t, sigma)
     off, size = (tensor.square().mean().sqrt().item() for tensor in (started - u_t, u_t))

@@ -48,7 +48,7 @@ class StudentModel:
     def __post_init__(self):
         if self.network.head is None:
             raise CheckpointError("a student has a policy head; attach the one it was trained with")
-        if problem := find_misfit(self.network.null, self.conditioner):
+        if problem := find_misfit(self.network, self.conditioner):
             raise CheckpointError(f"{problem}; the student's conditioner: {self.conditioner.summarize()}")
         try:
             for nfe in self.nfes:

@@ -65,9 +65,16 @@ def read_folder(path: Path, size: tuple[int, int] | None) -> ImageData:
     if not folders:
         raise DataError(
             f"{path} must hold one folder of images per class, or images with captions (captions.jsonl or "
-            "captions.csv, or a .txt file beside each); it holds neither"
+            f"captions.csv, or a .txt file beside each); it holds {_count_images(images)}"
         )
     return _read_classes(path, folders, size)
+
+
+def _count_images(images: list[Path]) -> str:
+    """What a folder holds in place of classes, and what to do with it."""
+    if not images:
+        return "neither"
+    return f"{len(images)} images and neither; where all are of one kind, move them into a folder inside it"
 
 
 def _read_classes(path: Path, folders: list[Path], size: tuple[int, int] | None) -> ImageData:

@@ -39,13 +39,15 @@ def read_npz(path: Path) -> ImageData:
         zlib.error,
         EOFError,
     ) as error:
-        raise DataError(f"{path} cannot be read as .npz: {error}") from error
+        raise DataError(f"{path} cannot be read as .npz: {_describe_fault(path, error)}") from error
     given = {k.removeprefix("cond_"): v for k, v in arrays.items() if k.startswith("cond_")}
     steered = given or {"labels", "captions"} & set(arrays)
-    if ("images" in arrays) == ("latents" in arrays) or not steered:
+    if ("images" in arrays) == ("latents" in arrays):
+        raise DataError(f"{path} must hold 'images' or 'latents', one of both; it holds {sorted(arrays)}")
+    if not steered:
         raise DataError(
-            f"{path} must hold 'images' or 'latents', and 'labels', 'captions' or arrays named 'cond_...'; it holds "
-            f"{sorted(arrays)}"
+            f"{path} must hold 'labels', 'captions' or arrays named 'cond_...', which say what each image is of; it "
+            f"holds {sorted(arrays)}. Where all are of one kind, add labels=np.zeros(number of images, int)"
         )
     if "labels" in given:
         raise DataError(f"class ids in {path} are named 'labels', not 'cond_labels'")
@@ -58,6 +60,19 @@ def read_npz(path: Path) -> ImageData:
         captions = read_captions_array(path, arrays["captions"], len(images))
     steering = _steering(path, given, arrays, len(images))
     return ImageData(path.stem, images, *steering, latent, captions)
+
+
+def _describe_fault(path: Path, error: Exception) -> str:
+    """What is wrong with the file, in place of NumPy's advice to run what is in it."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start == b"\x93NUMPY":
+        return "it is one array, an .npy; write it with np.savez(file, images=..., labels=...)"
+    if not start.startswith(b"PK"):
+        return "it is another kind of file, or empty; write it with np.savez(file, images=..., labels=...)"
+    if "object" in str(error).lower():
+        return "it holds Python objects; give arrays of numbers, and texts as np.array(list_of_str)"
+    return f"it is damaged or cut off; copy or write it again ({error})"
 
 
 def _steering(

@@ -73,8 +73,8 @@ class Journal:
 
 
 @contextmanager
-def open_journal(folder: Path, title: str, config, run, start: int) -> Iterator[Journal]:
-    """A journal in `folder` of a run that begins, or goes on, after `start` iterations; configs as for `train`."""
+def open_journal(folder: Path, title: str, config, run, start: int, remark: str = "") -> Iterator[Journal]:
+    """A journal in `folder` of a run that begins, or goes on, after `start` iterations; see `train` for the others."""
     with ExitStack() as stack:
         board = None
         if run.tensorboard:
@@ -83,6 +83,7 @@ def open_journal(folder: Path, title: str, config, run, start: int) -> Iterator[
             stack.callback(board.close)
         announce(
             f"{title}: from iteration {start} to {config.iterations}; figures go to {folder / 'log.jsonl'}"
+            + (remark and f"; {remark}")
         )
         bar = stack.enter_context(progress(title, config.iterations, start=start))
         log = stack.enter_context(_open_log(folder / "log.jsonl", start))

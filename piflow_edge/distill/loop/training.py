@@ -63,6 +63,7 @@ def train(
     frozen: Sequence[nn.Module] = (),
     preview: Preview | None = None,
     titles: Sequence[str] = (),
+    remark: str = "",
     compare: Compare | None = None,
     resume: bool = False,
 ) -> Checkpoint:
@@ -83,6 +84,7 @@ def train(
         frozen: other networks the loss calls; they are put on the device and run in mixed precision too.
         preview: makes the sheets of samples, from the averaged weights.
         titles: of the pictures on those sheets.
+        remark: what the run's first line says besides.
         compare: measures the error to the teacher, with the averaged weights.
         resume: go on from the checkpoint in `folder` instead of refusing to overwrite it.
 
@@ -113,7 +115,7 @@ def train(
         stopped = stack.enter_context(_ctrl_c_between_steps())
         journal: Any = None
         if processes.is_main:
-            opened = open_journal(folder, f"training {kind}", config, run, start)
+            opened = open_journal(folder, f"training {kind}", config, run, start, remark)
             journal = stack.enter_context(opened)
             journal.titles = titles
         for iteration in range(start, config.iterations):
@@ -327,9 +329,21 @@ def check_fit(network: FlowNetwork, data: ImageData) -> None:
             f"the network is made for states (C, H, W) = {network.sample_shape}; those of {data.name!r} are "
             f"{data.shape}"
         )
-    problem = find_misfit(network.null, data.conditioner)
+    problem = find_misfit(network, data.conditioner)
     if problem:
-        raise DataError(f"{problem}; of {data.name!r}: {data.conditioner.summarize()}")
+        raise DataError(
+            f"{problem}; of {data.name!r}: {data.conditioner.summarize()}{suggest_steering(data)}"
+        )
+
+
+def suggest_steering(data: ImageData) -> str:
+    """Return how data are given what steers a network, as the end of a message."""
+    if data.captions is not None and not data.several:
+        return "; give --text-encoder, which reads the captions"
+    return (
+        "; classes are a folder each, or 'labels' in an .npz; encodings are its arrays 'cond_NAME', or made of "
+        "captions by --text-encoder"
+    )
 
 
 def _earlier(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from piflow_edge.distill.official.hub import check_there, explain_failure, find_local
 from piflow_edge.errors import CheckpointError, MissingExtraError, ShapeError
 
 from .flow_network import Convention, FlowNetwork
@@ -72,6 +73,7 @@ class DiTDiffusersNetwork(DiffusersNetwork):
     """`DiTTransformer2DModel`: conditioning `labels` (B,)."""
 
     output = "proj_out_2"
+    inputs, optional_inputs = ("labels",), ()
 
     def predict(self, x_t, t, conditioning):
         """See `FlowNetwork.predict`."""
@@ -84,6 +86,8 @@ class DiTDiffusersNetwork(DiffusersNetwork):
 
 class SD3DiffusersNetwork(DiffusersNetwork):
     """`SD3Transformer2DModel`: conditioning `encoder_hidden_states` (B, L, D), `pooled_projections` (B, D)."""
+
+    inputs, optional_inputs = ("encoder_hidden_states", "pooled_projections"), ()
 
     def predict(self, x_t, t, conditioning):
         """See `FlowNetwork.predict`."""
@@ -124,7 +128,13 @@ class FluxDiffusersNetwork(_PackedNetwork):
     One that was distilled for guidance is told a scale: `guidance_embedding`, unless `guidance` (B,) is given.
     """
 
+    inputs, optional_inputs = ("encoder_hidden_states", "pooled_projections"), ("guidance",)
     guidance_embedding = 3.5  # that of the released FLUX.1 dev pipeline
+
+    @property
+    def input_guidance(self):
+        """See `FlowNetwork.input_guidance`."""
+        return self.guidance_embedding if self.module.config.guidance_embeds else None
 
     def predict_tokens(self, tokens, t, grid, conditioning):
         """See `_PackedNetwork.predict_tokens`."""
@@ -139,9 +149,8 @@ class FluxDiffusersNetwork(_PackedNetwork):
 
     def tell_guidance(self, t: Tensor) -> dict[str, Tensor]:
         """The scale that the network's guidance embedding is told at times (B,); nothing where it has none."""
-        if not self.module.config.guidance_embeds:
-            return {}
-        return {"guidance": torch.full_like(t, self.guidance_embedding)}
+        scale = self.input_guidance
+        return {} if scale is None else {"guidance": torch.full_like(t, scale)}
 
     def embed_time(self, x_t, t, conditioning):
         """See `_PackedNetwork.embed_time`."""
@@ -153,6 +162,7 @@ class FluxDiffusersNetwork(_PackedNetwork):
 class Flux2DiffusersNetwork(FluxDiffusersNetwork):
     """`Flux2Transformer2DModel`: conditioning `encoder_hidden_states` (B, L, D); guidance as FLUX.1's."""
 
+    inputs = ("encoder_hidden_states",)
     guidance_embedding = 4.0  # that of the FLUX.2 dev pipeline
 
     def predict_tokens(self, tokens, t, grid, conditioning):
@@ -180,6 +190,8 @@ class Flux2DiffusersNetwork(FluxDiffusersNetwork):
 
 class QwenImageDiffusersNetwork(_PackedNetwork):
     """`QwenImageTransformer2DModel`: `encoder_hidden_states` (B, L, D), `encoder_hidden_states_mask` (B, L)."""
+
+    inputs, optional_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask"), ()
 
     def __init__(
         self, module, sample_shape: tuple[int, ...] | None = None, convention: Convention | None = None
@@ -247,14 +259,20 @@ def load_diffusers(
         ShapeError: see `wrap_diffusers`.
         MissingExtraError: diffusers is not installed.
     """
-    diffusers = _diffusers()
+    check_there(source)
+    try:
+        diffusers = _diffusers()
+    except MissingExtraError as error:
+        if find_local(source) is not None:
+            raise
+        raise MissingExtraError(f"there is nothing at {source} here; if it is on the hub: {error}") from error
     folder = Path(source)
     inside = {"subfolder": "transformer"} if (folder / "transformer").is_dir() else {}
     try:
         load = diffusers.AutoModel.from_pretrained  # pyright: ignore[reportPrivateImportUsage]  # made late
         module = load(source, torch_dtype=dtype, **inside)
     except Exception as error:  # diffusers and the hub raise many kinds
-        raise CheckpointError(f"diffusers cannot load a transformer from {source!r}: {error}") from error
+        raise explain_failure(source, "a transformer of diffusers", error) from error
     return wrap_diffusers(module, sample_shape=sample_shape, convention=convention).requires_grad_(False)
 
 

@@ -6,6 +6,7 @@ and hides all that; a policy head turns it from a teacher into a student.
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -93,6 +94,9 @@ class FlowNetwork(nn.Module):
     """
 
     family: ClassVar[str]
+    # Names of the conditioning that it needs, and of what else it takes. None: not known.
+    inputs: tuple[str, ...] | None = None
+    optional_inputs: tuple[str, ...] | None = None
     # Of any library: what it has beside `forward`, its adapter knows.
     module: Any
 
@@ -128,6 +132,11 @@ class FlowNetwork(nn.Module):
         """Tell the module how many planes its output layer writes, where it puts patches together itself."""
         if hasattr(self.module, "out_channels"):
             self.module.out_channels = planes
+
+    @property
+    def input_guidance(self) -> float | None:
+        """The guidance scale that it reads as an input; None where it reads none."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """JSON from which `sources.build` makes a network of this architecture; no weights."""
@@ -227,6 +236,7 @@ class DiTNetwork(FlowNetwork):
     """Our own DiT."""
 
     family = "dit"
+    inputs, optional_inputs = ("labels",), ()
 
     def __init__(self, config: DiTConfig, convention: Convention | None = None, module: DiT | None = None):
         super().__init__(
@@ -289,6 +299,7 @@ class ModuleNetwork(FlowNetwork):
             null=null,
         )
         self.names, self.entry = dict(names or {}), entry
+        self.inputs, self.optional_inputs = _read_inputs(module, self.names)
 
     def predict(self, x_t, t, conditioning):
         """See `FlowNetwork.predict`."""
@@ -344,16 +355,39 @@ def describe(network: FlowNetwork) -> dict[str, Any]:
     }
 
 
-def find_misfit(null: Conditioning, conditioner: Conditioner) -> str | None:
-    """Return why a network whose "no condition" is `null` cannot be steered by `conditioner`; None where it can."""
-    if missing := sorted(set(null) - {spec.name for spec in conditioner.inputs}):
-        return f"the network is steered by {missing[0]!r}, which is not there"
+def find_misfit(network: FlowNetwork, conditioner: Conditioner) -> str | None:
+    """Return why a network cannot be steered by `conditioner`; None where it can, as far as names tell."""
+    given = {spec.name for spec in conditioner.inputs}
+    if missing := [
+        name for name in dict.fromkeys((*(network.inputs or ()), *network.null)) if name not in given
+    ]:
+        verb = "which is" if len(missing) == 1 else "which are"
+        return f"the network is steered by {', '.join(map(repr, missing))}, {verb} not there"
+    known = None if network.optional_inputs is None else {*(network.inputs or ()), *network.optional_inputs}
+    if known is not None and (unknown := sorted(given - known)):
+        return f"the network has no input {unknown[0]!r}; it takes {', '.join(sorted(known)) or 'none'}"
     theirs = conditioner.null(1) or {}
-    for name, own in null.items():
+    for name, own in network.null.items():
         if own.ndim == 0 and name in theirs and int(own) != int(theirs[name][0]):
             # The null class is the one after the last.
             return f"the network knows {int(own)} of {name!r}"
     return None
+
+
+def _read_inputs(
+    module: nn.Module, names: Mapping[str, str]
+) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return the names of what steers a module beside state and time: what it needs, and what it can do without.
+
+    `names`: what the module calls what the data call otherwise.
+    """
+    theirs = {own: name for name, own in names.items()}
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if any(each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL) for each in parameters):
+        return (), None
+    needed = [theirs.get(p.name, p.name) for p in parameters[2:] if p.default is p.empty]
+    free = [theirs.get(p.name, p.name) for p in parameters[2:] if p.default is not p.empty]
+    return tuple(needed), tuple(free)
 
 
 def _last_layer(module: nn.Module) -> str:

@@ -165,6 +165,7 @@ class TextDiTNetwork(FlowNetwork):
     """Our own DiT for text. It predicts x_0: at high noise that is a mean image, an easy thing to begin with."""
 
     family = "text-dit"
+    inputs, optional_inputs = TEXT_INPUTS, ()
 
     def __init__(self, config: TextDiTConfig, convention: Convention | None = None):
         super().__init__(

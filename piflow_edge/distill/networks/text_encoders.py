@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec, TextEncoderSpec, TextPrompts
+from piflow_edge.distill.official.hub import check_there, explain_failure
 from piflow_edge.errors import CheckpointError, MissingExtraError
 
 # Longest prompt where neither the caller nor the model says less.
@@ -164,6 +165,7 @@ def load_text_encoder(
         CheckpointError: no text encoder, or one of an architecture that `FAMILIES` does not have.
         MissingExtraError: `transformers` is not installed, or `sentencepiece`, which its tokenizer needs.
     """
+    check_there(str(source), may_be_bare=True)
     transformers = _transformers()
     _check_sentencepiece(Path(tokenizer or source))
     try:
@@ -181,7 +183,7 @@ def load_text_encoder(
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{source} cannot be read as a text encoder: {error}") from error
+        raise explain_failure(str(source), "a text encoder", error) from error
     pooling = _sentence_pooling(Path(source)) or family.pool
     family = replace(family, pool=pooling)
     return build_text_encoder(model, words, family, name or config.model_type, **settings)

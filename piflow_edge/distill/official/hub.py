@@ -1,5 +1,6 @@
 """`FOLDER`, `FOLDER:subfolder`, `org/repo` and `org/repo:subfolder`: where files lie, fetched only for a hub id."""
 
+import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,50 @@ def find_local(text: str) -> Path | None:
     return within if colon and folder and within.exists() else None
 
 
+def check_there(text: str, *, may_be_bare: bool = False) -> None:
+    """Refuse a misspelt path before anything is imported or asked of the hub for it.
+
+    Args:
+        text: what the user gave.
+        may_be_bare: whether the hub has such things under a name without an organisation too.
+
+    Raises:
+        CheckpointError: it is neither here, nor can it be on the hub: it lies in a folder that is here, or looks
+            otherwise than a hub id.
+    """
+    is_bare = may_be_bare and "/" not in text and not Path(text).suffix
+    is_on_hub = is_bare or (parse_hub_id(text) is not None and not Path(text).parent.is_dir())
+    if find_local(text) is None and not is_on_hub:
+        raise absence_error(text)
+
+
+def absence_error(text: str) -> CheckpointError:
+    """Return the error for a path where nothing is, which names what is beside it."""
+    return CheckpointError(
+        f"there is nothing at {text}{_name_neighbours(Path(text))}; give a path, FOLDER:subfolder, or a hub id such as "
+        "Lakonik/pi-FLUX.1:gmflux_k8_piid_4step"
+    )
+
+
+def _name_neighbours(path: Path, most: int = 5) -> str:
+    """What lies where `path` should, those of a like name first, as the end of a message."""
+    if not path.parent.is_dir():
+        return f", and no folder {path.parent}"
+    names = sorted(each.name for each in path.parent.iterdir() if not each.name.startswith("."))
+    like = difflib.get_close_matches(path.name, names, n=most)
+    shown = [*like, *(name for name in names if name not in like)][:most]
+    return f"; in {path.parent} there is {', '.join(shown) or 'nothing'}"
+
+
+def explain_failure(text: str, what: str, error: Exception) -> CheckpointError:
+    """Return the error for a library that could not read `what` from a place, which says whether it is here."""
+    if find_local(text) is None:
+        return CheckpointError(
+            f"there is nothing at {text}, and the hub does not give {what} of that name: {_first_line(error)}"
+        )
+    return CheckpointError(f"{text} cannot be read as {what}: {error}")
+
+
 def find_files(text: str, patterns: tuple[str, ...] = ("*",)) -> Path:
     """Return the file or folder that `text` means; one on the hub is downloaded into the hub's own cache.
 
@@ -55,12 +100,9 @@ def find_files(text: str, patterns: tuple[str, ...] = ("*",)) -> Path:
     """
     if (here := find_local(text)) is not None:
         return here
+    check_there(text)
     place = parse_hub_id(text)
-    if place is None:
-        raise CheckpointError(
-            f"there is nothing at {text}; give a folder, FOLDER:subfolder, or a hub id such as "
-            "Lakonik/pi-FLUX.1:gmflux_k8_piid_4step"
-        )
+    assert place is not None  # else it would have been refused
     return _download(place, patterns)
 
 

@@ -345,7 +345,8 @@ PIXELS = np.full((2, 3, 3), 9, np.uint8)
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        (dict(images=PIXELS), r"'images' or 'latents', .*'labels'"),
+        (dict(images=PIXELS), r"'labels', 'captions' or arrays named 'cond_"),
+        (dict(labels=[0, 1]), "'images' or 'latents', one of both"),
         (dict(images=np.zeros((2, 3, 3)), labels=[0, 1]), "must be uint8"),
         (
             dict(images=np.full((2, 3, 3), 0.5), labels=[0, 1]),
