@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from piflow_edge.bundle.manifest import DECODER, STUDENT, Manifest, sampler_calls
-from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.bundle.precisions import EXACT, PRECISIONS
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel
@@ -112,7 +112,7 @@ def _graph_of(
     """A network in a precision, and the precision that its file is named for."""
     calls = sampler_calls(name)
     if calls is None:
-        return converted[name].graph, "fp32" if converted[name].graph is exact[name] else precision
+        return converted[name].graph, EXACT if converted[name].graph is exact[name] else precision
     decoder = converted[DECODER].graph.model if DECODER in converted else None
     return Graph(export_sampler(converted[STUDENT].graph.model, manifest, calls, decoder)), precision
 

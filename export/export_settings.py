@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.bundle.precisions import EXACT, PRECISIONS
 from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.errors import BundleError, ScheduleError
 from piflow_edge.export.onnx_graphs.opset import OPSETS
@@ -43,7 +43,7 @@ class ExportSettings:
     temperature: float | str = "auto"
     eps: float | None = None
     samplers: tuple[int, ...] = ()
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = (EXACT,)
     network_precisions: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, AxisSpec] = field(default_factory=dict)
     opset: int = OPSET

@@ -16,6 +16,7 @@ from piflow_edge.bundle.manifest import (
     Manifest,
     manifest_bytes,
 )
+from piflow_edge.bundle.precisions import EXACT
 from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.bundle.signature import SigningKey
 from piflow_edge.distill.data.autoencoder import Autoencoder
@@ -85,7 +86,7 @@ def export_bundle(
     golden = golden_samples(model.network, manifest, model.conditioner)
     _check_golden(golden, exact["student"], manifest)
     calibration = None
-    if {*settings.precisions, *settings.network_precisions.values()} != {"fp32"}:
+    if {*settings.precisions, *settings.network_precisions.values()} != {EXACT}:
         calibration = Calibration(
             exact["student"], manifest, model.nfes, exact.get("decoder"), conditioner=model.conditioner
         )

@@ -13,7 +13,8 @@ class Option(NamedTuple):
     """Help and range of one field.
 
     `minimum`, `maximum`: ends of the range that belong to it. `above`, `below`: ends that do not. `choices`: the
-    values of a text. `title`: what messages call it, where that is not the name of the field.
+    values of a text. `title`: what messages call it, where that is not the name of the field. `unit`: what 1 on
+    the command line stands for in the field, such as 1 << 20 of one in bytes that is given in MiB.
     """
 
     help: str
@@ -23,6 +24,7 @@ class Option(NamedTuple):
     below: float | None = None
     choices: tuple[str, ...] = ()
     title: str | None = None
+    unit: int = 1
 
     def allows(self, value: Any) -> bool:
         """Return True if a value lies in the range. NaN lies in none."""

@@ -17,7 +17,7 @@ from piflow_edge.engines.trt import plans as trt_build
 from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import nvidia
-from piflow_edge.option import option
+from piflow_edge.option import check_options, option
 from piflow_edge.system.hardware import host_memory
 
 log = logging.getLogger(__name__)
@@ -44,20 +44,25 @@ class BuildSettings:
         choices=BUILT_ENGINES,
     )
     device: str = option("cuda", "The GPU: cuda or cuda:N.")
-    batch: Batch = Batch()  # noqa: RUF009 - frozen
-    workspace: int | None = None
-    timing_cache: bool = True
+    batch: Batch = option(  # noqa: RUF009 - frozen
+        Batch(), "Batch sizes it computes, best at OPT; one number is all. Fewer take as long as MIN."
+    )
+    workspace: int | None = option(
+        None,
+        "Memory of the GPU that one layer may use for scratch, in MiB; else all of it.",
+        minimum=1 << 20,
+        unit=1 << 20,
+        title="workspace in bytes",
+    )
+    timing_cache: bool = option(True, "Time every kernel anew, and keep no times.")
     own_kernels: bool = option(False, "Leave cuBLAS and cuDNN out, which TensorRT 8 uses too: less memory.")
 
     def __post_init__(self):
-        if self.engine not in BUILT_ENGINES:
-            raise EngineError(f"engines that are built: {', '.join(BUILT_ENGINES)}; got {self.engine!r}")
+        check_options(self, EngineError)
         if not re.fullmatch(r"cuda(:\d+)?", self.device):
             raise EngineError(f"engines are built for 'cuda' or 'cuda:N'; got device {self.device!r}")
         if self.own_kernels and self.engine != "tensorrt":
             raise EngineError(f"own_kernels is for engine 'tensorrt'; got engine {self.engine!r}")
-        if self.workspace is not None and self.workspace < 1 << 20:
-            raise EngineError(f"workspace is 1 MiB or more; got {self.workspace} bytes")
 
     @property
     def ordinal(self) -> int:
@@ -184,11 +189,11 @@ def _make_plan(planned: Plan, key: EngineKey, settings: BuildSettings) -> bytes:
         times = engine_cache.folder() / (re.sub(r"[^\w.]+", "-", "-".join(parts)) + ".timing")
     if settings.engine == "tensorrt":
         return trt_build.build_plan(
-            target.graph, target.precision, planned.profile, ordinal=settings.ordinal,
+            target.graph, target.computes_in, planned.profile, ordinal=settings.ordinal,
             workspace=settings.workspace, timing_cache=times, own_kernels=settings.own_kernels,
         )  # fmt: skip
     return ort_compile.compile_graph(
-        settings.engine, target.graph, target.precision, planned.profile, device=settings.device,
+        settings.engine, target.graph, target.computes_in, planned.profile, device=settings.device,
         workspace=settings.workspace, timing_cache=times,
     )  # fmt: skip
 
@@ -196,7 +201,7 @@ def _make_plan(planned: Plan, key: EngineKey, settings: BuildSettings) -> bytes:
 def _inspect(
     data: bytes, target: Target, settings: BuildSettings, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    found = trt_build.inspect_plan(data, target.graph, target.precision, settings.ordinal)
+    found = trt_build.inspect_plan(data, target.graph, target.computes_in, settings.ordinal)
     say(f"{target.name} ({target.file}): {found.describe()}")
     for complaint in found.complaints:
         log.warning("%s (%s) in %s: %s", target.name, target.file, target.precision, complaint)
@@ -232,6 +237,6 @@ def _options(target: Target, settings: BuildSettings, release: str | None) -> st
         flags = "as the release wants"
         if release is not None:
             row = trt_versions.api(release)
-            flags = ",".join(trt_versions.builder_flags(row, target.precision)) or "none"
+            flags = ",".join(trt_versions.builder_flags(row, target.computes_in)) or "none"
         options += ["tf32=off", f"flags={flags}", f"kernels={'own' if settings.own_kernels else 'all'}"]
     return " ".join(options)

@@ -72,6 +72,7 @@ class Batch:
 class Target:
     """One graph to build. `name`: for people. `file`: where it lies. `inputs`, `outputs`: as far as they are known.
 
+    `precision`: the bundle's name of it. `computes_in`: the narrowest number format of its matrix products.
     `lengths`: least, best and greatest of every named axis but the batch.
     """
 
@@ -79,6 +80,7 @@ class Target:
     file: str
     graph: Graph
     precision: str
+    computes_in: str
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
     lengths: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)

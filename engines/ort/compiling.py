@@ -17,7 +17,7 @@ _PREFIX = {"ort-tensorrt": "trt", "tensorrt-rtx": "nv"}
 
 def provider_options(
     engine: str,
-    precision: str,
+    computes_in: str,
     profile: Mapping[str, tuple[tuple[int, ...], ...]],
     *,
     ordinal: int,
@@ -33,9 +33,9 @@ def provider_options(
     if workspace is not None:
         options[f"{prefix}_max_workspace_size"] = str(workspace)
     if engine == "ort-tensorrt":  # TensorRT for RTX takes all types from the graph, and times nothing
-        options["trt_fp16_enable"] = str(int(precision == "fp16"))
-        options["trt_int8_enable"] = str(int(precision == "int8-qdq"))
-        if precision == "fp16":
+        options["trt_fp16_enable"] = str(int(computes_in == "float16"))
+        options["trt_int8_enable"] = str(int(computes_in == "int8"))
+        if computes_in == "float16":
             options["trt_layer_norm_fp32_fallback"] = "1"
         if timing_cache is not None:
             options["trt_timing_cache_enable"] = "1"
@@ -46,7 +46,7 @@ def provider_options(
 def compile_graph(
     engine: str,
     graph: Graph,
-    precision: str,
+    computes_in: str,
     profile: Mapping[str, tuple[tuple[int, ...], ...]],
     *,
     device: str,
@@ -58,7 +58,7 @@ def compile_graph(
     Args:
         engine: "ort-tensorrt" or "tensorrt-rtx".
         graph: an ONNX model.
-        precision: of its bundle's variant.
+        computes_in: the narrowest number format of the graph's matrix products.
         profile: for each input its least, best and greatest shape.
         device: "cuda" or "cuda:N".
         workspace: bytes of the GPU's memory for scratch; None is all there is.
@@ -75,7 +75,7 @@ def compile_graph(
         timing_cache.mkdir(parents=True, exist_ok=True)
     options = provider_options(
         engine,
-        precision,
+        computes_in,
         profile,
         ordinal=nvidia.ordinal_in(device),
         workspace=workspace,

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,8 +53,8 @@ class Inspection:
         return f"{size}; {total} layers: {shares or 'TensorRT does not tell their precision'}"
 
 
-def inspect_engine(trt, engine, engine_bytes: int, graph: Graph, precision: str) -> Inspection:
-    """Ask TensorRT's inspector about an engine built of `graph`, and say where it is not what its precision says."""
+def inspect_engine(trt, engine, engine_bytes: int, graph: Graph, computes_in: str) -> Inspection:
+    """Ask TensorRT's inspector about an engine built of `graph`, and say where its numbers are wider than that."""
     try:
         model = read_model(graph)
     except EngineError:  # no network of ours: judged by its layers alone
@@ -62,31 +63,35 @@ def inspect_engine(trt, engine, engine_bytes: int, graph: Graph, precision: str)
     weights = _float32_bytes(model) if model else 0
     quantised = _count_quantised(model) if model else 0
     found = Inspection(layers, products, engine_bytes, weights, quantised)
-    found.complaints.extend(_find_complaints(found, precision))
+    found.complaints.extend(_find_complaints(found, computes_in))
     return found
 
 
-def _find_complaints(found: Inspection, precision: str) -> list[str]:
-    complaints, products = [], sum(found.products.values())
-    if precision == "fp16":
-        share = found.engine_bytes / max(1, found.float32_bytes)
-        if found.float32_bytes >= _LEAST_WEIGHTS and share > _MOST_OF_FLOAT32:
-            complaints.append(
-                f"the engine is {found.engine_bytes / 2**20:.1f} MiB, {share:.0%} of what the weights take in float32; "
-                f"in half precision it is about half: it computes mostly in float32"
-            )
-        half = sum(count for name, count in found.products.items() if name in _HALF)
-        if products and half < products / 2:
-            complaints.append(
-                f"{half} of {products} matrix products are in half precision: it is a float32 engine"
-            )
-    if precision == "int8-qdq" and products and found.quantised:
-        narrow = found.products.get("int8", 0)
-        if narrow < found.quantised / 2:
-            complaints.append(
-                f"{narrow} of {products} matrix products are in int8, and the network quantises {found.quantised}"
-            )
-    return complaints
+def _find_complaints(found: Inspection, computes_in: str) -> list[str]:
+    return list(_COMPLAINTS[computes_in](found)) if computes_in in _COMPLAINTS else []
+
+
+def _complain_of_half(found: Inspection) -> Iterator[str]:
+    share = found.engine_bytes / max(1, found.float32_bytes)
+    if found.float32_bytes >= _LEAST_WEIGHTS and share > _MOST_OF_FLOAT32:
+        yield (
+            f"the engine is {found.engine_bytes / 2**20:.1f} MiB, {share:.0%} of what the weights take in float32; "
+            f"in half precision it is about half: it computes mostly in float32"
+        )
+    products = sum(found.products.values())
+    half = sum(count for name, count in found.products.items() if name in _HALF)
+    if half < products / 2:
+        yield f"{half} of {products} matrix products are in half precision: it is a float32 engine"
+
+
+def _complain_of_int8(found: Inspection) -> Iterator[str]:
+    products, narrow = sum(found.products.values()), found.products.get("int8", 0)
+    if products and narrow < found.quantised / 2:
+        yield f"{narrow} of {products} matrix products are in int8, and the network quantises {found.quantised}"
+
+
+# Narrowest number format of a graph's matrix products -> what an engine of it has to answer for.
+_COMPLAINTS = {"float16": _complain_of_half, "int8": _complain_of_int8}
 
 
 def _layer_facts(trt, engine) -> list[dict]:

@@ -19,7 +19,7 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 def build_plan(
     graph: Graph,
-    precision: str,
+    computes_in: str,
     profile: Mapping[str, Shapes],
     *,
     ordinal: int,
@@ -31,7 +31,7 @@ def build_plan(
 
     Args:
         graph: an ONNX model.
-        precision: of its bundle's variant.
+        computes_in: the narrowest number format of the graph's matrix products.
         profile: for each input its least, best and greatest shape.
         ordinal: the GPU.
         workspace: bytes of its memory that a layer may use for scratch; None is all there is.
@@ -54,7 +54,7 @@ def build_plan(
         if not trt_versions.parse(parser, graph):
             raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {_reasons(parser, logger)}")
         config = builder.create_builder_config()
-        trt_versions.set_precision(row, trt, config, network, graph, precision)
+        trt_versions.set_precision(row, trt, config, network, graph, computes_in)
         trt_versions.tell_layers(trt, config)
         trt_versions.share_profiles(row, trt, config)
         if own_kernels:
@@ -76,8 +76,8 @@ def build_plan(
         return bytes(plan)
 
 
-def inspect_plan(plan: bytes, graph: Graph, precision: str, ordinal: int) -> trt_inspection.Inspection:
-    """What was built: see `trt_inspection`. `plan`: of `build_plan`, of the same graph and precision.
+def inspect_plan(plan: bytes, graph: Graph, computes_in: str, ordinal: int) -> trt_inspection.Inspection:
+    """What was built: see `trt_inspection`. `plan`: of `build_plan`, of the same graph and number format.
 
     Raises:
         EngineError: TensorRT cannot open it.
@@ -89,7 +89,7 @@ def inspect_plan(plan: bytes, graph: Graph, precision: str, ordinal: int) -> trt
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise EngineError(f"TensorRT cannot open what it built: {'; '.join(logger.errors)}")
-        return trt_inspection.inspect_engine(trt, engine, len(plan), graph, precision)
+        return trt_inspection.inspect_engine(trt, engine, len(plan), graph, computes_in)
 
 
 def _make(make, logger, what: str):

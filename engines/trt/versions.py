@@ -127,20 +127,22 @@ def create_network(row: Api, trt, builder):
     return builder.create_network(1 << int(flag))
 
 
-def builder_flags(row: Api, precision: str) -> tuple[str, ...]:
-    """The builder's flags for a graph of this precision: none where the graph's own types hold."""
-    if row.strongly_typed:
-        return ()
-    return {"fp16": ("FP16", "OBEY_PRECISION_CONSTRAINTS"), "int8-qdq": ("INT8",)}.get(precision, ())
+# Narrowest number format of a graph's matrix products -> what allows the builder to use it.
+_FLAGS = {"float16": ("FP16", "OBEY_PRECISION_CONSTRAINTS"), "int8": ("INT8",)}
 
 
-def set_precision(row: Api, trt, config, network, graph: Graph, precision: str) -> None:
+def builder_flags(row: Api, computes_in: str) -> tuple[str, ...]:
+    """The builder's flags for a graph that computes in this number format: none where the graph's own types hold."""
+    return () if row.strongly_typed else _FLAGS.get(computes_in, ())
+
+
+def set_precision(row: Api, trt, config, network, graph: Graph, computes_in: str) -> None:
     """Let the builder use the types that the graph has, and no others."""
     # float32 is float32: TF32, on by default, has 11 bits. Who wants fewer than 24 takes fp16.
     config.clear_flag(trt.BuilderFlag.TF32)
-    for name in builder_flags(row, precision):
+    for name in builder_flags(row, computes_in):
         config.set_flag(getattr(trt.BuilderFlag, name))
-    if not row.strongly_typed and precision == "fp16":
+    if not row.strongly_typed and computes_in == "float16":
         inputs = (network.get_input(n) for n in range(network.num_inputs))
         from piflow_edge.engines.trt.pins import pin_float32  # late: only builds need it
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .folder import Bundle
 from .manifest import sampler_calls
-from .precisions import PRECISIONS
+from .precisions import PRECISIONS, name_precisions_of_tensorrt
 
 # Lowest release of ONNX Runtime that implements an opset; every release reads all opsets back to 7.
 # Source: onnxruntime.ai/docs/reference/compatibility.html, "ONNX opset support", which ends at 1.20.
@@ -149,15 +149,17 @@ def _onnxruntime(precision: str, opset: int) -> Answer:
 
 
 def _tensorrt(runtime: Runtime, precision: str, opset: int, dynamic: list[str]) -> Answer:
-    gpus = runtime.gpus
+    gpus, computes_in = runtime.gpus, PRECISIONS[precision].computes_in
     answer, reason = "yes", "as the graph is typed" if runtime.strongly_typed else "weakly or strongly typed"
     if runtime.name.startswith("TensorRT 8"):
         reason = (
-            "the fp16 or int8 flag of the builder must allow it" if precision != "fp32" else "no flag needed"
+            "no flag needed"
+            if computes_in == "float32"
+            else f"the builder's flag for {computes_in} must allow it"
         )
     if dynamic:
         answer = "no"
-        reason = f"it has no {' and no '.join(dynamic)}; export --precision int8-qdq instead"
+        reason = f"it has no {' and no '.join(dynamic)}; export --precision {name_precisions_of_tensorrt()} instead"
     elif opset > runtime.max_opset:
         # Not a no: a parser may read what it does not promise, and most operators stay as they were.
         answer = "unverified"
@@ -165,7 +167,7 @@ def _tensorrt(runtime: Runtime, precision: str, opset: int, dynamic: list[str]) 
             f"its parser promises opset {runtime.max_opset} and the bundle has {opset}: export with --opset 17, or try "
             "it on the device"
         )
-    elif precision.startswith("int8") and runtime.int8 == "weights only":
+    elif computes_in == "int8" and runtime.int8 == "weights only":
         gpus = tuple(gpu for gpu in gpus if gpu != _TURING)
         answer, reason = (
             "unverified",

@@ -17,7 +17,8 @@ class Precision:
     """All that a precision must say of itself.
 
     `name`: in options and file names. `tolerances`: what `verify` allows, where a bundle is exported.
-    `operators_tensorrt_lacks`: those that its graphs are made of and TensorRT has not.
+    `computes_in`: the narrowest number format of its matrix products, which an engine that does not take types from the
+    graph must be allowed to use. `operators_tensorrt_lacks`: those that its graphs are made of and TensorRT has not.
     `converter`: "module:function" in the room that exports. It is called with a network's name, its fp32 graph and a
     `Calibration`, and returns a `Conversion`. A text, because it needs packages that a runtime does not.
     """
@@ -25,6 +26,7 @@ class Precision:
     name: str
     tolerances: ToleranceSpec
     converter: str
+    computes_in: str = "float32"
     operators_tensorrt_lacks: tuple[str, ...] = ()
 
     def load_converter(self, room: str) -> Callable[..., Any]:
@@ -51,11 +53,13 @@ _INT8 = ToleranceSpec(
 # Of a small text encoder four bits leave the direction of a prompt: a cosine of 0.96 goes with an error of 0.3.
 _INT4 = replace(_INT8, encodings=0.5, outputs=0.3, psnr=25.0)
 
+# What every export begins with, and where a graph goes back to that is not converted.
+EXACT = "fp32"
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision("fp32", _FP32, "conversions.calibration:keep_fp32"),
-        Precision("fp16", _FP16, "conversions.fp16:convert_network"),
+        Precision(EXACT, _FP32, "conversions.calibration:keep_fp32"),
+        Precision("fp16", _FP16, "conversions.fp16:convert_network", "float16"),
         # Scales activations as they come. Its operators are ONNX's, not TensorRT's: "N" in the operator tables of
         # onnx-tensorrt (docs/operators.md of 8.4 and of 10.15; those of TensorRT-RTX and 11 were not at hand, and are
         # taken to be the same).
@@ -63,16 +67,26 @@ PRECISIONS = {
             "int8",
             _INT8,
             "conversions.int8:convert_network",
+            "int8",
             operators_tensorrt_lacks=("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger"),
         ),
         # Scales activations by calibration.
-        Precision("int8-qdq", _INT8, "conversions.int8:convert_network_qdq"),
+        Precision("int8-qdq", _INT8, "conversions.int8:convert_network_qdq", "int8"),
         # Weights alone, in blocks. Its operator is ONNX Runtime's.
         Precision(
             "int4", _INT4, "conversions.int4:convert_network", operators_tensorrt_lacks=("MatMulNBits",)
         ),
     )
 }
+
+
+def name_precisions_of_tensorrt() -> str:
+    """Name the precisions of fewer bits whose operators TensorRT has, for a message: "fp16 or int8-qdq"."""
+    return " or ".join(
+        name
+        for name, precision in PRECISIONS.items()
+        if precision.computes_in != "float32" and not precision.operators_tensorrt_lacks
+    )
 
 
 def join_tolerances(student: str, decoder: str | None, encoders: Iterable[str]) -> ToleranceSpec:

@@ -7,26 +7,21 @@ from .options import BUNDLE, JSON, TRUSTED_KEYS, axis_lengths, command, emit, sa
 
 @command()
 @BUNDLE
-@settings_options("settings", "piflow_edge.engines.building.steps:BuildSettings")
-@click.option("--batch", default="1:1:8", metavar="MIN:OPT:MAX",
-              help="Batch sizes it computes, best at OPT; one number is all. Fewer take as long as MIN.")  # fmt: skip
-@click.option("--axis", "lengths", callback=axis_lengths, multiple=True, metavar="NAME=MIN:OPT:MAX",
-              help="Lengths of a named axis, such as tokens=1:77:512; else all that the bundle allows.")  # fmt: skip
-@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB",
-              help="Memory of the GPU that one layer may use for scratch, in MiB; else all of it.")  # fmt: skip
-@click.option("--precision", help="One of the bundle's; else its first.")
-@click.option("--graph", metavar="NETWORK",
-              help="Build this one of the bundle's networks, or sampler; else all but sampler graphs.")  # fmt: skip
-@click.option("--nfe", type=click.IntRange(min=1), help="Calls of the sampler graph, with --graph sampler.")
-@click.option("--no-timing-cache", is_flag=True, help="Time every kernel anew, and keep no times.")
+@settings_options(
+    "settings",
+    "piflow_edge.engines.building.steps:BuildSettings",
+    batch={"metavar": "MIN:OPT:MAX"},
+    workspace={"metavar": "MIB"},
+)
+@settings_options(
+    "choice", "piflow_edge.runtime.graphs:GraphChoice", {"lengths": "axis"}, graph={"metavar": "NETWORK"},
+    lengths={"type": str, "default": (), "callback": axis_lengths, "multiple": True, "metavar": "NAME=MIN:OPT:MAX"},
+)  # fmt: skip
 @click.option("--rebuild", is_flag=True, help="Build even what the cache has.")
 @click.option("--dry-run", is_flag=True, help="Tell what would be built; needs no GPU and no TensorRT.")
 @TRUSTED_KEYS
 @JSON
-def build(
-    bundle, settings, batch, lengths, workspace, precision, graph, nfe, no_timing_cache, rebuild, dry_run,
-    trusted_keys, as_json,
-):  # fmt: skip
+def build(bundle, settings, choice, rebuild, dry_run, trusted_keys, as_json):
     """Build engines of a bundle's networks for this GPU, and keep them in the cache, where `--engine` finds them.
 
     An engine fits the GPU, the TensorRT and the CUDA it was built with, and no others.
@@ -36,23 +31,12 @@ def build(
       piflow-edge build bundles/digits --engine tensorrt --precision fp16 --batch 1:1:4
       piflow-edge build bundles/digits --dry-run --json
     """
-    from dataclasses import replace
-
     from piflow_edge.bundle.folder import Bundle
     from piflow_edge.engines.building import steps as building
     from piflow_edge.runtime.graphs import find_targets
 
-    settings = replace(
-        settings,
-        batch=building.Batch.parse(batch),
-        workspace=workspace and workspace << 20,
-        timing_cache=not no_timing_cache,
-    )
     opened = Bundle(bundle, trusted_keys=trusted_keys)
-    plans = [
-        building.plan(target, settings)
-        for target in find_targets(opened, graph=graph, nfe=nfe, precision=precision, lengths=lengths)
-    ]
+    plans = [building.plan(target, settings) for target in find_targets(opened, choice)]
     if dry_run:
         _tell_plans(plans, as_json, {"bundle": str(bundle), "engine": settings.engine})
         return

@@ -84,6 +84,27 @@ class Counts(click.ParamType):
         return tuple(calls(context, parameter, value)) or None if isinstance(value, str) else value
 
 
+class Parsed(click.ParamType):
+    """What a class makes of a text by its `parse`."""
+
+    def __init__(self, kind: Any):
+        self.kind, self.name = kind, kind.__name__.lower()
+
+    def convert(self, value, parameter, context):
+        return self.kind.parse(value) if isinstance(value, str) else value
+
+
+class Multiples(click.IntRange):
+    """Whole numbers of a unit, as a field has them that counts in ones."""
+
+    def __init__(self, unit: int, **ends: Any):
+        super().__init__(**{name: end and end // unit for name, end in ends.items()})
+        self.unit = unit
+
+    def convert(self, value, parameter, context):
+        return super().convert(value, parameter, context) * self.unit
+
+
 # Several values in one option, by the kind of one.
 LISTS = {str: Names, int: Counts}
 
@@ -98,6 +119,8 @@ def click_type(annotation: Any, limits: "Option") -> Any:
         return LISTS[typing.get_args(kind)[0]]()
     if typing.get_origin(kind) is tuple:
         return typing.get_args(kind)
+    if hasattr(kind, "parse"):
+        return Parsed(kind)
     ends = {
         "min": limits.minimum if limits.above is None else limits.above,
         "max": limits.maximum if limits.below is None else limits.below,
@@ -106,6 +129,8 @@ def click_type(annotation: Any, limits: "Option") -> Any:
     }
     if ends["min"] is None and ends["max"] is None:
         return kind
+    if limits.unit != 1:
+        return Multiples(limits.unit, **ends)
     return {int: click.IntRange, float: click.FloatRange}[kind](**ends)
 
 
@@ -122,14 +147,17 @@ def _make_option(settings: Any, field: str, flag: str, changes: Mapping[str, Any
 
     limits = find_options(settings)[field]
     values: dict[str, Any] = {"help": limits.help}
+    name = flag.replace("_", "-")
     annotation = typing.get_type_hints(settings if isinstance(settings, type) else type(settings))[field]
     if annotation is bool:
         values["is_flag"] = True
+        if getattr(settings, field):  # the option turns it off
+            return click.option(f"--no-{name}", flag, callback=lambda _, __, off: not off, **values)
     else:
         values |= {"default": getattr(settings, field)}
         if "type" not in changes:
             values["type"] = click_type(annotation, limits)
-    return click.option(f"--{flag.replace('_', '-')}", flag, **{**values, **changes})
+    return click.option(f"--{name}", flag, **{**values, **changes})
 
 
 def field_option(settings: Any, field: str, flag: str | None = None, **changes: Any) -> Callable:

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import DECODER, STUDENT, sampler_calls, sampler_name
-from piflow_edge.bundle.precisions import PRECISIONS
+from piflow_edge.bundle.precisions import PRECISIONS, name_precisions_of_tensorrt
 from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.engines import Graph
 from piflow_edge.engines.building.targets import Target
 from piflow_edge.errors import BundleError, EngineError
+from piflow_edge.option import option
 
 GRAPHS = (STUDENT, DECODER, "sampler")
 
@@ -27,28 +30,42 @@ def view_graph(bundle: Bundle, network: str, precision: str | None = None) -> It
         yield Graph(files.model, files.weights, source=files.source, outline=files.outline, file=files.file)
 
 
-def find_targets(
-    bundle: Bundle,
-    *,
-    graph: str | None = None,
-    nfe: int | None = None,
-    precision: str | None = None,
-    lengths: Mapping[str, tuple[int, int, int]] | None = None,
-) -> list[Target]:
+@dataclass(frozen=True)
+class GraphChoice:
+    """Which graphs of a bundle are built, and for what lengths.
+
+    Args:
+        graph: a network of the bundle, or "sampler" for a sampler graph; None is all that `load` opens.
+        nfe: calls of the sampler graph; None is the only one there is.
+        precision: one of the bundle's; None is its first.
+        lengths: least, best and greatest of named axes; None is all that the bundle allows, best at the greatest.
+    """
+
+    graph: str | None = option(
+        None, "Build this one of the bundle's networks, or sampler; else all but sampler graphs."
+    )
+    nfe: int | None = option(None, "Calls of the sampler graph, with --graph sampler.", minimum=1)
+    precision: str | None = option(None, "One of the bundle's; else its first.")
+    lengths: Mapping[str, tuple[int, int, int]] | None = option(
+        None,
+        "Lengths of a named axis, such as tokens=1:77:512; else all that the bundle allows.",
+    )
+
+
+def find_targets(bundle: Bundle, choice: GraphChoice = GraphChoice(), **changes: Any) -> list[Target]:
     """The graphs to build: all but sampler graphs, or the one that is named.
 
     Args:
         bundle: an exported folder.
-        graph: a network of the bundle, or "sampler" for a sampler graph; None is all that `load` opens.
-        nfe: calls of the sampler graph; None is the only one there is.
-        precision: one of the bundle's; None is its first.
-        lengths: least, best and greatest of named axes; else all that the bundle allows, best at the greatest.
+        choice: see `GraphChoice`; `changes` are fields of it by name.
 
     Raises:
         BundleError: the bundle has no such graph or precision.
         EngineError: `graph`, `nfe`, `precision` or `lengths` that make no sense, or an axis without a greatest length.
     """
-    precision, networks = bundle.precision(precision), bundle.manifest.networks
+    choice = replace(choice, **changes)
+    graph, nfe, lengths = choice.graph, choice.nfe, choice.lengths or {}
+    precision, networks = bundle.precision(choice.precision), bundle.manifest.networks
     if graph not in (None, *GRAPHS, *networks):
         raise EngineError(f"graph is one of {', '.join(dict.fromkeys((*GRAPHS, *networks)))}; got {graph!r}")
     if nfe is not None and graph != "sampler":
@@ -56,10 +73,10 @@ def find_targets(
     if graph == "sampler":
         graph = sampler_name(_find_calls(bundle, nfe))
     names = [graph] if graph else [name for name in networks if sampler_calls(name) is None]
-    if unknown := (lengths or {}).keys() - (bundle.manifest.axes.keys() - {"batch"}):
+    if unknown := lengths.keys() - (bundle.manifest.axes.keys() - {"batch"}):
         has = ", ".join(name for name in bundle.manifest.axes if name != "batch") or "none"
         raise EngineError(f"bundle {bundle.name!r} has no axis {min(unknown)!r}; its axes are: {has}")
-    return [_describe_target(bundle, name, precision, lengths or {}) for name in names]
+    return [_describe_target(bundle, name, precision, lengths) for name in names]
 
 
 def _check_operators(network: str, precision: str, graph: Graph) -> None:
@@ -70,7 +87,7 @@ def _check_operators(network: str, precision: str, graph: Graph) -> None:
     if missing:
         raise EngineError(
             f"TensorRT has no {' and no '.join(missing)}, which the {network} in {precision} is made of; export with "
-            "--precision int8-qdq or fp16"
+            f"--precision {name_precisions_of_tensorrt()}"
         )
 
 
@@ -96,7 +113,9 @@ def _describe_target(
     sizes = {
         name: _lengths_of(name, axes[name], lengths.get(name), usual.get(name)) for name in sorted(named)
     }
-    return Target(name, file, graph, precision, spec.inputs, spec.outputs, sizes)
+    return Target(
+        name, file, graph, precision, PRECISIONS[precision].computes_in, spec.inputs, spec.outputs, sizes
+    )
 
 
 def _lengths_of(

@@ -16,6 +16,18 @@ FLAGS = {"engines": "engine", "precisions": "precision", "nfes": "nfe", "batches
 
 
 @dataclass(frozen=True)
+class Range:
+    """Read from "LEAST-MOST"."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def parse(cls, text):
+        return cls(*map(int, text.split("-")))
+
+
+@dataclass(frozen=True)
 class Kettle:
     cups: int = option(2, "Of tea.", minimum=1, maximum=8)
     heat: float = option(0.5, "Of the plate.", above=0, below=1)
@@ -23,6 +35,9 @@ class Kettle:
     span: tuple[float, float] | None = option(None, "Minutes from and to.")
     tags: tuple[str, ...] = option(("warm",), "What it is called.")
     whistles: bool = option(False, "Make a noise.")
+    keeps_warm: bool = option(True, "Let it go cold.")
+    water: int | None = option(None, "In litres.", minimum=1000, unit=1000, title="water in ml")
+    hours: Range = option(Range(9, 17), "When it may run.")  # noqa: RUF009 - frozen
     hidden: int = 7
 
     def __post_init__(self):
@@ -60,11 +75,19 @@ def test_every_kind_of_field_is_read():
         "--tags",
         "x,y",
         "--whistles",
+        "--no-keeps-warm",
+        "--water",
+        "2",
+        "--hours",
+        "6-20",
     ]
-    assert brew(*words)[1] == [Kettle(3, 0.9, "black", (1.0, 2.5), ("x", "y"), True)]
+    expected = Kettle(3, 0.9, "black", (1.0, 2.5), ("x", "y"), True, False, 2000, Range(6, 20))
+    assert brew(*words)[1] == [expected]
 
 
-@pytest.mark.parametrize("words", ["--number 0", "--number 9", "--heat 0", "--heat 1", "--leaf blue"])
+@pytest.mark.parametrize(
+    "words", ["--number 0", "--number 9", "--heat 0", "--heat 1", "--leaf blue", "--water 0"]
+)
 def test_what_is_out_of_range_is_wrong_usage(words):
     done, made = brew(*words.split())
     assert (done.exit_code, made) == (2, [])

@@ -139,7 +139,7 @@ COMPILED = sorted(ort_compile.BACKENDS)
 @pytest.mark.parametrize("engine", COMPILED)
 def test_a_provider_is_given_the_profile_and_the_workspace(engine, tmp_path):
     options = ort_compile.provider_options(
-        engine, "fp16", PROFILE, ordinal=1, workspace=GIB, timing_cache=tmp_path / "times"
+        engine, "float16", PROFILE, ordinal=1, workspace=GIB, timing_cache=tmp_path / "times"
     )
     prefix = {"ort-tensorrt": "trt", "tensorrt-rtx": "nv"}[engine]
     assert options["device_id"] == "1" and options[f"{prefix}_max_workspace_size"] == str(GIB)
@@ -172,7 +172,7 @@ def test_a_provider_that_takes_nothing_is_an_error(on_cpu, monkeypatch, has_comp
         monkeypatch.delattr(onnxruntime, "ModelCompiler")
     graph = Graph(model((5, outside("w"))), {"w": np.ones(4, np.float32).tobytes()})
     with pytest.raises(EngineError, match=r"took no part of the graph|cannot build"):
-        ort_compile.compile_graph(on_cpu, graph, "fp16", PROFILE, device="cuda:1", workspace=GIB,
+        ort_compile.compile_graph(on_cpu, graph, "float16", PROFILE, device="cuda:1", workspace=GIB,
                              timing_cache=tmp_path / "times")  # fmt: skip
 
 

@@ -34,7 +34,7 @@ graph = Graph(small_network.model().SerializeToString(), source="bundles/small -
 
 
 def opened(least=1, best=2, most=4):
-    plan = trt_build.build_plan(graph, "fp32", small_network.profile(least, best, most), ordinal=0, workspace=None,
+    plan = trt_build.build_plan(graph, "float32", small_network.profile(least, best, most), ordinal=0, workspace=None,
                                 timing_cache=None)
     return TensorRTEngine(graph, "cuda", EngineOptions(), plan=plan)
 
@@ -303,7 +303,7 @@ assert count("graphs") == 0
 def test_an_engine_of_another_release_is_told_apart(run):
     run(
         """
-plan = trt_build.build_plan(graph, "fp32", small_network.profile(), ordinal=0, workspace=None, timing_cache=None)
+plan = trt_build.build_plan(graph, "float32", small_network.profile(), ordinal=0, workspace=None, timing_cache=None)
 other = plan.replace(b'"release": "10.3.0"', b'"release": "10.0.1"')
 refused(EngineError, "TensorRT 10.3.0 cannot open the engine: engine of 10.0.1; build it again on this device",
         lambda: TensorRTEngine(graph, "cuda", EngineOptions(), plan=other))
@@ -387,7 +387,7 @@ net (float[batch, 3] x_t, float[batch, tokens, 3] text) => (float[batch, 3] u, f
 ''')
 graph = Graph(model.SerializeToString())
 profile = {"x_t": ((1, 3), (2, 3), (4, 3)), "text": ((1, 2, 3), (2, 4, 3), (4, 8, 3))}
-plan = trt_build.build_plan(graph, "fp32", profile, ordinal=0, workspace=None, timing_cache=None)
+plan = trt_build.build_plan(graph, "float32", profile, ordinal=0, workspace=None, timing_cache=None)
 engine = TensorRTEngine(graph, "cuda", EngineOptions(), plan=plan)
 assert (engine.min_batch, engine.max_batch) == (1, 4)
 random = np.random.default_rng(0)
@@ -401,7 +401,8 @@ for batch, tokens in ((1, 2), (4, 8), (1, 5), (1, 5), (1, 5), (3, 8), (1, 2)):
 refused(EngineError, "text of 2 to 8 along axis 1; got 9",
         lambda: engine.run({"x_t": np.zeros((1, 3), np.float32), "text": np.zeros((1, 9, 3), np.float32)}))
 # Fewer samples than the engine was built for are filled up along the batch alone.
-plan = trt_build.build_plan(graph, "fp32", profile | {"x_t": ((2, 3),) * 3, "text": ((2, 2, 3), (2, 2, 3), (2, 8, 3))},
+plan = trt_build.build_plan(graph, "float32",
+                            profile | {"x_t": ((2, 3),) * 3, "text": ((2, 2, 3), (2, 2, 3), (2, 8, 3))},
                             ordinal=0, workspace=None, timing_cache=None)
 engine = TensorRTEngine(graph, "cuda", EngineOptions(), plan=plan)
 check(engine.run({"x_t": given["x_t"], "text": given["text"]}), expected)

@@ -71,13 +71,13 @@ def graph():
     return Graph(model.SerializeToString())
 
 
-def build(graph, precision="fp16"):
+def build(graph, computes_in="float16"):
     profile = {"x_t": ((1, 8), (2, 8), (4, 8)), "t": ((1,), (2,), (4,)), "labels": ((1,), (2,), (4,))}
-    return trt_build.build_plan(graph, precision, profile, ordinal=0, workspace=None, timing_cache=None)
+    return trt_build.build_plan(graph, computes_in, profile, ordinal=0, workspace=None, timing_cache=None)
 
 
-def inspect(graph, plan, precision="fp16"):
-    return trt_build.inspect_plan(plan, graph, precision, 0)
+def inspect(graph, plan, computes_in="float16"):
+    return trt_build.inspect_plan(plan, graph, computes_in, 0)
 
 
 def test_a_graph_says_itself_what_is_wide_in_it(graph):
@@ -149,20 +149,20 @@ MIB = 1 << 20
 )
 def test_the_size_of_an_fp16_engine_is_held_to_its_weights(engine_mib, complains):
     found = Inspection({}, {}, int(engine_mib * MIB), int(32.6 * MIB))
-    complaints = trt_inspection._find_complaints(found, "fp16")
+    complaints = trt_inspection._find_complaints(found, "float16")
     assert bool(complaints) == complains and all("32" in words or "21" in words for words in complaints)
-    assert not trt_inspection._find_complaints(found, "fp32")
+    assert not trt_inspection._find_complaints(found, "float32")
 
 
 def test_the_size_of_a_small_network_says_nothing():
-    assert not trt_inspection._find_complaints(Inspection({}, {}, 900_000, 200_000), "fp16")
+    assert not trt_inspection._find_complaints(Inspection({}, {}, 900_000, 200_000), "float16")
 
 
 @pytest.mark.parametrize(("narrow", "complains"), [(0, True), (3, True), (4, False), (8, False)])
 def test_an_int8_engine_is_held_to_the_products_that_the_network_quantises(narrow, complains):
     products = {"int8": narrow, "float32": 10 - narrow}
     found = Inspection({"float32": 40}, products, 0, 0, quantised=8)
-    assert bool(trt_inspection._find_complaints(found, "int8-qdq")) == complains
+    assert bool(trt_inspection._find_complaints(found, "int8")) == complains
 
 
 def test_products_of_a_quantised_network_are_counted():
@@ -219,5 +219,5 @@ def test_the_inspectors_words_are_understood():
 def test_an_inspector_that_tells_nothing_is_no_error(text, graph):
     inspector = SimpleNamespace(get_engine_information=lambda format: text)
     engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
-    found = trt_inspection.inspect_engine(pretend("8.6.1"), engine, 1000, graph, "fp16")
+    found = trt_inspection.inspect_engine(pretend("8.6.1"), engine, 1000, graph, "float16")
     assert found.layers == {} and found.complaints == [] and "does not tell" in found.describe()

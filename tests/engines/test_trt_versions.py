@@ -49,10 +49,10 @@ def small_model():
     return small_network.model()
 
 
-def build(precision="fp32", graph=None, **settings):
+def build(computes_in="float32", graph=None, **settings):
     graph = graph or Graph(small_model().SerializeToString())
     settings = {"ordinal": 0, "workspace": None, "timing_cache": None} | settings
-    return json.loads(trt_build.build_plan(graph, precision, small_network.profile(), **settings))
+    return json.loads(trt_build.build_plan(graph, computes_in, small_network.profile(), **settings))
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -106,7 +106,7 @@ def test_every_release_builds_what_it_is_given(release):
 
 @every()
 def test_types_come_from_the_graph_where_a_release_can_and_else_from_flags(release):
-    plan = build("fp16")
+    plan = build("float16")
     if trt_versions.api(release).strongly_typed:
         assert plan["typed"] and not plan["flags"] and not plan["pinned"]
         return
@@ -115,7 +115,7 @@ def test_types_come_from_the_graph_where_a_release_can_and_else_from_flags(relea
     # with one pinned TensorRT 8.6 built no engine on an H100.
     assert {"scaled", "u", "w"} <= set(plan["pinned"])
     assert not {"narrow", "wide", "axes"} & set(plan["pinned"])
-    assert build("fp32")["pinned"] == [] and build("int8-qdq")["flags"] == ["INT8"]
+    assert build("float32")["pinned"] == [] and build("int8")["flags"] == ["INT8"]
 
 
 @every()
@@ -148,7 +148,7 @@ def test_what_the_parser_cannot_read_is_told(release):
 @every(["10.3.0"])
 def test_a_bundle_that_says_other_inputs_than_the_graph_has_is_refused(release):
     with pytest.raises(EngineError, match=r"x_t, t, class_labels; .*noise"):
-        trt_build.build_plan(Graph(small_model().SerializeToString()), "fp32", {"noise": ((1,),) * 3},
+        trt_build.build_plan(Graph(small_model().SerializeToString()), "float32", {"noise": ((1,),) * 3},
                              ordinal=0, workspace=None, timing_cache=None)  # fmt: skip
 
 

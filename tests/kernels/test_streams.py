@@ -83,7 +83,8 @@ from piflow_edge.engines.trt import plans as trt_build
 from piflow_edge.engines.trt.engine import TensorRTEngine
 
 graph = Graph(small_network.model().SerializeToString())
-plan = trt_build.build_plan(graph, "fp32", small_network.profile(1, 2, 4), ordinal=0, workspace=None, timing_cache=None)
+profile = small_network.profile(1, 2, 4)
+plan = trt_build.build_plan(graph, "float32", profile, ordinal=0, workspace=None, timing_cache=None)
 engine = TensorRTEngine(graph, "cuda", EngineOptions(), plan=plan)
 one, other = nvidia.Stream(0), nvidia.Stream(0)
 calls = []
