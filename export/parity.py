@@ -11,7 +11,7 @@ from piflow_edge.conditioning import Conditioner, ConditionRequest
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.export.conversions.calibration import FEWEST_IMAGES, count_images
-from piflow_edge.integrator import rollout
+from piflow_edge.integrator import rollout_sigmas, take_euler_steps
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import GOLDEN_SEED, PROMPTS
@@ -58,7 +58,7 @@ def golden_samples(
         if i < schedule.nfe - 1:
             policy = policy.temper(spec.temperature_of(schedule.nfe))
         ends = (segment.sigma_src, segment.sigma_dst, segment.substeps)
-        x_dst = rollout(policy, x_src, *ends, shift=schedule.shift)
+        x_dst = take_euler_steps(policy, x_src, rollout_sigmas(*ends, schedule.shift))
         if segment.renoises:
             x_dst = segment.renoise(x_dst, philox_normal(GOLDEN_SEED, indices, shape, draw=i + 1))
         x_t = x_dst.astype(np.float32)

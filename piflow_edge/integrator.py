@@ -1,7 +1,7 @@
 """One segment, no network: a policy's velocity, integrated in the Euler steps it was trained with or in fewer.
 
-All here is written once for every array library. `kernels/rollout.py` has the same two functions, which choose a
-compiled kernel where one can run.
+All here is written once for every array library. `kernels/rollout.py` has `rollout`, of two noise levels and a count of
+substeps, and an `integrate` that chooses a compiled kernel where one can run.
 """
 
 from collections.abc import Callable
@@ -20,45 +20,18 @@ from .schedule import segment_sigmas
 Integrate = Callable[..., Any]
 
 
-def rollout(
-    policy: VelocityField, x_src: Array, sigma_src, sigma_dst, substeps, *, shift: float = 1.0
-) -> SameArray:
-    """Carry a state across one segment by Euler steps on the policy's velocity.
-
-    The network is not called: `policy` was made from its output and answers for every noise level down to
-    `sigma_dst`. Substeps are even in raw time.
-
-    Args:
-        policy: this segment's velocity field; returns `u_t` with the shape of `x_t`.
-        x_src: state at the segment's start, shape (B, C, H, W), floating point, latent units.
-        sigma_src: noise level of `x_src`, dimensionless, at most 1 (pure noise); a float or (B,).
-        sigma_dst: noise level to stop at: 0 (data) or more, below `sigma_src`; a float or (B,).
-        substeps: Euler steps in this segment, 1 or more, an int or (B,). They add nothing to NFE.
-        shift: the schedule's shift, above 0; the student's bundle records it.
-
-    Returns:
-        The state at `sigma_dst`, in the shape, dtype and device of `x_src`, which is left as it was.
-
-    Raises:
-        ScheduleError: noise levels that do not run down within [0, 1]; `substeps` or `shift` too small.
-
-    Source: Chen et al., pi-Flow, arXiv:2510.14974; `policy_rollout` in Lakonik/piFlow.
-    """
-    sigmas = rollout_sigmas(sigma_src, sigma_dst, substeps, shift)
-    return restore_dtype(take_euler_steps(policy, x_src, check_sigmas(sigmas, x_src)), x_src)
-
-
 def integrate(policy: VelocityField, x_src: Array, sigmas: np.ndarray, *, solver: str = "euler") -> SameArray:
     """Carry a state along given noise levels, with the policy's closed form instead of many steps where it has one.
 
     Args:
-        policy, x_src: as in `rollout`.
+        policy: this segment's velocity field; returns `u_t` with the shape of `x_t`.
+        x_src: state at the segment's start, shape (B, C, H, W), floating point, latent units.
         sigmas: noise levels, float64 (S + 1,) or (S + 1, B).
         solver: "euler", or "multistep", which asks the policy at a quarter of the levels and ends some 1e-3 from
             where Euler does (benchmarks/solvers.py). It is for policies without a closed form.
 
     Returns:
-        The state at the last level, as in `rollout`.
+        The state at the last level, in the shape, dtype and device of `x_src`, which is left as it was.
 
     Raises:
         ScheduleError: noise levels outside [0, 1], or an unknown solver.
@@ -79,7 +52,7 @@ def integrate(policy: VelocityField, x_src: Array, sigmas: np.ndarray, *, solver
 
 
 def rollout_sigmas(sigma_src, sigma_dst, substeps, shift: float) -> np.ndarray:
-    """Return the noise levels of a rollout, even in raw time, float64 (S + 1,) or (S + 1, B); see `rollout`."""
+    """Return the noise levels of a rollout, even in raw time, float64 (S + 1,) or (S + 1, B)."""
     sigma_src, sigma_dst = np.asarray(sigma_src, np.float64), np.asarray(sigma_dst, np.float64)
     if not np.all((sigma_dst >= 0) & (sigma_dst < sigma_src) & (sigma_src <= 1)):  # NaN fails too
         raise ScheduleError(f"a segment runs down within [0, 1]; got {sigma_src=!s}, {sigma_dst=!s}")

@@ -8,17 +8,7 @@ from typing import Protocol
 
 from piflow_edge.engines import Graph
 from piflow_edge.errors import EngineError
-
-_ITEM_BYTES = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "uint8": 1,
-    "int8": 1,
-    "bool": 1,
-}
+from piflow_edge.system.onnx_messages import ITEM_BYTES
 
 
 class Tensor(Protocol):
@@ -92,7 +82,7 @@ class Target:
     def buffers(self, batch: int) -> int:
         """Bytes of the inputs and outputs, at a batch size and the greatest of other axes."""
         specs = (*self.inputs, *self.outputs)
-        return sum(math.prod(self._size(spec, batch, _MOST)) * _ITEM_BYTES[spec.dtype] for spec in specs)
+        return sum(math.prod(self._size(spec, batch, _MOST)) * ITEM_BYTES[spec.dtype] for spec in specs)
 
     def profile(self, batch: Batch) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
         """Least, best and greatest shape of each input."""

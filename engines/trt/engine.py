@@ -4,6 +4,7 @@ Engines are built ahead, by `piflow_edge.engines.building`: a build takes minute
 """
 
 import logging
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from piflow_edge.errors import EngineError, EngineNotBuiltError, PiFlowError, Sh
 from piflow_edge.kernels import gpu_arrays, nvidia
 from piflow_edge.kernels.device_arrays import is_on_gpu, stream_of, view
 from piflow_edge.kernels.gpu_arrays import DeviceArray
+from piflow_edge.system.onnx_messages import ITEM_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,7 @@ class _Tensor:
     most: tuple[int, ...]
 
     def bytes(self, shape: tuple[int, ...]) -> int:
-        item = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
-        return int(np.prod(shape, dtype=np.int64)) * item
+        return math.prod(shape) * ITEM_BYTES[self.dtype]
 
 
 # Of tensors, by name.

@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from piflow_edge.system.onnx_messages import ITEM_BYTES
+
 if TYPE_CHECKING:
     from .manifest import Manifest
 
@@ -42,16 +44,7 @@ _MOST_AXES = 8
 _OPSETS = (1, 99)
 # Bytes of an array for one image. The largest known, of a student for 4 megapixels, takes 34 MB.
 _LARGEST_ARRAY = 1 << 28
-_ITEM_BYTES = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "uint8": 1,
-    "int8": 1,
-    "bool": 1,
-}
+_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "uint8", "int8", "bool")
 _LONGEST_NAME = 255
 _MOST_NETWORKS, _MOST_TENSORS, _MOST_FILES, _MOST_MOMENTS = 64, 256, 4096, 1 << 12
 _LARGEST_FILE = 1 << 44
@@ -111,8 +104,8 @@ def _arrays_outside(manifest: "Manifest") -> Iterator[str]:
         if not _OPSETS[0] <= network.opset <= _OPSETS[1]:
             yield f"has the opset {network.opset} of {name!r:.80}; export again"
         for spec in (*network.inputs, *network.outputs):
-            if spec.dtype not in _ITEM_BYTES:
-                yield f"has {spec.name!r:.80} of the dtype {spec.dtype!r:.40}; known are {', '.join(_ITEM_BYTES)}"
+            if spec.dtype not in _DTYPES:
+                yield f"has {spec.name!r:.80} of the dtype {spec.dtype!r:.40}; known are {', '.join(_DTYPES)}"
                 continue
             lengths = [_least(manifest, length) for length in spec.shape]
             yield from _array_outside(repr(spec.name)[:80], spec.dtype, lengths)
@@ -129,7 +122,7 @@ def _array_outside(what: str, dtype: str, lengths: list[int]) -> Iterator[str]:
     if len(lengths) > _MOST_AXES or not all(1 <= length <= _LONGEST_AXIS for length in lengths):
         shape = _format_lengths(lengths)
         yield f"has {what} of the shape {shape}; up to {_MOST_AXES} axes have 1 to {_LONGEST_AXIS} each"
-    elif (size := math.prod(lengths) * _ITEM_BYTES[dtype]) > _LARGEST_ARRAY:
+    elif (size := math.prod(lengths) * ITEM_BYTES[dtype]) > _LARGEST_ARRAY:
         yield f"has {what} of {size} bytes an image; {_LARGEST_ARRAY} is the most"
 
 

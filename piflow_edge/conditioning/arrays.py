@@ -9,7 +9,15 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError
 
-from .base import ConditionRequest, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
+from .base import (
+    Conditioner,
+    ConditionRequest,
+    PlainConditioner,
+    convert_arrays,
+    refuse_others,
+    repeat,
+    require_keys,
+)
 from .mapping import Conditioning, count_of, take
 from .specs import TensorSpec
 
@@ -18,8 +26,57 @@ _EXAMPLE_LENGTH = 8
 _DTYPES = ("float32", "float16", "int64", "int32", "bool")
 
 
+class ArrayConditioner(PlainConditioner):
+    """What steers by arrays has of them alone: to check, to show, and to name images that were made of them."""
+
+    inputs: tuple[TensorSpec, ...]
+
+    def encode(self: Conditioner, request: ConditionRequest) -> dict[str, np.ndarray]:
+        return _encode(self, request)
+
+    def example(self, count: int) -> dict[str, np.ndarray]:
+        """Random numbers in the place of encodings: to time a network, not to look at its images."""
+        random = np.random.default_rng(0)
+        return {spec.name: _example(spec, count, random) for spec in self.inputs}
+
+    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
+        """The SHA-256 of every array of an image, of its bytes in little endian."""
+        return [
+            {"sha256": {spec.name: _digest(conditioning[spec.name][index]) for spec in self.inputs}}
+            for index in range(count_of(conditioning) or 0)
+        ]
+
+    def recall(
+        self: Conditioner, descriptions: Sequence[dict[str, Any]], request: ConditionRequest
+    ) -> ConditionRequest:
+        given, count = _encode(self, request), len(descriptions)
+        if count_of(given) == 1:
+            given = repeat(given, count)
+        if count_of(given) != count:
+            raise ConditioningError(f"give arrays of {count} images; got {count_of(given)}")
+        for index, (found, wanted) in enumerate(
+            zip(self.describe(request, given), descriptions, strict=True)
+        ):
+            if found != wanted:
+                raise ConditioningError(
+                    f"the arrays of image {index} are other ones than those it was made from"
+                )
+        return ConditionRequest(arrays=given)
+
+    def title(self, description: dict[str, Any]) -> str:
+        """Return a short name for an image, of its digests."""
+        return hashlib.sha256("".join(description["sha256"].values()).encode()).hexdigest()[:8]
+
+
+def _encode(conditioner: Conditioner, request: ConditionRequest) -> dict[str, np.ndarray]:
+    refuse_others(conditioner, request, "arrays")
+    if request.arrays is None:
+        raise ConditioningError(f"give arrays; {_list_inputs(conditioner.inputs)}")
+    return repeat(convert_arrays(conditioner, request.arrays), request.count)
+
+
 @dataclass(frozen=True)
-class Arrays:
+class Arrays(ArrayConditioner):
     """Steers by arrays as they are. `inputs`: their names, dtypes and shapes.
 
     `null_row`: an array (1, ...) for every input, which stands for "no condition"; it may have another length than what
@@ -43,58 +100,16 @@ class Arrays:
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, convert_arrays(self, given))
 
-    @property
-    def networks(self) -> tuple[str, ...]:
-        return ()
-
-    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Arrays":
-        return self
-
-    def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
-        refuse_others(self, request, "arrays")
-        if request.arrays is None:
-            raise ConditioningError(f"give arrays; {self.summarize()}")
-        return repeat(convert_arrays(self, request.arrays), request.count)
-
-    def example_prompts(self, count: int) -> list[str]:
-        return []
-
-    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
-        return {}
-
     def null(self, count: int) -> dict[str, np.ndarray] | None:
         return None if self.null_row is None else repeat(self.null_row, count)
 
     def example(self, count: int) -> dict[str, np.ndarray]:
-        if self.rows is not None:
-            return take(self.rows, np.arange(count) % (count_of(self.rows) or 1))
-        random = np.random.default_rng(0)
-        return {spec.name: _example(spec, count, random) for spec in self.inputs}
-
-    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
-        """The SHA-256 of every array of an image, of its bytes in little endian."""
-        return describe_arrays(self.inputs, conditioning)
-
-    def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
-        given, count = self.encode(request), len(descriptions)
-        if count_of(given) == 1:
-            given = repeat(given, count)
-        if count_of(given) != count:
-            raise ConditioningError(f"give arrays of {count} images; got {count_of(given)}")
-        for index, (found, wanted) in enumerate(
-            zip(self.describe(request, given), descriptions, strict=True)
-        ):
-            if found != wanted:
-                raise ConditioningError(
-                    f"the arrays of image {index} are other ones than those it was made from"
-                )
-        return ConditionRequest(arrays=given)
-
-    def title(self, description: dict[str, Any]) -> str:
-        return title_arrays(description)
+        if self.rows is None:
+            return super().example(count)
+        return take(self.rows, np.arange(count) % (count_of(self.rows) or 1))
 
     def summarize(self) -> str:
-        return f"the network takes arrays: {'; '.join(map(str, self.inputs))}"
+        return _list_inputs(self.inputs)
 
     def to_json(self) -> dict[str, Any]:
         inputs = [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in self.inputs]
@@ -123,17 +138,8 @@ def specs_from_json(kind: str, inputs: Any) -> tuple[TensorSpec, ...]:
     return specs
 
 
-def describe_arrays(inputs: Sequence[TensorSpec], conditioning: Conditioning) -> list[dict[str, Any]]:
-    """Return the SHA-256 of every input of every image, as JSON."""
-    return [
-        {"sha256": {spec.name: _digest(conditioning[spec.name][index]) for spec in inputs}}
-        for index in range(count_of(conditioning) or 0)
-    ]
-
-
-def title_arrays(description: dict[str, Any]) -> str:
-    """Return a short name for an image that `describe_arrays` described."""
-    return hashlib.sha256("".join(description["sha256"].values()).encode()).hexdigest()[:8]
+def _list_inputs(inputs: Sequence[TensorSpec]) -> str:
+    return f"the network takes arrays: {'; '.join(map(str, inputs))}"
 
 
 def _is_spec(entry: Any) -> bool:

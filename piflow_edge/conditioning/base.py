@@ -130,6 +130,26 @@ class ConditionerKind(Conditioner, Protocol):
         ...
 
 
+class PlainConditioner:
+    """The answers of a conditioner that needs no network to read what people write, and has no "no condition"."""
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return ()
+
+    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> Any:
+        return self
+
+    def example_prompts(self, count: int) -> list[str]:
+        return []
+
+    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
+        return {}
+
+    def null(self, count: int) -> dict[str, np.ndarray] | None:
+        return None
+
+
 def build_condition_request(conditioner: Conditioner, subject: Any = None, **named: Any) -> ConditionRequest:
     """Return a call's arguments: `subject` came first and without a name, and fills the field that fits the kind."""
     if subject is not None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError, LabelError
 
-from .base import ConditionRequest, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
+from .base import ConditionRequest, PlainConditioner, convert_arrays, refuse_others, repeat, require_keys
 from .mapping import Conditioning
 from .specs import TensorSpec
 
@@ -20,7 +20,7 @@ _MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
-class ClassLabels:
+class ClassLabels(PlainConditioner):
     """Steers by class. `names`: of the classes, in the order of their ids. `input_name`: of the network's input.
 
     The id after the last class is guidance's "no condition".
@@ -41,13 +41,6 @@ class ClassLabels:
     def inputs(self) -> tuple[TensorSpec, ...]:
         return (TensorSpec(self.input_name, "int64", ("batch",)),)
 
-    @property
-    def networks(self) -> tuple[str, ...]:
-        return ()
-
-    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "ClassLabels":
-        return self
-
     def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         """Ids of `asked.labels`: ids, names, or texts such as "3,7", "0-9" and "all". Or ids in `asked.arrays`."""
         refuse_others(self, request, "labels", "arrays")
@@ -58,12 +51,6 @@ class ClassLabels:
         else:
             ids = np.array(self._ids(request.labels), np.int64)
         return repeat({self.input_name: ids}, request.count)
-
-    def example_prompts(self, count: int) -> list[str]:
-        return []
-
-    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
-        return {}
 
     def null(self, count: int) -> dict[str, np.ndarray]:
         return {self.input_name: np.full(count, len(self.names), np.int64)}

@@ -16,7 +16,7 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError
 
-from .arrays import Arrays, describe_arrays, specs_from_json, title_arrays
+from .arrays import ArrayConditioner, specs_from_json
 from .base import ConditionRequest, ReadAsset, RunNetwork, convert_arrays, refuse_others, repeat, require_keys
 from .mapping import Conditioning
 from .specs import TensorSpec
@@ -124,7 +124,7 @@ class TextEncoderSpec:
 
 
 @dataclass(frozen=True)
-class TextPrompts:
+class TextPrompts(ArrayConditioner):
     """Steers by prompts. `encoders`: one or several. `inputs`: what they feed the network, together.
 
     `null_prompt`: the prompt that guidance takes for "no condition"; None where the model was trained with none.
@@ -170,27 +170,8 @@ class TextPrompts:
             )
         return repeat(convert_arrays(self, request.arrays), request.count)
 
-    def example_prompts(self, count: int) -> list[str]:
-        return []
-
-    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
-        return {}
-
-    def null(self, count: int) -> dict[str, np.ndarray] | None:
-        return None
-
-    def example(self, count: int) -> dict[str, np.ndarray]:
-        """Random numbers in the place of encodings: to time a network, not to look at its images."""
-        return Arrays(self.inputs).example(count)
-
-    def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
-        return describe_arrays(self.inputs, conditioning)
-
-    def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
-        return Arrays(self.inputs).recall(descriptions, request)
-
     def title(self, description: dict[str, Any]) -> str:
-        return description["prompt"] if "prompt" in description else title_arrays(description)
+        return description["prompt"] if "prompt" in description else super().title(description)
 
     def summarize(self) -> str:
         shown = ", ".join(map(repr, self.examples[:3]))
@@ -221,48 +202,31 @@ class TextPrompts:
         )
 
 
-class OpenedTextPrompts:
+class OpenedTextPrompts(TextPrompts):
     """`TextPrompts` with its tokenizers and encoders at hand. Threads may share it.
 
     Every prompt is encoded alone, so that its image does not depend on what else is in the batch. Encodings of the last
     prompts are kept.
     """
 
-    kind: ClassVar[str] = TextPrompts.kind
-    positional: ClassVar[str] = TextPrompts.positional
-
     def __init__(self, spec: TextPrompts, read_asset: ReadAsset, run_network: RunNetwork):
+        super().__init__(**{each.name: getattr(spec, each.name) for each in fields(spec)})
         self.spec, self._run = spec, run_network
         self._tokenizers = {e.name: e.build_tokenizer(read_asset(e.tokenizer_asset)) for e in spec.encoders}
         self._encodings: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()  # each a batch of one
         self._lock = Lock()
 
-    @property
-    def encoders(self) -> tuple[TextEncoderSpec, ...]:
-        return self.spec.encoders
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self.spec.inputs
-
     def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         """Encode `asked.prompts`, a text or a list of texts; or check `asked.arrays`, encodings made elsewhere."""
-        refuse_others(self.spec, request, "prompts", "arrays")
+        refuse_others(self, request, "prompts", "arrays")
         if (request.prompts is None) == (request.arrays is None):
-            raise ConditioningError(f"give prompts, one per image; {self.spec.summarize()}")
+            raise ConditioningError(f"give prompts, one per image; {self.summarize()}")
         if request.arrays is not None:
-            return repeat(convert_arrays(self.spec, request.arrays), request.count)
+            return repeat(convert_arrays(self, request.arrays), request.count)
         return repeat(self._encode_all(list_prompts(request.prompts)), request.count)
 
-    @property
-    def networks(self) -> tuple[str, ...]:
-        return self.spec.networks
-
-    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "OpenedTextPrompts":
-        return self.spec.open(read_asset, run_network)
-
     def example_prompts(self, count: int) -> list[str]:
-        examples = self.spec.examples
+        examples = self.examples
         return [examples[i % len(examples)] for i in range(count)]
 
     def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
@@ -281,7 +245,7 @@ class OpenedTextPrompts:
         return {name: tokenizer.encode(prompt) for name, tokenizer in self._tokenizers.items()}
 
     def null(self, count: int) -> dict[str, np.ndarray] | None:
-        prompt = self.spec.null_prompt
+        prompt = self.null_prompt
         return None if prompt is None else repeat(self._encode_all([prompt]), count)
 
     def example(self, count: int) -> dict[str, np.ndarray]:
@@ -290,14 +254,14 @@ class OpenedTextPrompts:
     def describe(self, request: ConditionRequest, conditioning: Conditioning) -> list[dict[str, Any]]:
         """The prompt of every image; of arrays made elsewhere, their SHA-256."""
         if request.prompts is None:
-            return describe_arrays(self.inputs, conditioning)
+            return super().describe(request, conditioning)
         return [
             {"prompt": prompt} for prompt in list_prompts(request.prompts) for _ in range(request.count or 1)
         ]
 
     def recall(self, descriptions: Sequence[dict[str, Any]], request: ConditionRequest) -> ConditionRequest:
         if any("sha256" in description for description in descriptions):
-            return Arrays(self.inputs).recall(descriptions, request)
+            return super().recall(descriptions, request)
         if request != ConditionRequest():
             raise ConditioningError("the description holds the prompts; give nothing else")
         prompts = [description.get("prompt") for description in descriptions]
@@ -305,27 +269,18 @@ class OpenedTextPrompts:
             raise ConditioningError(f"a description holds one prompt; got {descriptions[0]!r} and so on")
         return ConditionRequest(prompts=prompts)
 
-    def title(self, description: dict[str, Any]) -> str:
-        return self.spec.title(description)
-
-    def summarize(self) -> str:
-        return self.spec.summarize()
-
-    def to_json(self) -> dict[str, Any]:
-        return self.spec.to_json()
-
     def _encode_all(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         found = self._find_known(prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         tokens = {prompt: self.tokenize(prompt) for prompt in missing}
         fed: dict[str, dict[str, np.ndarray]] = {prompt: {} for prompt in missing}
         # Encoder by encoder: where one network is open at a time, each is opened once.
-        for spec in self.spec.encoders:
+        for spec in self.encoders:
             for prompt in missing:
                 fed[prompt] |= spec.encode(tokens[prompt][spec.name], self._run)
         for prompt in missing:
             self._warn_of_cuts(tokens[prompt])
-            found[prompt] = convert_arrays(self.spec, fed[prompt])
+            found[prompt] = convert_arrays(self, fed[prompt])
         self._keep({prompt: found[prompt] for prompt in missing})
         return join_encodings([found[prompt] for prompt in prompts], self.inputs)
 
@@ -344,7 +299,7 @@ class OpenedTextPrompts:
                 self._encodings.popitem(last=False)
 
     def _warn_of_cuts(self, tokens: Mapping[str, Tokens]) -> None:
-        for spec in self.spec.encoders:
+        for spec in self.encoders:
             if cut := tokens[spec.name].cut:
                 log.warning(
                     "encoder %r reads %d tokens; the end of a prompt is cut off: %.200r",

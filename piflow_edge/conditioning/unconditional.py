@@ -8,13 +8,13 @@ import numpy as np
 
 from piflow_edge.errors import ConditioningError
 
-from .base import ConditionRequest, ReadAsset, RunNetwork, refuse_others, require_keys
+from .base import ConditionRequest, PlainConditioner, refuse_others, require_keys
 from .mapping import Conditioning
 from .specs import TensorSpec
 
 
 @dataclass(frozen=True)
-class Unconditional:
+class Unconditional(PlainConditioner):
     """Steers by nothing; a caller says how many images to make."""
 
     kind: ClassVar[str] = "none"
@@ -23,13 +23,6 @@ class Unconditional:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         return ()
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        return ()
-
-    def open(self, read_asset: ReadAsset, run_network: RunNetwork) -> "Unconditional":
-        return self
 
     def encode(self, request: ConditionRequest) -> dict[str, np.ndarray]:
         if request.arrays is not None and not len(request.arrays):
@@ -40,15 +33,6 @@ class Unconditional:
         if request.count is None:
             raise ConditioningError(f"give count; {self.summarize()}")
         return {}
-
-    def example_prompts(self, count: int) -> list[str]:
-        return []
-
-    def trace(self, request: ConditionRequest) -> dict[str, np.ndarray]:
-        return {}
-
-    def null(self, count: int) -> dict[str, np.ndarray] | None:
-        return None
 
     def example(self, count: int) -> dict[str, np.ndarray]:
         return {}

@@ -61,3 +61,5 @@ DTYPES = {
     1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float16",
     11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16",
 }  # fmt: skip
+# Such a name -> bytes of one value.
+ITEM_BYTES = {name: BITS[code] // 8 for code, name in DTYPES.items()}
