@@ -49,21 +49,20 @@ train_student() { # policy, calls
     --sample-every 1000 --out "$RUNS/$1-nfe$2" --resume $FLAGS
 }
 
-export_student() { # policy, calls
-  $PIFLOW export "$RUNS/$1-nfe$2" --text-encoder "$ENCODER" --precision fp32,int8 \
-    --license benchmarks/data/EMOJI_LICENSE.txt --name emoji --out "$RUNS/bundles/$1-nfe$2" --overwrite
-}
-
-# The bundle that comes with the package: one call, in eight bits, so that a wheel stays small.
-ship() {
-  $PIFLOW export "$RUNS/gm-nfe1" --text-encoder "$ENCODER" --precision int8 \
-    --license benchmarks/data/EMOJI_LICENSE.txt --name emoji --out piflow_edge/assets/emoji --overwrite
+export_student() { # policy and calls, precisions, where to
+  $PIFLOW export "$RUNS/$1" --text-encoder "$ENCODER" --precision "$2" \
+    --license benchmarks/data/EMOJI_LICENSE.txt --name emoji --out "$3" --overwrite
 }
 
 case "${1:-}" in
   teacher) fetch_encoder && train_teacher ;;
   students) fetch_encoder && for policy in gm dx; do for calls in 1 2 4; do train_student $policy $calls; done; done ;;
-  bundles) fetch_encoder && for policy in gm dx; do for calls in 1 2 4; do export_student $policy $calls; done; done ;;
-  ship) fetch_encoder && ship ;;
+  bundles)
+    fetch_encoder
+    for policy in gm dx; do for calls in 1 2 4; do
+      export_student "$policy-nfe$calls" fp32,int8 "$RUNS/bundles/$policy-nfe$calls"
+    done; done ;;
+  # The bundle that comes with the package: one call, in eight bits, so that a wheel stays small.
+  ship) fetch_encoder && export_student gm-nfe1 int8 piflow_edge/assets/emoji ;;
   *) echo "give teacher, students, bundles or ship" >&2; exit 2 ;;
 esac

@@ -5,22 +5,18 @@ loses the rest: of MiniLM, dynamic int8 was off by 0.19 of a prompt's hidden sta
 squares, the worst of seven prompts). The operators are ONNX's own.
 """
 
-import math
 from collections.abc import Collection
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from piflow_edge.engines import Graph
 from piflow_edge.export.conversions.calibration import Conversion
 from piflow_edge.export.conversions.lookup_tables import quantise_lookup_tables
+from piflow_edge.export.conversions.narrow_tensors import halve, is_worth_it, round_to_int8
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of, model_of
 from piflow_edge.export.onnx_graphs.value_names import ValueNames
-
-# Values of a weight from which on it is worth a cast.
-_LEAST = 4096
 
 
 def convert_encoder(graph: Graph) -> Conversion:
@@ -50,12 +46,9 @@ def quantise_weights(model: onnx.ModelProto, layers: Collection[str]) -> None:
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     axes = {n.input[1]: _output_axis(n) for n in model.graph.node if n.name in layers}
     for name, axis in axes.items():
-        weight = numpy_helper.to_array(tensors[name])
-        scale = np.abs(weight).max(1 - axis) / 127
-        scale = np.where(scale > 0, scale, 1).astype(np.float32)
-        rounded = np.rint(weight / np.expand_dims(scale, 1 - axis)).astype(np.int8)
+        rounded, scale = round_to_int8(numpy_helper.to_array(tensors[name]), 1 - axis)
         tensors[name].CopyFrom(numpy_helper.from_array(rounded, f"{name}.int8"))
-        model.graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
+        model.graph.initializer.append(numpy_helper.from_array(scale.squeeze(1 - axis), f"{name}.scale"))
     widen = [
         helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [name], axis=axis)
         for name, axis in axes.items()
@@ -69,14 +62,9 @@ def halve_weights(model: onnx.ModelProto) -> None:
     """Keep float32 weights as fp16 in the file. Sums stay in float32: engines widen them on opening."""
     graph, names = model.graph, ValueNames(model.graph)
     for tensor in graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) < 2 or math.prod(tensor.dims) < _LEAST:
-            continue
-        values = numpy_helper.to_array(tensor)
-        if np.abs(values).max() > np.finfo(np.float16).max:
-            continue
-        wide, half = tensor.name, names.add(f"{tensor.name}.half")
-        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), half))
-        graph.node.insert(0, helper.make_node("Cast", [half], [wide], to=TensorProto.FLOAT))
+        if is_worth_it(tensor) and halve(tensor):
+            wide, tensor.name = tensor.name, names.add(f"{tensor.name}.half")
+            graph.node.insert(0, helper.make_node("Cast", [tensor.name], [wide], to=TensorProto.FLOAT))
 
 
 def _output_axis(node: onnx.NodeProto) -> int:

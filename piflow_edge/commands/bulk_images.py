@@ -2,7 +2,7 @@
 
 import click
 
-from .images import FILE, read_prompts, set_size
+from .images import PROMPTS, SIZE, read_prompts, sampling_options, set_size
 from .options import (
     BUNDLE,
     FOLDER,
@@ -14,9 +14,7 @@ from .options import (
     engine_settings,
     say,
     settings_options,
-    temperature,
 )
-from .options import size as image_size
 
 
 def _read_part(context, parameter, text: str) -> tuple[int, int]:
@@ -31,20 +29,11 @@ def _read_part(context, parameter, text: str) -> tuple[int, int]:
 @command()
 @BUNDLE
 @click.option("--labels", help="Class ids or names, separated by commas, ranges such as 0-9, or all.")
-@click.option(
-    "--prompts", type=FILE, help="Text file in UTF-8 with one prompt a line; empty lines are left out."
-)
+@PROMPTS
 @settings_options("bulk", "piflow_edge.runtime.bulk.bulk_job:BulkSettings")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the shards.")
-@settings_options(
-    "settings",
-    "piflow_edge.sampling_settings:SamplingSettings",
-    temperature={"type": str, "callback": temperature, "metavar": "NUMBER|auto"},
-    h={"type": str},
-    without=("strength", "resamples"),
-)
-@click.option("--size", callback=image_size, metavar="SIDE|HEIGHTxWIDTH",
-              help="Of an image in pixels, where the bundle makes several; else its usual one.")  # fmt: skip
+@sampling_options(without=("strength", "resamples"))
+@SIZE
 @click.option("--part", callback=_read_part, default="0/1", metavar="I/N",
               help="Make only part I of N, from 0 on: so several processes or machines share the work.")  # fmt: skip
 @settings_options("cluster", "piflow_edge.runtime.bulk.ray_workers:ClusterSettings")

@@ -1,6 +1,7 @@
 """The command that makes pictures: `sample`."""
 
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,22 @@ if TYPE_CHECKING:
     from piflow_edge.sampling_settings import SamplingSettings
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+PROMPTS = click.option(
+    "--prompts", type=FILE, help="Text file in UTF-8 with one prompt a line; empty lines are left out."
+)
+SIZE = click.option("--size", callback=image_size, metavar="SIDE|HEIGHTxWIDTH",
+                    help="Of an image in pixels, where the bundle makes several; else its usual one.")  # fmt: skip
+
+
+def sampling_options(without: Sequence[str] = ()) -> Callable:
+    """Give a command the options of sampling, as `settings`. `without`: fields that get none."""
+    return settings_options(
+        "settings",
+        "piflow_edge.sampling_settings:SamplingSettings",
+        without=without,
+        temperature={"type": str, "callback": temperature, "metavar": "NUMBER|auto"},
+        h={"type": str},
+    )
 
 
 @command()
@@ -37,9 +54,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--prompt", multiple=True, help="What to draw, for a bundle that reads prompts; can be given again."
 )
-@click.option(
-    "--prompts", type=FILE, help="Text file in UTF-8 with one prompt a line; empty lines are left out."
-)
+@PROMPTS
 @click.option("--array", "arrays", multiple=True, metavar="NAME=FILE",
               help="Input of the network as .npy, for a bundle that takes arrays; can be given again.")  # fmt: skip
 @click.option("--count", type=COUNT, help="Images of each label, prompt or entry of --array; else in all.")
@@ -48,19 +63,13 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
               help="File, a folder for one file each, or - for stdout.")  # fmt: skip
 @click.option("--output", type=click.Choice(["png", "uint8", "float", "latent"]), default="png",
               help="Pictures, or arrays as .npy: bytes, numbers from 0 to 1, or what the decoder gets.")  # fmt: skip
-@settings_options(
-    "settings",
-    "piflow_edge.sampling_settings:SamplingSettings",
-    temperature={"type": str, "callback": temperature, "metavar": "NUMBER|auto"},
-    h={"type": str},
-)
+@sampling_options()
 @click.option("--noise", type=FILE, help="Starting noise as .npy, (B, C, H, W), instead of the seed's.")
 @click.option(
     "--image", type=FILE, help="Start from this picture, or latents as .npy; give --strength or --mask."
 )
 @click.option("--mask", type=FILE, help="White where to draw into --image; the rest stays as it is.")
-@click.option("--size", callback=image_size, metavar="SIDE|HEIGHTxWIDTH",
-              help="Of an image in pixels, where the bundle makes several; else its usual one.")  # fmt: skip
+@SIZE
 @engine_options
 @KEEP
 @click.option("--precision", help="One of the bundle's; else its first.")

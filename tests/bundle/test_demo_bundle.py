@@ -58,7 +58,7 @@ def test_a_folder_of_that_name_is_never_mistaken_for_it(tmp_path):
 
 def test_it_is_not_signed_in_place(tmp_path):
     done = run(tmp_path, "sign", "digits", "--key", "key.pem")
-    assert done.returncode == 2 and not (pf.demo_bundle() / "signature.json").exists()
+    assert done.returncode == 2 and not (pf.demo_bundle() / "bundle.sig").exists()
 
 
 def test_images_of_one_seed_get_a_file_each(tmp_path):

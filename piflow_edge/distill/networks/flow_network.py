@@ -357,13 +357,11 @@ def describe(network: FlowNetwork) -> dict[str, Any]:
 
 def find_misfit(network: FlowNetwork, conditioner: Conditioner) -> str | None:
     """Return why a network cannot be steered by `conditioner`; None where it can, as far as names tell."""
-    given = {spec.name for spec in conditioner.inputs}
-    if missing := [
-        name for name in dict.fromkeys((*(network.inputs or ()), *network.null)) if name not in given
-    ]:
+    given, needed = {spec.name for spec in conditioner.inputs}, network.inputs or ()
+    if missing := [name for name in dict.fromkeys((*needed, *network.null)) if name not in given]:
         verb = "which is" if len(missing) == 1 else "which are"
         return f"the network is steered by {', '.join(map(repr, missing))}, {verb} not there"
-    known = None if network.optional_inputs is None else {*(network.inputs or ()), *network.optional_inputs}
+    known = None if network.optional_inputs is None else {*needed, *network.optional_inputs}
     if known is not None and (unknown := sorted(given - known)):
         return f"the network has no input {unknown[0]!r}; it takes {', '.join(sorted(known)) or 'none'}"
     theirs = conditioner.null(1) or {}
