@@ -1,10 +1,7 @@
 """What a manifest says of a student before its files are written."""
 
-import logging
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 from piflow_edge.bundle.manifest import (
@@ -16,6 +13,7 @@ from piflow_edge.bundle.manifest import (
     sampler_name,
     sampler_tensors,
 )
+from piflow_edge.bundle.parsing import check_draft
 from piflow_edge.bundle.precisions import join_tolerances
 from piflow_edge.bundle.sections import AxisSpec, LatentSpec, NetworkSpec, ScheduleSpec, ToleranceSpec
 from piflow_edge.bundle.sizes import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH
@@ -23,13 +21,10 @@ from piflow_edge.conditioning import Conditioner, TensorSpec
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel
-from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, DataError
 from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.onnx_graphs.decoder_graph import describe_decoder, measure_scale
 from piflow_edge.export.onnx_graphs.encoder_graph import describe_encoder, tokens_axis
-
-log = logging.getLogger(__name__)
 
 
 def draft_manifest(
@@ -42,7 +37,8 @@ def draft_manifest(
     """Return the manifest of a student's bundle, without files.
 
     Raises:
-        BundleError: ranges of axes that the student has not, or a precision for a network that there is not.
+        BundleError: ranges of axes that the student has not, a precision for a network that there is not, or numbers
+            and names that no bundle may have.
         DataError: another autoencoder than the student's latents are of.
         ScheduleError: a number of `settings.samplers` out of range.
     """
@@ -68,7 +64,6 @@ def draft_manifest(
             **student.provenance,
             **({"autoencoder": autoencoder.sha256} if autoencoder else {}),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "versions": _versions(),
         },
         files={},
     )
@@ -83,6 +78,7 @@ def draft_manifest(
         schedule = manifest.schedule.schedule(nfe=nfe)
         tensors = sampler_tensors(schedule, latent.shape, manifest.image_shape, conditioner.inputs)
         manifest.networks[sampler_name(nfe)] = NetworkSpec("", *tensors, {}, settings.opset, {})
+    check_draft(manifest)
     return manifest
 
 
@@ -127,8 +123,6 @@ def check_autoencoder(student: StudentModel, autoencoder: Autoencoder | None) ->
     """Raise DataError unless the student's latents are of this autoencoder, where there is one."""
     latent = student.latent
     if autoencoder is None:
-        if latent is not None:
-            log.warning("the bundle will make latents, not images: no autoencoder was given for its decoder")
         return
     if latent is None:
         raise DataError("the student makes pixels, which need no decoder; leave --autoencoder out")
@@ -189,11 +183,3 @@ def _latent(student: StudentModel) -> LatentSpec:
     moments = {name: list(student.latent.get(name, ())) for name in ("mean", "deviation")}
     scale, shift = student.latent["scale"], student.latent["shift"]
     return replace(latent, kind="latents", scale=scale, shift=shift, **moments)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        **{package: version(package) for package in ("piflow-edge", "torch", "onnx", "onnxscript")},
-        "onnxruntime": import_onnxruntime().__version__,
-        "python": platform.python_version(),
-    }

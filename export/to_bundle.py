@@ -1,7 +1,10 @@
 """Student -> bundle: networks in every precision, manifest, golden samples, checked before they are moved in place."""
 
+import logging
+import platform
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,8 @@ from piflow_edge.runtime.verification import Row, check, verify
 from piflow_edge.system.files import new_folder, sha256, write_atomic
 from piflow_edge.system.sheets import as_pil, image_grid
 
+log = logging.getLogger(__name__)
+
 
 def export_bundle(
     student: Checkpoint | StudentModel,
@@ -68,7 +73,9 @@ def export_bundle(
         The comparison with PyTorch, layer by layer, in each precision.
 
     Raises:
-        BundleError: `folder` exists and `overwrite` is False, or it is not a bundle; or as `ExportSettings`.
+        BundleError: `folder` exists and `overwrite` is False, or it is not a bundle; as `ExportSettings`, or as
+            `draft_manifest`.
+        CheckpointError: torch cannot make a graph of the student's network.
         ScheduleError: as `ExportSettings`, or a number of `samplers` out of range.
         DataError: another autoencoder than the student's latents are of, or other text encoders than those that it was
             trained with.
@@ -81,7 +88,10 @@ def export_bundle(
     model = student if isinstance(student, StudentModel) else student_from_checkpoint(student)
     if encoders:
         model = replace(model, conditioner=join_encoders(model.conditioner, encoders))
+    if autoencoder is None and model.latent is not None:
+        log.warning("the bundle will make latents, not images: no autoencoder was given for its decoder")
     manifest = draft_manifest(model, settings.name or folder.name, settings, autoencoder, encoders)
+    manifest.provenance["versions"] = _read_versions()
     exact = export_networks(model, manifest, autoencoder, encoders)
     golden = golden_samples(model.network, manifest, model.conditioner)
     _check_golden(golden, exact["student"], manifest)
@@ -100,6 +110,14 @@ def export_bundle(
     listed = {file: FileSpec(sha256(data), len(data)) for file, data in files.items()}
     del exact, calibration  # whose weights the check of the files, which loads them again, needs no more
     return _write(folder, replace(manifest, files=listed), files, signing_key)
+
+
+def _read_versions() -> dict[str, str]:
+    return {
+        **{package: version(package) for package in ("piflow-edge", "torch", "onnx", "onnxscript")},
+        "onnxruntime": import_onnxruntime().__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:

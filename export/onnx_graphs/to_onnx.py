@@ -1,6 +1,7 @@
 """PyTorch network -> ONNX graph. The policy and its integration stay outside."""
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.bundle.sizes import HEIGHT, WIDTH
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.networks.flow_network import FlowNetwork
+from piflow_edge.distill.sources import describe_failure
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError, CheckpointError
 from piflow_edge.export.onnx_graphs.compact import compact
@@ -72,6 +74,7 @@ def network_graph(
         axes: how long its named axes may be.
 
     Raises:
+        CheckpointError: torch cannot make a graph of the network's code.
         CheckFailedError: the exported graph is not valid ONNX.
     """
     # Two samples, and no named axis of one: torch.export takes an axis of one for a constant.
@@ -88,7 +91,7 @@ def network_graph(
         )
         example, shapes = (*example, given), (*shapes, dynamic)
     names = tuple(spec.name for spec in conditioning)
-    with quiet():
+    with quiet(), _name_the_line():
         program = torch.onnx.export(
             _Positional(network.eval(), names).eval(),
             example,
@@ -100,6 +103,22 @@ def network_graph(
             verbose=False,
         )
     return program_graph(program, name_dims(axes or {}))
+
+
+@contextlib.contextmanager
+def _name_the_line():
+    """Turn the exporter's pages of text into one error that names the user's line."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints the half of a graph that it has made
+            yield
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise CheckpointError(
+            f"torch cannot make a graph of the network: {describe_failure(cause)}; a graph takes the same way for "
+            "every input: let no value of a tensor decide which code runs, and no code depend on the batch's size"
+        ) from error
 
 
 def name_dims(axes: Mapping[str, AxisSpec]) -> dict[str, str]:
@@ -181,7 +200,7 @@ def program_graph(program: torch.onnx.ONNXProgram | None, axes: Mapping[str, str
 @contextlib.contextmanager
 def quiet():
     """The exporter's progress and deprecation chatter, silenced: what matters is checked afterwards."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -68,15 +68,15 @@ def _numbers_outside(manifest: "Manifest") -> Iterator[str]:
         for key, (least, most) in NUMBERS[kind].items():
             value = getattr(section, key, None)
             if isinstance(value, (int, float)) and not least <= value <= most:  # NaN fails too
-                yield f"has {key} {value!r:.40} in its {place}, which lies from {least:g} to {most:g}; export again"
+                yield f"has {key} {value!r:.40} in its {place}, which lies from {least:g} to {most:g}"
     if not all(1 <= nfe <= MOST_CALLS for nfe in manifest.schedule.good_nfes):
-        yield f"is good for numbers of calls that do not lie from 1 to {MOST_CALLS}; export again"
+        yield f"is good for numbers of calls that do not lie from 1 to {MOST_CALLS}"
     moments = (*manifest.latent.mean, *manifest.latent.deviation)
     if not all(abs(number) <= 1e6 for number in moments):
-        yield "has a mean or deviation of its latent that is not from -1e+06 to 1e+06; export again"
+        yield "has a mean or deviation of its latent that is not from -1e+06 to 1e+06"
     for name, spec in manifest.files.items():
         if not 0 <= spec.size <= _LARGEST_FILE:
-            yield f"has the file {name!r:.80} of {spec.size} bytes; export again"
+            yield f"has the file {name!r:.80} of {spec.size} bytes"
 
 
 def _lists_outside(manifest: "Manifest") -> Iterator[str]:
@@ -92,17 +92,17 @@ def _lists_outside(manifest: "Manifest") -> Iterator[str]:
         counts[f"tensors of {name!r:.80}"] = len(network.inputs) + len(network.outputs), _MOST_TENSORS
     for what, (count, most) in counts.items():
         if count > most:
-            yield f"has {count} {what}, and {most} may be; export again"
+            yield f"has {count} {what}, and {most} may be"
 
 
 def _arrays_outside(manifest: "Manifest") -> Iterator[str]:
     for name, axis in manifest.axes.items():
         if max(axis.min, axis.max or 0, axis.multiple_of) > _LONGEST_AXIS:
-            yield f"has an axis {name!r:.80} longer than {_LONGEST_AXIS}; export again"
+            yield f"has an axis {name!r:.80} longer than {_LONGEST_AXIS}"
     yield from _array_outside("the latent", "float32", manifest.latent.shape)
     for name, network in manifest.networks.items():
         if not _OPSETS[0] <= network.opset <= _OPSETS[1]:
-            yield f"has the opset {network.opset} of {name!r:.80}; export again"
+            yield f"has the opset {network.opset} of {name!r:.80}"
         for spec in (*network.inputs, *network.outputs):
             if spec.dtype not in _DTYPES:
                 yield f"has {spec.name!r:.80} of the dtype {spec.dtype!r:.40}; known are {', '.join(_DTYPES)}"
@@ -144,16 +144,16 @@ def find_odd_names(manifest: "Manifest") -> Iterator[str]:
         names += [network.kind, *(spec.name for spec in (*network.inputs, *network.outputs))]
     for name in names:
         if len(name) > _LONGEST_NAME or not is_printable(name):
-            yield f"has the name {name!r:.80}, which is too long or holds control characters; export again"
+            yield f"has the name {name!r:.80}, which is too long or holds control characters"
     if not is_printable(manifest.license.replace("\n", " ")):
-        yield "has a license with control characters; export again"
+        yield "has a license with control characters"
     for name, network in manifest.networks.items():
         tensors = [spec.name for spec in (*network.inputs, *network.outputs)]
         if len(set(tensors)) < len(tensors) or "" in tensors:
-            yield f"has two inputs or outputs of one name, or one without, in {name!r:.80}; export again"
+            yield f"has two inputs or outputs of one name, or one without, in {name!r:.80}"
     folded = [name.casefold() for name in manifest.files]
     if len(set(folded)) < len(folded):
-        yield "has two files whose names differ in capitals only; export again"
+        yield "has two files whose names differ in capitals only"
 
 
 def is_printable(text: str) -> bool:

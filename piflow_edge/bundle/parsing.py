@@ -26,6 +26,7 @@ from .manifest import (
     SIGNATURE,
     STUDENT,
     Manifest,
+    manifest_bytes,
     sampler_calls,
 )
 from .sections import NetworkSpec
@@ -34,6 +35,8 @@ from .typed_json import read_typed, write_json
 
 # Values in values: a manifest has some ten.
 _DEEPEST = 32
+# What the list of a bundle's files, and of what a precision leaves as it is, may take of its manifest.
+_ROOM_FOR_FILES = MANIFEST_LIMIT // 8
 
 Shape = tuple[int | str, ...]
 
@@ -95,15 +98,32 @@ def _check_manifest(manifest: Manifest, place: Path) -> None:
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
-    yield from find_odd_names(manifest)  # first: the others quote them
+    yield from (f"{problem}; export again" for problem in find_odd_names(manifest))  # the others quote names
     yield from _problems_of_files(manifest)
+    yield from (f"{problem}; export again" for problem in _problems_of_content(manifest))
+
+
+def check_draft(manifest: Manifest) -> None:
+    """Raise BundleError unless a manifest without files would be read once its files are there."""
+    for problem in (*find_odd_names(manifest), *_problems_of_content(manifest)):
+        raise BundleError(f"the bundle of such a student would not be read: it {problem}; train another one")
+    most = MANIFEST_LIMIT - _ROOM_FOR_FILES
+    if (size := len(manifest_bytes(manifest))) > most:
+        raise BundleError(
+            f"what the bundle of such a student says of itself takes {size} bytes, and may take {most}; "
+            "fewer or shorter names of classes make it smaller"
+        )
+
+
+def _problems_of_content(manifest: Manifest) -> Iterator[str]:
+    """Yield what does not hold in all but files, as the end of a sentence about the manifest."""
     yield from _problems_of_axes(manifest)
     yield from _problems_of_feeds(manifest)
     if problem := _problem_of_sizes(manifest):
-        yield f"has sizes that do not fit each other: {problem}; export again"
+        yield f"has sizes that do not fit each other: {problem}"
         return
     if problem := _problem_of_images(manifest):
-        yield f"has latents and a decoder that do not fit each other: {problem}; export again"
+        yield f"has latents and a decoder that do not fit each other: {problem}"
     yield from _problems_of_student(manifest)
     yield from _problems_of_numbers(manifest)
     yield from find_excess(manifest)
@@ -138,14 +158,14 @@ def _problems_of_axes(manifest: Manifest) -> Iterator[str]:
     for name, axis in manifest.axes.items():
         whole = axis.min >= 1 and axis.multiple_of >= 1
         if not whole or (axis.longest is not None and axis.longest < axis.shortest):
-            yield f"has an axis {name!r} without a length; export again"
+            yield f"has an axis {name!r} without a length"
     for name, network in manifest.networks.items():
         for spec in (*network.inputs, *network.outputs):
             for length in spec.shape:
                 if isinstance(length, str) and length not in manifest.axes:
-                    yield f"has an axis {length!r} in {spec.name} of {name}, and no range of it; export again"
+                    yield f"has an axis {length!r} in {spec.name} of {name}, and no range of it"
                 if isinstance(length, int) and length < 1:
-                    yield f"has {spec.name} of {name} with an axis of {length}; export again"
+                    yield f"has {spec.name} of {name} with an axis of {length}"
 
 
 def _problems_of_feeds(manifest: Manifest) -> Iterator[str]:
@@ -154,7 +174,7 @@ def _problems_of_feeds(manifest: Manifest) -> Iterator[str]:
             for target in targets:
                 source, target_tensor = _tensor(network.outputs, output), _input(manifest, target)
                 if source is None or target_tensor is None or not _fit(source.shape, target_tensor.shape):
-                    yield f"feeds {output} of {name} to {target!r}, which does not take it; export again"
+                    yield f"feeds {output} of {name} to {target!r}, which does not take it"
 
 
 def _fit(source: Shape, target_tensor: Shape) -> bool:
@@ -238,10 +258,10 @@ def _problems_of_student(manifest: Manifest) -> Iterator[str]:
     state = ("batch", *manifest.state_axes)
     expected = [TensorSpec("x_t", "float32", state), TensorSpec("t", "float32", ("batch",)), *steering]
     if student.inputs != expected:
-        yield "has conditioning and network inputs that do not fit; export again"
+        yield "has conditioning and network inputs that do not fit"
     if {spec.name for spec in student.outputs} != set(policy.outputs):
         outputs = ", ".join(policy.outputs)
-        yield f"has a {policy.kind.upper()} policy, whose student returns {outputs}, and another student; export again"
+        yield f"has a {policy.kind.upper()} policy, whose student returns {outputs}, and another student"
 
 
 def _problems_of_numbers(manifest: Manifest) -> Iterator[str]:
@@ -254,4 +274,4 @@ def _problems_of_numbers(manifest: Manifest) -> Iterator[str]:
     numbers = (latent.scale, latent.shift, *latent.mean, *latent.deviation)
     finite = all(map(math.isfinite, numbers)) and latent.scale != 0 and 0 not in latent.deviation
     if not (manifest.policy.eps > 0 and finite and is_temperature(manifest.schedule.temperature)):
-        yield "has an eps, temperature or latent scale out of range; export again"
+        yield "has an eps, temperature or latent scale out of range"

@@ -166,6 +166,7 @@ def distill(
     from piflow_edge.distill.imitation import shift_by_resolution
     from piflow_edge.distill.sources import load_teacher
     from piflow_edge.distill.student import distill
+    from piflow_edge.export.exportability import check_exportable
     from piflow_edge.kernels.rollout import integrate
     from piflow_edge.policies import name_policy_spec
 
@@ -187,6 +188,7 @@ def distill(
         run=run,
         resume=resume,
         integrate=integrate,
+        check=check_exportable if is_main_process() else None,
     )
     if is_main_process():
         click.echo(out)

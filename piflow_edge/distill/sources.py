@@ -16,7 +16,7 @@ from torch import Tensor
 
 from piflow_edge.conditioning import Conditioner, conditioner_from_json
 from piflow_edge.distill.loop.checkpoint import Checkpoint, load_checkpoint, load_weights, state_dict
-from piflow_edge.distill.networks.families import build_network
+from piflow_edge.distill.networks.families import build_network, check_family
 from piflow_edge.distill.networks.flow_network import (
     Convention,
     FlowNetwork,
@@ -90,18 +90,26 @@ def load_student(source: str | Path, *, config: str | Path | None = None) -> Stu
 
 def student_from_checkpoint(checkpoint: Checkpoint) -> StudentModel:
     """A student that was distilled here."""
-    settings = checkpoint.settings
+    return student_of_run(
+        network_of(checkpoint), checkpoint.settings, checkpoint.conditioner, checkpoint.iteration
+    )
+
+
+def student_of_run(
+    network: FlowNetwork, settings: Mapping[str, Any], conditioner: Conditioner, iteration: int
+) -> StudentModel:
+    """Return the student that a run with these settings has come to; `settings`: what its checkpoint records."""
     imitation = settings["imitation"]
     nfe = imitation["nfe"]
     return StudentModel(
-        network_of(checkpoint),
+        network,
         tuple(nfe) if isinstance(nfe, list | tuple) else nfe,
         imitation["shift"],
         imitation["final_step_size_scale"],
         imitation["total_substeps"],
-        checkpoint.conditioner,
+        conditioner,
         settings.get("latent"),
-        {"iteration": checkpoint.iteration, "settings": settings},
+        {"iteration": iteration, "settings": dict(settings)},
     )
 
 
@@ -229,6 +237,7 @@ def network_of(checkpoint: Checkpoint) -> FlowNetwork:
         CheckpointError: the weights are of another architecture, or a LoRA student's teacher is not what it was.
     """
     description = checkpoint.network
+    check_source(description)
     lora = LoRAConfig(**description["lora"]) if description["lora"] else None
     network = _base(description["base"], description["sample_shape"]) if lora else build(description)
     if description["head"]:
@@ -247,17 +256,25 @@ def build(description: Mapping[str, Any]) -> FlowNetwork:
     """
     if description["family"] != ModuleNetwork.family:
         return build_network(description)
-    if description.get("entry") is None:
-        raise CheckpointError(
-            "the checkpoint's network was made in Python; load its teacher by 'package.module:function' "
-            "when you distil, so that it can be made again"
-        )
+    check_source({"lora": None, **description})
     return _from_entry(description["entry"])
 
 
+def check_source(description: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the network that `describe` described can be made again from a checkpoint."""
+    if description["lora"]:
+        if (description["base"] or {}).get("source") is None:
+            raise CheckpointError("a LoRA student needs its teacher; this one's was not loaded from anywhere")
+    elif description["family"] != ModuleNetwork.family:
+        check_family(description)
+    elif description.get("entry") is None:
+        raise CheckpointError(
+            "a network that was made in Python cannot be made again from a checkpoint; load its teacher by "
+            "'package.module:function' when you distil"
+        )
+
+
 def _base(base: Mapping[str, Any], sample_shape) -> FlowNetwork:
-    if base.get("source") is None:
-        raise CheckpointError("a LoRA student needs its teacher; this one's was not loaded from anywhere")
     teacher = load_teacher(base["source"], sample_shape=tuple(sample_shape), style=base.get("style", "sit"))
     if teacher.provenance["sha256"] != base["sha256"]:
         raise CheckpointError(
@@ -337,13 +354,14 @@ def ask_teacher(teacher: Teacher, x_t: Tensor, sigma_t: Tensor, conditioning: Ma
         ) from error
 
 
-def describe_failure(error: Exception) -> str:
+def describe_failure(error: BaseException) -> str:
     """Return the user's exception, and the user's line it came from: the command line shows no traceback."""
     frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith("<")]
     # Of a library's own lines the user can mend none.
     place = next((f for f in reversed(frames) if "site-packages" not in Path(f.filename).parts), None)
     where = f" ({place.filename}, line {place.lineno})" if place else ""
-    return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
+    text = str(error).strip().partition("\n\n")[0]
+    return f"{type(error).__name__}{f': {text}' if text else ''}{where}"
 
 
 def _teacher(network, conditioner, origin, provenance) -> TeacherModel:

@@ -1,6 +1,6 @@
 """Distil a teacher into a few-step student with pi-ID."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from piflow_edge.distill.loop.training import (
     suggest_steering,
     train,
 )
-from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher, attach_policy_head
+from piflow_edge.distill.networks.flow_network import FlowNetwork, Teacher, attach_policy_head, describe
 from piflow_edge.distill.networks.lora import LoRAConfig
 from piflow_edge.errors import CheckFailedError, DataError
 from piflow_edge.integrator import Integrate, integrate
@@ -33,7 +33,8 @@ from piflow_edge.system.pixels import quantise_images
 from .agreement import Agreement, Draw
 from .configs import ImitationConfig
 from .imitation import correct_at_once, correct_in_turn, datafree_imitation_loss, imitation_loss
-from .sources import TeacherModel, ask_teacher
+from .sources import TeacherModel, ask_teacher, check_source, student_of_run
+from .student_model import StudentModel
 from .teacher import GuidanceConfig, GuidedTeacher, null_condition, preview_inputs, preview_titles
 
 
@@ -100,6 +101,7 @@ def distill(
     run: RunConfig = DEFAULT_RUN,
     resume: bool = False,
     integrate: Integrate = integrate,
+    check: Callable[[StudentModel], None] | None = None,
 ) -> Checkpoint:
     """Train a student that starts as its teacher, and leave its checkpoint in `folder`.
 
@@ -117,17 +119,17 @@ def distill(
         integrate: carries states along policies. The default computes as the formulas read;
             `piflow_edge.kernels.rollout.integrate` does the same in compiled kernels, and is what `piflow-edge distill`
             trains with.
+        check: is called with the student before it is trained, and raises where nothing could be done with it
+            afterwards; `piflow-edge distill` gives `piflow_edge.export.exportability.check_exportable`.
 
     Raises:
+        CheckpointError: the student could not be read back from its checkpoint.
         DataError: the data's classes or latents are not the teacher's.
         CheckFailedError: the student does not start as its teacher.
         DataError, CheckpointError, CheckFailedError and others: see `training.train`.
     """
     check_teacher(teacher, data)
-    if not (data.has_images or imitation.data_free):
-        raise DataError(
-            f"{data.name!r} holds prompts and no images; give --data-free, or images with captions"
-        )
+    check_images(data, imitation)
     imitation = inherit_floor(imitation, teacher)
     head = head.fit_to_segments(imitation.longest_segment(min(imitation.nfes)), imitation.shift)
     student = attach_policy_head(teacher.network, head, lora=lora, seed=training.seed)
@@ -146,6 +148,9 @@ def distill(
         "data": data.name,
         "teacher": teacher.provenance,
     }
+    check_source(describe(student))
+    if check is not None:
+        check(student_of_run(student, {**settings, **data.settings()}, data.conditioner, 0))
     return train(
         student,
         student_loss(guided, head, imitation, integrate),
@@ -162,6 +167,14 @@ def distill(
         compare=agreement,
         resume=resume,
     )
+
+
+def check_images(data: ImageData, imitation: ImitationConfig) -> None:
+    """Raise DataError unless there are images where segments start from them."""
+    if not (data.has_images or imitation.data_free):
+        raise DataError(
+            f"{data.name!r} holds prompts and no images; give --data-free, or images with captions"
+        )
 
 
 def inherit_floor(imitation: ImitationConfig, teacher: TeacherModel) -> ImitationConfig:

@@ -53,17 +53,22 @@ def fit_architecture(shape: tuple[int, ...], conditioner: Conditioner, **sizes: 
     )
 
 
+def check_family(description: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the description is of a family that is known."""
+    family = description.get("family")
+    if family not in FAMILIES:
+        raise CheckpointError(f"architectures that are known: {', '.join(FAMILIES)}; got {family!r}")
+
+
 def build_network(description: Mapping[str, Any]) -> FlowNetwork:
     """Return the teacher's architecture that `describe` described; the weights mean nothing yet.
 
     Raises:
         CheckpointError: the description is of no family that is known, or lacks something.
     """
-    family = description.get("family")
-    if family not in FAMILIES:
-        raise CheckpointError(f"architectures that are known: {', '.join(FAMILIES)}; got {family!r}")
+    check_family(description)
     try:
-        return FAMILIES[family](description)
+        return FAMILIES[description["family"]](description)
     except (TypeError, KeyError, AttributeError) as error:
         known = ", ".join(
             f"{name.__name__}: {', '.join(name.__dataclass_fields__)}" for name in ARCHITECTURES

@@ -97,6 +97,8 @@ class FlowNetwork(nn.Module):
     # Names of the conditioning that it needs, and of what else it takes. None: not known.
     inputs: tuple[str, ...] | None = None
     optional_inputs: tuple[str, ...] | None = None
+    # Whether it runs code that nobody has exported before.
+    is_untried: ClassVar[bool] = False
     # Of any library: what it has beside `forward`, its adapter knows.
     module: Any
 
@@ -275,6 +277,7 @@ class ModuleNetwork(FlowNetwork):
     """
 
     family = "module"
+    is_untried = True
 
     def __init__(
         self,
