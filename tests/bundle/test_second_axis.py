@@ -12,7 +12,7 @@ from piflow_edge.engines.building.targets import Batch
 from piflow_edge.errors import BundleError, EngineError, ShapeError
 from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.graphs import find_targets, read_graph
-from tests.commands.test_cli import run
+from tests.commands.command_line import run
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

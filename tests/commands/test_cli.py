@@ -1,4 +1,4 @@
-"""The command line as a user meets it: in a process of its own, judged by exit code, stdout and stderr."""
+"""The command line as a user meets it: exit codes, stdout and stderr; a few commands run as processes of their own."""
 
 import json
 import signal
@@ -7,28 +7,13 @@ import sys
 import time
 
 import pytest
-from click.testing import CliRunner
 
-from piflow_edge.cli import main
+from tests.commands.command_line import run, run_process
 
 COMMANDS = [
     "demo", "train-teacher", "distill", "train-features", "evaluate", "export", "build", "sample", "inspect", "verify",
     "sign", "pack", "unpack", "triton", "bench", "doctor",
 ]  # fmt: skip
-
-
-def run(*arguments, code=0):
-    command = [sys.executable, "-m", "piflow_edge.cli", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def invoke(*arguments, code=0):
-    """As `run`, but in this process, where torch is loaded once and nothing is exported twice."""
-    done = CliRunner().invoke(main, list(map(str, arguments)))
-    assert done.exit_code == code, (done.output, done.exception)
-    return done
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -67,14 +52,14 @@ def test_importing_the_package_loads_what_its_names_need_and_no_more():
 
 
 def test_usage_errors_exit_with_2():
-    assert "No such option" in run("sample", "x", "--wings", code=2).stderr
+    assert "No such option" in run_process("sample", "x", "--wings", code=2).stderr
     assert "Missing option" in run("sample", "x", code=2).stderr
 
 
 @pytest.mark.torch
 class TestOnABundle:
     def test_verify(self, shared_bundle):
-        answer = json.loads(run("verify", shared_bundle, "--json").stdout)
+        answer = json.loads(run_process("verify", shared_bundle, "--json").stdout)
         assert answer["passed"] and len(answer["layers"]) == 6
         assert "latents" in run("verify", shared_bundle).stdout
 
@@ -112,7 +97,7 @@ class TestOnABundle:
         from PIL import Image
 
         out = tmp_path / "new" / "digits.png"
-        done = run("sample", shared_bundle, "--labels", "3, 7", "--seed", 5, "--out", out)
+        done = run_process("sample", shared_bundle, "--labels", "3, 7", "--seed", 5, "--out", out)
         assert done.stdout.strip() == str(out)
         with Image.open(out) as image:
             assert image.width == 2 * image.height - 2  # two squares and three gaps of 2
@@ -145,7 +130,9 @@ class TestOnABundle:
         done = run("sample", shared_bundle, "--like", first, "--nfe", 1, "--out", tmp_path / "x.png", code=2)
         assert "--like says what --nfe is" in done.stderr
 
-    def test_like_takes_engine_and_device_and_says_how_to_choose_others(self, shared_bundle, tmp_path):
+    def test_like_takes_engine_and_device_and_says_how_to_choose_others(
+        self, shared_bundle, tmp_path, caplog
+    ):
         from dataclasses import replace
 
         from PIL import Image
@@ -159,7 +146,9 @@ class TestOnABundle:
 
         def like(code=0, *given, **changes):
             elsewhere.write_bytes(png_bytes(picture, replace(recipe, **changes)))
-            return run("sample", shared_bundle, "--like", elsewhere, "--out", out, *given, code=code).stderr
+            caplog.clear()
+            done = run("sample", shared_bundle, "--like", elsewhere, "--out", out, *given, code=code)
+            return done.stderr + caplog.text
 
         told = like(2, device="tpu")
         assert "engine 'ort-cpu' runs on cpu; got device 'tpu'" in told
@@ -248,16 +237,16 @@ class TestOnABundle:
         answer = json.loads(run("export", tmp_path / "student", "--out", tmp_path / "b", "--json").stdout)
         assert answer["passed"]
         graphs = ["export", tmp_path / "student", "--out", tmp_path / "g", "--sampler-graph"]
-        assert "sampler images" in invoke(*graphs, "1,3").stdout
-        shown = invoke("inspect", tmp_path / "g").stdout
+        assert "sampler images" in run(*graphs, "1,3").stdout
+        shown = run("inspect", tmp_path / "g").stdout
         assert "sampler.nfe1" in shown and "sampler.nfe3" in shown
         for calls in ("0", "1,two"):
-            assert "such as 1,2,4" in invoke(*graphs, calls, "--overwrite", code=2).stderr
-        assert "exists" in invoke("export", tmp_path / "student", "--out", tmp_path / "b", code=2).stderr
-        assert "there is none" in invoke("export", tmp_path, "--out", tmp_path / "c", code=2).stderr
+            assert "such as 1,2,4" in run(*graphs, calls, "--overwrite", code=2).stderr
+        assert "exists" in run("export", tmp_path / "student", "--out", tmp_path / "b", code=2).stderr
+        assert "there is none" in run("export", tmp_path, "--out", tmp_path / "c", code=2).stderr
         assert (
             "a teacher"
-            in invoke("distill", "--teacher", tmp_path / "student", "--out", tmp_path / "d", code=2).stderr
+            in run("distill", "--teacher", tmp_path / "student", "--out", tmp_path / "d", code=2).stderr
         )
         assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
 
@@ -267,16 +256,16 @@ def test_a_teacher_and_a_student_from_the_command_line(tmp_path):
     size = ["--iterations", 3, "--batch-size", 4]
     teacher, student = tmp_path / "teacher", tmp_path / "student"
     shape = ["--hidden-size", 16, "--depth", 1, "--num-heads", 2]
-    assert invoke("train-teacher", "--out", teacher, *size, *shape).stdout.strip() == str(teacher)
-    assert "--resume" in invoke("train-teacher", "--out", teacher, *size, *shape, code=2).stderr
+    assert run("train-teacher", "--out", teacher, *size, *shape).stdout.strip() == str(teacher)
+    assert "--resume" in run("train-teacher", "--out", teacher, *size, *shape, code=2).stderr
     run("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 4)
-    invoke("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 4, "--resume")
-    done = invoke("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 2, "--resume", code=2)
+    run("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 4, "--resume")
+    done = run("distill", "--teacher", teacher, "--out", student, *size, "--nfe", 2, "--resume", code=2)
     assert "other settings" in done.stderr
 
 
 @pytest.mark.torch
-def test_a_folder_of_pictures_and_an_autoencoder_from_the_command_line(tmp_path):
+def test_a_folder_of_pictures_and_an_autoencoder_from_the_command_line(tmp_path, caplog):
     pytest.importorskip("diffusers", reason="autoencoders need the 'diffusers' extra")
     from PIL import Image
 
@@ -293,11 +282,11 @@ def test_a_folder_of_pictures_and_an_autoencoder_from_the_command_line(tmp_path)
     short = ["--iterations", 2, "--batch-size", 4, "--out"]
     shape = ["--hidden-size", 16, "--depth", 1, "--num-heads", 2]
     done = run("train-teacher", *data, *shape, *short, tmp_path / "teacher")
-    assert "skipped 1 of 7 images" in done.stderr and "cats/broken.png: not an image" in done.stderr
+    assert "skipped 1 of 7 images" in caplog.text and "cats/broken.png: not an image" in caplog.text
     assert "encoding set" in done.stderr
     settings = json.loads((tmp_path / "teacher" / "checkpoint.json").read_text())["settings"]
     save_checkpoint(tmp_path / "student", make_student(latent=settings["latent"], in_channels=4))
-    invoke("export", tmp_path / "student", "--autoencoder", tmp_path / "vae", "--out", tmp_path / "bundle")
+    run("export", tmp_path / "student", "--autoencoder", tmp_path / "vae", "--out", tmp_path / "bundle")
     with Image.open(tmp_path / "bundle" / "preview.png") as image:
         assert image.width > image.height > 16
 
@@ -311,9 +300,11 @@ def test_a_size_that_makes_no_sense_exits_with_2(tmp_path, size):
 
 @pytest.mark.torch
 def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(tmp_path):
-    command = ["distill", "--out", tmp_path, "--iterations", 100, "--batch-size", 2]
+    command = ["distill", "--out", tmp_path, "--batch-size", 2, "--log-every", 1, "--iterations"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "piflow_edge.cli", *map(str, command)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "piflow_edge.cli", *map(str, command), "1000"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     log = tmp_path / "log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
@@ -323,16 +314,16 @@ def test_ctrl_c_keeps_what_was_trained_and_resume_goes_on(tmp_path):
     assert process.returncode == 130, stderr
     assert "--resume" in stderr and "Traceback" not in stderr
     stopped = json.loads((tmp_path / "checkpoint.json").read_text())["iteration"]
-    assert 50 <= stopped < 100
-    run(*command, "--resume")
-    assert json.loads((tmp_path / "checkpoint.json").read_text())["iteration"] == 100
+    assert 1 <= stopped < 1000
+    run(*command, stopped + 2, "--resume")
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["iteration"] == stopped + 2
 
 
 def test_an_unreadable_image_folder_exits_with_2(tmp_path):
     pytest.importorskip("torch", reason="training needs the 'train' extra")
     (tmp_path / "data" / "cats").mkdir(parents=True)
     (tmp_path / "data" / "cats" / "0.png").write_bytes(b"not an image")
-    done = invoke("train-teacher", "--data", tmp_path / "data", "--out", tmp_path / "out", code=2)
+    done = run("train-teacher", "--data", tmp_path / "data", "--out", tmp_path / "out", code=2)
     assert "more than half" in done.stderr and "cats/0.png: not an image" in done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.commands.test_cli import invoke
+from tests.commands.command_line import run
 
 pytestmark = pytest.mark.torch
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.torch
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return folder, invoke("demo", "--out", folder, "--iterations", 3, "--images", 200, "--json")
+    return folder, run("demo", "--out", folder, "--iterations", 3, "--images", 200, "--json")
 
 
 def test_it_scores_the_teacher_and_every_student(demo):
@@ -40,16 +40,16 @@ def test_the_report_stands_alone_with_its_pictures_beside_it(demo):
 def test_its_bundles_are_whole(demo):
     for nfe in (1, 2, 4):
         bundle = demo[0] / "bundles" / f"digits-nfe{nfe}"
-        assert json.loads(invoke("verify", bundle, "--json").stdout)["passed"]
+        assert json.loads(run("verify", bundle, "--json").stdout)["passed"]
         assert "UCI" in (bundle / "LICENSE").read_text()
 
 
 def test_the_same_command_goes_on_where_it_was(demo):
-    done = invoke("demo", "--out", demo[0], "--iterations", 3, "--images", 200, "--json")
+    done = run("demo", "--out", demo[0], "--iterations", 3, "--images", 200, "--json")
     before, after = (json.loads(text)["scores"] for text in (demo[1].stdout, done.stdout))
     for figure in ("fid", "diversity", "mse"):
         assert [s[figure] for s in before] == [s[figure] for s in after]
 
 
 def test_other_settings_in_the_same_folder_are_refused(demo):
-    assert "other settings" in invoke("demo", "--out", demo[0], "--seed", 4, code=2).stderr
+    assert "other settings" in run("demo", "--out", demo[0], "--seed", 4, code=2).stderr

@@ -32,6 +32,7 @@ from piflow_edge.distill.sources import teacher_from_checkpoint
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
 from piflow_edge.policies import GMPolicySpec
+from tests.commands.command_line import run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kills and forks processes")
 
@@ -415,7 +416,5 @@ def test_accelerate_launch_trains_on_two_processes_until_ctrl_c(tmp_path):
     stopped = load_checkpoint(out)
     assert len(log(out)) == stopped.iteration < 100
 
-    command = [sys.executable, "-m", "piflow_edge.cli", *command, "--resume"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.stdout == f"{out}\n", done.stderr
+    assert run(*command, "--resume").stdout == f"{out}\n"
     assert [line["iteration"] for line in log(out)] == list(range(1, 101))

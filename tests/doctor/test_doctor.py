@@ -14,7 +14,7 @@ from piflow_edge.doctor import package_findings
 from piflow_edge.doctor.findings import OK, PROBLEM, WARNING
 from piflow_edge.engines.ort import importing as ort_package
 from piflow_edge.kernels import cpu
-from tests.commands.test_cli import run
+from tests.commands.command_line import run
 
 
 def test_this_machine_is_well_and_torch_stays_out(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from piflow_edge.engines.ort import importing as ort_package
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import cuda, nvidia
 from piflow_edge.runtime.graphs import find_targets
-from tests.commands.test_cli import run
+from tests.commands.command_line import run
 from tests.helpers.protobuf import FLOAT, OPSET, message, model, node, outside
 
 no_gpu = pytest.mark.skipif(cuda.missing() is None, reason="there is a GPU")

@@ -21,7 +21,7 @@ from piflow_edge.evaluation.comparison import evaluate
 from piflow_edge.evaluation.contenders import Contender, find_common_guidance, images_of, unique_names
 from piflow_edge.evaluation.plan import choose_columns, share_groups
 from piflow_edge.system.sheets import at_most, image_grid, side_by_side
-from tests.commands.test_cli import invoke
+from tests.commands.command_line import run
 from tests.conftest import HAS_TORCH
 
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="students are made with the 'train' extra")
@@ -143,14 +143,12 @@ def shapes(tmp_path_factory):
     data = ("--data", folder / "shapes.npz")
     tiny = ("--iterations", 2, "--batch-size", 4)
     sizes = ("--hidden-size", 16, "--depth", 1, "--num-heads", 2)
-    invoke("train-teacher", *data, "--out", folder / "teacher", *tiny, *sizes)
+    run("train-teacher", *data, "--out", folder / "teacher", *tiny, *sizes)
     for name, nfe in (("student", "2"), ("both", "1,2")):
-        run = folder / f"run-{name}"
-        invoke("distill", *data, "--teacher", folder / "teacher", "--out", run, "--nfe", nfe, *tiny)
-        invoke("export", run, "--out", folder / name)
-    answer = invoke(
-        "train-features", *data, "--out", folder / "features.onnx", "--epochs", 2, "--json"
-    ).stdout
+        student = folder / f"run-{name}"
+        run("distill", *data, "--teacher", folder / "teacher", "--out", student, "--nfe", nfe, *tiny)
+        run("export", student, "--out", folder / name)
+    answer = run("train-features", *data, "--out", folder / "features.onnx", "--epochs", 2, "--json").stdout
     assert json.loads(answer)["images"] == {"train": 75, "held_out": 15}
     return folder
 
@@ -162,7 +160,7 @@ class TestOnOwnData:
 
     def test_colour_pictures_with_a_teacher(self, shapes, tmp_path):
         teacher = ("--teacher", shapes / "teacher", "--teacher-steps", 3)
-        done = invoke(
+        done = run(
             "evaluate", shapes / "student", *self.settings(shapes), *teacher, "--out", tmp_path, "--json"
         )
         answer = json.loads(done.stdout)
@@ -197,7 +195,7 @@ class TestOnOwnData:
             assert picture.mode == "RGB" and picture.height > 6 * 64  # real, four teachers, student
 
     def test_without_a_teacher_nothing_is_said_of_one(self, shapes, tmp_path):
-        done = invoke("evaluate", shapes / "student", *self.settings(shapes), "--out", tmp_path, "--json")
+        done = run("evaluate", shapes / "student", *self.settings(shapes), "--out", tmp_path, "--json")
         (score,) = json.loads(done.stdout)["scores"]
         beside = (
             "fid_ratio",
@@ -210,11 +208,11 @@ class TestOnOwnData:
         assert [score[name] for name in beside] == [None] * 6
         assert score["fid"] > 0 and json.loads(done.stdout)["conditions"]["guidance_scale"] is None
         assert "teacher" not in (tmp_path / "report.html").read_text().partition("<h2>Conditions")[0]
-        table = invoke("evaluate", shapes / "student", *self.settings(shapes)).stdout
+        table = run("evaluate", shapes / "student", *self.settings(shapes)).stdout
         assert "MSE" not in table and "×" not in table and "KID" in table
 
     def test_a_student_of_several_numbers_of_calls_is_scored_with_each(self, shapes, caplog):
-        done = invoke("evaluate", shapes / "both", shapes / "student", *self.settings(shapes), "--json")
+        done = run("evaluate", shapes / "both", shapes / "student", *self.settings(shapes), "--json")
         scores = json.loads(done.stdout)["scores"]
         assert [(score["name"], score["network_calls"]) for score in scores] == [
             ("both, 1 call", 1),
@@ -236,7 +234,7 @@ class TestOnOwnData:
         assert json.loads(done.stdout)["scores"][0]["name"] == "student"
 
     def test_features_are_asked_for(self, shapes):
-        done = invoke("evaluate", shapes / "student", "--data", shapes / "shapes.npz", code=2)
+        done = run("evaluate", shapes / "student", "--data", shapes / "shapes.npz", code=2)
         assert "train-features" in done.stderr and "--features" in done.stderr
 
     @pytest.mark.parametrize(
@@ -251,10 +249,10 @@ class TestOnOwnData:
     )
     def test_what_does_not_fit_is_refused(self, shapes, arguments, words):
         settings = [*self.settings(shapes), *arguments]  # of two, the last one holds
-        assert words in invoke("evaluate", shapes / "student", *settings, code=2).stderr
+        assert words in run("evaluate", shapes / "student", *settings, code=2).stderr
 
     def test_a_range_is_that_of_a_file(self, shapes):
-        assert "--value-range is that of" in invoke("evaluate", "--value-range", "0,1", code=2).stderr
+        assert "--value-range is that of" in run("evaluate", "--value-range", "0,1", code=2).stderr
         from piflow_edge.system.pixels import VALUE_RANGES
 
         (option,) = [o for o in main.commands["evaluate"].params if o.name == "value_range"]
@@ -265,7 +263,7 @@ class TestOnOwnData:
             arrays = dict(archive)
         arrays["images"] = arrays["images"].repeat(2, 1).repeat(2, 2)
         np.savez(tmp_path / "large.npz", **arrays)
-        done = invoke(
+        done = run(
             "evaluate", shapes / "student", *self.settings(shapes), "--data", tmp_path / "large.npz", code=2
         )
         assert "makes images (3, 8, 8); those of 'large' are (3, 16, 16)" in done.stderr
@@ -298,7 +296,7 @@ def test_any_teacher_that_distill_takes_is_scored(shapes, tmp_path, monkeypatch,
         transformer.save_pretrained(source)
     settings = ("--data", shapes / "shapes.npz", "--features", shapes / "features.onnx", "--images", 100)
     steps = ("--teacher", source, "--teacher-steps", 1, "--guidance", 1.5)
-    answer = json.loads(invoke("evaluate", *settings, *steps, "--json").stdout)
+    answer = json.loads(run("evaluate", *settings, *steps, "--json").stdout)
     names = [score["name"] for score in answer["scores"]]
     assert names == ["teacher, 1 step", "teacher, 2 steps", "teacher, 4 steps"]
     assert answer["conditions"]["guidance_scale"] == 1.5
@@ -313,17 +311,17 @@ def test_students_and_a_teacher_of_latents_are_compared_by_their_decoded_images(
     data = ("--data", tmp_path / "set.npz")
     sizes = ("--hidden-size", 16, "--depth", 1, "--num-heads", 2, "--iterations", 1, "--batch-size", 4)
     vae = ("--autoencoder", autoencoder_folder)
-    invoke("train-teacher", *data, *vae, *sizes, "--out", tmp_path / "teacher")
-    invoke("train-features", *data, "--out", tmp_path / "features.onnx", "--epochs", 1)
+    run("train-teacher", *data, *vae, *sizes, "--out", tmp_path / "teacher")
+    run("train-features", *data, "--out", tmp_path / "features.onnx", "--epochs", 1)
     compared = ("--features", tmp_path / "features.onnx", "--teacher", tmp_path / "teacher", "--images", 100)
     student = (*data, *compared, "--teacher-steps", 2)
-    done = invoke("evaluate", latent_bundle, *student, "--out", tmp_path / "report", "--json")
+    done = run("evaluate", latent_bundle, *student, "--out", tmp_path / "report", "--json")
     scores = json.loads(done.stdout)["scores"]
     assert len(scores) == 4 and scores[0]["mse"] == 0 and 0 < scores[-1]["mse"] < 4
     with Image.open(tmp_path / "report" / "teacher-2-steps.png") as picture:
         assert picture.size == (20 * 66 + 2, 66 + 2)
     # Nobody decodes for a teacher alone.
-    assert "for latents a student with its decoder" in invoke("evaluate", *student, code=2).stderr
+    assert "for latents a student with its decoder" in run("evaluate", *student, code=2).stderr
 
 
 @needs_torch

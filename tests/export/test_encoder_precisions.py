@@ -20,7 +20,7 @@ from piflow_edge.export.onnx_graphs.large import types
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.kernels.rollout import integrate
 from piflow_edge.runtime import verification
-from tests.commands.test_cli import invoke
+from tests.commands.command_line import run
 from tests.export.test_text_bundle import EXAMPLES, make_text_student
 from tests.helpers.text_encoders import tiny_text_encoder
 
@@ -121,7 +121,7 @@ def test_a_network_that_there_is_not_is_refused(tmp_path):
     with pytest.raises(BundleError, match="no network 'encoder'; it has student"):
         export_bundle(make_text_student(), tmp_path / "out", network_precisions={"encoder": "int8"})
     for wrong in ("encoder", "encoder=", "encoder=int9"):
-        done = invoke("export", "nowhere", "--network-precision", wrong, "--out", tmp_path / "out", code=2)
+        done = run("export", "nowhere", "--network-precision", wrong, "--out", tmp_path / "out", code=2)
         assert "int8" in done.output
 
 

@@ -19,7 +19,7 @@ from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.runtime.verification import verify
 from piflow_edge.system.files import sha256
 from tests.bundle.test_bundle import edit
-from tests.commands.test_cli import run
+from tests.commands.command_line import run
 from tests.conftest import make_student
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-qdq")

@@ -26,7 +26,7 @@ from piflow_edge.errors import MissingExtraError
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import GMPolicySpec
 from piflow_edge.runtime.verification import PROMPTS, read_golden, relative_error
-from tests.commands.test_cli import invoke
+from tests.commands.command_line import run
 from tests.helpers.text_encoders import _CORPUS, nasty_prompts
 
 pytestmark = pytest.mark.torch
@@ -93,8 +93,8 @@ def test_a_prompt_becomes_the_picture_that_pytorch_draws(bundle, tmp_path):
         tolerance = generator.bundle.manifest.tolerances["fp32"]
     # Its encoder has eight bits: what that is off by goes through an untrained network, not past it.
     assert relative_error(found, golden["latents"]) <= tolerance.encodings
-    invoke("sample", bundle, "--prompt", "a red apple", "--seed", 7, "--out", tmp_path / "a.png")
-    invoke("sample", bundle, "--like", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    run("sample", bundle, "--prompt", "a red apple", "--seed", 7, "--out", tmp_path / "a.png")
+    run("sample", bundle, "--like", tmp_path / "a.png", "--out", tmp_path / "b.png")
     recipes = [pf.read_recipe(tmp_path / name) for name in ("a.png", "b.png")]
     assert recipes[0].conditioning == recipes[1].conditioning == [{"prompt": "a red apple"}]
 

@@ -30,7 +30,7 @@ from piflow_edge.errors import BundleError, ConditioningError, DataError, UsageE
 from piflow_edge.export.onnx_graphs.teacher_graph import export_teacher
 from piflow_edge.export.to_bundle import export_bundle
 from piflow_edge.policies import GMPolicySpec
-from tests.commands.test_cli import invoke
+from tests.commands.command_line import run
 from tests.helpers.text_encoders import tiny_text_encoder
 
 pytestmark = pytest.mark.torch
@@ -111,7 +111,7 @@ def test_a_sampler_graph_takes_encodings_in_triton_too(folder, tmp_path):
 def test_the_timed_example_is_a_prompt_and_a_bundle_shows_some(folder):
     with pf.load(folder) as generator:
         assert build_example(generator.conditioner, 2) == {"prompt": list(EXAMPLES[:2])}
-    shown = invoke("inspect", folder).output
+    shown = run("inspect", folder).output
     assert "'a red apple', 'a cat with a hat'" in shown
 
 
@@ -135,7 +135,7 @@ def test_evaluate_reads_captions_with_the_bundles_own_encoder(folder, tmp_path):
     _, beside = train_prompt_features(data, tmp_path / "pair.onnx", epochs=1)
     pair = ("--features", tmp_path / "pair.onnx", "--prompt-features", tmp_path / "pair.onnx", beside)
     settings = ("--data", tmp_path / "data.npz", "--no-teacher", "--images", 100, "--json")
-    answer = json.loads(invoke("evaluate", folder, *settings, *pair).stdout)
+    answer = json.loads(run("evaluate", folder, *settings, *pair).stdout)
     (score,) = answer["scores"]
     assert 0 <= score["prompt_accuracy"] <= 1 and -1 <= score["prompt_similarity"] <= 1
     assert len(score["class_diversity"]) == 25 and set(score["class_diversity"]) <= set(captions.tolist())
@@ -160,7 +160,7 @@ def test_many_images_of_prompts_are_those_of_a_call(folder, tmp_path):
         "--out",
         out,
     )
-    invoke("generate", folder, *asked)
+    run("generate", folder, *asked)
     with pf.load(folder) as generator:
         expected = generator(prompts, count=2, seed=3, output="numpy").images
     found = [entry for shard in sorted(out.glob("*.tar")) for entry in list_pictures(shard)]

@@ -322,11 +322,9 @@ def test_nvrtc_compiles_every_storage(arch):
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_keeps_the_mixtures_students_have_in_registers(arch, tmp_path):
-    for (K, C), pixels in [
-        *((mixture, 64 * 64) for mixture in MIXTURES[:3]),
-        ((32, 4), 32 * 32),
-        ((8, 16), 32 * 32),
-    ]:
+    # Which loops are unrolled hardly depends on the GPU: one is given all, the others what is hardest, each of seconds.
+    published = [(mixture, 64 * 64) for mixture in MIXTURES[:3]] + [((32, 4), 32 * 32)]
+    for (K, C), pixels in [*(published if arch == ARCHS[0] else []), ((8, 16), 32 * 32)]:
         plan = cuda.gm_plan(K, C, pixels, 99 << 10)
         defines = [f"-D{define}" for define in plan.defines(K, C)]
         flags = [*nvidia.OPTIONS, "-Werror", "all-warnings", f"-arch={arch}", "-cubin", "-Xptxas", "-v"]

@@ -13,7 +13,7 @@ from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, EngineError
 from piflow_edge.runtime.residence.opening import open_networks
 from piflow_edge.runtime.residence.turns import Turns
-from tests.commands.test_cli import invoke
+from tests.commands.command_line import run
 
 ONE = pf.EngineOptions(keep="one")
 
@@ -95,9 +95,9 @@ def test_sample_keeps_one_network_and_says_which_it_opens(tmp_path):
 
     shown = []
     with images._listening(shown.append):
-        invoke("sample", "digits", "--labels", "3", "--keep", "one", "--out", tmp_path / "one.png")
+        run("sample", "digits", "--labels", "3", "--keep", "one", "--out", tmp_path / "one.png")
     assert shown[0] == "opening the student"
-    invoke("sample", "digits", "--labels", "3", "--out", tmp_path / "all.png")
+    run("sample", "digits", "--labels", "3", "--out", tmp_path / "all.png")
     one, every = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("one", "all"))
     np.testing.assert_array_equal(one, every)
 
