@@ -87,7 +87,7 @@ $(RUNTIME)/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv $(RUNTIME)
 	@rm -rf build .wheel
 	$(PIP) wheel -q --no-deps --no-build-isolation -w .wheel .
-	set -- .wheel/*.whl; $(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q "$$1[cpu]"
+	set -- .wheel/*.whl; $(RUNTIME)/bin/python -m pip --disable-pip-version-check install -q "$$1[cpu]" "pyinstaller>=6.10"
 	@touch $@
 
 # The JavaScript package, compiled into what is committed. Without Node.js its tests are left out.

@@ -307,7 +307,7 @@ def open_engine(
 def _fastest(graph: Graph, device: str | None, options: EngineOptions) -> Engine:
     passed_over: dict[str, str] = {}
     for name in _find_suited(device):
-        opener = _backend(name).opener(graph, _device(name, device), options)
+        opener = _opener(name, graph, _device(name, device), options)
         if isinstance(opener, str):
             passed_over[name] = opener.removeprefix(f"engine {name!r} ")
         else:
@@ -357,6 +357,21 @@ def _device(engine: str, device: str | None) -> str:
     return device or devices[0]
 
 
+def _opener(name: str, graph: Graph, device: str, options: EngineOptions) -> Callable[[], Engine] | str:
+    try:
+        backend = _backend(name)
+    except EngineError as error:  # this program was packed without it
+        return str(error)
+    return backend.opener(graph, device, options)
+
+
 def _backend(name: str) -> type:
     module, _, class_name = ENGINES[name][0].partition(":")
-    return getattr(import_module(module), class_name)
+    try:
+        return getattr(import_module(module), class_name)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("piflow_edge."):
+            raise
+        raise EngineError(
+            f"engine {name!r} is not part of this program, which was packed without {error.name}"
+        ) from error

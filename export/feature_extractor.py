@@ -26,18 +26,20 @@ from piflow_edge.system.pixels import DESCRIPTION_KEY, RANGE_KEY, round_to_bytes
 _TOLERANCE = 1e-4
 
 
-def train_features(data: ImageData, path: Path, *, epochs: int = 40, seed: int = 0) -> TrainedClassifier:
+def train_features(
+    data: ImageData, path: Path, *, iterations: int | None = None, seed: int = 0
+) -> TrainedClassifier:
     """Train a classifier on `data` and write its features to `path`, an .onnx file for `open_features`.
 
     Args:
         data: images of two classes or more.
         path: the file; its folder is made.
-        epochs, seed: see `train_classifier`.
+        iterations, seed: see `train_classifier`.
 
     Raises:
         DataError, CheckFailedError: see `train_classifier`; the file does not give the classifier's features.
     """
-    trained = train_classifier(data, epochs=epochs, seed=seed)
+    trained = train_classifier(data, iterations=iterations, seed=seed)
     held_out = trained.accuracy["held_out"]
     description = (
         f"{trained.classifier.hidden.out_features} features of a small classifier of {data.name!r} "
@@ -48,14 +50,14 @@ def train_features(data: ImageData, path: Path, *, epochs: int = 40, seed: int =
 
 
 def train_prompt_features(
-    data: CaptionedData, path: Path, *, epochs: int = 40, seed: int = 0
+    data: CaptionedData, path: Path, *, iterations: int | None = None, seed: int = 0
 ) -> tuple[TrainedPair, Path]:
     """Train a pair on images and captions, and write it as two .onnx files for `PromptFeatures`.
 
     Args:
         data: images steered by their captions.
         path: the file of the images' side, whose features `open_features` takes too; its folder is made.
-        epochs, seed: see `train_prompt_pair`.
+        iterations, seed: see `train_prompt_pair`.
 
     Returns:
         The pair, and the file of the prompts' side, beside `path`.
@@ -63,7 +65,7 @@ def train_prompt_features(
     Raises:
         DataError, CheckFailedError: see `train_prompt_pair`; a file does not give the pair's vectors.
     """
-    pair = train_prompt_pair(data, epochs=epochs, seed=seed)
+    pair = train_prompt_pair(data, iterations=iterations, seed=seed)
     description = (
         f"{pair.classifier.hidden.out_features} features of a small network that finds a held-out image's caption of "
         f"{data.name!r} among 99 others in {pair.accuracy['held_out']:.0%}"

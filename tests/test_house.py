@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "conditioning": ("method", "system"),
     "engines": ("kernels", "system"),
     "kernels": ("method", "system"),
+    "frozen": (*RUNTIME_AND_BELOW, "kernels"),
     "system": (),
     "method": (),
     "errors": (),

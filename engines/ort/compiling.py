@@ -6,6 +6,7 @@ from pathlib import Path
 
 from piflow_edge.engines import EngineOptions, Graph
 from piflow_edge.engines.ort import cuda_sessions as ort_cuda
+from piflow_edge.engines.ort.messages import plain_reason
 from piflow_edge.engines.ort.sessions import give_weights
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
@@ -93,7 +94,7 @@ def compile_graph(
         else:  # onnxruntime before 1.23
             data = _compile_by_session(module, backend.provider, settings, graph, options)
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
-        raise EngineError(f"{backend.provider} cannot build the engine: {error}") from error
+        raise EngineError(f"{backend.provider} cannot build the engine: {plain_reason(error)}") from error
     if b"EPContext" not in data:
         raise EngineError(f"{backend.provider} took no part of the graph; use another engine")
     return data

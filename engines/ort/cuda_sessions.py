@@ -13,6 +13,7 @@ import numpy as np
 
 from piflow_edge.engines import Engine, EngineOptions, Graph, padding, placement
 from piflow_edge.engines.building import engine_cache
+from piflow_edge.engines.ort.messages import plain_reason
 from piflow_edge.engines.ort.recorded_calls import (
     PROVIDER_OPTION,
     RecordedCalls,
@@ -145,7 +146,7 @@ class OrtCUDA(OrtEngine):
                     self._recorded.remember(arrays, made)
                 return made
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
-            raise EngineError(f"the network call failed in onnxruntime: {error}") from error
+            raise EngineError(f"the network call failed in onnxruntime: {plain_reason(error)}") from error
 
     def close(self) -> None:
         """Free the network's memory, once calls that are under way have ended."""

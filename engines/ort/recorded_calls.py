@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from piflow_edge.engines.ort.messages import plain_reason
 from piflow_edge.kernels import gpu_arrays, nvidia
 from piflow_edge.kernels.device_arrays import DeviceView
 from piflow_edge.kernels.gpu_arrays import DeviceArray, Place
@@ -93,7 +94,7 @@ class RecordedCalls:
                 session.run_with_iobinding(call.binding, call.options)
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             self._is_possible = False
-            warn_once(self._engine, str(error).strip())
+            warn_once(self._engine, plain_reason(error))
             return None
         made = {
             name: gpu_arrays.empty(a.shape, dtype=a.dtype, device=self._place)

@@ -10,6 +10,7 @@ from typing import Any
 
 from piflow_edge.engines import Choice, Engine, EngineOptions, Graph, placement
 from piflow_edge.engines.ort import importing as ort_package
+from piflow_edge.engines.ort.messages import plain_reason
 from piflow_edge.errors import EngineError, MissingExtraError, PiFlowError
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ class OrtEngine:
             message = f"onnxruntime {ort.__version__} cannot open the network"
             if self.provider != _CPU_PROVIDER:
                 message += f" with {self.provider}. It {self._wants()}. It says"
-            raise EngineError(f"{message}: {str(error).strip()}") from error
+            raise EngineError(f"{message}: {plain_reason(error)}") from error
 
     def _wants(self) -> str:
         return f"needs {self.needs}; get the libraries with: pip install {self.package}{self._also()}"
@@ -191,7 +192,7 @@ class OrtEngine:
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise EngineError(
                 f"engine {self.name!r} cannot run this network: the first call failed in onnxruntime "
-                f"{ort.__version__}: {error}"
+                f"{ort.__version__}: {plain_reason(error)}"
             ) from error
         ours, total = counts[self.provider], sum(counts.values())
         if total and not ours:
@@ -218,7 +219,7 @@ class OrtEngine:
                 values = session.run(self._outputs, inputs, self._run_options)
                 return dict(zip(self._outputs, values, strict=True))
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
-            raise EngineError(f"the network call failed in onnxruntime: {error}") from error
+            raise EngineError(f"the network call failed in onnxruntime: {plain_reason(error)}") from error
 
     def close(self) -> None:
         """Free the network's memory, once calls that are under way have ended."""

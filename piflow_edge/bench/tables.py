@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections.abc import Mapping
 
 from .comparison_of_runs import Comparison
 from .rows import Benchmark
@@ -62,10 +63,7 @@ def conditions_text(benchmark: Benchmark) -> str:
         lines.append(
             f"a teacher's call: {samples} sample{'s' * (samples > 1)} per image, in one run of the network"
         )
-    lines += [
-        f"left out: {one['model']} in {one['engine']}, {one['precision']}: {one['why']}"
-        for one in benchmark.left_out
-    ]
+    lines += _left_out_lines(benchmark)
     return "\n".join(lines)
 
 
@@ -123,6 +121,19 @@ def comparison_text(comparison: Comparison) -> str:
     lines += [f"only in the old run: {key}" for key in comparison.only_old]
     lines += [f"only in the new run: {key}" for key in comparison.only_new]
     return "\n".join(lines)
+
+
+def _left_out_lines(benchmark: Benchmark) -> list[str]:
+    """What could not be measured, one line for each reason."""
+    alike: dict[str, list[Mapping[str, str]]] = {}
+    for one in benchmark.left_out:
+        alike.setdefault(one["why"], []).append(one)
+    lines = []
+    for why, those in alike.items():
+        kinds = ("model", "engine", "precision")
+        models, engines, precisions = (", ".join(dict.fromkeys(one[kind] for one in those)) for kind in kinds)
+        lines.append(f"left out: {models} in {engines}, {precisions}: {why}")
+    return lines
 
 
 def _stages(benchmark: Benchmark) -> list[str]:

@@ -60,7 +60,9 @@ def find_bundle(bundle: str | os.PathLike[str]) -> Path:
 
 
 def _shipped_bundle(name: str) -> Path:
-    return Path(__file__).parents[1] / "assets" / name
+    from importlib.resources import files  # slow to import
+
+    return Path(str(files("piflow_edge") / "assets" / name))
 
 
 @dataclass(frozen=True)

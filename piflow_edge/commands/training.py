@@ -202,10 +202,14 @@ def distill(
 )
 @TEXT_ENCODER
 @MAX_TOKENS
-@click.option("--epochs", type=click.IntRange(min=1), default=40, help="Passes over the images.")
+@click.option(
+    "--iterations",
+    type=click.IntRange(min=1),
+    help="Training steps; else as many as 40 passes over the images take.",
+)
 @SEED
 @JSON
-def train_features(data, size, out, encoders, max_tokens, epochs, seed, as_json):
+def train_features(data, size, out, encoders, max_tokens, iterations, seed, as_json):
     """Train a small classifier on your images, whose features `evaluate` can compare them in.
 
     With --text-encoder, that of the students, images learn to be told apart by their captions: a second file beside
@@ -215,7 +219,7 @@ def train_features(data, size, out, encoders, max_tokens, epochs, seed, as_json)
     \b
     Example:
       piflow-edge train-features --data images.npz --out features.onnx
-      piflow-edge train-features --data captioned.npz --text-encoder minilm --epochs 200 --out emoji.onnx
+      piflow-edge train-features --data captioned.npz --text-encoder minilm --iterations 2000 --out emoji.onnx
     """
     from piflow_edge.distill.data.datasets import load_images
     from piflow_edge.export.feature_extractor import train_features, train_prompt_features
@@ -229,11 +233,14 @@ def train_features(data, size, out, encoders, max_tokens, epochs, seed, as_json)
         from piflow_edge.distill.captioned import caption_for_training
 
         trained, beside = train_prompt_features(
-            caption_for_training(images, encoders, max_tokens=max_tokens), out, epochs=epochs, seed=seed
+            caption_for_training(images, encoders, max_tokens=max_tokens),
+            out,
+            iterations=iterations,
+            seed=seed,
         )
         files.append(beside)
     else:
-        trained = train_features(images, out, epochs=epochs, seed=seed)
+        trained = train_features(images, out, iterations=iterations, seed=seed)
     if as_json:
         names = {"file": str(out), "prompts_file": str(files[1])} if encoders else {"file": str(out)}
         emit({**names, "accuracy": trained.accuracy, "images": trained.images})

@@ -18,6 +18,7 @@ from piflow_edge.bundle.folder import demo_bundle
 from piflow_edge.engines import placement
 from piflow_edge.engines.ort import importing as ort_package
 from piflow_edge.engines.ort import sessions as ort
+from piflow_edge.engines.ort.messages import plain_reason
 from piflow_edge.errors import BundleError, EngineError, MissingExtraError, PiFlowError
 from piflow_edge.policies import POLICIES, PolicySpec
 from piflow_edge.runtime.drawing.acceleration import integrate, isas, missing
@@ -153,7 +154,7 @@ def _provider_finding(onnxruntime, name: str) -> Finding:
             runs = loaded and counted(session)[name] > 0
         works = loaded and session.run(None, {"x": x})[0] == x
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
-        works, reason = False, str(error)
+        works, reason = False, plain_reason(error)
     else:
         reason = "it gave another result" if loaded else "its libraries were not found"
     if works:

@@ -143,6 +143,28 @@ class TestTeacher:
         assert warp(0.5, 2.0) != 0.5  # the shift matters in this comparison
 
 
+def test_what_was_left_out_is_one_line_for_each_reason():
+    from piflow_edge.bench.rows import Benchmark
+    from piflow_edge.bench.tables import conditions_text
+
+    there = {"load": 0.5, "power": {}}
+    conditions = {
+        "cpu": "a processor", "cores": 2, "system": "Linux", "versions": {}, "before": there, "after": there,
+        "rounds": 3, "warmup": 1, "timed": "calls", "cold_starts": 0, "teacher": None,
+    }  # fmt: skip
+    left_out = [
+        {"model": model, "engine": engine, "precision": precision, "why": why}
+        for model in ("gm", "dx")
+        for engine, why in (("ort-cuda", "no GPU"), ("tensorrt", "no GPU"), ("coreml", "not a Mac"))
+        for precision in ("fp32", "int8")
+    ]
+    lines = conditions_text(Benchmark([], [], conditions, left_out)).splitlines()
+    assert [line for line in lines if line.startswith("left out")] == [
+        "left out: gm, dx in ort-cuda, tensorrt, fp32, int8: no GPU",
+        "left out: gm, dx in coreml, fp32, int8: not a Mac",
+    ]
+
+
 def test_names_may_hold_commas(tmp_path):
     from piflow_edge.bench.quality_plot import read_quality
 

@@ -148,7 +148,9 @@ def shapes(tmp_path_factory):
         student = folder / f"run-{name}"
         run("distill", *data, "--teacher", folder / "teacher", "--out", student, "--nfe", nfe, *tiny)
         run("export", student, "--out", folder / name)
-    answer = run("train-features", *data, "--out", folder / "features.onnx", "--epochs", 2, "--json").stdout
+    answer = run(
+        "train-features", *data, "--out", folder / "features.onnx", "--iterations", 2, "--json"
+    ).stdout
     assert json.loads(answer)["images"] == {"train": 75, "held_out": 15}
     return folder
 
@@ -312,7 +314,7 @@ def test_students_and_a_teacher_of_latents_are_compared_by_their_decoded_images(
     sizes = ("--hidden-size", 16, "--depth", 1, "--num-heads", 2, "--iterations", 1, "--batch-size", 4)
     vae = ("--autoencoder", autoencoder_folder)
     run("train-teacher", *data, *vae, *sizes, "--out", tmp_path / "teacher")
-    run("train-features", *data, "--out", tmp_path / "features.onnx", "--epochs", 1)
+    run("train-features", *data, "--out", tmp_path / "features.onnx", "--iterations", 1)
     compared = ("--features", tmp_path / "features.onnx", "--teacher", tmp_path / "teacher", "--images", 100)
     student = (*data, *compared, "--teacher-steps", 2)
     done = run("evaluate", latent_bundle, *student, "--out", tmp_path / "report", "--json")

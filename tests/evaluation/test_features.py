@@ -237,7 +237,7 @@ class TestTrained:
         from piflow_edge.export.feature_extractor import train_features
 
         path = tmp_path / "new" / "reds.onnx"
-        trained = train_features(reds, path, epochs=20)
+        trained = train_features(reds, path, iterations=40)
         assert trained.images == {"train": 100, "held_out": 20}
         assert trained.accuracy["held_out"] > 0.9  # 0.5 by chance
         features = open_features(str(path))
@@ -250,7 +250,7 @@ class TestTrained:
         from piflow_edge.export.feature_extractor import train_features
 
         for name in ("a.onnx", "b.onnx"):
-            train_features(reds, tmp_path / name, epochs=1)
+            train_features(reds, tmp_path / name, iterations=2)
         assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
 
     def test_data_that_a_classifier_cannot_learn_from_are_refused(self, reds, tmp_path):

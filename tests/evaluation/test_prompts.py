@@ -218,7 +218,7 @@ def test_a_pair_that_is_trained_on_captions_finds_those_of_held_out_images(tmp_p
     pooled = directions @ random.standard_normal((2, 8)).astype(np.float32)
     reads = Arrays((TensorSpec("pooled", "float32", ("batch", 8)),))
     data = CaptionedData("directions", images, reads, {"pooled": pooled}, None, captions)
-    trained, file = train_prompt_features(data, tmp_path / "pair.onnx", epochs=60)
+    trained, file = train_prompt_features(data, tmp_path / "pair.onnx", iterations=60)
     # Near directions are hard to tell apart: 100 prompts are 4 degrees apart.
     assert trained.accuracy["held_out"] > 0.3
     judge = PromptFeatures(tmp_path / "pair.onnx", file)

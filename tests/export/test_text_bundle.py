@@ -132,7 +132,7 @@ def test_evaluate_reads_captions_with_the_bundles_own_encoder(folder, tmp_path):
     np.savez(tmp_path / "data.npz", images=images, captions=captions, labels=np.arange(200) % 2)
     prompts = open_prompts([tiny_text_encoder("bert")], examples=EXAMPLES)
     data = encode_captions(load_images(str(tmp_path / "data.npz")), prompts, "tiny")
-    _, beside = train_prompt_features(data, tmp_path / "pair.onnx", epochs=1)
+    _, beside = train_prompt_features(data, tmp_path / "pair.onnx", iterations=3)
     pair = ("--features", tmp_path / "pair.onnx", "--prompt-features", tmp_path / "pair.onnx", beside)
     settings = ("--data", tmp_path / "data.npz", "--no-teacher", "--images", 100, "--json")
     answer = json.loads(run("evaluate", folder, *settings, *pair).stdout)

@@ -68,7 +68,12 @@ class TrainedClassifier:
 
 
 def train_classifier(
-    data: ImageData, *, epochs: int = 40, seed: int = 0, width: int = 64, held_out: int | None = None
+    data: ImageData,
+    *,
+    iterations: int | None = None,
+    seed: int = 0,
+    width: int = 64,
+    held_out: int | None = None,
 ) -> TrainedClassifier:
     """Train a classifier on a set of images, shifted by up to an eighth of their side.
 
@@ -77,7 +82,7 @@ def train_classifier(
 
     Args:
         data: images of two classes or more.
-        epochs: passes over the images.
+        iterations: training steps; None is as many as 40 passes over the images take.
         seed: of everything random.
         width: number of features.
         held_out: images kept back, only for the accuracy that is reported; None is a sixth.
@@ -107,7 +112,7 @@ def train_classifier(
         shifted = shift_images(load_pixels(data, picked, size), background, reach, random)
         return F.cross_entropy(classifier(shifted), labels[picked])
 
-    steps = epochs * max(1, len(train) // _BATCH_SIZE)
+    steps = iterations or count_iterations(len(train), _BATCH_SIZE)
     minimise(loss_of, classifier.parameters(), "classifier", steps, learning_rate=2e-3, seed=seed)
     classifier.eval().requires_grad_(False)
 
@@ -117,6 +122,11 @@ def train_classifier(
         {name: _measure_accuracy(classifier, data, labels, part, size) for name, part in parts.items()},
         {name: len(part) for name, part in parts.items()},
     )
+
+
+def count_iterations(images: int, batch_size: int) -> int:
+    """Return how many training steps 40 passes over some images take."""
+    return 40 * max(1, images // batch_size)
 
 
 def minimise(

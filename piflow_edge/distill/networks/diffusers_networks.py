@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piflow_edge.distill.official.hub import check_there, explain_failure, find_local
+from piflow_edge.distill.official.hub import check_on_hub, check_there, explain_failure, find_local
 from piflow_edge.errors import CheckpointError, MissingExtraError, ShapeError
 
 from .flow_network import Convention, FlowNetwork
@@ -266,6 +266,7 @@ def load_diffusers(
         if find_local(source) is not None:
             raise
         raise MissingExtraError(f"there is nothing at {source} here; if it is on the hub: {error}") from error
+    check_on_hub(source, "a transformer of diffusers")
     folder = Path(source)
     inside = {"subfolder": "transformer"} if (folder / "transformer").is_dir() else {}
     try:

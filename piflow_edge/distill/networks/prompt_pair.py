@@ -16,7 +16,15 @@ from piflow_edge.distill.data.image_data import CaptionedData
 from piflow_edge.distill.loop.randomness import IterationRandom
 from piflow_edge.errors import DataError
 
-from .classifier import LARGEST, SmallClassifier, find_background, load_pixels, minimise, shift_images
+from .classifier import (
+    LARGEST,
+    SmallClassifier,
+    count_iterations,
+    find_background,
+    load_pixels,
+    minimise,
+    shift_images,
+)
 
 # Images of a batch, each with its caption: an image's own is to be told from all others.
 _BATCH_SIZE = 128
@@ -54,7 +62,7 @@ class TrainedPair:
 
 
 def train_prompt_pair(
-    data: CaptionedData, *, epochs: int = 40, seed: int = 0, width: int = 64
+    data: CaptionedData, *, iterations: int | None = None, seed: int = 0, width: int = 64
 ) -> TrainedPair:
     """Train both sides on images and captions, of which an image has another one each time.
 
@@ -62,7 +70,7 @@ def train_prompt_pair(
 
     Args:
         data: images steered by their captions, a pooled vector among what steers.
-        epochs: passes over the images.
+        iterations: training steps; None is as many as 40 passes over the images take.
         seed: of everything random.
         width: number of features.
 
@@ -85,7 +93,8 @@ def train_prompt_pair(
     pooled = data.arrays[pooled_input]
     classifier = SmallClassifier(data.shape[0], size, 2, width)
     head = PromptHead(pooled.shape[1], width)
-    _train(classifier, head, data, pooled_input, train, epochs * max(1, len(train) // _BATCH_SIZE), seed)
+    steps = iterations or count_iterations(len(train), _BATCH_SIZE)
+    _train(classifier, head, data, pooled_input, train, steps, seed)
     for network in (classifier, head):
         network.eval().requires_grad_(False)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec, TextEncoderSpec, TextPrompts
-from piflow_edge.distill.official.hub import check_there, explain_failure
+from piflow_edge.distill.official.hub import check_on_hub, check_there, explain_failure
 from piflow_edge.errors import CheckpointError, MissingExtraError
 
 # Longest prompt where neither the caller nor the model says less.
@@ -168,6 +168,8 @@ def load_text_encoder(
     check_there(str(source), may_be_bare=True)
     transformers = _transformers()
     _check_sentencepiece(Path(tokenizer or source))
+    for place in dict.fromkeys((source, tokenizer or source)):
+        check_on_hub(str(place), "a text encoder")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         family = FAMILIES.get(config.model_type)

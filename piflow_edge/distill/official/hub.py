@@ -4,10 +4,14 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from piflow_edge.errors import CheckpointError, MissingExtraError
 
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<subfolder>[\w-][\w./-]*))?", re.ASCII)
+
+# How long the hub may take to say whether it has a repository.
+_PATIENCE_S = 10
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,6 @@ def parse_hub_id(text: str) -> HubPlace | None:
     if found is None or ".." in text:
         return None
     return HubPlace(found["repo"], (found["subfolder"] or "").strip("/"))
-
-
-def is_hub_id(text: str) -> bool:
-    """Return True if `text` means a place on the hub: it looks like one, and nothing here is called so."""
-    return parse_hub_id(text) is not None and find_local(text) is None
 
 
 def find_local(text: str) -> Path | None:
@@ -66,6 +65,30 @@ def absence_error(text: str) -> CheckpointError:
         f"there is nothing at {text}{_name_neighbours(Path(text))}; give a path, FOLDER:subfolder, or a hub id such as "
         "Lakonik/pi-FLUX.1:gmflux_k8_piid_4step"
     )
+
+
+def check_on_hub(text: str, what: str) -> None:
+    """Refuse what is neither here, nor downloaded already, nor to be had from the hub now.
+
+    Libraries that load from the hub try for half a minute when it does not answer. This asks it once.
+
+    Args:
+        text: a path or a hub id.
+        what: what is looked for there, for the error.
+
+    Raises:
+        CheckpointError: the hub has no such repository, or it cannot be reached.
+        MissingExtraError: it is not here, and `huggingface_hub` is not installed.
+    """
+    if find_local(text) is not None:
+        return
+    place = parse_hub_id(text)
+    repo = place.repo if place else text
+    hub = _import_hub(text)
+    try:
+        _ask(hub, repo)
+    except Exception as error:  # the hub raises many kinds
+        raise explain_failure(text, what, error) from error
 
 
 def _name_neighbours(path: Path, most: int = 5) -> str:
@@ -107,16 +130,12 @@ def find_files(text: str, patterns: tuple[str, ...] = ("*",)) -> Path:
 
 
 def _download(place: HubPlace, patterns: tuple[str, ...]) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{place} is on the hub, which needs 'huggingface_hub'; get it with: pip install 'piflow-edge[diffusers]'"
-        ) from error
+    hub = _import_hub(str(place))
     inside = f"{place.subfolder}/" if place.subfolder else ""
     try:
+        _ask(hub, place.repo)
         folder = Path(
-            snapshot_download(place.repo, allow_patterns=[inside + pattern for pattern in patterns])
+            hub.snapshot_download(place.repo, allow_patterns=[inside + pattern for pattern in patterns])
         )
     except Exception as error:  # the hub raises many kinds
         wanted = f"'hf download {place.repo} --include \"{inside}*\" --local-dir FOLDER'"
@@ -127,6 +146,24 @@ def _download(place: HubPlace, patterns: tuple[str, ...]) -> Path:
     if not (folder / place.subfolder).exists():
         raise CheckpointError(f"the hub's {place.repo} has no folder {place.subfolder!r}")
     return folder / place.subfolder
+
+
+def _ask(hub: Any, repo: str) -> None:
+    """Raise the hub's own error for a repository that neither was downloaded before nor is to be had now."""
+    try:
+        hub.snapshot_download(repo, local_files_only=True)
+    except Exception:  # of many kinds: it was never downloaded
+        hub.HfApi().model_info(repo, timeout=_PATIENCE_S)
+
+
+def _import_hub(text: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{text} is on the hub, which needs 'huggingface_hub'; get it with: pip install 'piflow-edge[diffusers]'"
+        ) from error
+    return huggingface_hub
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from piflow_edge.distill.official.hub import HubPlace, find_files, is_hub_id, parse_hub_id
+from piflow_edge.distill.official.hub import HubPlace, check_on_hub, find_files, parse_hub_id
 from piflow_edge.distill.official.published import STUDENTS, find_published
 from piflow_edge.distill.sources import load_student
 from piflow_edge.errors import CheckpointError
@@ -33,7 +33,10 @@ def test_what_is_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "repo" / "inside").mkdir(parents=True)
     assert find_files("org/repo:inside").samefile(tmp_path / "org" / "repo" / "inside")
-    assert not is_hub_id("org/repo:inside") and is_hub_id("org/other:inside")
+    monkeypatch.setattr(
+        "piflow_edge.distill.official.hub._import_hub", lambda *a: pytest.fail("asked the hub")
+    )
+    check_on_hub("org/repo:inside", "a network")
     with pytest.raises(CheckpointError, match=r"nothing at nowhere; .*FOLDER:subfolder"):
         find_files("nowhere")
 
@@ -47,6 +50,33 @@ def test_without_a_connection_the_way_to_fetch_it_elsewhere_is_told(tmp_path, mo
         CheckpointError, match=r"hf download Lakonik/pi-Flow-ImageNet --include \"gmdit.*give FOLDER/gmdit"
     ):
         load_student("Lakonik/pi-Flow-ImageNet:gmdit_k32_imagenet_piid_1step")
+
+
+@pytest.mark.parametrize("downloaded", [True, False])
+def test_the_hub_is_asked_once_and_only_for_what_was_not_downloaded(monkeypatch, downloaded):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def find(repo, local_files_only):
+        assert local_files_only
+        if not downloaded:
+            raise FileNotFoundError(repo)
+
+    def answer(self, repo, timeout):
+        asked.append((repo, timeout))
+        raise ConnectionError("no route to the hub\nand much more")
+
+    monkeypatch.setattr(hub, "snapshot_download", find)
+    monkeypatch.setattr(hub.HfApi, "model_info", answer)
+    if downloaded:
+        check_on_hub("org/encoder", "a text encoder")
+        assert not asked
+    else:
+        with pytest.raises(
+            CheckpointError, match=r"does not give a text encoder of that name: no route to the hub$"
+        ):
+            check_on_hub("org/encoder", "a text encoder")
+        assert asked == [("org/encoder", 10)]
 
 
 def test_the_published_students_are_known_by_hub_id_and_by_folder(tmp_path):
