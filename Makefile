@@ -34,7 +34,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo test lint clean benchmarks docs web
 
 demo: $(VENV)/.installed
-	$(BIN)/piflow-edge demo --out $(DEMO)
+	$(BIN)/piflow-edge demo --out $(DEMO) --emoji-sources benchmarks/state/emoji-teacher benchmarks/data/noto_emoji_64.npz
 
 test: $(VENV)/.tools $(RUNTIME)/.installed
 	@rm -rf build .wheel
@@ -76,11 +76,11 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
-	$(PIP) install -q --no-build-isolation -e '.[cpu,train]'
+	$(PIP) install -q --no-build-isolation -e '.[cpu,text,train]'
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install -q --no-build-isolation -e '.[cpu,train,test]'
+	$(PIP) install -q --no-build-isolation -e '.[cpu,text,train,test]'
 	@touch $@
 
 $(RUNTIME)/.installed: $(VENV)/.installed

@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING
 
 from piflow_edge.evaluation.comparison import Evaluation, evaluate
 from piflow_edge.evaluation.report import write_report
+from piflow_edge.runtime.loading import load
+
+from .demo_emoji import EmojiSources, draw_emoji
 
 if TYPE_CHECKING:
+    from piflow_edge.distill.data.image_data import ImageData
     from piflow_edge.distill.loop.checkpoint import Checkpoint
+    from piflow_edge.distill.sources import TeacherModel
 
 # Above 1 the strokes are cleaner; at 2 the teacher has lost a fifth of the real digits' diversity.
 GUIDANCE_SCALE = 1.5
@@ -61,13 +66,18 @@ def export_digits(student: "Checkpoint", folder: Path) -> None:
 
 
 def run_demo(
-    folder: Path, config: DemoConfig, *, say: Callable[[str], None] = lambda line: None
+    folder: Path,
+    config: DemoConfig,
+    *,
+    emoji: EmojiSources | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, Evaluation]:
     """Distil, export, evaluate and report into `folder`; go on where an earlier run stopped.
 
     Args:
         folder: gets `students/`, `bundles/`, `teacher.onnx` and `report/`.
         config: see `DemoConfig`.
+        emoji: what the bundle of emoji was made of, to be shown beside it.
         say: told each step as it begins.
 
     Returns:
@@ -75,34 +85,19 @@ def run_demo(
 
     Raises:
         CheckpointError: `folder` holds students that were trained with other settings.
+        MissingExtraError: the 'text' extra is not installed; said before anything is trained.
         CheckFailedError: training diverged, or a bundle does not reproduce its student.
     """
-    from piflow_edge.distill.configs import GuidanceConfig, ImitationConfig, TrainingConfig
     from piflow_edge.distill.data.datasets import load_images
     from piflow_edge.distill.sources import load_teacher
-    from piflow_edge.distill.student import distill
     from piflow_edge.export.onnx_graphs.teacher_graph import export_teacher, open_teacher
-    from piflow_edge.kernels.rollout import integrate
-    from piflow_edge.policies import GMPolicySpec
 
+    load("emoji").close()  # prompts can be read here
     teacher, data = load_teacher(shipped_teacher()), load_images("digits")
-    bundles = []
-    for nfe, iterations in config.iterations.items():
-        say(f"distilling a student for {nfe} network call{'s' if nfe > 1 else ''} per image")
-        student = distill(
-            teacher,
-            data,
-            ImitationConfig(nfe=nfe),
-            TrainingConfig(iterations=iterations, seed=config.seed),
-            folder / "students" / f"nfe{nfe}",
-            guidance=GuidanceConfig(GUIDANCE_SCALE),
-            head=GMPolicySpec(NUM_COMPONENTS),
-            resume=True,
-            integrate=integrate,
-        )
-        say("exporting it, and checking the bundle against PyTorch")
-        bundles.append(folder / "bundles" / f"digits-nfe{nfe}")
-        export_digits(student, bundles[-1])
+    bundles = [
+        _make_bundle(teacher, data, config, nfe, iterations, folder, say)
+        for nfe, iterations in config.iterations.items()
+    ]
     export_teacher(teacher.network, folder / "teacher.onnx")  # for piflow-edge bench --teacher
     say(f"sampling {config.images} digits from every contender and scoring them")
     opened = open_teacher(teacher, data)
@@ -114,5 +109,41 @@ def run_demo(
         "ships with piflow-edge. They compare these rows with each other and cannot be set beside FIDs elsewhere.",
         "Teacher and students run on ONNX Runtime; the students need no PyTorch.",
     ]
-    page = write_report(folder / "report", evaluation, title="pi-Flow on handwritten digits", notes=notes)
+    say("drawing emoji")
+    title = "pi-Flow: emoji from prompts, and digits distilled here"
+    sections = [draw_emoji(emoji, config.seed)]
+    page = write_report(folder / "report", evaluation, title=title, notes=notes, sections=sections)
     return page, evaluation
+
+
+def _make_bundle(
+    teacher: "TeacherModel",
+    data: "ImageData",
+    config: DemoConfig,
+    nfe: int,
+    iterations: int,
+    folder: Path,
+    say: Callable[[str], None],
+) -> Path:
+    """Distil a student of the digits and export it; return the bundle's folder."""
+    from piflow_edge.distill.configs import GuidanceConfig, ImitationConfig, TrainingConfig
+    from piflow_edge.distill.student import distill
+    from piflow_edge.kernels.rollout import integrate
+    from piflow_edge.policies import GMPolicySpec
+
+    say(f"distilling a student for {nfe} network call{'s' if nfe > 1 else ''} per image")
+    student = distill(
+        teacher,
+        data,
+        ImitationConfig(nfe=nfe),
+        TrainingConfig(iterations=iterations, seed=config.seed),
+        folder / "students" / f"nfe{nfe}",
+        guidance=GuidanceConfig(GUIDANCE_SCALE),
+        head=GMPolicySpec(NUM_COMPONENTS),
+        resume=True,
+        integrate=integrate,
+    )
+    say("exporting it, and checking the bundle against PyTorch")
+    bundle = folder / "bundles" / f"digits-nfe{nfe}"
+    export_digits(student, bundle)
+    return bundle

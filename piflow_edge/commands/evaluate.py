@@ -1,8 +1,6 @@
 """Commands that score students: `demo`, `evaluate`."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -19,6 +17,7 @@ from .options import (
     say,
     show,
 )
+from .references import caption_real_images, open_source
 
 
 @command()
@@ -29,10 +28,17 @@ from .options import (
     help="Training steps of every student; else 1400, 400 and 300 for 1, 2 and 4 calls.",
 )
 @click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per row of the table.")
+@click.option(
+    "--emoji-sources",
+    nargs=2,
+    type=click.Path(exists=True, path_type=Path),
+    metavar="TEACHER DATA",
+    help="What the bundle 'emoji' was made of, a run and an .npz, to be shown beside it.",
+)
 @SEED
 @JSON
-def demo(out, iterations, images, seed, as_json):
-    """The main job on handwritten digits: distil, export, sample, score, report.
+def demo(out, iterations, images, emoji_sources, seed, as_json):
+    """The main job on handwritten digits: distil, export, sample, score, report; and emoji from prompts.
 
     Stopped with Ctrl-C, the same command goes on where it was.
 
@@ -45,11 +51,13 @@ def demo(out, iterations, images, seed, as_json):
     from piflow_edge.evaluation.report import text_table
 
     from .demo import DemoConfig, run_demo
+    from .demo_emoji import EmojiSources
 
     config = DemoConfig(images=images, seed=seed)
     if iterations is not None:
         config = replace(config, iterations=dict.fromkeys(config.iterations, iterations))
-    page, evaluation = run_demo(out, config, say=say)
+    emoji = EmojiSources(*emoji_sources) if emoji_sources else None
+    page, evaluation = run_demo(out, config, emoji=emoji, say=say)
     if as_json:
         emit({"report": str(page), **evaluation.as_json()})
     else:
@@ -64,41 +72,7 @@ def open_inception(weights: Path):
     return InceptionFeatures(weights)
 
 
-def open_source(source: str | Path, style: str, students: Sequence[Path], data):
-    """Open the teacher that `source` names, whatever `distill` takes; PyTorch is imported only here."""
-    from piflow_edge.bundle.folder import Bundle
-    from piflow_edge.distill.sources import load_teacher
-    from piflow_edge.export.onnx_graphs.teacher_graph import open_teacher
-
-    shape = tuple(Bundle(students[0]).manifest.latent.shape) if students else data.shape
-    return open_teacher(load_teacher(source, sample_shape=shape, style=style), data)
-
-
 RANGES = click.Choice(["-1,1", "0,1", "0,255", "imagenet", "clip"])
-
-
-def caption_real_images(images, students: Sequence[Path]):
-    """Steer images with captions by the first student's own text encoder; others stay as they are.
-
-    Of several captions of an image the first is its prompt.
-    """
-    if images.captions is None or not students:
-        return images
-    from dataclasses import replace
-
-    from piflow_edge.distill.data.captions import Captions
-    from piflow_edge.distill.data.encodings import encode_captions
-    from piflow_edge.runtime.loading import load
-    from piflow_edge.system.files import sha256
-
-    with load(students[0]) as generator:
-        if not generator.conditioner.example_prompts(1):
-            return images
-        captions = images.captions
-        first = Captions.of_rows([[captions.texts[row]] for row in captions.starts[:-1]])
-        encoder = f"{sha256(generator.bundle.manifest_bytes)} {generator.precision} {generator.engine.name}"
-        opened: Any = generator.conditioner
-        return encode_captions(replace(images, captions=first), opened, encoder)
 
 
 @command()

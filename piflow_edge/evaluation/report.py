@@ -3,11 +3,12 @@
 import base64
 import html
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL.Image import Image
 
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.pictures import png_bytes
@@ -30,6 +31,15 @@ figcaption { font-weight: 600; } pre { background: #f4f4f4; padding: 1rem; overf
   body { background: #1b1b1b; color: #ddd; } thead, pre { background: #2a2a2a; } tr { border-color: #444; }
 }
 """
+
+
+@dataclass(frozen=True)
+class Section:
+    """Pictures under a heading of their own. `notes`: paragraphs of plain text. `pictures`: by caption."""
+
+    heading: str
+    notes: Sequence[str]
+    pictures: Mapping[str, Image]
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,14 @@ _QUESTIONS = [
 ]
 
 
-def write_report(folder: Path, evaluation: Evaluation, *, title: str, notes: list[str]) -> Path:
+def write_report(
+    folder: Path,
+    evaluation: Evaluation,
+    *,
+    title: str,
+    notes: Sequence[str],
+    sections: Sequence[Section] = (),
+) -> Path:
     """Write `report.html` with everything inside it, and beside it the same pictures as PNGs and `evaluation.json`.
 
     Args:
@@ -175,6 +192,7 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, notes: lis
         evaluation: scores and images.
         title: heading of the page.
         notes: paragraphs of plain text under the heading.
+        sections: shown between those and the evaluation's pictures.
 
     Returns:
         The path of the page.
@@ -182,27 +200,36 @@ def write_report(folder: Path, evaluation: Evaluation, *, title: str, notes: lis
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "evaluation.json", (json.dumps(evaluation.as_json(), indent=2) + "\n").encode())
     path = folder / "report.html"
-    write_atomic(path, _page(evaluation, title, notes, _write_pictures(folder, evaluation)).encode())
+    shown = "".join(_write_section(folder, section) for section in sections)
+    write_atomic(path, _page(evaluation, title, notes, shown, _write_pictures(folder, evaluation)).encode())
     return path
+
+
+def _write_section(folder: Path, section: Section) -> str:
+    figures = "".join(_figure(folder, caption, image) for caption, image in section.pictures.items())
+    return f"<h2>{html.escape(section.heading)}</h2>{_paragraphs(section.notes)}{figures}"
+
+
+def _figure(folder: Path, caption: str, image: Image) -> str:
+    """Write a picture as PNG, and return it as HTML that holds it."""
+    picture = png_bytes(image)
+    write_atomic(folder / f"{_slug(caption)}.png", picture)
+    source = base64.b64encode(picture).decode()
+    return (
+        f"<figure><figcaption>{html.escape(caption)}</figcaption>"
+        f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{source}"></figure>'
+    )
 
 
 def _write_pictures(folder: Path, evaluation: Evaluation) -> str:
     """Write the pictures as PNGs, and return them as HTML that holds them."""
     rows = {name: [at_most(i) for i in as_pil(decode(row))] for name, row in evaluation.pictures.rows.items()}
-    figures = []
-    for name, row in rows.items():
-        picture = png_bytes(image_grid([row]))
-        write_atomic(folder / f"{_slug(name)}.png", picture)
-        source = base64.b64encode(picture).decode()
-        figures.append(
-            f"<figure><figcaption>{html.escape(name)}</figcaption>"
-            f'<img alt="{html.escape(name)}" src="data:image/png;base64,{source}"></figure>'
-        )
+    figures = [_figure(folder, name, image_grid([row])) for name, row in rows.items()]
     write_atomic(folder / "all.png", png_bytes(side_by_side(rows, evaluation.pictures.titles)))
     return "".join(figures)
 
 
-def _page(evaluation: Evaluation, title: str, notes: list[str], pictures: str) -> str:
+def _page(evaluation: Evaluation, title: str, notes: Sequence[str], sections: str, pictures: str) -> str:
     legend = "".join(
         f"<li><b>{html.escape(column.heading)}</b>: {html.escape(column.meaning)}</li>"
         for column in _columns(evaluation)
@@ -215,6 +242,7 @@ def _page(evaluation: Evaluation, title: str, notes: list[str], pictures: str) -
 <h1>{html.escape(title)}</h1>
 {_paragraphs(notes)}
 {_paragraphs(f"Warning: {warning}." for warning in evaluation.warnings)}
+{sections}
 <h2>Pictures</h2>
 <p>Every row but the first starts from the same noise and conditioning, column by column.
 {html.escape(titles)}</p>

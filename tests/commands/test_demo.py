@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.commands.command_line import run
+from tests.commands.test_docs import ROOT, from_a_checkout
 
 pytestmark = pytest.mark.torch
 
@@ -30,11 +32,48 @@ def test_it_scores_the_teacher_and_every_student(demo):
 def test_the_report_stands_alone_with_its_pictures_beside_it(demo):
     folder = demo[0] / "report"
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 8  # real images and seven contenders
+    assert page.count("data:image/png;base64,") == 12  # emoji, real images and seven contenders
+    assert page.index("Emoji from prompts") < page.index("<h2>Pictures</h2>")
     assert 'src="http' not in page and "href=" not in page
-    assert len(list(folder.glob("*.png"))) == 9
+    assert len(list(folder.glob("*.png"))) == 13
     figures = json.loads((folder / "evaluation.json").read_text())
     assert f"<td>{figures['scores'][0]['fid']:#.4g}</td>" in page
+
+
+@from_a_checkout
+def test_emoji_stand_beside_the_teacher_and_what_it_learnt_from(monkeypatch):
+    from piflow_edge.commands import demo_emoji
+    from piflow_edge.conditioning.mapping import count_of
+
+    asked = []
+
+    class Teacher:
+        def __init__(self, conditioner):
+            self.conditioner, self.sample_shape = conditioner, (3, 64, 64)
+
+        def sample(self, noise, conditioning, steps, *, guidance_scale):
+            asked.append((steps, guidance_scale, count_of(conditioning)))
+            return 0 * noise
+
+    monkeypatch.setattr(
+        demo_emoji, "open_source", lambda source, style, students, data: Teacher(data.conditioner)
+    )
+    monkeypatch.setattr(demo_emoji, "KNOWN", ("fox", "turtle", "red apple"))
+    monkeypatch.setattr(demo_emoji, "NEW", ("blue cat", "happy cat"))
+    monkeypatch.setattr(demo_emoji, "NUM_SEEDS", 2)
+    sources = demo_emoji.EmojiSources(ROOT, ROOT / "benchmarks" / "data" / "noto_emoji_64.npz")
+    section = demo_emoji.draw_emoji(sources)
+    known, new, varied, rollout = section.pictures.values()
+    assert {(50, 2.0, 3), (4, 2.0, 2), (1, 2.0, 1)} <= set(asked)
+    # Real images, the teacher in 50, 4, 2 and 1 steps, the student; of what is no caption there is no real image.
+    assert [round(sheet.height / 128, 1) for sheet in (known, new, varied)] == [6.3, 5.3, 5.3]
+    assert "teacher, 50 steps: " in section.notes[1] and "text encoder included: " in section.notes[1]
+    # The fox of the first column is the data's, and that of the last row is drawn: orange, on white.
+    left = known.width - 3 * 130
+    for row in (0, 5):
+        fox = np.asarray(known.crop((left, 22 + row * 130, left + 128, 150 + row * 130)), float)
+        assert fox[5, 5].min() > 220 and fox[80:90, 50:80, 0].mean() > fox[80:90, 50:80, 2].mean() + 60
+    assert rollout.height > 2 * 64
 
 
 def test_its_bundles_are_whole(demo):
