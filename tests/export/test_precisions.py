@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -17,11 +18,12 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.bundle.sections import FileSpec
 from piflow_edge.distill.sources import network_of
-from piflow_edge.engines import Graph
+from piflow_edge.engines import Graph, open_engine
 from piflow_edge.engines.graph_types import find_wide_nodes
 from piflow_edge.engines.layers import first_non_finite, layer_values
 from piflow_edge.engines.onnx_file import read_model
 from piflow_edge.errors import BundleError, CheckFailedError
+from piflow_edge.export.conversions import int8
 from piflow_edge.export.conversions.calibration import Calibration
 from piflow_edge.export.conversions.fp16 import delicate_nodes
 from piflow_edge.export.conversions.int8 import quantisable, quantise, to_int8
@@ -187,6 +189,19 @@ def test_a_layer_that_is_left_out_stays_in_float32(student, kind, static):
         return 0.5 if holds(graph.model, matrix) else 2.0
 
     assert list(to_int8(Graph(student), [BATCH], static=static, accepts=accepts).float32_nodes) == [name]
+
+
+def test_layers_quantised_one_at_a_time_are_those_quantised_together(student, monkeypatch):
+    together = quantise(Graph(student), [], static=False)
+    monkeypatch.setattr(int8, "_AT_A_TIME", 1)
+    alone = quantise(Graph(student), [], static=False)
+    kinds = [
+        Counter(node.op_type for node in onnx.load_from_string(g.model).graph.node) for g in (together, alone)
+    ]
+    assert kinds[0] == kinds[1] and kinds[0]["MatMulInteger"] > kinds[0]["DynamicQuantizeLinear"] > 1
+    answers = [open_engine(graph, engine="ort-cpu").run(BATCH) for graph in (together, alone)]
+    for name, found in answers[0].items():
+        np.testing.assert_array_equal(found, answers[1][name])
 
 
 def test_a_student_that_cannot_be_quantised_is_refused(student):
