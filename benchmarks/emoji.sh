@@ -36,7 +36,7 @@ train_teacher() {
   # shellcheck disable=SC2086  # FLAGS are several words
   $PIFLOW train-teacher --data "$DATA" --text-encoder "$ENCODER" --max-tokens 24 \
     --patch-size 8 --hidden-size 192 --depth 6 --num-heads 3 \
-    --iterations "${TEACHER_ITERATIONS:-40000}" --batch-size 64 --learning-rate 1e-3 --warmup 1000 \
+    --iterations "${TEACHER_ITERATIONS:-30000}" --batch-size 64 --learning-rate 1e-3 --warmup 1000 \
     --learning-rate-decay inverse-sqrt --ema-decay 0.999 --noise-levels logit-normal --shift 3 --sigma-floor 0.1 \
     --save-every 200 --log-every 20 --sample-every 500 --out "$RUNS/teacher" --resume $FLAGS
 }
@@ -44,8 +44,8 @@ train_teacher() {
 train_student() { # policy, calls
   # shellcheck disable=SC2086
   $PIFLOW distill --teacher "$RUNS/teacher" --data "$DATA" --text-encoder "$ENCODER" --policy "$1" --nfe "$2" \
-    --guidance 2 --shift 3 --iterations "${STUDENT_ITERATIONS:-8000}" --batch-size 32 --learning-rate 3e-4 \
-    --warmup 200 --learning-rate-decay inverse-sqrt --ema-decay 0.999 --save-every 200 --log-every 20 \
+    --guidance 2 --shift 3 --iterations "${STUDENT_ITERATIONS:-3500}" --batch-size 32 --learning-rate 5e-4 \
+    --warmup 100 --learning-rate-decay inverse-sqrt --ema-decay 0.995 --save-every 200 --log-every 20 \
     --sample-every 1000 --out "$RUNS/$1-nfe$2" --resume $FLAGS
 }
 

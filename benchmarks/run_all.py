@@ -35,6 +35,7 @@ def commands(demo: str) -> dict[str, list[str]]:
         "training_step": ["training_step.py"],
         "noise": ["noise.py", "--demo", demo],
         "prompts": ["prompts.py", "--text-encoder", "runs/emoji/minilm"],
+        "emoji": ["emoji.py", "--picture", "docs/images/emoji.png"],
         "serve_load": ["serve_load.py", "large"],
         "browser": ["browser.py", "digits"],
         "soak": ["soak.py", f"{demo}/bundles/digits-nfe2"],

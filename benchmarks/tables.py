@@ -203,6 +203,18 @@ def prompts(found: Mapping) -> str:
     return table(["", ""], rows)
 
 
+def emoji(found: Mapping) -> str:
+    ms = found["ms"]
+    rows = [
+        ("ms, a new prompt to its picture", ms["student"]),
+        ("ms, a prompt that came before", ms["student, a prompt that came before"]),
+        (f"ms, {found['steps']} guided steps of the teacher", ms["teacher"]),
+        ("times as fast", found["speedup"]),
+        ("that, over the ratio of runs of a sample; budget ≥ 0.9", found["speedup / ratio of sample runs"]),
+    ]
+    return table(["", ""], rows)
+
+
 def serve_load(found: Mapping) -> str:
     speed, over, growth = found["throughput"], found["overload"], found["growth"]
     callers = f"{over['callers']} callers at once"
@@ -343,10 +355,12 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "quality_latency": quality_latency,
     "noise": noise,
     "export_cost": export_cost,
+    "export_cost_675m": export_cost,
     "overhead": overhead,
     "precision": precision,
     "soak": soak,
     "prompts": prompts,
+    "emoji": emoji,
     "serve_load": serve_load,
     "browser": browser,
     "training_step": training_step,

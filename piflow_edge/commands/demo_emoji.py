@@ -14,7 +14,7 @@ from PIL import Image
 from piflow_edge.bundle.folder import find_bundle
 from piflow_edge.bundle.manifest import guidance_trained_with
 from piflow_edge.conditioning import Conditioning, ConditionRequest
-from piflow_edge.evaluation.contenders import Seeds, student_contenders, teacher_contenders
+from piflow_edge.evaluation.contenders import Seeds, Teacher, student_contenders, teacher_contenders
 from piflow_edge.evaluation.report import Section
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.generator import Generator
@@ -81,11 +81,7 @@ class _Artists:
         self.contenders = student_contenders("student, 1 call", generator)
         self.data = None
         if sources is not None:
-            from piflow_edge.distill.data.datasets import load_images
-
-            self.data = load_images(str(sources.data))
-            scale = guidance_trained_with(generator.bundle.manifest) or 1.0
-            teacher = open_source(sources.teacher, "sit", [find_bundle("emoji")], self._caption(KNOWN[:1])[1])
+            teacher, scale, self.data = open_beside(generator, sources)
             self.contenders = teacher_contenders(teacher, scale, _TEACHER_STEPS) + self.contenders
 
     def draw(self, prompts: Sequence[str], titles: Sequence[str] = ()) -> Image.Image:
@@ -127,21 +123,30 @@ class _Artists:
         if self.data is None:
             request = ConditionRequest(prompts=list(prompts))
             return None, dict(self.generator.conditioner.encode(request))
-        is_real, data = self._caption(prompts)
+        is_real, data = _caption(self.data, prompts)
         images, conditioning = data.batch(np.arange(len(prompts)))
         return images if is_real else None, conditioning
 
-    def _caption(self, prompts: Sequence[str]) -> tuple[bool, Any]:
-        from piflow_edge.distill.data.captions import Captions
 
-        assert self.data is not None and self.data.captions is not None
-        rows = [_find_picture(self.data.captions, prompt) for prompt in prompts]
-        images = self.data.images[[row or 0 for row in rows]]
-        captions = Captions.of_rows([[prompt] for prompt in prompts])
-        data = caption_real_images(
-            replace(self.data, images=images, captions=captions), [find_bundle("emoji")]
-        )
-        return None not in rows and len(set(prompts)) == len(prompts), data
+def open_beside(generator: Generator, sources: EmojiSources) -> tuple[Teacher, float, Any]:
+    """Return the teacher of the bundle, the scale it was guided with, and the pictures it learnt from."""
+    from piflow_edge.distill.data.datasets import load_images
+
+    data = load_images(str(sources.data))
+    scale = guidance_trained_with(generator.bundle.manifest) or 1.0
+    _, captioned = _caption(data, KNOWN[:1])
+    return open_source(sources.teacher, "sit", [find_bundle("emoji")], captioned), scale, data
+
+
+def _caption(everything: Any, prompts: Sequence[str]) -> tuple[bool, Any]:
+    """Return pictures steered by prompts, and whether each is what its prompt says, and shown once."""
+    from piflow_edge.distill.data.captions import Captions
+
+    rows = [_find_picture(everything.captions, prompt) for prompt in prompts]
+    captions = Captions.of_rows([[prompt] for prompt in prompts])
+    chosen = replace(everything, images=everything.images[[row or 0 for row in rows]], captions=captions)
+    is_real = None not in rows and len(set(prompts)) == len(prompts)
+    return is_real, caption_real_images(chosen, [find_bundle("emoji")])
 
 
 def _enlarge(image: Image.Image) -> Image.Image:

@@ -55,7 +55,7 @@ def test_latents_are_those_of_diffusers(kind, folder, autoencoder):
     # Five images at a time or two: float32 convolutions in another order.
     np.testing.assert_allclose(x_0, expected.numpy(), rtol=0, atol=1e-5)
     assert conditioning["labels"].tolist() == [1, 1] and latents.conditioner.names == ("a", "b")
-    numbers = (latents.latent_scale, latents.latent_shift)
+    numbers = (latents.latent.scale, latents.latent.shift)
     assert numbers == ((0.3611, 0.1159) if kind == "AutoencoderKL" else (1.0, 0.0))
     assert latents.settings()["latent"]["autoencoder"] == autoencoder.sha256
 

@@ -396,9 +396,9 @@ def test_labels_dropped_in_training_are_the_null_class():
     config = FlowMatchingConfig(condition_dropout=0.5)
     labels, x_0 = torch.zeros(400, dtype=torch.int64), torch.zeros(400, 1, 4, 4)
     flow_matching_loss(network, x_0, {"labels": labels}, network.null, config, IterationRandom(0, 0))
-    share = (seen[0] == TINY.null_label).float().mean().item()
+    share = (seen[0] == TINY.num_classes).float().mean().item()
     assert share == pytest.approx(0.5, abs=0.1)  # four standard errors of 400 throws
-    assert set(seen[0].tolist()) == {0, TINY.null_label}
+    assert set(seen[0].tolist()) == {0, TINY.num_classes}
 
 
 def test_a_finished_run_can_be_made_longer(teacher, data, tmp_path):

@@ -1,10 +1,11 @@
 """What PyTorch's exporter makes of a network, kept for the tests that export one of the same architecture.
 
 It takes seconds even for a tiny network, and most tests of ours are about what is done with its result. Only
-`torch.onnx.export` itself is spared: our code around it runs in every test.
+`torch.onnx.export` itself is spared, or made faster: our code around it runs in every test.
 """
 
 import copy
+import functools
 import hashlib
 import io
 import os
@@ -118,5 +119,15 @@ def kept_exports(folder):
             return export(module, example, **settings)
         return _ExportedProgram(file, module)
 
-    with mock.patch.object(torch.onnx, "export", kept):
+    with mock.patch.object(torch.onnx, "export", kept), _one_registry():
+        yield
+
+
+@contextmanager
+def _one_registry():
+    """PyTorch gathers its translations of operators anew for every export: two of the five seconds of a tiny one."""
+    from torch.onnx._internal.exporter import _registration
+
+    gather = functools.cache(_registration.ONNXRegistry.from_torchlib)
+    with mock.patch.object(_registration.ONNXRegistry, "from_torchlib", staticmethod(gather)):
         yield

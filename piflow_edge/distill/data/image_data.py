@@ -68,14 +68,6 @@ class ImageData:
         """Whether there are images, and not prompts alone with the shape of what is made of them."""
         return self.images.strides[0] != 0
 
-    @property
-    def latent_scale(self) -> float:
-        return self.latent.scale if self.latent else 1.0
-
-    @property
-    def latent_shift(self) -> float:
-        return self.latent.shift if self.latent else 0.0
-
     def batch(
         self, indices: np.ndarray, draws: np.ndarray | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:

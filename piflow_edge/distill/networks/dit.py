@@ -92,11 +92,6 @@ class DiTConfig(PatchSizes):
         height, width = shape[1:]
         return cls(shape[0], (height, width), num_classes=int(null[CLASS_INPUT][0]), **sizes)
 
-    @property
-    def null_label(self) -> int:
-        """Label that stands for 'no class'."""
-        return self.num_classes
-
 
 class PatchTransformer(nn.Module):
     """What both DiTs share: the state as tokens with positions, blocks that may compute again, planes from a head.

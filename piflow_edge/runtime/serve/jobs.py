@@ -1,6 +1,5 @@
 """A request to a generator that waits for its turn, and what its caller hears of it."""
 
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -53,7 +52,6 @@ class Job:
     request: Request
     on_progress: Callable[[JobProgress], None] | None = None
     future: "Future[Result]" = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
     is_abandoned: bool = False
 
     def __len__(self) -> int:

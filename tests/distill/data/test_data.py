@@ -299,7 +299,7 @@ def test_an_npz_of_latents(tmp_path, dtype, shape):
     data = load_images(str(tmp_path / "set.npz"))
     x_0, conditioning = data.batch(np.array([4, 1]))
     assert data.shape == shape[1:] and conditioning["labels"].tolist() == [4, 1]
-    assert (data.latent_scale, data.latent_shift) == (0.3611, 0.1159)
+    assert data.latent is not None and (data.latent.scale, data.latent.shift) == (0.3611, 0.1159)
     assert x_0.dtype == np.float32
     expected = (latents[[4, 1]].astype(np.float64) - 0.1159) * 0.3611
     np.testing.assert_allclose(x_0, expected, rtol=0, atol=1e-6)  # float32 of values of about 1
