@@ -39,7 +39,7 @@ from piflow_edge.export.parity import golden_file, golden_images, golden_samples
 from piflow_edge.runtime.loading import load
 from piflow_edge.runtime.pictures import png_bytes
 from piflow_edge.runtime.verification import Row, check, verify
-from piflow_edge.system.files import new_folder, sha256, write_atomic
+from piflow_edge.system.files import check_place, new_folder, sha256, write_atomic
 from piflow_edge.system.sheets import as_pil, image_grid
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         raise BundleError(f"{folder} exists; give another place, or --overwrite to replace the bundle")
     if folder.exists() and not (folder / MANIFEST).is_file() and (folder.is_file() or any(folder.iterdir())):
         raise BundleError(f"{folder} is not a bundle and will not be replaced; give another place")
+    check_place(folder)
 
 
 def _check_golden(golden: dict[str, np.ndarray], student: Graph, manifest: Manifest) -> None:

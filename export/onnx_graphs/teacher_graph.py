@@ -16,7 +16,7 @@ from piflow_edge.errors import CheckFailedError, CheckpointError, DataError
 from piflow_edge.export.onnx_graphs.to_onnx import export_network, network_graph
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.teacher_engine import EngineTeacher
-from piflow_edge.system.files import write_atomic
+from piflow_edge.system.files import check_place, write_atomic
 
 # Relative to the largest velocity; as of a bundle's fp32 outputs.
 _TOLERANCE = 1e-4
@@ -77,6 +77,7 @@ def export_teacher(network: FlowNetwork, file: Path, conditioner: Conditioner | 
         CheckpointError: what steers the network is not known.
         CheckFailedError: the graph does not reproduce PyTorch; nothing is written.
     """
+    check_place(file)
     conditioner = conditioner or _name_classes(network)
     model = export_network(network, conditioner.inputs)
     worst = _compare_velocities(network, open_engine(Graph(model), engine="ort-cpu"), conditioner)
@@ -84,7 +85,6 @@ def export_teacher(network: FlowNetwork, file: Path, conditioner: Conditioner | 
         raise CheckFailedError(
             f"the teacher's graph is {worst:.1e} off PyTorch, which is more than {_TOLERANCE:.0e}"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, model)
     return worst
 

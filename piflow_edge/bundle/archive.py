@@ -58,7 +58,8 @@ def pack(bundle: str | os.PathLike[str], file: str | os.PathLike[str], *, overwr
     for name in sorted(opened.manifest.files):
         contents[name] = lambda name=name: opened.read(name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+    size = sum(spec.size for spec in opened.manifest.files.values())
+    with atomic_file(file, size=size) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
         for name, content in contents.items():
             entry = zipfile.ZipInfo(name, _EPOCH)
             entry.create_system = 3  # else it tells the system that packed it
@@ -109,7 +110,7 @@ def unpack(
         _check_listed(entries, parse_manifest(manifest, file), file)
         signed = _read(archive, entries[SIGNATURE], SIGNATURE_LIMIT, file) if SIGNATURE in entries else None
         check_signature(manifest, signed, file, trusted_keys)
-        with new_folder(folder) as work:
+        with new_folder(folder, size=sum(entry.file_size for entry in entries.values())) as work:
             for name, entry in entries.items():
                 with (work / name).open("xb") as target:
                     for chunk in _chunks(archive, entry, file):

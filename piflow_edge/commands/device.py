@@ -32,6 +32,10 @@ def finite(context, parameter, value: float | None) -> float | None:
 def writable(context, parameter, file: Path | None) -> Path | None:
     if file is not None and not file.parent.is_dir():  # better known before minutes of measuring
         raise click.BadParameter(f"there is no folder {file.parent} to write {file.name} in; make it first")
+    if file is not None:
+        from piflow_edge.system.files import check_place
+
+        check_place(file)
     return file
 
 

@@ -124,6 +124,7 @@ def evaluate(
     from piflow_edge.evaluation.prompt_features import PromptFeatures
     from piflow_edge.evaluation.report import text_table, write_report
     from piflow_edge.runtime.bulk.bulk_job import has_job
+    from piflow_edge.system.files import check_place
 
     from .demo import shipped_teacher
 
@@ -138,6 +139,8 @@ def evaluate(
     extractor = None
     if features is not None:
         extractor = open_features(features, value_range=value_range, open_weights=open_inception)
+    if out is not None:
+        check_place(out / "report.html")
     evaluation = evaluate(
         students,
         real,

@@ -223,11 +223,13 @@ def train_features(data, size, out, encoders, max_tokens, iterations, seed, as_j
     """
     from piflow_edge.distill.data.datasets import load_images
     from piflow_edge.export.feature_extractor import train_features, train_prompt_features
+    from piflow_edge.system.files import check_place
 
     if out.suffix.lower() != ".onnx":
         raise click.UsageError(
             f"features are written as ONNX; give --out a name that ends in .onnx; got {out}"
         )
+    check_place(out)
     images, files = load_images(data, size=size), [out]
     if encoders:
         from piflow_edge.distill.captioned import caption_for_training

@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.pictures import png_bytes
-from piflow_edge.system.files import write_atomic
+from piflow_edge.system.files import sha256, write_atomic
 from piflow_edge.system.sheets import as_pil, at_most, image_grid, side_by_side
 
 from .comparison import Evaluation
@@ -213,7 +213,7 @@ def _write_section(folder: Path, section: Section) -> str:
 def _figure(folder: Path, caption: str, image: Image) -> str:
     """Write a picture as PNG, and return it as HTML that holds it."""
     picture = png_bytes(image)
-    write_atomic(folder / f"{_slug(caption)}.png", picture)
+    write_atomic(folder / picture_name(caption), picture)
     source = base64.b64encode(picture).decode()
     return (
         f"<figure><figcaption>{html.escape(caption)}</figcaption>"
@@ -345,5 +345,8 @@ def _or_nothing(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _slug(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in name).split())
+def picture_name(name: str) -> str:
+    """Return the name of the file that shows the images of a contender."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in name).split())
+    # Of 255 bytes that a file's name may have, with room for a suffix; a letter takes up to four.
+    return f"{slug if len(slug.encode()) <= 240 else f'{slug[:50]}-{sha256(slug.encode())[:8]}'}.png"

@@ -211,7 +211,8 @@ def _array(images: Any, use: str) -> np.ndarray:
         )
     listed = images if isinstance(images, (list, tuple)) else [images]
     if listed and all(hasattr(image, "convert") for image in listed):
-        arrays = [np.asarray(_CONVERSIONS[use](to_eight_bits(image))) for image in listed]
+        what = "the mask" if use == "mask" else "the image"
+        arrays = [np.asarray(_CONVERSIONS[use](to_eight_bits(image, what))) for image in listed]
         if len({array.shape for array in arrays}) > 1:
             raise ShapeError("images of one call must have one size; give them one by one")
         return np.stack(arrays) if images is listed else arrays[0]

@@ -4,6 +4,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -59,7 +60,10 @@ def encode_picture(image: Image.Image, suffix: str, recipe: Recipe | None = None
 
 def write_images(file: BinaryIO, images: Any, recipe: Recipe) -> None:
     """Write PIL images into an open file, as one picture that holds its recipe; arrays as .npy."""
-    file.write(_one_picture(images, ".png", recipe)) if _are_pictures(images) else np.save(file, images)
+    if _are_pictures(images):
+        file.write(_one_picture(images, ".png", recipe))
+    else:
+        _write_array(file, images)
 
 
 def save_images(path: Path, images: Any, recipe: Recipe) -> list[Path]:
@@ -95,8 +99,13 @@ def _one_picture(images: Any, suffix: str, recipe: Recipe) -> bytes:
 
 def _save_arrays(files: Sequence[Path], arrays: Any) -> None:
     for file, array in zip(files, arrays, strict=True):
-        with atomic_file(file) as opened:
-            np.save(opened, array)
+        with atomic_file(file, size=array.nbytes) as opened:
+            _write_array(opened, array)
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    # Through `write` alone: what NumPy raises of a real file that is full, or a pipe that is closed, has no number.
+    np.save(SimpleNamespace(write=file.write), array)
 
 
 def _file_names(folder: Path, recipe: Recipe, suffix: str) -> list[Path]:

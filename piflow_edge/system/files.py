@@ -44,30 +44,50 @@ def check_room(folder: Path, size: int, what: str) -> None:
 
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
-        need = f"{what} takes {size / 1e6:.0f} MB, and room is needed for two; {free / 1e6:.0f} MB are free"
+        need = f"{what} takes {_megabytes(size)}, and room is needed for two; {_megabytes(free)} are free"
         raise OSError(errno.ENOSPC, f"not enough room on the disk: {need}", str(folder))
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError where no file or folder can be made at `path`: known before a long run. Its folder is made."""
+    try:
+        path.stat()  # of a name that is too long, and of one below a file
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    probe = _beside(path)
+    try:
+        probe.open("xb").close()
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    probe.unlink()
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e6:.2g} MB"
 
 
 def _name_file(error: OSError, work: Path, path: Path, size: int | None) -> None:
     """Let an error say what the caller asked for: a failed write names no file, and others the temporary one."""
-    if error.filename is None or str(error.filename) == str(work):
-        error.filename = str(path)
+    named = None if error.filename is None else Path(error.filename)
+    if named is None or named == work or work in named.parents:
+        error.filename = str(path if named is None else path / named.relative_to(work))
         if error.filename2 is not None:
             del error.filename2  # of a rename, where it went
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and named in (None, work):  # else it was said inside
         import shutil  # slow to import, and the runtime only hashes
 
-        need = "" if size is None else f", {size / 1e6:.1f} MB to write"
-        error.strerror = f"{error.strerror}{need}, {shutil.disk_usage(path.parent).free / 1e6:.1f} MB free"
+        need = "" if size is None else f", {_megabytes(size)} to write"
+        error.strerror = f"{error.strerror}{need}, {_megabytes(shutil.disk_usage(path.parent).free)} free"
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, size: int | None = None) -> Iterator[Path]:
     """A folder to fill with `write_atomic` that appears at `path` only when the block ends without an error.
 
     What stood at `path` before stays until the new one is complete. No system call swaps two folders everywhere, so
     between two renames the old one stands beside `path` under a name that ends in `.old`; an error or Ctrl-C there
-    puts it back.
+    puts it back. `size`: as of `atomic_file`.
     """
     import shutil  # slow to import, and the runtime only hashes
 
@@ -81,10 +101,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             os.rename(path, old)
         os.rename(work, path)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not path.exists():
             os.rename(old, path)
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError):
+            _name_file(error, work, path, size)
         raise
     finally:
         if path.exists():

@@ -44,8 +44,10 @@ def quantise_images(images: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(levels.transpose(0, 2, 3, 1))
 
 
-def to_eight_bits(image: Any) -> Any:
+def to_eight_bits(image: Any, what: str) -> Any:
     """Return a picture of Pillow with 16 bits a pixel in 8, as PNG and TIFF may have; others as they are.
+
+    `what`: it is, for errors.
 
     Raises:
         ShapeError: whole or real numbers, whose range is anybody's guess.
@@ -55,7 +57,9 @@ def to_eight_bits(image: Any) -> Any:
 
         return Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ShapeError(f"its mode is {image.mode!r}, of numbers of any range; convert it to 8 bits")
+        raise ShapeError(
+            f"{what} has Pillow's mode {image.mode!r}, numbers of any range; convert it to 8 bits"
+        )
     return image
 
 

@@ -1,7 +1,9 @@
 """`sample` on the bundle that comes with the package."""
 
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -87,3 +89,12 @@ def test_every_kind_of_picture_is_made_again(suffix):
 
 def test_another_size_is_refused():
     assert "8x8 pixels" in run("--labels", "3", "--height", 16, "--out", "x.png", code=2).output
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("output", ["png", "float"])
+def test_a_full_disk_is_called_so(output):
+    result = pf.load("digits")(labels=[3], output={"png": "pil"}.get(output, output))
+    with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "wb", 0) as file:
+        result.write(file)
+    assert caught.value.errno == errno.ENOSPC

@@ -20,6 +20,7 @@ from piflow_edge.evaluation import comparison, made_images
 from piflow_edge.evaluation.comparison import evaluate
 from piflow_edge.evaluation.contenders import Contender, find_common_guidance, images_of, unique_names
 from piflow_edge.evaluation.plan import choose_columns, share_groups
+from piflow_edge.evaluation.report import picture_name
 from piflow_edge.system.sheets import at_most, image_grid, side_by_side
 from tests.commands.command_line import run
 from tests.conftest import HAS_TORCH
@@ -381,3 +382,27 @@ class TestOnDigits:
             evaluate([], load_images("digits"))
         with pytest.raises(DataError, match="fewer than 100"):
             evaluate([], load_images("digits"), count=99)
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["evaluate", "digits", "--no-teacher", "--images", 100],
+        ["train-features", "--iterations", 1],
+        ["bench", "digits"],
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_known_before_the_work(given, tmp_path, monkeypatch):
+    monkeypatch.setattr("piflow_edge.evaluation.comparison.evaluate", None)
+    monkeypatch.setattr("piflow_edge.export.feature_extractor.train_features", None)
+    (tmp_path / "file").write_bytes(b"")
+    option = {"bench": "--csv"}.get(given[0], "--out")
+    done = run(*given, option, tmp_path / "file" / "x.onnx", code=2)
+    assert str(tmp_path / "file") in done.stderr
+
+
+def test_pictures_of_contenders_have_names_that_files_may_have():
+    assert picture_name("nfe 1, seed") == "nfe-1-seed.png"
+    names = {picture_name("é" * 126 + end) for end in "ab"}
+    assert len(names) == 2 and max(len(name.encode()) for name in names) <= 255

@@ -2,10 +2,11 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from piflow_edge.system.files import check_room, new_folder, write_atomic
+from piflow_edge.system.files import check_place, check_room, new_folder, write_atomic
 
 LONGEST = "é" * 125 + ".json"  # 255 bytes
 
@@ -37,3 +38,32 @@ def test_room_for_two_is_known_before_the_first_is_written(tmp_path):
     check_room(tmp_path, 1000, "a checkpoint")
     with pytest.raises(OSError, match=r"a checkpoint takes 1000000000000 MB, .* two; \d+ MB are free: '.*'"):
         check_room(tmp_path, 10**18, "a checkpoint")
+
+
+def test_figures_of_a_full_disk_are_never_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=123_456))
+    with pytest.raises(OSError, match=r"a checkpoint takes 0\.09 MB, .* two; 0\.12 MB are free"):
+        check_room(tmp_path, 90_000, "a checkpoint")
+
+
+def test_a_full_disk_inside_a_folder_names_the_file_where_it_was_to_be(tmp_path):
+    def fill(told, name=None):
+        with new_folder(tmp_path / "bundle", size=3_500_000) as folder:
+            raise OSError(errno.ENOSPC, told, name and str(folder / name))
+
+    with pytest.raises(OSError, match=r"space, 1 MB to write, 1 MB free: '.*/bundle/one'$"):
+        fill("space, 1 MB to write, 1 MB free", "one")
+    with pytest.raises(OSError, match=r"space, 3\.5 MB to write, [\d.e+]+ MB free: '.*/bundle'$"):
+        fill("space")  # as a write raises it
+    assert not os.listdir(tmp_path)
+
+
+def test_a_place_where_nothing_can_be_made_is_known_before(tmp_path):
+    check_place(tmp_path / "new" / "file")
+    assert os.listdir(tmp_path) == ["new"] and not os.listdir(tmp_path / "new")
+    (tmp_path / "file").write_bytes(b"")
+    check_place(tmp_path / "file")  # to be replaced
+    with pytest.raises(NotADirectoryError, match=r"file/inside'$"):
+        check_place(tmp_path / "file" / "inside")
+    with pytest.raises(OSError, match=r"File name too long: '.*aé'$"):
+        check_place(tmp_path / ("a" * 254 + "é"))

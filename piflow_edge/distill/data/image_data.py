@@ -112,18 +112,21 @@ class ImageData:
     def settings(self) -> dict:
         """What a checkpoint records of the data, beside its name."""
         latent = {"latent": vars(self.latent).copy()} if self.latent else {}
-        return {"data_sha256": self.fingerprint(), **latent}
+        whole = {"data_sha256": self.fingerprint(), "data_count": len(self)}
+        return {**whole, "data_images_sha256": self._digests[0], **latent}
 
     def fingerprint(self) -> str:
         """SHA-256 of all that a network would see."""
-        return self._sha256
+        return self._digests[1]
 
     @cached_property
-    def _sha256(self) -> str:
+    def _digests(self) -> tuple[str, str]:
+        """SHA-256 of the images alone, and of all."""
         digest = hashlib.sha256()
         images = self.images if self.has_images else self.images[:1]  # of a shape, one is as good as all
         for piece in pieces(images, f"checking {self.name}"):
             digest.update(np.ascontiguousarray(piece).data)
+        of_images = digest.hexdigest()
         for name, array in sorted(self.arrays.items()):
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
             for piece in pieces(array, f"checking {name} of {self.name}"):
@@ -132,7 +135,7 @@ class ImageData:
             digest.update(f"latent {self.latent.scale!r} {self.latent.shift!r}".encode())
         if self.captions:
             digest.update(json.dumps([self.captions.texts, self.captions.starts.tolist()]).encode())
-        return digest.hexdigest()
+        return of_images, digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _read(file: Path, size: tuple[int, int] | None) -> np.ndarray | str:
     try:
         with Image.open(file) as image:  # of an animation, the first frame
             # To 8 bits first: Pillow would clip 16 to white.
-            image = _over_white(to_eight_bits(ImageOps.exif_transpose(image)))
+            image = _over_white(to_eight_bits(ImageOps.exif_transpose(image), "it"))
             if size:
                 image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
             pixels = np.asarray(image)

@@ -39,6 +39,8 @@ _LEFT_BEHIND = re.compile(r"\.(checkpoint\.json|log\.jsonl|weights-.*\.safetenso
 _CHECKPOINT_BYTES = 16
 # Settings that may be others when a run goes on: it is made longer, or its batches cut for another machine.
 _MAY_CHANGE = ("training.iterations", "training.batch_size")
+# What describes the data, whose change is said in words; a file may have another name.
+_OF_DATA = ("data", "data_sha256", "data_count", "data_images_sha256")
 # What settings were in releases that did not record them.
 _UNRECORDED = {"training": asdict(TrainingConfig()), "imitation": {"sigma_floor": 0.0}}
 
@@ -366,8 +368,13 @@ def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, sett
     now = {"network": network, "conditioning": data.conditioner.to_json()}
     was, now = _flat({**was, **checkpoint.settings}), _flat(json.loads(json.dumps({**now, **settings})))
     was = _flat({name: _UNRECORDED[name] for name in _UNRECORDED if name in checkpoint.settings}) | was
-    keys = [key for key in {**was, **now} if key not in _MAY_CHANGE]
+    if "teacher.sha256" in now:  # of its weights: how they were trained follows from it
+        was, now = (
+            {k: v for k, v in one.items() if not k.startswith("teacher.settings.")} for one in (was, now)
+        )
+    keys = [key for key in {**was, **now} if key not in _MAY_CHANGE + _OF_DATA]
     odd = [f"{k} was {was.get(k)!r}, is {now.get(k)!r}" for k in keys if was.get(k) != now.get(k)]
+    odd += _name_change_of_data(was, now)
     if settings["training"]["iterations"] < checkpoint.iteration:
         odd.append(
             f"iterations are {settings['training']['iterations']}, and {checkpoint.iteration} are done"
@@ -377,6 +384,20 @@ def _check_same_run(checkpoint: Checkpoint, network: dict, data: ImageData, sett
             f"{folder} holds a checkpoint with other settings ({'; '.join(odd)}); "
             "go on with the same, or use another folder"
         )
+
+
+def _name_change_of_data(was: dict, now: dict) -> list[str]:
+    """Say what changed in the data, of which settings hold checksums; earlier releases held one of all alone."""
+    if was.get("data_sha256") == now["data_sha256"]:
+        return []
+    count, names = was.get("data_count"), f"data were {was.get('data')!r}, are {now['data']!r}: "
+    if count is None:
+        return [f"{names}images, or what steers them, are others"]
+    if count != now["data_count"]:
+        return [f"{names}{count} images then, {now['data_count']} now"]
+    if was["data_images_sha256"] != now["data_images_sha256"]:
+        return [f"{names}pixels of the {count} images are others"]
+    return [f"{names}labels, captions or encodings of the {count} images are others"]
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:

@@ -192,7 +192,7 @@ class TestBroken:
         assert record.levelno == logging.WARNING and "skipped 6 of 26 images" in record.getMessage()
         lines = record.getMessage().splitlines()[1:]
         assert [line.strip().partition(":")[0] for line in lines] == [f"cats/{name}" for name in names]
-        assert "its mode is 'I', of numbers of any range" in lines[1] and "'F'" in lines[3]
+        assert "it has Pillow's mode 'I', numbers of any range" in lines[1] and "'F'" in lines[3]
         assert "not an image" in lines[2] and "not an image" in lines[5]
 
     def test_they_are_named_again_when_the_cache_is_used(self, folder, caplog):
