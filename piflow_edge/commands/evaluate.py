@@ -75,6 +75,14 @@ def open_inception(weights: Path):
 RANGES = click.Choice(["-1,1", "0,1", "0,255", "imagenet", "clip"])
 
 
+def writable_folder(context, parameter, folder: Path | None) -> Path | None:
+    if folder is not None:
+        from piflow_edge.system.files import check_place
+
+        check_place(folder)  # better known before minutes of scoring
+    return folder
+
+
 @command()
 @click.argument("students", nargs=-1, **BUNDLE_PATH)
 @click.option("--data", default="digits", help="The real images: 'digits', an .npz, or a folder per class.")
@@ -96,7 +104,12 @@ RANGES = click.Choice(["-1,1", "0,1", "0,255", "imagenet", "clip"])
 @click.option("--images", type=click.IntRange(min=100), default=2000, help="Images per contender.")
 @click.option("--teacher-steps", type=click.IntRange(min=1), default=50, help="Euler steps of the teacher.")
 @click.option("--guidance", type=click.FloatRange(min=1), help="Of the teacher; else the first student's.")
-@click.option("--out", type=FOLDER, help="Write report.html, pictures and evaluation.json here.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    callback=writable_folder,
+    help="Write report.html, pictures and evaluation.json here.",
+)
 @SEED
 @JSON
 def evaluate(
@@ -124,7 +137,6 @@ def evaluate(
     from piflow_edge.evaluation.prompt_features import PromptFeatures
     from piflow_edge.evaluation.report import text_table, write_report
     from piflow_edge.runtime.bulk.bulk_job import has_job
-    from piflow_edge.system.files import check_place
 
     from .demo import shipped_teacher
 
@@ -139,8 +151,6 @@ def evaluate(
     extractor = None
     if features is not None:
         extractor = open_features(features, value_range=value_range, open_weights=open_inception)
-    if out is not None:
-        check_place(out / "report.html")
     evaluation = evaluate(
         students,
         real,
