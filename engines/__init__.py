@@ -365,7 +365,7 @@ def _opener(name: str, graph: Graph, device: str, options: EngineOptions) -> Cal
     return backend.opener(graph, device, options)
 
 
-def _backend(name: str) -> type[Backend]:
+def _backend(name: str) -> type:
     module, _, class_name = ENGINES[name][0].partition(":")
     try:
         return getattr(import_module(module), class_name)

@@ -10,17 +10,17 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import Conditioner, ConditionRequest
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
-from piflow_edge.export.conversions.calibration import FEWEST_IMAGES, count_images
+from piflow_edge.export.conversions.calibration import count_images
 from piflow_edge.integrator import rollout_sigmas, take_euler_steps
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import GOLDEN_SEED, PROMPTS
 
-# Golden images per bundle, of a large network or of large latents fewer: enough to see, few enough to keep a bundle
+# Golden images per bundle, of a large network or of large policies fewer: enough to see, few enough to keep a bundle
 # small.
 GOLDEN_IMAGES = 10
-# Values of their latents, all together, that more than the fewest images may have.
-_GOLDEN_VALUES = 40_000
+# Values of their policies, all together, that more than one image may have.
+_GOLDEN_VALUES = 250_000
 
 
 @torch.no_grad()
@@ -67,7 +67,9 @@ def golden_samples(
 
 
 def _count_golden_images(network: FlowNetwork, manifest: Manifest) -> int:
-    most = min(GOLDEN_IMAGES, max(FEWEST_IMAGES, _GOLDEN_VALUES // math.prod(manifest.latent.shape)))
+    policy = sum(map(math.prod, manifest.policy.output_shapes(tuple(manifest.latent.shape))))
+    values = policy * manifest.schedule.schedule().nfe
+    most = min(GOLDEN_IMAGES, max(1, _GOLDEN_VALUES // values))
     return count_images(most, sum(parameter.numel() for parameter in network.parameters()))
 
 

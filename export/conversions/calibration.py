@@ -24,7 +24,7 @@ CALIBRATION_SEED = 1
 CALIBRATION_IMAGES = 16
 # Of a network of so many weights, or fewer; a larger one is slower, and each image of it has more values to look at.
 _WEIGHTS_FOR_ALL = 10_000_000
-FEWEST_IMAGES = 3
+_FEWEST_IMAGES = 3
 # Images in one call: some speed for small networks, little memory for large ones.
 _TOGETHER = 4
 # Not the fastest here: whether an export passes must not hang on the exporting machine's GPU, and int8 is for CPUs.
@@ -46,7 +46,7 @@ def keep_fp32(network: str, graph: Graph, calibration: "Calibration | None") -> 
 
 def count_images(most: int, parameters: int) -> int:
     """Return how many images an export draws of a network, at most `most`: large networks are given few."""
-    return min(most, max(FEWEST_IMAGES, most * _WEIGHTS_FOR_ALL // max(parameters, 1)))
+    return min(most, max(_FEWEST_IMAGES, most * _WEIGHTS_FOR_ALL // max(parameters, 1)))
 
 
 class Calibration:

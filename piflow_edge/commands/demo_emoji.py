@@ -164,7 +164,7 @@ def _find_picture(captions, prompt: str) -> int | None:
 
 def _draw_rollout(generator: Generator, prompt: str, seed: int) -> Image.Image:
     """Return two rows from noise to image: the state, and what the policy then takes the image for."""
-    looks: list[tuple[int, np.ndarray, np.ndarray]] = []
+    looks: list[tuple[int, Any, Any]] = []
     generator(
         prompt,
         seed=seed,
