@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from piflow_edge.system.progress import shows_bars
+
 from .options import (
     BUNDLE,
     COUNT,
@@ -121,7 +123,13 @@ def sample(
             given = {name: request[name] for name in ("arrays", "noise", "image", "mask", "output")}
             result = generator.make_again(recipe, **given, callback=advance)
     if str(out) == "-":
-        result.write(sys.stdout.buffer)
+        try:
+            result.write(sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                error.filename = "standard output"
+            raise
     else:
         _report(result, result.save(out), as_json)
 
@@ -232,7 +240,7 @@ def _bar():
 
     The bar says too which network is opened: a large one takes longer than an image.
     """
-    if not sys.stderr.isatty():
+    if not shows_bars():
         yield None
         return
     from rich.console import Console

@@ -40,6 +40,11 @@ _ELSEWHERE = {
 }
 
 
+def suggest_ours(name: str) -> str | None:
+    """Return what to give instead of what other libraries call `name`, or None."""
+    return _ELSEWHERE.get(name)
+
+
 def change_settings(settings: SamplingSettings | None, changes: Mapping[str, Any]) -> SamplingSettings:
     """Return `settings` with the keyword arguments of a call, of which None changes nothing.
 
@@ -53,7 +58,7 @@ def change_settings(settings: SamplingSettings | None, changes: Mapping[str, Any
             import difflib  # late: only errors need it
 
             near = difflib.get_close_matches(name, SETTING_NAMES, n=1)
-            hint = _ELSEWHERE.get(name) or (
+            hint = suggest_ours(name) or (
                 f"did you mean {near[0]}?" if near else f"settings are {', '.join(SETTING_NAMES)}"
             )
             raise UsageError(f"a generator's call has no argument {name!r}; {hint}")

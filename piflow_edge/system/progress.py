@@ -27,18 +27,20 @@ def announce(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def shows_bars() -> bool:
+    """Return True where progress is a bar on a terminal, and not lines or nothing."""
+    return _mode == "bar" or (_mode == "auto" and sys.stderr.isatty())
+
+
 @contextmanager
 def progress(title: str, total: int, *, start: int = 0) -> Iterator[Callable[[str], None]]:
     """Tell how far a job of `total` steps is; the yielded function takes one step, with a remark beside it."""
-    mode = _mode
-    if mode == "auto":
-        mode = "bar" if sys.stderr.isatty() else "plain"
-    if mode == "bar":
+    if shows_bars():
         with _bar(title, total, start) as advance:
             yield advance
         return
-    lines = _Lines(title, total, start, as_json=mode == "json")
-    if mode == "quiet":
+    lines = _Lines(title, total, start, as_json=_mode == "json")
+    if _mode == "quiet":
         yield lines.count
         return
     yield lines.advance

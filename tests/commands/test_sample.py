@@ -75,6 +75,14 @@ def test_a_dash_is_stdout(output, opened):
         assert file.read() == done.stdout
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a file that is always full")
+def test_a_full_standard_output_is_named():
+    command = [sys.executable, "-m", "piflow_edge.cli", "sample", "digits", "--labels", "3", "--out", "-"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "No space left on device: standard output" in done.stderr
+
+
 def test_a_dash_and_json_exclude_each_other():
     assert "--json" in run("--labels", "3", "--out", "-", "--json", code=2).output
 

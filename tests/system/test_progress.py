@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from piflow_edge.commands.options import add_progress_options, command
 from piflow_edge.system import progress as told
-from piflow_edge.system.progress import announce, progress, set_progress_mode
+from piflow_edge.system.progress import announce, progress, set_progress_mode, shows_bars
 
 
 @pytest.fixture
@@ -64,6 +64,15 @@ def test_a_terminal_shows_a_bar(clock, capsys, monkeypatch):
     run(clock, "auto")
     shown = capsys.readouterr().err
     assert "\x1b[" in shown and shown.splitlines()[-1].endswith("working: 4 of 4 loss 3")
+
+
+@pytest.mark.parametrize(
+    ("mode", "bars"), [("auto", True), ("bar", True), ("plain", False), ("quiet", False)]
+)
+def test_a_bar_on_a_terminal_is_for_who_wants_one(clock, monkeypatch, mode, bars):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    set_progress_mode(mode)
+    assert shows_bars() == bars
 
 
 def test_a_job_that_fails_does_not_say_that_it_ended(clock, capsys):

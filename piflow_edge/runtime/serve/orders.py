@@ -9,6 +9,7 @@ import anyio
 from starlette.requests import ClientDisconnect, Request
 
 from piflow_edge.errors import PiFlowError
+from piflow_edge.runtime.settings import suggest_ours
 from piflow_edge.sampling_settings import SamplingSettings
 
 from .limits import ServeSettings
@@ -117,9 +118,8 @@ def check_fields(body: Mapping[str, Any], fields: Mapping[str, BodyField]) -> di
     """
     for name in body:
         if name not in fields:
-            raise OrderError(
-                f"there is no field {name!r:.80}; there are {', '.join(fields)}", field=name[:80]
-            )
+            hint = suggest_ours(name) or f"there are {', '.join(fields)}"
+            raise OrderError(f"there is no field {name!r:.80}; {hint}", field=name[:80])
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         if not fields[name].fits(value):

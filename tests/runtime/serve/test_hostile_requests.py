@@ -67,6 +67,13 @@ def test_bodies_that_make_no_sense(client, body):
     assert client.post("/v1/generate", json={"labels": 1}).status_code == 200
 
 
+def test_a_field_of_another_library_is_answered_with_ours(client):
+    answer = client.post("/v1/generate", json={"labels": 1, "num_inference_steps": 2})
+    assert (
+        answer.status_code == 400 and "'num_inference_steps'; give nfe" in answer.json()["error"]["message"]
+    )
+
+
 @pytest.mark.parametrize(
     "body",
     [{"prompt": ["1"]}, {"prompt": "1", "n": 11}, {"prompt": "1", "size": "8"}, {"prompt": "1", "size": "9x9"},
