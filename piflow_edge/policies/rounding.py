@@ -24,7 +24,8 @@ def bound_velocities(
 
     In float64, what they are computed from is moved by half a unit in the last place that float32 has for its largest
     number, up or down at random. How far the velocities move for that is the formula's condition. It is large near the
-    end of a segment, where it divides by a small noise level, and for sharp mixtures.
+    end of a segment, where it divides by a small noise level, and for sharp mixtures. Outputs move by as much as what
+    they say of x_0 is rounded, which is beside the state: each component's on its own, and so their weights too.
 
     Args:
         spec: of the policy.
@@ -35,16 +36,20 @@ def bound_velocities(
     levels, random = list(levels), np.random.default_rng(0)
 
     def velocities(move) -> np.ndarray:
-        moved = {name: move(array.astype(np.float64)) for name, array in outputs.items()}
-        x_t = move(x_src.astype(np.float64))
+        moved = {name: move(array.astype(np.float64), state) for name, array in outputs.items()}
+        x_t = move(x_src.astype(np.float64), 0.0)
         policy = spec.policy(moved, x_t, sigma_src)
         return np.stack([policy.velocity(x_t, level) for level in levels])
 
-    exact = velocities(lambda array: array)
+    # x_0 is the state less the noise level times a velocity.
+    state = float(np.abs(x_src).max()) / sigma_src
+    exact = velocities(lambda array, least: array)
     largest = max(float(np.abs(exact).max()), 1e-12)
     moves = [
         velocities(
-            lambda array: array + np.abs(array).max() * random.choice([-1.0, 1.0], array.shape) * 2.0**-24
+            lambda array, least: (
+                array + max(np.abs(array).max(), least) * random.choice([-1.0, 1.0], array.shape) * 2.0**-24
+            )
         )
         - exact
         for _ in range(_DRAWS)

@@ -43,6 +43,18 @@ def test_an_honest_formula_in_float32_passes(seed, logstd):
     assert error(velocities(outputs, x_src, np.float32), exact) <= bound
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_components_that_are_alike_pass_too(seed):
+    """As after a few steps of training: weights hang on small differences of what is large."""
+    outputs, x_src = mixture(seed, -3, spread=0.01)
+    outputs["logweights"] *= 0.02
+    bound = bound_velocities(GMPolicySpec(8), outputs, x_src, SIGMA, LEVELS)
+    exact = velocities(outputs, x_src, np.float64)
+    assert error(velocities(outputs, x_src, np.float32), exact) <= bound
+    outputs["means"] *= 1.5
+    assert error(velocities(outputs, x_src, np.float64), exact) > bound
+
+
 def test_a_constant_would_refuse_some():
     cases = [mixture(seed, logstd) for seed in range(4) for logstd in (-2, -4, -5)]
     errors = [error(velocities(*case, np.float32), velocities(*case, np.float64)) for case in cases]
