@@ -105,7 +105,8 @@ def _save_arrays(files: Sequence[Path], arrays: Any) -> None:
 
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:
     # Through `write` alone: what NumPy raises of a real file that is full, or a pipe that is closed, has no number.
-    np.save(SimpleNamespace(write=file.write), array)
+    writer: Any = SimpleNamespace(write=file.write)
+    np.save(writer, array)
 
 
 def _file_names(folder: Path, recipe: Recipe, suffix: str) -> list[Path]:
