@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 
@@ -28,6 +29,10 @@ print(json.dumps([engine, missing(), told, emoji, getattr(sys, "frozen", False)]
 
 @pytest.mark.skipif(not PYTHON, reason="PIFLOW_EDGE_RUNTIME_PYTHON is not set; `make test` sets it")
 @pytest.mark.skipif(sys.platform != "linux", reason="the app is started as on Linux")
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_ENABLE_SHARED"),
+    reason="PyInstaller packs a Python that is a shared library",
+)
 def test_a_packed_app_draws_what_python_draws_also_without_an_engine(tmp_path):
     import piflow_edge as pf
 
