@@ -1,11 +1,8 @@
 """The part of the demo that a person shows around: emoji from prompts, by the bundle that comes with the package."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,14 @@ from PIL import Image
 from piflow_edge.bundle.folder import find_bundle
 from piflow_edge.bundle.manifest import guidance_trained_with
 from piflow_edge.conditioning import Conditioning, ConditionRequest
-from piflow_edge.evaluation.contenders import Seeds, Teacher, student_contenders, teacher_contenders
+from piflow_edge.evaluation.contenders import (
+    Contender,
+    Seeds,
+    Teacher,
+    measure_milliseconds,
+    student_contenders,
+    teacher_contenders,
+)
 from piflow_edge.evaluation.report import Section
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.generator import Generator
@@ -22,7 +26,7 @@ from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.loading import load
 from piflow_edge.system.sheets import as_pil, side_by_side, titled_grid
 
-from .references import caption_real_images, open_source
+from .references import caption_with, open_source
 
 KNOWN = (
     "grinning face",
@@ -40,7 +44,6 @@ NEW = ("happy cat", "green heart", "angry face with horns", "blue cat", "a kitte
 VARIED, NUM_SEEDS = "woman", 12
 _TEACHER_STEPS = (50, 4, 2, 1)
 _SUBSTEPS_BETWEEN = 12  # looks at a rollout
-_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -99,20 +102,14 @@ class _Artists:
         """Say how long one picture takes everybody, in turn."""
         _, conditioning = self._read([prompt])
         noise, seeds = self._noise(1)
-        timed: dict[str, Callable[[], Any]] = {
-            one.name: partial(one.sample, noise, conditioning, seeds) for one in self.contenders
-        }
-        timed["the student from the prompt on, text encoder included"] = partial(self.generator, prompt)
-        rounds = []
-        for _ in range(_ROUNDS + 1):  # one to warm up
-            taken = {}
-            for name, make in timed.items():
-                began = perf_counter()
-                make()
-                taken[name] = 1000 * (perf_counter() - began)
-            rounds.append(taken)
-        medians = [f"{name}: {median(taken[name] for taken in rounds[1:]):.3g}" for name in timed]
-        return f"Milliseconds for one picture on this machine. {'; '.join(medians)}."
+        whole = Contender(
+            "the student from the prompt on, text encoder included",
+            1,
+            lambda *given: self.generator(prompt).images,
+        )
+        ms, _ = measure_milliseconds([*self.contenders, whole], noise, conditioning, seeds)
+        told = "; ".join(f"{name}: {milliseconds:.3g}" for name, milliseconds in ms.items())
+        return f"Milliseconds for one picture on this machine. {told}."
 
     def _noise(self, count: int) -> tuple[np.ndarray, Seeds]:
         shape = tuple(self.generator.bundle.manifest.latent.shape)
@@ -123,7 +120,7 @@ class _Artists:
         if self.data is None:
             request = ConditionRequest(prompts=list(prompts))
             return None, dict(self.generator.conditioner.encode(request))
-        is_real, data = _caption(self.data, prompts)
+        is_real, data = _caption(self.generator, self.data, prompts)
         images, conditioning = data.batch(np.arange(len(prompts)))
         return images if is_real else None, conditioning
 
@@ -134,11 +131,11 @@ def open_beside(generator: Generator, sources: EmojiSources) -> tuple[Teacher, f
 
     data = load_images(str(sources.data))
     scale = guidance_trained_with(generator.bundle.manifest) or 1.0
-    _, captioned = _caption(data, KNOWN[:1])
+    _, captioned = _caption(generator, data, KNOWN[:1])
     return open_source(sources.teacher, "sit", [find_bundle("emoji")], captioned), scale, data
 
 
-def _caption(everything: Any, prompts: Sequence[str]) -> tuple[bool, Any]:
+def _caption(generator: Generator, everything: Any, prompts: Sequence[str]) -> tuple[bool, Any]:
     """Return pictures steered by prompts, and whether each is what its prompt says, and shown once."""
     from piflow_edge.distill.data.captions import Captions
 
@@ -146,7 +143,7 @@ def _caption(everything: Any, prompts: Sequence[str]) -> tuple[bool, Any]:
     captions = Captions.of_rows([[prompt] for prompt in prompts])
     chosen = replace(everything, images=everything.images[[row or 0 for row in rows]], captions=captions)
     is_real = None not in rows and len(set(prompts)) == len(prompts)
-    return is_real, caption_real_images(chosen, [find_bundle("emoji")])
+    return is_real, caption_with(generator, chosen)
 
 
 def _enlarge(image: Image.Image) -> Image.Image:

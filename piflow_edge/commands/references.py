@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from piflow_edge.runtime.generator import Generator
 
 
 def open_source(source: str | Path, style: str, students: Sequence[Path], data):
@@ -22,18 +25,24 @@ def caption_real_images(images, students: Sequence[Path]):
     """
     if images.captions is None or not students:
         return images
+    from piflow_edge.runtime.loading import load
+
+    with load(students[0]) as generator:
+        return caption_with(generator, images)
+
+
+def caption_with(generator: "Generator", images):
+    """As `caption_real_images`, by the text encoder of a student that is open."""
     from dataclasses import replace
 
     from piflow_edge.distill.data.captions import Captions
     from piflow_edge.distill.data.encodings import encode_captions
-    from piflow_edge.runtime.loading import load
     from piflow_edge.system.files import sha256
 
-    with load(students[0]) as generator:
-        if not generator.conditioner.example_prompts(1):
-            return images
-        captions = images.captions
-        first = Captions.of_rows([[captions.texts[row]] for row in captions.starts[:-1]])
-        encoder = f"{sha256(generator.bundle.manifest_bytes)} {generator.precision} {generator.engine.name}"
-        opened: Any = generator.conditioner
-        return encode_captions(replace(images, captions=first), opened, encoder)
+    if not generator.conditioner.example_prompts(1):
+        return images
+    captions = images.captions
+    first = Captions.of_rows([[captions.texts[row]] for row in captions.starts[:-1]])
+    encoder = f"{sha256(generator.bundle.manifest_bytes)} {generator.precision} {generator.engine.name}"
+    opened: Any = generator.conditioner
+    return encode_captions(replace(images, captions=first), opened, encoder)
