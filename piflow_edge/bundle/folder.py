@@ -27,6 +27,8 @@ from .signature import SIGNATURE_LIMIT, TrustedKey, check_signature
 _PIECE = 1 << 20
 
 
+# Entries of a folder that are looked at for a name like one that is not there.
+_MOST_SIBLINGS = 1000
 # The bundles that come with the package.
 SHIPPED = ("digits", "emoji")
 
@@ -65,6 +67,22 @@ def _shipped_bundle(name: str) -> Path:
     return Path(str(files("piflow_edge") / "assets" / name))
 
 
+def _describe_absence(folder: Path) -> str:
+    """Say what is there instead of a bundle's folder, and what to do about it."""
+    if folder.is_file():
+        return (
+            f"a file at {folder}; unpack it first: piflow-edge unpack {folder} --out {folder.with_suffix('')}"
+        )
+    import difflib  # late: only errors need it
+
+    try:
+        siblings = [file.name for file in islice(folder.parent.iterdir(), _MOST_SIBLINGS)]
+    except OSError:
+        siblings = []
+    near = difflib.get_close_matches(folder.name, (*SHIPPED, *siblings), n=1)
+    return f"nothing at {folder}" + (f" (did you mean {str(folder.with_name(near[0]))!r}?)" if near else "")
+
+
 @dataclass(frozen=True)
 class NetworkFiles:
     """An ONNX model whose checksums matched, and which reaches for nothing outside of it.
@@ -98,10 +116,7 @@ class Bundle:
             raise BundleError(f"a bundle is a folder, given by its path; got {folder!r}")
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            way = f"piflow-edge unpack {self.folder} --out {self.folder.with_suffix('')}"
-            hint = f"; unpack it first: {way}" if self.folder.is_file() else ""
-            what = "a file" if self.folder.is_file() else "nothing"
-            raise BundleError(f"a bundle is a folder; there is {what} at {self.folder}{hint}")
+            raise BundleError(f"a bundle is a folder; there is {_describe_absence(self.folder)}")
         self.manifest_bytes = self._bytes(MANIFEST, limit=MANIFEST_LIMIT)
         self.manifest = parse_manifest(self.manifest_bytes, self.folder)
         listed = set(self.manifest.files) | {MANIFEST}

@@ -8,6 +8,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from piflow_edge.errors import UsageError
+
 from .arguments import Seeds
 from .recipe import Recipe
 
@@ -60,6 +62,10 @@ class Result:
         """
         from .pictures import save_images  # Pillow is only needed where pictures are written
 
+        if path == "-":
+            raise UsageError(
+                "a Result is saved into a file or folder; for standard output: write(sys.stdout.buffer)"
+            )
         return save_images(Path(path), self._images_or_latents, self.recipe)
 
     def write(self, file: BinaryIO) -> None:

@@ -23,6 +23,9 @@ from .arguments import check_whole
 _RESAMPLES = 4
 _OPEN = SamplingSettings()
 _RANGES = find_options(SamplingSettings)
+# What a generator's call takes besides settings.
+CALL_ARGUMENTS = ("subject", "count", "seed", "labels", "prompt", "arrays", "settings", "noise", "image", "mask",
+                  "output", "callback", "callback_every", "cancel", "synchronize")  # fmt: skip
 # What other libraries call it, and what to do here instead.
 _ELSEWHERE = {
     "num_inference_steps": "give nfe, the student's calls per image",
@@ -57,7 +60,7 @@ def change_settings(settings: SamplingSettings | None, changes: Mapping[str, Any
         if name not in SETTING_NAMES:
             import difflib  # late: only errors need it
 
-            near = difflib.get_close_matches(name, SETTING_NAMES, n=1)
+            near = difflib.get_close_matches(name, (*CALL_ARGUMENTS, *SETTING_NAMES), n=1)
             hint = suggest_ours(name) or (
                 f"did you mean {near[0]}?" if near else f"settings are {', '.join(SETTING_NAMES)}"
             )

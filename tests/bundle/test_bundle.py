@@ -84,7 +84,10 @@ def test_an_extra_file_is_refused(bundle):
 
 def test_no_bundle_at_all(tmp_path):
     assert_refused(tmp_path, "bundle.json is missing")
-    assert_refused(tmp_path / "nowhere", "there is nothing at")
+    assert_refused(tmp_path / "nowhere", "there is nothing at .*nowhere$")
+    assert_refused("digit", r"there is nothing at digit \(did you mean 'digits'\?\)")
+    (tmp_path / "leaves").mkdir()
+    assert_refused(tmp_path / "leafs", "did you mean '.*leaves'")
     (tmp_path / "sent.zip").write_bytes(b"PK")
     assert_refused(
         tmp_path / "sent.zip", "there is a file at .*; unpack it first: piflow-edge unpack .*sent.zip"

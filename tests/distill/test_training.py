@@ -292,6 +292,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert not (tmp_path / "checkpoint.json").exists()
 
 
+def test_a_run_that_is_never_finite_after_its_first_step_fails(data, tmp_path):
+    def loss(network, x_0, conditioning, random):
+        value = flow_matching_loss(network, x_0, conditioning, NULL, FlowMatchingConfig(), random)
+        finite.append(bool(value.isfinite()))
+        return value
+
+    finite: list[bool] = []
+    config = replace(SHORT, learning_rate=1e30, warmup=0)
+    with pytest.raises(CheckFailedError, match="5 steps in a row, up to iteration 6; none was saved"):
+        train(DiTNetwork(TINY), loss, data, config, tmp_path, kind="teacher", settings={})
+    assert finite == [True] + [False] * 5
+
+
 def test_a_skipped_step_leaves_everything_as_it_was(data, tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import piflow_edge as pf
 from piflow_edge import PiFlowError, SamplingSettings
 from piflow_edge.conditioning import Arrays, TensorSpec
 from piflow_edge.errors import UsageError
-from piflow_edge.runtime.settings import complete_settings
+from piflow_edge.runtime.generator import Generator
+from piflow_edge.runtime.settings import CALL_ARGUMENTS, complete_settings
 from tests.helpers.gaussian import SIDE, GaussianEngine, gaussian_generator
 
 ENCODINGS = Arrays(
@@ -93,6 +95,8 @@ def test_what_was_completed_completes_to_itself():
         ("guidance_scale", "no guidance to set"),
         ("generator", "give seed"),
         ("temprature", "did you mean temperature"),
+        ("label", "did you mean labels"),
+        ("prompts", "did you mean prompt"),
         ("colour", "settings are nfe, substeps"),
     ],
 )
@@ -100,6 +104,18 @@ def test_an_argument_of_another_library_is_answered_with_ours(name, ours):
     with pytest.raises(UsageError, match=rf"no argument '{name}'; .*{ours}") as caught:
         gaussian_generator()([1], **{name: 4})
     assert isinstance(caught.value, TypeError)
+
+
+def test_every_argument_of_a_call_is_known_by_name():
+    named = [p.name for p in signature(Generator.__call__).parameters.values() if p.kind != p.VAR_KEYWORD]
+    assert ("self", *CALL_ARGUMENTS) == tuple(named)
+
+
+def test_a_result_is_not_saved_into_a_file_named_for_standard_output(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"write\(sys.stdout.buffer\)"):
+        gaussian_generator()([1]).save("-")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("given", [dict(height=8), dict(width=5), dict(settings=SamplingSettings(height=1))])

@@ -200,7 +200,7 @@ def _classes(
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"labels in {path} must be one class id, 0 or more, per image ({count}); got {labels.dtype} "
-            f"{labels.shape}"
+            f"{labels.shape}{_suggest_labels(labels, count)}"
         )
     if labels.min() < 0:
         raise DataError(f"labels in {path} must be 0 or more; image {labels.argmin()} has {labels.min()}")
@@ -216,6 +216,19 @@ def _classes(
         shown = ", ".join(repr(names[i]) for i in empty[:_NAMED])
         log.warning("%d classes of %s have no images: %s", len(empty), path, shown)
     return ClassLabels(names), {"labels": labels.astype(np.int64)}
+
+
+def _suggest_labels(labels: np.ndarray, count: int) -> str:
+    """Return how to make class ids of what came instead, as the end of a message; empty where nobody can tell."""
+    if labels.shape == (count, 1):
+        return "; save labels[:, 0]"
+    if labels.ndim == 2 and len(labels) == count:
+        return "; of one-hot rows save labels.argmax(1)"
+    if labels.shape != (count,):
+        return ""
+    if labels.dtype.kind == "U":
+        return "; of names save class_names, labels = np.unique(names, return_inverse=True)"
+    return "; save labels.astype(np.int64)" if labels.dtype.kind in "bf" else ""
 
 
 def _check_numbering(path: Path, labels: np.ndarray, highest: int) -> None:

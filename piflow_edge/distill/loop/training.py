@@ -270,8 +270,11 @@ def _with_averages(make: Callable, state: State, journal: Journal | None, note: 
 
 
 def _check_progress(state: State, run: RunConfig, config: TrainingConfig, folder: Path, done: int) -> None:
+    """Raise CheckFailedError where too many of the last steps were skipped."""
     saved = "the last checkpoint is whole" if (folder / "checkpoint.json").exists() else "none was saved yet"
-    if state.skipped_in_a_row >= min(run.max_skipped_in_a_row, config.iterations):
+    # A far too large rate leaves the first steps finite and none after them: no run ends well with such weights.
+    most = -(-config.iterations // 2) if done == config.iterations else config.iterations
+    if state.skipped_in_a_row >= min(run.max_skipped_in_a_row, most):
         raise CheckFailedError(
             f"loss or gradient was not finite in {state.skipped_in_a_row} steps in a row, up to iteration {done}; "
             f"{saved}. Look at the learning rate ({config.learning_rate:g}; try a third), at the data "

@@ -17,6 +17,8 @@ from piflow_edge.system.progress import progress
 from .bulk_job import BulkJob
 from .shards import Sample, write_shard
 
+# Bytes of a sample beside its pixels: three headers of a tar file, what fills its blocks, the recipe twice.
+_SAMPLE_OVERHEAD = 5 * 512 + 2048
 # Images of one call. It belongs to what determines them: some engines round otherwise in another batch.
 _PIECE = 64
 
@@ -45,11 +47,23 @@ def make_shard(generator: Generator, job: BulkJob, folder: Path, shard: int) -> 
         raise BundleError(f"the images are of bundle {job.bundle!r} as it was; this one was changed since")
     path = job.path_of(folder, shard)
     try:
-        with atomic_file(path) as file:
+        with atomic_file(path, size=_estimate_size(generator, job, folder, shard)) as file:
             write_shard(file, _make_samples(generator, job, job.indices_of(shard)))
     except FileNotFoundError:  # another worker made it sooner, and `sweep` took the half of this one
         if not path.exists():
             raise
+
+
+def _estimate_size(generator: Generator, job: BulkJob, folder: Path, shard: int) -> int:
+    """Return the bytes that a shard will take, for the error of a full disk: as many per image as in a shard that is
+    there, or else as pixels that nothing compresses."""
+    for made in (shard - 1, shard + 1, 0):
+        if made in job.shards and (neighbour := job.path_of(folder, made)).exists():
+            per_image = neighbour.stat().st_size / len(job.indices_of(made))
+            return int(per_image * len(job.indices_of(shard)))
+    channels = (generator.bundle.manifest.image_shape or (1,))[0]
+    pixels = channels * (job.settings.height or 1) * (job.settings.width or 1)
+    return len(job.indices_of(shard)) * (pixels + _SAMPLE_OVERHEAD)
 
 
 def _make_samples(generator: Generator, job: BulkJob, indices: range) -> Iterator[Sample]:

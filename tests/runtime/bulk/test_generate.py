@@ -1,7 +1,11 @@
 """`generate`: the same files whoever makes them, in how many parts and after whatever was killed."""
 
+import errno
 import io
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +22,7 @@ import piflow_edge as pf
 from piflow_edge.cli import main
 from piflow_edge.errors import DataError
 from piflow_edge.runtime.bulk.bulk_job import read_job
+from piflow_edge.runtime.bulk.bulk_work import make_shard
 from piflow_edge.runtime.bulk.ray_workers import ShardWorker
 from piflow_edge.runtime.recipe import parse_recipe
 from tests.commands.test_docs import FENCE, ROOT, calls
@@ -114,6 +119,26 @@ def test_nothing_is_lost_or_twice_after_a_kill(tmp_path):
     )
     assert read_files(killed) == read_files(undisturbed)
     assert len(read_entries(killed)) == 3 * 1500
+
+
+def test_a_full_disk_says_how_much_a_shard_takes(whole, tmp_path, monkeypatch):
+    def fill(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def needed(folder):
+        with pytest.raises(
+            OSError, match=r"No space left on device, .* to write, .* free: .*000001.tar'"
+        ) as it:
+            make_shard(generator, job, folder, 1)
+        return float(re.search(r", ([\d.e+]+) MB to write", str(it.value))[1])
+
+    job, taken = read_job(whole), (whole / "000001.tar").stat().st_size / 1e6
+    shutil.copy(whole / "000000.tar", tmp_path)
+    with pf.load("digits") as generator:
+        monkeypatch.setattr(os, "fsync", fill)
+        assert needed(tmp_path) == pytest.approx(taken, rel=0.1)
+        (tmp_path / "000000.tar").unlink()
+        assert taken < needed(tmp_path) < 3 * taken
 
 
 @pytest.mark.parametrize(
