@@ -10,12 +10,10 @@ from piflow_edge.bundle.sizes import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.data.autoencoder import KINDS, Autoencoder
 from piflow_edge.export.onnx_graphs.to_onnx import (
-    OPSET,
     build_dims,
     name_dims,
-    program_graph,
-    quiet,
     size_state,
+    trace_graph,
     traced_lengths,
 )
 
@@ -48,23 +46,14 @@ def export_decoder(
         axes: lengths of height and width, where the graph is for several.
 
     Raises:
-        CheckFailedError: the exported graph is not valid ONNX.
+        CheckpointError, CheckFailedError: as of `trace_graph`.
     """
     named = {name: axis for name, axis in (axes or {}).items() if name in (HEIGHT, WIDTH)}
     traced, sides = size_state(shape, named, traced_lengths(named))
     dims = build_dims(named)
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            _Decoder(autoencoder).eval(),
-            (torch.zeros(2, *traced),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(DECODER_INPUTS),
-            output_names=list(DECODER_OUTPUTS),
-            dynamic_shapes=({0: dims["batch"], **{place: dims[name] for place, name in sides.items()}},),
-            verbose=False,
-        )
-    return program_graph(program, name_dims(named)).model
+    shapes = ({0: dims["batch"], **{place: dims[name] for place, name in sides.items()}},)
+    module, example = _Decoder(autoencoder).eval(), (torch.zeros(2, *traced),)
+    return trace_graph(module, example, DECODER_INPUTS, DECODER_OUTPUTS, shapes, name_dims(named)).model
 
 
 def measure_scale(autoencoder: Autoencoder, shape: Sequence[int]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec
 from piflow_edge.distill.networks.text_encoders import TextEncoder, open_prompts
 from piflow_edge.engines import Graph
 from piflow_edge.errors import ConditioningError, DataError
-from piflow_edge.export.onnx_graphs.to_onnx import OPSET, program_graph, quiet
+from piflow_edge.export.onnx_graphs.to_onnx import trace_graph
 
 ENCODER_INPUTS = ("input_ids", "attention_mask")
 # Prompts that a precision of an encoder is measured with: so many of the model's own, and these beside them. What is
@@ -50,24 +50,14 @@ def export_encoder(encoder: TextEncoder) -> Graph:
     and, where the encoder pools, `pooled` float32 (batch, P).
 
     Raises:
-        CheckFailedError: the exported graph is not valid ONNX.
+        CheckpointError, CheckFailedError: as of `trace_graph`.
     """
     longest = encoder.spec.max_tokens
     # Two samples, and not one token: torch.export takes an axis of one for a constant.
     ids = torch.ones(2, min(7, longest), dtype=torch.int64)
     axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=1, max=longest)}
-    with quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            encoder.module,
-            (ids, torch.ones_like(ids)),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(ENCODER_INPUTS),
-            output_names=list(encoder.module.outputs),
-            dynamic_shapes=(axes, axes),
-            verbose=False,
-        )
-    return program_graph(program)
+    example = (ids, torch.ones_like(ids))
+    return trace_graph(encoder.module, example, ENCODER_INPUTS, encoder.module.outputs, (axes, axes))
 
 
 def join_encoders(conditioner: Conditioner, encoders: Sequence[TextEncoder]) -> OpenedTextPrompts:

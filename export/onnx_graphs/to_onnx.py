@@ -1,10 +1,12 @@
 """PyTorch network -> ONNX graph. The policy and its integration stay outside."""
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx
 import torch
@@ -91,18 +93,56 @@ def network_graph(
         )
         example, shapes = (*example, given), (*shapes, dynamic)
     names = tuple(spec.name for spec in conditioning)
-    with quiet(), _name_the_line():
+    outputs = network.head.outputs if network.head else VELOCITY_OUTPUTS
+    module = _Positional(network.eval(), names).eval()
+    return trace_graph(module, example, ("x_t", "t", *names), outputs, shapes, name_dims(axes or {}))
+
+
+def trace_graph(
+    module: nn.Module,
+    example: tuple[Any, ...],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic_shapes: Any,
+    axes: Mapping[str, str] | None = None,
+) -> Graph:
+    """Trace a module, and return what it does as a graph without traces of this machine, checked.
+
+    Args:
+        module: called with positional arguments, in evaluation.
+        example: arguments to trace it with.
+        inputs, outputs: names of the graph's.
+        dynamic_shapes: of the arguments, as `torch.export` takes them.
+        axes: what torch calls an axis -> what the graph is to call it.
+
+    Raises:
+        CheckpointError: torch cannot make a graph of the module's code.
+        CheckFailedError: the exported graph is not valid ONNX.
+    """
+    with quiet(), _rare_collections(), torch.no_grad(), _name_the_line():
         program = torch.onnx.export(
-            _Positional(network.eval(), names).eval(),
+            module,
             example,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["x_t", "t", *names],
-            output_names=list(network.head.outputs if network.head else VELOCITY_OUTPUTS),
-            dynamic_shapes=shapes,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
-    return program_graph(program, name_dims(axes or {}))
+    assert program is not None, "asked for, it is returned"
+    return _clean_graph(program.model_proto, axes or {})
+
+
+@contextlib.contextmanager
+def _rare_collections():
+    """Let Python look for garbage less often: tracing makes millions of objects that stay, an eighth of its time."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 @contextlib.contextmanager
@@ -169,16 +209,8 @@ def _dim_name(name: str, axis: AxisSpec) -> str:
     return name if axis.multiple_of == 1 else f"{axis.multiple_of}*{name}_units"
 
 
-def program_graph(program: torch.onnx.ONNXProgram | None, axes: Mapping[str, str] | None = None) -> Graph:
-    """An exported program as a graph without traces of this machine, checked.
-
-    `axes`: what torch calls an axis -> what the graph is to call it.
-
-    Raises:
-        CheckFailedError: it is not valid ONNX.
-    """
-    assert program is not None, "asked for, it is returned"
-    model, names = program.model_proto, axes or {}
+def _clean_graph(model: onnx.ModelProto, names: Mapping[str, str]) -> Graph:
+    """Return a traced model without what it says of this machine, its axes renamed by `names`, checked."""
     compact(model, [name for node in model.graph.node for name in node.output])
     for node in model.graph.node:  # stack traces with this machine's paths
         del node.metadata_props[:]
