@@ -48,10 +48,10 @@ benchmarks: $(VENV)/.tools
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@rm -rf build/types
-	@mkdir -p build/types
-	@cp -R piflow_edge build/types/
-	@cp -R engines export build/types/piflow_edge/
+	@rm -rf .types
+	@mkdir -p .types
+	@cp -R piflow_edge .types/
+	@cp -R engines export .types/piflow_edge/
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # From the wheel: in the source tree engines/ and export/ lie beside the package they are part of.
@@ -64,7 +64,7 @@ docs: $(VENV)/.tools
 	@echo site/index.html
 
 clean:
-	rm -rf $(VENV) $(RUNTIME) build .wheel site *.egg-info
+	rm -rf $(VENV) $(RUNTIME) build .wheel .types site *.egg-info
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
