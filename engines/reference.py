@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,11 @@ class ReferenceEngine:
 
     def __init__(self, graph: Graph, device: str, options: EngineOptions):
         self.device = device
+        if (
+            graph.file is not None
+        ):  # the arrays of a model are views of its bytes, which are lent for opening alone
+            weights = {name: bytes(content) for name, content in graph.weights.items()}
+            graph = replace(graph, model=bytes(graph.model), weights=weights)
         self._model: Model | None = read_model(graph)
         if self._model.opset not in _OPSETS:
             raise EngineError(

@@ -138,12 +138,16 @@ def sha256(data: Content) -> str:
 
 @contextmanager
 def view_file(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file that is not empty, for a block, without taking memory for them."""
-    import mmap  # late: few need it
+    """The bytes of a file, for a block, without taking memory for them."""
+    import mmap  # late: who only looks at a manifest needs none
 
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        view = memoryview(content)
-        try:
-            yield view
-        finally:
-            view.release()
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:  # nothing to map
+            yield memoryview(b"")
+            return
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    view = memoryview(content)
+    yield view
+    # Not after an error: its traceback may hold parts of the view, and frees them when it goes.
+    view.release()
+    content.close()

@@ -91,7 +91,9 @@ def test_an_operator_of_an_unknown_domain_is_refused(digits):
         pack(digits, digits.parent / "digits.zip")
 
 
-def test_a_graph_that_is_no_graph_is_refused(digits):
-    seal(digits, STUDENT, b"\x3a\xff\xff\xff\xff\x0f")
-    with pytest.raises(BundleError, match=f"{STUDENT}.*not a whole ONNX model"):
-        pf.load(digits)
+@pytest.mark.parametrize("keep", ["all", "one"])
+@pytest.mark.parametrize("content", [b"\x3a\xff\xff\xff\xff\x0f", b"\0", b""])
+def test_a_graph_that_is_no_graph_is_refused(digits, content, keep):
+    seal(digits, STUDENT, content)
+    with pytest.raises(BundleError, match=f"{STUDENT}.*(not a whole ONNX model|inputs are none)"):
+        pf.load(digits, options=pf.EngineOptions(keep=keep))

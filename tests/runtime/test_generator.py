@@ -1,6 +1,7 @@
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -296,7 +297,7 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
     bundle = SimpleNamespace(
         name="b",
         manifest=replace(latents, networks={**latents.networks, "decoder": "one"}),
-        read_network=lambda name, precision: NetworkFiles(name.encode(), {}, "b", None),
+        view_network=lambda name, precision: nullcontext(NetworkFiles(name.encode(), {}, "b", None)),
     )
     monkeypatch.setattr("piflow_edge.bundle.folder.Bundle", lambda folder, trusted_keys: bundle)
     monkeypatch.setattr("piflow_edge.runtime.residence.opening.open_engine", open_engine)

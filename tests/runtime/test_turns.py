@@ -59,7 +59,20 @@ def test_the_images_are_those_of_networks_that_are_all_kept(latent_bundle):
     assert opened == ["student", "decoder"]
 
 
-def test_a_graph_is_opened_in_its_place_and_not_as_bytes(monkeypatch):
+@pytest.mark.parametrize("keep", ["all", "one"])
+def test_the_reference_needs_no_file_after_it_is_opened(tmp_path, keep):
+    folder = shutil.copytree(demo_bundle(), tmp_path / "digits")
+    with (
+        pf.load(folder, "reference", options=pf.EngineOptions(keep=keep)) as generator,
+        pf.load("digits") as other,
+    ):
+        shutil.rmtree(folder)
+        found, wanted = (one("3", seed=4, output="numpy").images.astype(int) for one in (generator, other))
+    assert np.abs(found - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("keep", ["all", "one"])
+def test_a_graph_is_opened_in_its_place_and_not_as_bytes(monkeypatch, keep):
     onnxruntime = import_onnxruntime()
 
     given, session = [], onnxruntime.InferenceSession
@@ -68,7 +81,7 @@ def test_a_graph_is_opened_in_its_place_and_not_as_bytes(monkeypatch):
         "InferenceSession",
         lambda model, *more, **how: given.append(model) or session(model, *more, **how),
     )
-    with pf.load("digits", "ort-cpu", options=ONE) as generator:
+    with pf.load("digits", "ort-cpu", options=pf.EngineOptions(keep=keep)) as generator:
         assert generator("3", output="numpy").images.shape == (1, 8, 8, 1)
     assert given == [str(demo_bundle() / "student.fp32.onnx")]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import DECODER, STUDENT
 from piflow_edge.engines import Engine, EngineOptions, check_engine_options, open_engine
-from piflow_edge.runtime.graphs import read_graph, view_graph
+from piflow_edge.runtime.graphs import view_graph
 
 from .turns import Turns
 
@@ -30,8 +30,8 @@ def _open_all(bundle, others, engine, precision, device, options) -> dict[str, E
     engines: dict[str, Engine] = {}
     try:
         for name in (STUDENT, *others):
-            graph = read_graph(bundle, name, precision)
-            engines[name] = open_engine(graph, engine=engine, device=device, options=options)
+            with view_graph(bundle, name, precision) as graph:
+                engines[name] = open_engine(graph, engine=engine, device=device, options=options)
             if name == STUDENT:
                 engine, device = _of_others(engine, engines[name])
     except BaseException:
