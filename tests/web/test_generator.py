@@ -39,6 +39,9 @@ def test_pictures_are_those_of_python(ask, digits):
         ({"seed": 2, "nfe": 4, "h": "inf", "temperature": "auto"}, [1, 2]),
         ({"seed": 2**53 - 1, "nfe": 2, "h": 0.7}, [0]),
         ({"seed": [[9, 4], [3, 0]]}, [6, 6]),
+        ({"seed": 3, "solver": "multistep"}, [5, 8]),
+        ({"seed": 3, "solver": "multistep", "nfe": 3, "substeps": 10}, [5]),
+        ({"seed": 3, "solver": "multistep", "nfe": 2, "substeps": 3, "h": 0.5}, [4]),
         ({"seed": 0}, [i % 10 for i in range(18)]),  # more than one batch
     ]
     answers = ask(
@@ -99,7 +102,7 @@ def test_what_makes_no_sense_is_refused(ask):
         ([10], {}, "there are 10 classes"), (["eleven"], {}, "eleven"), ([], {}, "one label or more"),
         ({"prompts": "3"}, {}, "prompts have no meaning"), ({}, {}, "give labels"), ([1], {"nfe": 0}, "nfe"),
         ([1], {"seed": -1}, "seed"), ([1], {"seed": [[1, 2], [3, 4]]}, "1 images, 2 pairs"), ([1], {"h": -1}, "h is"),
-        ([1], {"temperature": "hot"}, "temperature"),
+        ([1], {"temperature": "hot"}, "temperature"), ([1], {"solver": "heun"}, "solver is one of euler, multistep"),
     ]  # fmt: skip
     answers = ask(
         *(

@@ -4,6 +4,7 @@ import { type Asked } from "./conditioning.js";
 import { type Seed } from "./noise.js";
 import { type Pixels } from "./pictures/pixels.js";
 import { type Recipe } from "./pictures/recipe.js";
+import { type Solver } from "./policies/solvers.js";
 import { type SessionOptions } from "./sessions.js";
 export interface LoadOptions extends OpenOptions, SessionOptions {
     /** One of the bundle's; else its first. */
@@ -29,6 +30,8 @@ export interface GenerateOptions {
     substeps?: number;
     temperature?: number | "auto";
     h?: number | "inf";
+    /** "euler", as the student was trained, or "multistep", which asks a mixture a quarter as often. */
+    solver?: Solver;
     /** Is awaited after every network call and its rollout. */
     onProgress?: (progress: Progress) => void | Promise<void>;
     /** Aborted, it ends the call with `Cancelled` before the next network call. */

@@ -7,6 +7,7 @@ import { restore, toPixels, toRGBA } from "./pictures/pixels.js";
 import { encodePng } from "./pictures/png.js";
 import { buildRecipe, writeRecipe } from "./pictures/recipe.js";
 import { readPolicy } from "./policies/index.js";
+import { readSolver } from "./policies/solvers.js";
 import { planSegments, publishedTemperature } from "./schedule.js";
 import { importOrt, Session } from "./sessions.js";
 import { RELEASE } from "./release.js";
@@ -123,7 +124,7 @@ class Drawing {
             timings.network += performance.now() - before;
             const temperature = i < segments.length - 1 ? plan.temperature : 1;
             const policy = this.kind.open(outputs, state, size, sigmas[0], temperature);
-            state = measure(timings, "policy", () => policy.integrate(state, sigmas));
+            state = measure(timings, "policy", () => plan.carry(policy, state, sigmas));
             const sigmaT = sigmas[sigmas.length - 1];
             if (options.onProgress) {
                 const seen = state;
@@ -190,8 +191,9 @@ class Drawing {
             substepRule: schedule.substep_rule,
         });
         const [height, width] = imageSize(this.bundle.manifest);
-        const rest = { solver: "euler", strength: 1, resamples: 0, height, width };
-        return { segments, temperature, settings: { nfe, substeps, temperature, h, ...rest } };
+        const solver = options.solver ?? "euler";
+        const rest = { solver, strength: 1, resamples: 0, height, width };
+        return { segments, temperature, carry: readSolver(solver), settings: { nfe, substeps, temperature, h, ...rest } };
     }
     describe(conditioning, pair, plan) {
         return buildRecipe({

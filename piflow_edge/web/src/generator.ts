@@ -8,6 +8,7 @@ import { restore, toPixels, toRGBA, type Pixels } from "./pictures/pixels.js";
 import { encodePng } from "./pictures/png.js";
 import { buildRecipe, writeRecipe, type Recipe } from "./pictures/recipe.js";
 import { readPolicy, type Policy, type PolicyKind } from "./policies/index.js";
+import { readSolver, type Solver } from "./policies/solvers.js";
 import { planSegments, publishedTemperature, type Segment } from "./schedule.js";
 import { importOrt, Session, type Arrays, type SessionOptions } from "./sessions.js";
 import { RELEASE } from "./release.js";
@@ -42,6 +43,8 @@ export interface GenerateOptions {
   substeps?: number;
   temperature?: number | "auto";
   h?: number | "inf";
+  /** "euler", as the student was trained, or "multistep", which asks a mixture a quarter as often. */
+  solver?: Solver;
   /** Is awaited after every network call and its rollout. */
   onProgress?: (progress: Progress) => void | Promise<void>;
   /** Aborted, it ends the call with `Cancelled` before the next network call. */
@@ -118,6 +121,7 @@ export type Generator = ((subject: Subject, options?: GenerateOptions) => Promis
 interface Plan {
   segments: Segment[];
   temperature: number;
+  carry: ReturnType<typeof readSolver>;
   settings: Recipe["settings"];
 }
 
@@ -193,7 +197,7 @@ class Drawing {
       timings.network += performance.now() - before;
       const temperature = i < segments.length - 1 ? plan.temperature : 1;
       const policy = this.kind.open(outputs, state, size, sigmas[0], temperature);
-      state = measure(timings, "policy", () => policy.integrate(state, sigmas));
+      state = measure(timings, "policy", () => plan.carry(policy, state, sigmas));
       const sigmaT = sigmas[sigmas.length - 1];
       if (options.onProgress) {
         const seen = state;
@@ -264,8 +268,9 @@ class Drawing {
       substepRule: schedule.substep_rule,
     });
     const [height, width] = imageSize(this.bundle.manifest);
-    const rest = { solver: "euler" as const, strength: 1, resamples: 0, height, width };
-    return { segments, temperature, settings: { nfe, substeps, temperature, h, ...rest } };
+    const solver = options.solver ?? "euler";
+    const rest = { solver, strength: 1, resamples: 0, height, width };
+    return { segments, temperature, carry: readSolver(solver), settings: { nfe, substeps, temperature, h, ...rest } };
   }
 
   private describe(conditioning: object, pair: [Seed, Seed], plan: Plan): Recipe {

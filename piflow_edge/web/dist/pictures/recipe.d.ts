@@ -1,5 +1,6 @@
 /** How an image was made, as `piflow_edge/runtime/recipe.py` reads it. */
 import type { Seed } from "../noise.js";
+import type { Solver } from "../policies/solvers.js";
 export interface Recipe {
     version: number;
     bundle: string;
@@ -12,7 +13,7 @@ export interface Recipe {
     settings: {
         nfe: number;
         substeps: number;
-        solver: "euler";
+        solver: Solver;
         temperature: number;
         h: number | "inf";
         strength: number;

@@ -2,6 +2,8 @@
  * Policies "gm" and "gmk": a Gaussian mixture at every position, carried to other states and noise levels by Bayes'
  * rule. The formulas are those of `piflow_edge/policies/gm.py` and `gmk.py`, worked out in float64.
  */
+/** A component so far below the likeliest one, in logarithms, changes no digit of a sum in float64. */
+const NEGLIGIBLE = -40;
 class MixturePolicy {
     means;
     logweights;
@@ -59,15 +61,17 @@ class MixturePixel {
     x0Means;
     logweights;
     nu;
+    sums;
     weights;
     halfSquares;
-    terms = { variances: [], denominators: [], excesses: [], volumes: [] };
+    terms = { variances: NOTHING, precisions: NOTHING, excesses: NOTHING, volumes: NOTHING };
     constructor(components, channels) {
         this.components = components;
         this.channels = channels;
         this.x = new Float64Array(channels);
         this.xSrc = new Float64Array(channels);
         this.nu = new Float64Array(channels);
+        this.sums = new Float64Array(channels);
         this.x0Means = new Float64Array(components * channels);
         this.logweights = new Float64Array(components);
         this.weights = new Float64Array(components);
@@ -77,27 +81,34 @@ class MixturePixel {
         this.terms = terms;
     }
     integrate(times) {
-        const { x, xSrc, nu, x0Means, weights, components, channels } = this;
-        const { variances, denominators } = this.terms;
+        const { x, xSrc, nu, sums, x0Means, weights, components, channels } = this;
+        const { variances, precisions } = this.terms;
         this.computeHalfSquares();
         for (let i = 0; i < times.length; i++) {
-            const { ofState, ofSource, floor, step } = times[i];
-            for (let c = 0; c < channels; c++)
-                nu[c] = ofState * x[c] - ofSource * xSrc[c];
-            this.weigh(i, times[i].zeta);
+            const { ofState, ofSource, step, zeta } = times[i];
             for (let c = 0; c < channels; c++) {
-                let x0 = 0;
-                for (let k = 0; k < components; k++) {
-                    x0 += (weights[k] * (x0Means[k * channels + c] + variances[k] * nu[c])) / denominators[i * components + k];
-                }
-                x[c] += ((x[c] - x0) / floor) * step;
+                nu[c] = ofState * x[c] - ofSource * xSrc[c];
+                sums[c] = 0;
             }
+            this.weigh(i, zeta);
+            // x_0 is the mean of (mean_k + variance_k nu) precision_k, each by its weight.
+            let total = 0;
+            let ofNu = 0;
+            for (let k = 0; k < components; k++) {
+                total += weights[k];
+                const weight = weights[k] * precisions[i * components + k];
+                ofNu += weight * variances[k];
+                for (let c = 0; c < channels; c++)
+                    sums[c] += weight * x0Means[k * channels + c];
+            }
+            for (let c = 0; c < channels; c++)
+                x[c] += (x[c] - (sums[c] + ofNu * nu[c]) / total) * step;
         }
     }
-    /** The posterior weights of the components at the i-th substep. */
+    /** The posterior weights of the components at the i-th substep, the largest of which is 1. */
     weigh(i, zeta) {
         const { components, channels, nu, weights, x0Means, logweights, halfSquares } = this;
-        const { denominators, excesses, volumes } = this.terms;
+        const { precisions, excesses, volumes } = this.terms;
         let halfSquare = 0;
         for (let c = 0; c < channels; c++)
             halfSquare += 0.5 * nu[c] * nu[c];
@@ -107,15 +118,14 @@ class MixturePixel {
             let evidence = excesses[at] * halfSquare - zeta * halfSquares[k];
             for (let c = 0; c < channels; c++)
                 evidence += x0Means[k * channels + c] * nu[c];
-            weights[k] = logweights[k] + evidence / denominators[at] - volumes[at];
+            weights[k] = logweights[k] + evidence * precisions[at] - volumes[at];
             if (weights[k] > largest)
                 largest = weights[k];
         }
-        let total = 0;
-        for (let k = 0; k < components; k++)
-            total += weights[k] = Math.exp(weights[k] - largest);
-        for (let k = 0; k < components; k++)
-            weights[k] /= total;
+        for (let k = 0; k < components; k++) {
+            const below = weights[k] - largest;
+            weights[k] = below < NEGLIGIBLE ? 0 : Math.exp(below);
+        }
     }
     computeHalfSquares() {
         const { halfSquares, x0Means, channels } = this;
@@ -126,12 +136,13 @@ class MixturePixel {
         }
     }
 }
+const NOTHING = new Float64Array();
 /** Where all variances are alike, excesses are 0, and volumes the same for all, so that they change no weight. */
 function computeTerms(variances, times, channels, eps) {
     const size = times.length * variances.length;
     const terms = {
         variances,
-        denominators: new Float64Array(size),
+        precisions: new Float64Array(size),
         excesses: new Float64Array(size),
         volumes: new Float64Array(size),
     };
@@ -139,9 +150,10 @@ function computeTerms(variances, times, channels, eps) {
     times.forEach(({ zeta }, i) => {
         variances.forEach((variance, k) => {
             const at = i * variances.length + k;
-            terms.denominators[at] = Math.max(variance * zeta + 1, eps);
+            const denominator = Math.max(variance * zeta + 1, eps);
+            terms.precisions[at] = 1 / denominator;
             terms.excesses[at] = (variance - widest) / Math.max(widest * zeta + 1, eps);
-            terms.volumes[at] = Math.log(terms.denominators[at]) * 0.5 * channels;
+            terms.volumes[at] = Math.log(denominator) * 0.5 * channels;
         });
     });
     return terms;
@@ -152,8 +164,7 @@ function planSubsteps(sigmas, sigmaSrc, eps) {
     return Array.from(sigmas.subarray(0, -1), (sigma, i) => {
         const floor = Math.max(sigma, eps);
         return {
-            floor,
-            step: sigmas[i + 1] - sigma,
+            step: (sigmas[i + 1] - sigma) / floor,
             zeta: ((1 - floor) / floor) ** 2 - ((1 - source) / source) ** 2,
             ofState: (1 - floor) / floor ** 2,
             ofSource: (1 - source) / source ** 2,

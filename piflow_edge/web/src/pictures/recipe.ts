@@ -1,6 +1,7 @@
 /** How an image was made, as `piflow_edge/runtime/recipe.py` reads it. */
 
 import type { Seed } from "../noise.js";
+import type { Solver } from "../policies/solvers.js";
 
 const VERSION = 2;
 
@@ -16,7 +17,7 @@ export interface Recipe {
   settings: {
     nfe: number;
     substeps: number;
-    solver: "euler";
+    solver: Solver;
     temperature: number;
     h: number | "inf";
     strength: number;

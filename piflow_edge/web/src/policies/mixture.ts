@@ -5,9 +5,11 @@
 
 import type { Outputs, Policy, PolicyKind, StateSize } from "./policy.js";
 
-/** What a substep needs to know of its noise level, for one variance. */
+/** A component so far below the likeliest one, in logarithms, changes no digit of a sum in float64. */
+const NEGLIGIBLE = -40;
+
+/** What a substep needs to know of its noise level, for one variance. `step`: of an Euler step, by the noise level. */
 interface SubstepTime {
-  floor: number;
   step: number;
   zeta: number;
   ofState: number;
@@ -63,9 +65,10 @@ class MixturePixel {
   readonly x0Means: Float64Array;
   readonly logweights: Float64Array;
   private readonly nu: Float64Array;
+  private readonly sums: Float64Array;
   private readonly weights: Float64Array;
   private readonly halfSquares: Float64Array;
-  private terms: ComponentTerms = { variances: [], denominators: [], excesses: [], volumes: [] };
+  private terms: ComponentTerms = { variances: NOTHING, precisions: NOTHING, excesses: NOTHING, volumes: NOTHING };
 
   constructor(
     private readonly components: number,
@@ -74,6 +77,7 @@ class MixturePixel {
     this.x = new Float64Array(channels);
     this.xSrc = new Float64Array(channels);
     this.nu = new Float64Array(channels);
+    this.sums = new Float64Array(channels);
     this.x0Means = new Float64Array(components * channels);
     this.logweights = new Float64Array(components);
     this.weights = new Float64Array(components);
@@ -85,27 +89,33 @@ class MixturePixel {
   }
 
   integrate(times: SubstepTime[]): void {
-    const { x, xSrc, nu, x0Means, weights, components, channels } = this;
-    const { variances, denominators } = this.terms;
+    const { x, xSrc, nu, sums, x0Means, weights, components, channels } = this;
+    const { variances, precisions } = this.terms;
     this.computeHalfSquares();
     for (let i = 0; i < times.length; i++) {
-      const { ofState, ofSource, floor, step } = times[i];
-      for (let c = 0; c < channels; c++) nu[c] = ofState * x[c] - ofSource * xSrc[c];
-      this.weigh(i, times[i].zeta);
+      const { ofState, ofSource, step, zeta } = times[i];
       for (let c = 0; c < channels; c++) {
-        let x0 = 0;
-        for (let k = 0; k < components; k++) {
-          x0 += (weights[k] * (x0Means[k * channels + c] + variances[k] * nu[c])) / denominators[i * components + k];
-        }
-        x[c] += ((x[c] - x0) / floor) * step;
+        nu[c] = ofState * x[c] - ofSource * xSrc[c];
+        sums[c] = 0;
       }
+      this.weigh(i, zeta);
+      // x_0 is the mean of (mean_k + variance_k nu) precision_k, each by its weight.
+      let total = 0;
+      let ofNu = 0;
+      for (let k = 0; k < components; k++) {
+        total += weights[k];
+        const weight = weights[k] * precisions[i * components + k];
+        ofNu += weight * variances[k];
+        for (let c = 0; c < channels; c++) sums[c] += weight * x0Means[k * channels + c];
+      }
+      for (let c = 0; c < channels; c++) x[c] += (x[c] - (sums[c] + ofNu * nu[c]) / total) * step;
     }
   }
 
-  /** The posterior weights of the components at the i-th substep. */
+  /** The posterior weights of the components at the i-th substep, the largest of which is 1. */
   private weigh(i: number, zeta: number): void {
     const { components, channels, nu, weights, x0Means, logweights, halfSquares } = this;
-    const { denominators, excesses, volumes } = this.terms;
+    const { precisions, excesses, volumes } = this.terms;
     let halfSquare = 0;
     for (let c = 0; c < channels; c++) halfSquare += 0.5 * nu[c] * nu[c];
     let largest = -Infinity;
@@ -113,12 +123,13 @@ class MixturePixel {
       const at = i * components + k;
       let evidence = excesses[at] * halfSquare - zeta * halfSquares[k];
       for (let c = 0; c < channels; c++) evidence += x0Means[k * channels + c] * nu[c];
-      weights[k] = logweights[k] + evidence / denominators[at] - volumes[at];
+      weights[k] = logweights[k] + evidence * precisions[at] - volumes[at];
       if (weights[k] > largest) largest = weights[k];
     }
-    let total = 0;
-    for (let k = 0; k < components; k++) total += weights[k] = Math.exp(weights[k] - largest);
-    for (let k = 0; k < components; k++) weights[k] /= total;
+    for (let k = 0; k < components; k++) {
+      const below = weights[k] - largest;
+      weights[k] = below < NEGLIGIBLE ? 0 : Math.exp(below);
+    }
   }
 
   private computeHalfSquares(): void {
@@ -132,18 +143,20 @@ class MixturePixel {
 
 /** What the variances of one image's components make of each substep, (substeps, K). */
 interface ComponentTerms {
-  variances: ArrayLike<number>;
-  denominators: ArrayLike<number>;
-  excesses: ArrayLike<number>;
-  volumes: ArrayLike<number>;
+  variances: Float64Array;
+  precisions: Float64Array;
+  excesses: Float64Array;
+  volumes: Float64Array;
 }
+
+const NOTHING = new Float64Array();
 
 /** Where all variances are alike, excesses are 0, and volumes the same for all, so that they change no weight. */
 function computeTerms(variances: Float64Array, times: SubstepTime[], channels: number, eps: number): ComponentTerms {
   const size = times.length * variances.length;
   const terms = {
     variances,
-    denominators: new Float64Array(size),
+    precisions: new Float64Array(size),
     excesses: new Float64Array(size),
     volumes: new Float64Array(size),
   };
@@ -151,9 +164,10 @@ function computeTerms(variances: Float64Array, times: SubstepTime[], channels: n
   times.forEach(({ zeta }, i) => {
     variances.forEach((variance, k) => {
       const at = i * variances.length + k;
-      terms.denominators[at] = Math.max(variance * zeta + 1, eps);
+      const denominator = Math.max(variance * zeta + 1, eps);
+      terms.precisions[at] = 1 / denominator;
       terms.excesses[at] = (variance - widest) / Math.max(widest * zeta + 1, eps);
-      terms.volumes[at] = Math.log(terms.denominators[at]) * 0.5 * channels;
+      terms.volumes[at] = Math.log(denominator) * 0.5 * channels;
     });
   });
   return terms;
@@ -165,8 +179,7 @@ function planSubsteps(sigmas: Float64Array, sigmaSrc: number, eps: number): Subs
   return Array.from(sigmas.subarray(0, -1), (sigma, i) => {
     const floor = Math.max(sigma, eps);
     return {
-      floor,
-      step: sigmas[i + 1] - sigma,
+      step: (sigmas[i + 1] - sigma) / floor,
       zeta: ((1 - floor) / floor) ** 2 - ((1 - source) / source) ** 2,
       ofState: (1 - floor) / floor ** 2,
       ofSource: (1 - source) / source ** 2,

@@ -1,0 +1,62 @@
+/** How a state is carried along a policy: the steps it was trained with, or fewer. As `piflow_edge/integrator.py` does it. */
+import { RequestError } from "../errors.js";
+import { roundHalfToEven } from "../schedule.js";
+const SOLVERS = {
+    euler: (policy, state, sigmas) => policy.integrate(state, sigmas),
+    multistep: takeMultisteps,
+};
+/** What carries a state along noise levels, by its name. */
+export function readSolver(name) {
+    if (!Object.hasOwn(SOLVERS, name)) {
+        throw new RequestError(`solver is one of ${Object.keys(SOLVERS).join(", ")}; got ${name}`);
+    }
+    return SOLVERS[name];
+}
+/**
+ * About the state where Euler steps along `sigmas` lead, with a quarter of the evaluations: x_0 is known where the policy
+ * is asked, and in between follows the line through the last two answers.
+ */
+function takeMultisteps(policy, state, sigmas) {
+    let last;
+    let sigmaLast = 1;
+    const levels = planEvaluations(sigmas);
+    for (let e = 0; e < levels.length - 1; e++) {
+        const sigma = sigmas[levels[e]];
+        const remaining = sigmas[levels[e + 1]] / sigma; // what is left of the state after all Euler steps up to there
+        const x0 = policy.integrate(state, Float64Array.of(sigma, 0)); // the Euler step down to 0 ends there
+        const before = last;
+        const slope = before ? weighSlope(sigmas.subarray(levels[e], levels[e + 1] + 1)) / (sigma - sigmaLast) : 0;
+        state = state.map((x, i) => remaining * x + (1 - remaining) * x0[i] + slope * (x0[i] - (before ?? x0)[i]));
+        [last, sigmaLast] = [x0, sigma];
+    }
+    return state;
+}
+/** What Euler steps along `sigmas` from x = 0 make of x_0 = sigma - sigmas[0]. */
+function weighSlope(sigmas) {
+    let x = 0;
+    for (let i = 0; i < sigmas.length - 1; i++) {
+        x = (sigmas[i + 1] * x + (sigmas[i] - sigmas[i + 1]) * (sigmas[i] - sigmas[0])) / sigmas[i];
+    }
+    return x;
+}
+/** The levels, by their index, at which the policy is asked, and the last: the first two, then even in the root of sigma. */
+function planEvaluations(sigmas) {
+    const substeps = sigmas.length - 1;
+    const count = Math.ceil(substeps / 4);
+    const [first, end] = [Math.sqrt(sigmas[1]), Math.sqrt(sigmas[substeps])];
+    const indices = [];
+    for (let i = 0; i < count; i++) {
+        const root = count > 1 ? first + ((end - first) * i) / (count - 1) : first;
+        const nearest = roundHalfToEven(findIndex(sigmas, root ** 2));
+        // No two the same: each at least one after the one before, and early enough to leave room for the rest.
+        indices.push(i ? Math.max(nearest, indices[i - 1] + 1) : nearest);
+    }
+    return [0, ...indices.map((index, i) => (i === count - 1 ? substeps : Math.min(index, substeps - (count - 1 - i))))];
+}
+/** Where a level lies among falling ones, as an index with a fraction. */
+function findIndex(sigmas, sigma) {
+    const above = sigmas.findIndex((level) => level <= sigma);
+    if (above < 1)
+        return above < 0 ? sigmas.length - 1 : 0;
+    return above - (sigma - sigmas[above]) / (sigmas[above - 1] - sigmas[above]);
+}
