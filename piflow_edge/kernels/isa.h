@@ -4,21 +4,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "gm_gram.h"
-#include "piflow_kernels.h"
+#include "gm_schedule.h"
 
 namespace piflow {
-
-// The substeps of one sample that move, in the form its mixture takes; the other form's pointer is null, and
-// what stands after the levels is for Gram's form only.
-struct GmSchedule {
-  const GmStep* steps;
-  const GramStep* gram_steps;
-  int64_t num_steps;
-  double sigma_start, sigma_dst;
-  GramSpan span;        // at the end
-  bool moved, floored;  // as gram_enter wants to know
-};
 
 struct Isa {
   const char* name;

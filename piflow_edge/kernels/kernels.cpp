@@ -96,33 +96,13 @@ class GmSchedules {
  public:
   explicit GmSchedules(const piflow_gm& p) {
     const bool gram = gram_is_faster(int(p.num_components), int(p.num_channels));
-    const size_t most = size_t(p.substeps * p.batch);  // schedules point into what is reserved
-    gram ? gram_steps_.reserve(most) : steps_.reserve(most);
+    const size_t most = size_t(p.substeps);
+    gram ? gram_steps_.resize(most * size_t(p.batch)) : steps_.resize(most * size_t(p.batch));
     for (int64_t sample = 0; sample < p.batch; ++sample) {
-      const double sigma_src = p.sigma_src[sample], *sigmas = p.sigmas + sample;
-      GmSchedule schedule = {};
-      schedule.steps = gram ? nullptr : steps_.data() + steps_.size();
-      schedule.gram_steps = gram ? gram_steps_.data() + gram_steps_.size() : nullptr;
-      schedule.sigma_start = sigmas[0];
-      schedule.sigma_dst = sigmas[p.substeps * p.batch];
-      schedule.span.start = 1;
-      schedule.moved = p.x_start != p.x_src || schedule.sigma_start != sigma_src;
-      for (int64_t i = 0; i < p.substeps; ++i, sigmas += p.batch) {
-        const double sigma = sigmas[0], sigma_next = sigmas[p.batch];
-        if (sigma == sigma_next) continue;  // this sample is done, others of the batch are not
-        ++schedule.num_steps;
-        const GmCoefficients<double> step =
-            gm_coefficients(sigma, sigma_next, sigma_src, p.variance[sample], p.eps);
-        if (!gram) {
-          steps_.push_back(rounded(step));
-          continue;
-        }
-        gram_steps_.push_back(gram_step(step, &schedule.span));
-        if (!schedule.moved) gram_steps_.back().logit_start = 0;
-        schedule.floored |= gram_steps_.back().logit_velocity != 0;
-      }
-      num_steps_ += schedule.num_steps;
-      schedules_.push_back(schedule);
+      const size_t first = most * size_t(sample);
+      schedules_.push_back(gm_schedule(p, sample, gram ? nullptr : steps_.data() + first,
+                                       gram ? gram_steps_.data() + first : nullptr));
+      num_steps_ += schedules_.back().num_steps;
     }
   }
 

@@ -2,7 +2,7 @@
 //
 // `Lanes` is one register. `Scalar` is one number: what a CUDA thread uses, and a CPU without a vector unit
 // known here. All round alike, but for `fma`, which rounds twice where the instruction set has none (x86-64
-// baseline).
+// baseline, WebAssembly).
 //
 // Everything lies in an unnamed namespace: this header is compiled once per instruction set into one library,
 // and the linker must not merge a function built for AVX-512 with its baseline twin.
@@ -22,11 +22,11 @@
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__wasm_simd128__)
+#include <wasm_simd128.h>
 #endif
 #if !defined(__CUDACC__)
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "clib.h"
 #endif
 
 namespace piflow {
@@ -131,6 +131,22 @@ PIFLOW_FN Lanes max_or_second(Lanes a, Lanes b) { return {vbslq_f32(vcgtq_f32(a.
 PIFLOW_FN Lanes shifted_to_exponent(Lanes a) {
   return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(a.v), 23))};
 }
+
+#elif defined(__wasm_simd128__)
+struct Lanes {
+  static constexpr int width = 4, registers = 16;
+  v128_t v;
+  static PIFLOW_FN Lanes splat(float x) { return {wasm_f32x4_splat(x)}; }
+  static PIFLOW_FN Lanes load(const float* p) { return {wasm_v128_load(p)}; }
+  PIFLOW_FN void store(float* p) const { wasm_v128_store(p, v); }
+};
+PIFLOW_FN Lanes operator+(Lanes a, Lanes b) { return {wasm_f32x4_add(a.v, b.v)}; }
+PIFLOW_FN Lanes operator-(Lanes a, Lanes b) { return {wasm_f32x4_sub(a.v, b.v)}; }
+PIFLOW_FN Lanes operator*(Lanes a, Lanes b) { return {wasm_f32x4_mul(a.v, b.v)}; }
+PIFLOW_FN Lanes operator/(Lanes a, Lanes b) { return {wasm_f32x4_div(a.v, b.v)}; }
+PIFLOW_FN Lanes fma(Lanes a, Lanes b, Lanes c) { return a * b + c; }
+PIFLOW_FN Lanes max_or_second(Lanes a, Lanes b) { return {wasm_f32x4_pmax(b.v, a.v)}; }
+PIFLOW_FN Lanes shifted_to_exponent(Lanes a) { return {wasm_i32x4_shl(a.v, 23)}; }
 
 #else
 using Lanes = Scalar;

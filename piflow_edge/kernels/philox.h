@@ -3,9 +3,7 @@
 // Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 #pragma once
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "clib.h"
 
 namespace piflow {
 namespace {

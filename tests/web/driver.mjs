@@ -4,7 +4,7 @@ import { readFileSync } from "node:fs";
 const dist = new URL("../../piflow_edge/web/dist/", import.meta.url);
 const { load, drawNoise } = await import(new URL("index.js", dist));
 const { planSegments } = await import(new URL("schedule.js", dist));
-const { readPolicy } = await import(new URL("policies/index.js", dist));
+const { openPolicy } = await import(new URL("policies/index.js", dist));
 const { restore, toPixels } = await import(new URL("pictures/pixels.js", dist));
 const { WordPiece } = await import(new URL("text/wordpiece.js", dist));
 
@@ -15,10 +15,11 @@ const COMMANDS = {
   noise: ({ seed, index, size, draw }) => base64(drawNoise(BigInt(seed), BigInt(index), size, draw)),
   segments: (settings) =>
     planSegments({ ...settings, h: Number(settings.h) }).map(({ sigmas, renoise }) => ({ sigmas: [...sigmas], renoise })),
-  integrate({ described, outputs, xSrc, size, sigmaSrc, temperature, sigmas }) {
+  async integrate({ described, outputs, xSrc, start, size, sigmaSrc, temperature, sigmas }) {
     const arrays = Object.fromEntries(Object.entries(outputs).map(([name, values]) => [name, floats(values)]));
-    const policy = readPolicy(described).open(arrays, floats(xSrc), size, sigmaSrc, temperature);
-    return [...policy.integrate(floats(xSrc), Float64Array.from(sigmas))];
+    const source = floats(xSrc);
+    const policy = (await openPolicy(described)).open(arrays, source, size, sigmaSrc, temperature);
+    return [...policy.integrate(start ? floats(start) : source, Float64Array.from(sigmas))];
   },
   pixels({ states, latent }) {
     const { data, shape } = restore(floats(states), latent);

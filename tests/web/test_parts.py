@@ -1,6 +1,7 @@
 """The parts of the JavaScript package, each held to its twin in Python."""
 
 import json
+import platform
 import shutil
 import subprocess
 from dataclasses import asdict
@@ -11,6 +12,7 @@ import pytest
 from piflow_edge import Schedule, philox_normal
 from piflow_edge.bundle.sections import LatentSpec
 from piflow_edge.integrator import integrate
+from piflow_edge.kernels import cpu
 from piflow_edge.policies import DXPolicySpec, GMKPolicySpec, GMPolicySpec
 from piflow_edge.runtime.images import decode
 from piflow_edge.version import __version__
@@ -110,9 +112,39 @@ def test_policies_lead_where_those_of_python_lead(ask, spec, temperature):
     for (src, dst, steps), found in zip(cases, ask(*commands), strict=True):
         policy = spec.policy(in_double, x_src.astype(np.float64), src).temper(temperature)
         expected = integrate(policy, x_src.astype(np.float64), np.linspace(src, dst, steps + 1))
-        # Both in float64; the end is rounded to float32 once.
+        # In float64, rounded to float32 once; in the compiled kernel in float32.
         scale = np.abs(expected).max()
         np.testing.assert_allclose(np.reshape(found["answer"], shape), expected, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.skipif("baseline" not in cpu.isas() or platform.machine() not in ("x86_64", "AMD64"),
+                    reason="the baseline of other processors multiplies and adds in one rounding")  # fmt: skip
+@pytest.mark.parametrize(("components", "channels", "side"), [(5, 3, 5), (8, 1, 8), (4, 16, 3), (32, 4, 6)])
+@pytest.mark.parametrize("moves", [False, True])
+def test_the_compiled_rollout_is_pythons_to_the_bit(ask, components, channels, side, moves):
+    random = np.random.default_rng(components)
+    spec, shape = GMPolicySpec(components), (2, channels, side, side)
+    x_src, x_start = random.standard_normal((2, *shape)).astype(np.float32)
+    outputs = {
+        name: random.standard_normal((2, *rest)).astype(np.float32)
+        for name, rest in zip(spec.outputs, spec.output_shapes(shape[1:]), strict=True)
+    }
+    outputs["logstds"][:] = 0  # of which exponentials are exact
+    start, sigmas = x_start if moves else x_src, np.linspace(0.5, 0, 41)
+    (found,) = ask({
+        "command": "integrate", "described": asdict(spec), "xSrc": x_src.ravel().tolist(),
+        "start": start.ravel().tolist() if moves else None, "sigmaSrc": 0.5, "temperature": 1,
+        "outputs": {name: array.ravel().tolist() for name, array in outputs.items()},
+        "size": {"batch": 2, "channels": channels, "pixels": side**2}, "sigmas": sigmas.tolist(),
+    })  # fmt: skip
+    expected = cpu.rollout(spec.policy(outputs, x_src, 0.5), start, sigmas, isa="baseline")
+    np.testing.assert_array_equal(np.float32(found["answer"]).reshape(shape), expected)
+
+
+def test_the_compiled_rollout_was_made_from_the_kernels_as_they_are():
+    stated = (WEB / "src" / "policies" / "rollout_wasm.ts").read_text()
+    sources = subprocess.run([WEB / "kernel.sh", "--sources"], capture_output=True, text=True, check=True)
+    assert sources.stdout.strip() in stated, "compile it again: piflow_edge/web/kernel.sh, then make web"
 
 
 @pytest.mark.parametrize(

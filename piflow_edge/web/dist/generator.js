@@ -6,7 +6,7 @@ import { drawNoise } from "./noise.js";
 import { restore, toPixels, toRGBA } from "./pictures/pixels.js";
 import { encodePng } from "./pictures/png.js";
 import { buildRecipe, writeRecipe } from "./pictures/recipe.js";
-import { readPolicy } from "./policies/index.js";
+import { openPolicy } from "./policies/index.js";
 import { readSolver } from "./policies/solvers.js";
 import { planSegments, publishedTemperature } from "./schedule.js";
 import { importOrt, Session } from "./sessions.js";
@@ -47,6 +47,7 @@ export class Image {
 /** Open a bundle: the address of its folder on a web server or, in Node.js, its path. */
 export async function load(address, options = {}) {
     const bundle = await Bundle.open(address, options);
+    const kind = await openPolicy(bundle.manifest.policy);
     const precision = options.precision ?? bundle.manifest.precisions[0];
     const ort = options.ort ?? (await importOrt());
     const providers = options.executionProviders ?? (options.ort ? undefined : ["wasm"]);
@@ -55,7 +56,8 @@ export async function load(address, options = {}) {
     for (const name of names)
         sessions[name] = await Session.open(bundle, name, precision, ort, providers);
     const conditioner = await openConditioner(bundle, (name, arrays) => sessions[name].run(arrays));
-    const generate = new Drawing(bundle, precision, sessions, conditioner, providers?.join(",") ?? "default");
+    const device = providers?.join(",") ?? "default";
+    const generate = new Drawing(bundle, precision, sessions, conditioner, kind, device);
     const call = (subject, settings = {}) => generate.make(subject, settings);
     return Object.assign(call, { bundle, close: () => generate.close() });
 }
@@ -64,17 +66,17 @@ class Drawing {
     precision;
     sessions;
     conditioner;
-    device;
     kind;
+    device;
     shape;
     queue = Promise.resolve();
-    constructor(bundle, precision, sessions, conditioner, device) {
+    constructor(bundle, precision, sessions, conditioner, kind, device) {
         this.bundle = bundle;
         this.precision = precision;
         this.sessions = sessions;
         this.conditioner = conditioner;
+        this.kind = kind;
         this.device = device;
-        this.kind = readPolicy(bundle.manifest.policy);
         this.shape = bundle.manifest.latent.shape;
     }
     make(subject, options) {

@@ -7,7 +7,7 @@ import { drawNoise, type Seed } from "./noise.js";
 import { restore, toPixels, toRGBA, type Pixels } from "./pictures/pixels.js";
 import { encodePng } from "./pictures/png.js";
 import { buildRecipe, writeRecipe, type Recipe } from "./pictures/recipe.js";
-import { readPolicy, type Policy, type PolicyKind } from "./policies/index.js";
+import { openPolicy, type Policy, type PolicyKind } from "./policies/index.js";
 import { readSolver, type Solver } from "./policies/solvers.js";
 import { planSegments, publishedTemperature, type Segment } from "./schedule.js";
 import { importOrt, Session, type Arrays, type SessionOptions } from "./sessions.js";
@@ -94,6 +94,7 @@ export interface Result {
 /** Open a bundle: the address of its folder on a web server or, in Node.js, its path. */
 export async function load(address: string | URL, options: LoadOptions = {}): Promise<Generator> {
   const bundle = await Bundle.open(address, options);
+  const kind = await openPolicy(bundle.manifest.policy);
   const precision = options.precision ?? bundle.manifest.precisions[0];
   const ort = options.ort ?? (await importOrt());
   const providers = options.executionProviders ?? (options.ort ? undefined : ["wasm"]);
@@ -103,7 +104,8 @@ export async function load(address: string | URL, options: LoadOptions = {}): Pr
   const sessions: Record<string, Session> = {};
   for (const name of names) sessions[name] = await Session.open(bundle, name, precision, ort, providers);
   const conditioner = await openConditioner(bundle, (name, arrays) => sessions[name].run(arrays));
-  const generate = new Drawing(bundle, precision, sessions, conditioner, providers?.join(",") ?? "default");
+  const device = providers?.join(",") ?? "default";
+  const generate = new Drawing(bundle, precision, sessions, conditioner, kind, device);
   const call = (subject: Subject, settings: GenerateOptions = {}) => generate.make(subject, settings);
   return Object.assign(call, { bundle, close: () => generate.close() });
 }
@@ -126,7 +128,6 @@ interface Plan {
 }
 
 class Drawing {
-  private readonly kind: PolicyKind;
   private readonly shape: [number, number, number];
   private queue: Promise<unknown> = Promise.resolve();
 
@@ -135,9 +136,9 @@ class Drawing {
     private readonly precision: string,
     private readonly sessions: Record<string, Session>,
     private readonly conditioner: Conditioner,
+    private readonly kind: PolicyKind,
     private readonly device: string,
   ) {
-    this.kind = readPolicy(bundle.manifest.policy);
     this.shape = bundle.manifest.latent.shape;
   }
 

@@ -1,10 +1,11 @@
 /** The one registry of policies: what `bundle.json` calls them. */
 import { BundleError } from "../errors.js";
 import { gridKind } from "./grid.js";
-import { mixtureKind } from "./mixture.js";
+import { openKernel } from "./kernel.js";
+import { mixtureKind, sharedMixtureKind } from "./mixture.js";
 const KINDS = {
-    gm: (described) => mixtureKind(described.eps, described.num_components, true),
-    gmk: (described) => mixtureKind(described.eps, described.num_components, false),
+    gm: async (described) => sharedMixtureKind(await openKernel(), described.num_components, described.eps),
+    gmk: (described) => mixtureKind(described.num_components, described.eps),
     dx: (described) => gridKind({
         numNodes: described.num_nodes,
         segmentSize: described.segment_size,
@@ -13,8 +14,8 @@ const KINDS = {
         eps: described.eps,
     }),
 };
-/** The kind of policy that a bundle describes. */
-export function readPolicy(described) {
+/** The kind of policy that a bundle describes, ready to be used. */
+export async function openPolicy(described) {
     const kind = described?.kind;
     if (!Object.hasOwn(KINDS, kind)) {
         throw new BundleError(`this release knows policies ${Object.keys(KINDS).join(", ")}; got ${kind}`);

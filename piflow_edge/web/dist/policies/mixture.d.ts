@@ -1,7 +1,11 @@
 /**
  * Policies "gm" and "gmk": a Gaussian mixture at every position, carried to other states and noise levels by Bayes'
- * rule. The formulas are those of `piflow_edge/policies/gm.py` and `gmk.py`, worked out in float64.
+ * rule. Where all components share a variance, the compiled kernel does it; else the formulas of
+ * `piflow_edge/policies/gmk.py`, worked out here in float64.
  */
+import type { Kernel } from "./kernel.js";
 import type { PolicyKind } from "./policy.js";
-/** A kind of mixture. `hasOneVariance`: all components of an image share one. */
-export declare function mixtureKind(eps: number, components: number, hasOneVariance: boolean): PolicyKind;
+/** The kind "gm", whose components share a variance. */
+export declare function sharedMixtureKind(kernel: Kernel, components: number, eps: number): PolicyKind;
+/** The kind "gmk", whose components have a variance each. */
+export declare function mixtureKind(components: number, eps: number): PolicyKind;

@@ -2,14 +2,15 @@
 
 import { BundleError } from "../errors.js";
 import { gridKind } from "./grid.js";
-import { mixtureKind } from "./mixture.js";
+import { openKernel } from "./kernel.js";
+import { mixtureKind, sharedMixtureKind } from "./mixture.js";
 import type { PolicyKind } from "./policy.js";
 
 export type { Policy, PolicyKind } from "./policy.js";
 
-const KINDS: Record<string, (described: any) => PolicyKind> = {
-  gm: (described) => mixtureKind(described.eps, described.num_components, true),
-  gmk: (described) => mixtureKind(described.eps, described.num_components, false),
+const KINDS: Record<string, (described: any) => PolicyKind | Promise<PolicyKind>> = {
+  gm: async (described) => sharedMixtureKind(await openKernel(), described.num_components, described.eps),
+  gmk: (described) => mixtureKind(described.num_components, described.eps),
   dx: (described) =>
     gridKind({
       numNodes: described.num_nodes,
@@ -20,8 +21,8 @@ const KINDS: Record<string, (described: any) => PolicyKind> = {
     }),
 };
 
-/** The kind of policy that a bundle describes. */
-export function readPolicy(described: any): PolicyKind {
+/** The kind of policy that a bundle describes, ready to be used. */
+export async function openPolicy(described: any): Promise<PolicyKind> {
   const kind = described?.kind;
   if (!Object.hasOwn(KINDS, kind)) {
     throw new BundleError(`this release knows policies ${Object.keys(KINDS).join(", ")}; got ${kind}`);

@@ -1,10 +1,13 @@
 /**
  * Policies "gm" and "gmk": a Gaussian mixture at every position, carried to other states and noise levels by Bayes'
- * rule. The formulas are those of `piflow_edge/policies/gm.py` and `gmk.py`, worked out in float64.
+ * rule. Where all components share a variance, the compiled kernel does it; else the formulas of
+ * `piflow_edge/policies/gmk.py`, worked out here in float64.
  */
 
+import type { Kernel } from "./kernel.js";
 import type { Outputs, Policy, PolicyKind, StateSize } from "./policy.js";
 
+const NOTHING = new Float64Array();
 /** A component so far below the likeliest one, in logarithms, changes no digit of a sum in float64. */
 const NEGLIGIBLE = -40;
 
@@ -149,7 +152,6 @@ interface ComponentTerms {
   volumes: Float64Array;
 }
 
-const NOTHING = new Float64Array();
 
 /** Where all variances are alike, excesses are 0, and volumes the same for all, so that they change no weight. */
 function computeTerms(variances: Float64Array, times: SubstepTime[], channels: number, eps: number): ComponentTerms {
@@ -187,19 +189,69 @@ function planSubsteps(sigmas: Float64Array, sigmaSrc: number, eps: number): Subs
   });
 }
 
-/** A kind of mixture. `hasOneVariance`: all components of an image share one. */
-export function mixtureKind(eps: number, components: number, hasOneVariance: boolean): PolicyKind {
+/** Mixtures whose components share a variance, carried by the compiled kernel. */
+class CompiledPolicy implements Policy {
+  constructor(
+    private readonly kernel: Kernel,
+    private readonly outputs: Outputs,
+    private readonly xSrc: Float32Array,
+    private readonly size: StateSize,
+    private readonly sigmaSrc: number,
+    private readonly sharpness: number,
+    private readonly components: number,
+    private readonly eps: number,
+  ) {}
+
+  integrate(state: Float32Array, sigmas: Float64Array): Float32Array {
+    const { batch, channels, pixels } = this.size;
+    const { components, sigmaSrc, sharpness, eps } = this;
+    const of = (array: Float32Array, b: number) => {
+      const size = array.length / batch;
+      return array.subarray(b * size, (b + 1) * size);
+    };
+    const end = new Float32Array(state.length);
+    for (let b = 0; b < batch; b++) {
+      const xSrc = of(this.xSrc, b);
+      const logweights = of(this.outputs.logweights, b);
+      const mixture = {
+        ...{ components, channels, pixels, sigmaSrc, eps, xSrc },
+        means: of(this.outputs.means, b),
+        logweights: sharpness === 1 ? logweights : logweights.map((value) => value / sharpness),
+        variance: Math.exp(2 * this.outputs.logstds[b]) * sigmaSrc ** 2 * sharpness,
+      };
+      end.set(this.kernel.rollout(mixture, state === this.xSrc ? xSrc : of(state, b), sigmas), b * channels * pixels);
+    }
+    return end;
+  }
+}
+
+const OUTPUTS = ["means", "logweights", "logstds"];
+
+function clip(temperature: number, eps: number): number {
+  return Math.min(Math.max(temperature, eps), 1);
+}
+
+/** The kind "gm", whose components share a variance. */
+export function sharedMixtureKind(kernel: Kernel, components: number, eps: number): PolicyKind {
   return {
-    outputs: ["means", "logweights", "logstds"],
+    outputs: OUTPUTS,
     open(outputs: Outputs, xSrc, size, sigmaSrc, temperature) {
-      const sharpness = Math.min(Math.max(temperature, eps), 1);
+      return new CompiledPolicy(kernel, outputs, xSrc, size, sigmaSrc, clip(temperature, eps), components, eps);
+    },
+  };
+}
+
+/** The kind "gmk", whose components have a variance each. */
+export function mixtureKind(components: number, eps: number): PolicyKind {
+  return {
+    outputs: OUTPUTS,
+    open(outputs: Outputs, xSrc, size, sigmaSrc, temperature) {
+      const sharpness = clip(temperature, eps);
       const logweights = Float64Array.from(outputs.logweights, (value) => value / sharpness);
-      const perImage = hasOneVariance ? 1 : components;
-      const variances = Float64Array.from({ length: size.batch * components }, (_, i) => {
-        const b = Math.floor(i / components);
-        const logstd = outputs.logstds[b * perImage + (hasOneVariance ? 0 : i % components)];
-        return Math.exp(2 * logstd) * sigmaSrc ** 2 * sharpness;
-      });
+      const variances = Float64Array.from(
+        outputs.logstds.subarray(0, size.batch * components),
+        (logstd) => Math.exp(2 * logstd) * sigmaSrc ** 2 * sharpness,
+      );
       return new MixturePolicy(outputs.means, logweights, variances, xSrc, size, sigmaSrc, eps);
     },
   };

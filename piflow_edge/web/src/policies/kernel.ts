@@ -1,0 +1,77 @@
+/** The rollout of Gaussian mixtures in WebAssembly: `piflow_edge/kernels`, with the rounding of its baseline on x86-64. */
+
+import { ROLLOUT } from "./rollout_wasm.js";
+
+/** One image's mixture: `means` (K, C, pixels) are velocities, `logweights` (K, pixels), `xSrc` (C, pixels). */
+export interface Mixture {
+  components: number;
+  channels: number;
+  pixels: number;
+  means: Float32Array;
+  logweights: Float32Array;
+  xSrc: Float32Array;
+  sigmaSrc: number;
+  /** Of every component in x_0. */
+  variance: number;
+  eps: number;
+}
+
+interface Exports {
+  memory: WebAssembly.Memory;
+  __heap_base: WebAssembly.Global;
+  bytes_of_substep(): number;
+  bytes_of_pixels(components: number, channels: number): number;
+  gm_rollout(...numbers: number[]): void;
+}
+
+const ALIGNED = 64;
+const PAGE = 65536;
+
+export class Kernel {
+  private constructor(private readonly exports: Exports) {}
+
+  static async open(): Promise<Kernel> {
+    const bytes = Uint8Array.from(atob(ROLLOUT), (letter) => letter.charCodeAt(0));
+    const { instance } = await WebAssembly.instantiate(bytes);
+    return new Kernel(instance.exports as unknown as Exports);
+  }
+
+  /** The state, (C, pixels), after Euler steps along noise levels. */
+  rollout(mixture: Mixture, state: Float32Array, sigmas: Float64Array): Float32Array<ArrayBuffer> {
+    const { components, channels, pixels, sigmaSrc, variance, eps } = mixture;
+    const { memory, __heap_base, bytes_of_substep, bytes_of_pixels, gm_rollout } = this.exports;
+    const substeps = sigmas.length - 1;
+    // A state that is the source itself is read there: the kernel then knows that it has not moved.
+    const starts = state === mixture.xSrc ? [] : [state];
+    const arrays = [mixture.means, mixture.logweights, mixture.xSrc, sigmas, ...starts];
+    const working = [state.byteLength, bytes_of_substep() * substeps, bytes_of_pixels(components, channels)];
+    const places: number[] = [];
+    let end = __heap_base.value as number;
+    for (const bytes of [...arrays.map((array) => array.byteLength), ...working]) {
+      const place = Math.ceil(end / ALIGNED) * ALIGNED;
+      places.push(place);
+      end = place + bytes;
+    }
+    const missing = Math.ceil((end - memory.buffer.byteLength) / PAGE);
+    if (missing > 0) memory.grow(missing);
+    arrays.forEach((array, i) => {
+      const Numbers = array.constructor as typeof Float32Array | typeof Float64Array;
+      new Numbers(memory.buffer, places[i], array.length).set(array);
+    });
+    const [means, logweights, xSrc, levels] = places;
+    const start = starts.length ? places[4] : xSrc;
+    const [made, steps, work] = places.slice(arrays.length);
+    gm_rollout(
+      ...[components, channels, pixels, substeps, means, logweights, xSrc, start, made, levels],
+      ...[sigmaSrc, variance, eps, steps, work],
+    );
+    return new Float32Array(memory.buffer, made, state.length).slice();
+  }
+}
+
+let opened: Promise<Kernel> | undefined;
+
+/** The kernel, which all generators share. */
+export function openKernel(): Promise<Kernel> {
+  return (opened ??= Kernel.open());
+}
