@@ -150,7 +150,7 @@ def test_a_server_shows_it_and_draws_for_it(browse, serving, digits):
     ]  # fmt: skip
     seen = browse(serving(), *steps)
     check_picture(seen["saw"][0], digits, 4, seed=0, nfe=2)
-    assert not any("wasm" in url or ".onnx" in url for url in seen["asked"])
+    assert not [url for url in seen["asked"] if "/ort" in url or url.endswith((".wasm", ".onnx"))]
 
 
 def test_a_server_with_a_key_is_asked_with_it_and_lets_a_browser_draw_itself(

@@ -1,5 +1,4 @@
 /** The rollout of Gaussian mixtures in WebAssembly: `piflow_edge/kernels`, with the rounding of its baseline on x86-64. */
-import { ROLLOUT } from "./rollout_wasm.js";
 const ALIGNED = 64;
 const PAGE = 65536;
 export class Kernel {
@@ -8,6 +7,7 @@ export class Kernel {
         this.exports = exports;
     }
     static async open() {
+        const { ROLLOUT } = await import("./rollout_wasm.js"); // late: a page that a server draws for needs none
         const bytes = Uint8Array.from(atob(ROLLOUT), (letter) => letter.charCodeAt(0));
         const { instance } = await WebAssembly.instantiate(bytes);
         return new Kernel(instance.exports);

@@ -1,7 +1,5 @@
 /** The rollout of Gaussian mixtures in WebAssembly: `piflow_edge/kernels`, with the rounding of its baseline on x86-64. */
 
-import { ROLLOUT } from "./rollout_wasm.js";
-
 /** One image's mixture: `means` (K, C, pixels) are velocities, `logweights` (K, pixels), `xSrc` (C, pixels). */
 export interface Mixture {
   components: number;
@@ -31,6 +29,7 @@ export class Kernel {
   private constructor(private readonly exports: Exports) {}
 
   static async open(): Promise<Kernel> {
+    const { ROLLOUT } = await import("./rollout_wasm.js"); // late: a page that a server draws for needs none
     const bytes = Uint8Array.from(atob(ROLLOUT), (letter) => letter.charCodeAt(0));
     const { instance } = await WebAssembly.instantiate(bytes);
     return new Kernel(instance.exports as unknown as Exports);
