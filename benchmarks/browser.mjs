@@ -2,20 +2,20 @@
 import { readFileSync } from "node:fs";
 import { chromium } from "../piflow_edge/web/node_modules/playwright-core/index.mjs";
 
-const { program, profile, url, contenders, images, flags } = JSON.parse(readFileSync(0, "utf-8"));
+const { program, profile, url, contenders, subject, images, flags } = JSON.parse(readFileSync(0, "utf-8"));
 const context = await chromium.launchPersistentContext(profile, { executablePath: program, args: flags });
 const found = {};
 for (const [name, { build, provider, threads }] of Object.entries(contenders)) {
   const page = await context.newPage();
   await page.goto(url);
-  found[name] = await page.evaluate(measure, { build, provider, threads, images }).catch((error) => ({ error: error.message.split("\n")[0] }));
+  found[name] = await page.evaluate(measure, { build, provider, threads, subject, images }).catch((error) => ({ error: error.message.split("\n")[0] }));
   await page.close();
 }
 const version = context.browser()?.version() ?? (await (await context.newPage()).evaluate(() => navigator.userAgent));
 await context.close();
 process.stdout.write(JSON.stringify({ version, found }));
 
-async function measure({ build, provider, threads, images }) {
+async function measure({ build, provider, threads, subject, images }) {
   const at = (path) => new URL(path, location.href).href;
   const began = performance.now();
   const ort = await import(at(`ort/${build}`));
@@ -23,10 +23,10 @@ async function measure({ build, provider, threads, images }) {
   const { load } = await import(at("piflow/index.js"));
   const generator = await load(at("bundles/0"), { ort, executionProviders: [provider] });
   const loaded = performance.now();
-  const first = await generator([3], { seed: 0 });
+  const first = await generator([subject], { seed: 0 });
   const drawn = performance.now();
   const rows = [];
-  for (let seed = 1; seed <= images; seed++) rows.push((await generator([seed % 10], { seed })).timings);
+  for (let seed = 1; seed <= images; seed++) rows.push((await generator([subject], { seed })).timings);
   const median = (stage) => rows.map((row) => row[stage]).sort((a, b) => a - b)[Math.floor(rows.length / 2)];
   return {
     load_ms: loaded - began,

@@ -1,13 +1,14 @@
-"""How long do a bundle's first and later pictures take in a browser? One JSON line answers.
+"""How long do first and later pictures of bundles take in a browser? One JSON line answers.
 
 Chromium opens the page of `piflow-edge serve`, which isolates it, so that WebAssembly has threads; then the JavaScript
 package draws in WebAssembly with 1 and with 4 threads and in WebGPU, beside Python on ONNX Runtime's CPU provider. The
 pictures are compared with Python's. WebGPU on a machine without a GPU is a software adapter, which says that it works
 and nothing of its speed; `adapter` names it.
 
-Run: python -m benchmarks.browser digits       after: make web
+Run: python -m benchmarks.browser digits emoji       after: make web
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -34,37 +35,46 @@ _CONTENDERS = {
 }
 
 
-def main(arguments=None):
-    options = parser(__doc__)
-    options.add_argument("bundle", help="with classes")
-    options.add_argument("--images", type=int, default=50)
-    options.add_argument(
-        "--adapter", default="swiftshader", help="of WebGPU; default takes the machine's own"
-    )
-    options = options.parse_args(arguments)
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or sys.exit("Chromium is missing")
-    flags = [*_FLAGS, *([] if options.adapter == "default" else [f"--use-webgpu-adapter={options.adapter}"])]
+def measure(bundle: str, options: argparse.Namespace, flags: list[str]) -> dict:
+    """Milliseconds of one bundle by contender, and how far pictures are from Python's."""
     with (
-        serving(options.bundle, "--onnxruntime-web", str(_RUNTIME)) as port,
+        serving(bundle, "--onnxruntime-web", str(_RUNTIME)) as port,
         tempfile.TemporaryDirectory() as profile,
-        pf.load(options.bundle) as generator,
+        pf.load(bundle) as generator,
     ):
+        subject = 3 if generator.conditioner.positional == "labels" else "a red apple"
         asked = {
-            "program": program, "profile": profile, "url": f"http://127.0.0.1:{port}/", "contenders": _CONTENDERS,
-            "images": options.images, "flags": flags,
+            "program": options.program, "profile": profile, "url": f"http://127.0.0.1:{port}/", "subject": subject,
+            "contenders": _CONTENDERS, "images": options.images, "flags": flags,
         }  # fmt: skip
         script = Path(__file__).with_name("browser.mjs")
         done = subprocess.run(
             ["node", script], input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True
         )
         seen = json.loads(done.stdout)
-        expected = generator([3], seed=0, output="numpy").images[0].ravel().astype(int)
-        python_ms = medians_of({"python": lambda: generator([3], output="numpy")}, options.images)["python"]
+        expected = generator([subject], seed=0, output="numpy").images[0].astype(int)
+        call = {"python": lambda: generator([subject], output="numpy")}
+        python_ms = medians_of(call, options.images)["python"]
     for row in seen["found"].values():
         if "pixels" in row:
-            row["levels_off"] = int(np.abs(np.array(row.pop("pixels")) - expected).max())
-    about = {"load_average": os.getloadavg(), "browser": seen["version"], "adapter": options.adapter}
-    answer(options, {**about, "python_ms": python_ms, "contenders": seen["found"]})
+            row["levels_off"] = int(np.abs(np.array(row.pop("pixels")) - expected.ravel()).max())
+    return {"browser": seen["version"], "python_ms": python_ms, "contenders": seen["found"]}
+
+
+def main(arguments=None):
+    options = parser(__doc__)
+    options.add_argument("bundles", nargs="+", help="with classes or prompts")
+    options.add_argument("--images", type=int, default=50)
+    options.add_argument(
+        "--adapter", default="swiftshader", help="of WebGPU; default takes the machine's own"
+    )
+    options = options.parse_args(arguments)
+    options.program = (
+        shutil.which("chromium") or shutil.which("chromium-browser") or sys.exit("Chromium is missing")
+    )
+    flags = [*_FLAGS, *([] if options.adapter == "default" else [f"--use-webgpu-adapter={options.adapter}"])]
+    found = {bundle: measure(bundle, options, flags) for bundle in options.bundles}
+    answer(options, {"load_average": os.getloadavg(), "adapter": options.adapter, "bundles": found})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def commands(demo: str) -> dict[str, list[str]]:
         "prompts": ["prompts.py", "--text-encoder", "runs/emoji/minilm"],
         "emoji": ["emoji.py", "--picture", "docs/images/emoji.png"],
         "serve_load": ["serve_load.py", "large"],
-        "browser": ["browser.py", "digits"],
+        "browser": ["browser.py", "digits", "emoji"],
         "soak": ["soak.py", f"{demo}/bundles/digits-nfe2"],
     }  # fmt: skip
 

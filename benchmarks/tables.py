@@ -234,10 +234,15 @@ def serve_load(found: Mapping) -> str:
 
 
 def browser(found: Mapping) -> str:
-    heads = ["", "ms to load", "ms of the first picture", "ms of a later one", "of it network", "levels off"]
-    keys = ("load_ms", "first_ms", "image_ms", "network_ms", "levels_off")
-    rows = [("Python, ONNX Runtime on the CPU", "", "", found["python_ms"], "", "")]
-    rows += [(name, *(row.get(key, "") for key in keys)) for name, row in found["contenders"].items()]
+    heads = ["", "", "ms to load", "ms of the first picture", "ms of a later one", "of it network", "of it policy",
+             "levels off"]  # fmt: skip
+    keys = ("load_ms", "first_ms", "image_ms", "network_ms", "policy_ms", "levels_off")
+    rows = []
+    for bundle, one in found["bundles"].items():
+        rows.append((bundle, "Python, ONNX Runtime on the CPU", "", "", one["python_ms"], "", "", ""))
+        rows += [
+            (bundle, name, *(row.get(key, "") for key in keys)) for name, row in one["contenders"].items()
+        ]
     adapter = f"WebGPU's adapter: {found['adapter']}. Load of the machine meanwhile: {found['load_average'][0]:.1f}."
     return f"{table(heads, rows)}\n\n{adapter}"
 
