@@ -116,11 +116,20 @@ def build_request(
         settings, manifest, has_image=image is not None, has_mask=mask is not None
     )
     shape = manifest.state_shape(settings.height, settings.width)
-    latent = replace(manifest.latent, shape=list(shape))
-    start, drawn = read_start_and_mask(image, mask, count, latent, bundle.name)
+    start, drawn = _read_start_and_mask(bundle, shape, image, mask, count)
     if noise is not None:
         noise = convert_floats("noise", noise, shape, count)
     return Request(condition_request, conditioning, seeds, settings, schedule, start, drawn, noise, shape)
+
+
+def _read_start_and_mask(
+    bundle: Bundle, shape: tuple[int, ...], image: Any, mask: Any, count: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """As `read_start_and_mask`, for images whose states have this shape."""
+    if image is None and mask is None:  # as in most calls
+        return None, None
+    latent = replace(bundle.manifest.latent, shape=list(shape))
+    return read_start_and_mask(image, mask, count, latent, bundle.name)
 
 
 def join_requests(requests: Sequence[Request]) -> Request:
@@ -188,8 +197,7 @@ def repeat_request(
     condition_request = conditioner.recall(recipe.conditioning, ConditionRequest(arrays=arrays))
     size, manifest = len(recipe.seeds), bundle.manifest
     shape = manifest.state_shape(recipe.settings.height, recipe.settings.width)
-    latent = replace(manifest.latent, shape=list(shape))
-    start, drawn = read_start_and_mask(image, mask, size, latent, bundle.name)
+    start, drawn = _read_start_and_mask(bundle, shape, image, mask, size)
     if noise is not None:
         noise = convert_floats("noise", noise, shape, size)
     for name, given in {"noise": noise, "image": start, "mask": drawn}.items():
