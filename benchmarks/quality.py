@@ -446,7 +446,7 @@ def pil(images: np.ndarray) -> list[Image.Image]:
 
 
 def table(report: dict) -> str:
-    """The rows as Markdown, seeds averaged."""
+    """The rows as Markdown: means over the seeds and, where there are several, standard deviations."""
     lines = [
         "| | NFE | network runs | FID | × teacher | precision | recall | coverage | diversity × teacher "
         "| MSE to teacher | steps | minutes |",
@@ -458,7 +458,9 @@ def table(report: dict) -> str:
     for (name, nfe), rows in groups.items():
 
         def mean(key, digits, rows=rows):
-            return f"{statistics.mean(row[key] for row in rows):.{digits}f}"
+            values = [row[key] for row in rows]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.{digits}f}{spread}"
 
         times = [row["training"]["seconds"] for row in rows if row.get("training")]
         cells = [name, str(nfe), str(rows[0]["network_runs"]), mean("fid", 2), mean("fid_ratio", 2)]

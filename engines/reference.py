@@ -36,9 +36,8 @@ class ReferenceEngine:
 
     def __init__(self, graph: Graph, device: str, options: EngineOptions):
         self.device = device
-        if (
-            graph.file is not None
-        ):  # the arrays of a model are views of its bytes, which are lent for opening alone
+        # The arrays of a model are views of its bytes, which may be lent for opening alone.
+        if graph.file is not None:
             weights = {name: bytes(content) for name, content in graph.weights.items()}
             graph = replace(graph, model=bytes(graph.model), weights=weights)
         self._model: Model | None = read_model(graph)

@@ -28,7 +28,7 @@ class Worker(threading.Thread):
     """Opens a bundle, then draws what is put into `orders`, the arguments of a generator's call; None ends it.
 
     `news` are pairs of a word and what belongs to it: ("opened", generator), ("preview", (image, share done)),
-    ("drawn", result), ("stopped", None), ("failed", error).
+    ("drawn", result), ("stopped", None), ("failed", error), ("ended", error) where it can do no more.
     """
 
     def __init__(self, bundle: str):
@@ -39,14 +39,12 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            generator = pf.load(self.bundle)
-        except pf.PiFlowError as error:
-            self.news.put(("failed", error))
-            return
-        with generator:
-            self.news.put(("opened", generator))
-            while (order := self.orders.get()) is not None:
-                self.news.put(self._draw(generator, order))
+            with pf.load(self.bundle) as generator:
+                self.news.put(("opened", generator))
+                while (order := self.orders.get()) is not None:
+                    self.news.put(self._draw(generator, order))
+        except Exception as error:  # the edge of a thread: nobody else would hear of it
+            self.news.put(("ended", error))
 
     def _draw(self, generator: pf.Generator, order: dict) -> tuple:
         def show(progress: pf.Progress) -> None:
@@ -119,8 +117,13 @@ class Window:
         if not self._can("Save") or self.result is None:
             return
         kinds = [("PNG", "*.png"), ("WebP", "*.webp"), ("JPEG", "*.jpg")]
-        if path := filedialog.asksaveasfilename(defaultextension=".png", filetypes=kinds):
+        if not (path := filedialog.asksaveasfilename(defaultextension=".png", filetypes=kinds)):
+            return
+        try:
             self.result.save(path)
+        except (pf.PiFlowError, OSError) as error:
+            messagebox.showerror("piflow-edge", str(error))
+        else:
             self.status.set(f"saved {path}; it holds what makes it again")
 
     def close(self) -> None:
@@ -132,7 +135,7 @@ class Window:
         self.root.destroy()
 
     def _poll(self) -> None:
-        while not self.worker.news.empty():
+        while not (self.is_closed or self.worker.news.empty()):
             word, what = self.worker.news.get()
             getattr(self, f"_when_{word}")(what)
         if not self.is_closed:
@@ -164,10 +167,11 @@ class Window:
 
     def _when_failed(self, error: pf.PiFlowError) -> None:
         messagebox.showerror("piflow-edge", str(error))
-        if self.worker.is_alive():
-            self._enable("Draw")
-        else:
-            self.close()
+        self._enable("Draw")
+
+    def _when_ended(self, error: Exception) -> None:
+        messagebox.showerror("piflow-edge", str(error))
+        self.close()
 
     def _show(self, image: Image.Image) -> None:
         # Not by Pillow's ImageTk, which PyInstaller packs only half. Kept, as Tk shows no image that Python forgot.

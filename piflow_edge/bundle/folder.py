@@ -76,10 +76,11 @@ def _describe_absence(folder: Path) -> str:
     import difflib  # late: only errors need it
 
     try:
-        siblings = [file.name for file in islice(folder.parent.iterdir(), _MOST_SIBLINGS)]
+        siblings = [file.name for file in islice(folder.parent.iterdir(), _MOST_SIBLINGS) if file.is_dir()]
     except OSError:
         siblings = []
-    near = difflib.get_close_matches(folder.name, (*SHIPPED, *siblings), n=1)
+    shipped = SHIPPED if folder == Path(folder.name) else ()  # their names mean nothing in another folder
+    near = difflib.get_close_matches(folder.name, (*shipped, *siblings), n=1)
     return f"nothing at {folder}" + (f" (did you mean {str(folder.with_name(near[0]))!r}?)" if near else "")
 
 
@@ -222,7 +223,10 @@ class Bundle:
 
             def view(file: str) -> memoryview:
                 seen[file] = self._check_unless_same(file)
-                return views.enter_context(view_file(self.folder / file))
+                try:
+                    return views.enter_context(view_file(self.folder / file))
+                except OSError as error:
+                    raise BundleError(f"{self.folder / file} cannot be read: {error.strerror}") from error
 
             found = self._read_network(name, precision, view)
             yield replace(found, file=self.folder.resolve() / files[0])

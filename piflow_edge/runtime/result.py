@@ -59,10 +59,14 @@ class Result:
             path: of a file: a picture with all images side by side, small ones enlarged, as PNG, WebP without loss, or
                 JPEG by its suffix; or for arrays one .npy. A name without a suffix is a folder, which gets one file per
                 image. A picture holds its recipe; see `read_recipe`.
+
+        Raises:
+            UsageError: "-", which other programs take for standard output; see `write`.
+            ShapeError: a suffix that such images are not written as.
         """
         from .pictures import save_images  # Pillow is only needed where pictures are written
 
-        if path == "-":
+        if os.fspath(path) == "-":
             raise UsageError(
                 "a Result is saved into a file or folder; for standard output: write(sys.stdout.buffer)"
             )

@@ -145,7 +145,11 @@ def view_file(path: Path) -> Iterator[memoryview]:
         if not os.fstat(file.fileno()).st_size:  # nothing to map
             yield memoryview(b"")
             return
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError:  # of a file system that maps no files
+            yield memoryview(file.read())
+            return
     view = memoryview(content)
     yield view
     # Not after an error: its traceback may hold parts of the view, and frees them when it goes.

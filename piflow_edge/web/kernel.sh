@@ -1,12 +1,13 @@
 #!/bin/sh
-# Compiles the rollout of Gaussian mixtures for browsers, from the kernels' own sources, into a module of text: nothing has
-# to be fetched or found beside the code. Needs clang and wasm-ld with WebAssembly (Debian: apt install clang lld).
+# Compiles the rollout of Gaussian mixtures for browsers, from the kernels' own sources, into a module of text, so that a
+# bundler needs no rule for it. Needs clang and wasm-ld with WebAssembly (Debian: apt install clang lld).
 # With --sources it prints the checksum of what it compiles, which the module states, and compiles nothing.
 set -eu
 cd "$(dirname "$0")/../kernels"
 sources="wasm.cpp isa.cpp isa.h gm_schedule.h gm_gram.h gm_rollout.h lanes.h philox.h clib.h piflow_kernels.h"
 # shellcheck disable=SC2086
-checksum=$(cat $sources | sha256sum | cut -d ' ' -f 1)
+files=$(sha256sum $sources ../web/kernel.sh)
+checksum=$(echo "$files" | sha256sum | cut -d ' ' -f 1)
 if [ "${1:-}" = --sources ]; then
   echo "$checksum"
   exit

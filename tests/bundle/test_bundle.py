@@ -88,6 +88,9 @@ def test_no_bundle_at_all(tmp_path):
     assert_refused("digit", r"there is nothing at digit \(did you mean 'digits'\?\)")
     (tmp_path / "leaves").mkdir()
     assert_refused(tmp_path / "leafs", "did you mean '.*leaves'")
+    assert_refused(tmp_path / "digits", "there is nothing at .*digits$")
+    (tmp_path / "maps.txt").write_bytes(b"")
+    assert_refused(tmp_path / "maps", "there is nothing at .*maps$")
     (tmp_path / "sent.zip").write_bytes(b"PK")
     assert_refused(
         tmp_path / "sent.zip", "there is a file at .*; unpack it first: piflow-edge unpack .*sent.zip"

@@ -5,6 +5,7 @@ import io
 import pickle
 from dataclasses import replace
 from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_every_argument_of_a_call_is_known_by_name():
 def test_a_result_is_not_saved_into_a_file_named_for_standard_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"write\(sys.stdout.buffer\)"):
-        gaussian_generator()([1]).save("-")
+        gaussian_generator()([1]).save(Path("-"))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """The example of a desktop app, in a real window on a display that nobody sees."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -55,6 +56,9 @@ def window(display, monkeypatch):
         one.close()
         one.worker.join(timeout=30)
         assert not one.worker.is_alive()
+    # Tk aborts a process in which another thread collects what is left of a window.
+    opened.clear()
+    gc.collect()
 
 
 def wait(window, condition):
@@ -90,6 +94,21 @@ def test_what_is_typed_is_drawn_and_saved(window, tmp_path, monkeypatch):
     assert pf.read_recipe(tmp_path / "7.png").seeds == [(5, 0)]
 
 
+def test_a_file_that_cannot_be_written_is_said(window, tmp_path, monkeypatch):
+    window = window("digits")
+    wait(window, lambda: is_enabled(window, "Draw"))
+    window.prompt.set("1")
+    window.draw()
+    wait(window, lambda: is_enabled(window, "Save"))
+    for name, words in {"1.gif": ".png", "nowhere/file/1.png": "file"}.items():
+        (tmp_path / "nowhere").write_bytes(b"") if "/" in name else None
+        monkeypatch.setattr(
+            "tkinter.filedialog.asksaveasfilename", lambda name=name, **_: str(tmp_path / name)
+        )
+        window.save()
+        assert words in window.status.get() and "saved" not in window.status.get()
+
+
 def test_a_mistake_is_shown_and_the_next_picture_drawn(window):
     window = window("digits")
     wait(window, lambda: is_enabled(window, "Draw"))
@@ -114,4 +133,7 @@ def test_a_picture_is_stopped(window, monkeypatch):
 
 def test_a_bundle_that_is_not_there_is_said_and_ends(window, tmp_path):
     window = window(str(tmp_path / "nothing"))
-    wait(window, lambda: "there is nothing at" in window.status.get())
+    said = []
+    window.status.trace_add("write", lambda *event: said.append(window.status.get()))
+    wait(window, lambda: window.is_closed)
+    assert "there is nothing at" in said[-1]

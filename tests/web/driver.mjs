@@ -4,6 +4,7 @@ import { readFileSync } from "node:fs";
 const dist = new URL("../../piflow_edge/web/dist/", import.meta.url);
 const { load, drawNoise } = await import(new URL("index.js", dist));
 const { planSegments } = await import(new URL("schedule.js", dist));
+const { planEvaluations } = await import(new URL("policies/solvers.js", dist));
 const { openPolicy } = await import(new URL("policies/index.js", dist));
 const { restore, toPixels } = await import(new URL("pictures/pixels.js", dist));
 const { WordPiece } = await import(new URL("text/wordpiece.js", dist));
@@ -15,6 +16,7 @@ const COMMANDS = {
   noise: ({ seed, index, size, draw }) => base64(drawNoise(BigInt(seed), BigInt(index), size, draw)),
   segments: (settings) =>
     planSegments({ ...settings, h: Number(settings.h) }).map(({ sigmas, renoise }) => ({ sigmas: [...sigmas], renoise })),
+  evaluations: ({ sigmas }) => planEvaluations(Float64Array.from(sigmas)),
   async integrate({ described, outputs, xSrc, start, size, sigmaSrc, temperature, sigmas }) {
     const arrays = Object.fromEntries(Object.entries(outputs).map(([name, values]) => [name, floats(values)]));
     const source = floats(xSrc);

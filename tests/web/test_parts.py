@@ -11,10 +11,11 @@ import pytest
 
 from piflow_edge import Schedule, philox_normal
 from piflow_edge.bundle.sections import LatentSpec
-from piflow_edge.integrator import integrate
+from piflow_edge.integrator import _evaluations, integrate
 from piflow_edge.kernels import cpu
 from piflow_edge.policies import DXPolicySpec, GMKPolicySpec, GMPolicySpec
 from piflow_edge.runtime.images import decode
+from piflow_edge.schedule import segment_sigmas
 from piflow_edge.version import __version__
 from tests.web.conftest import WEB, as_floats
 
@@ -83,6 +84,18 @@ def test_segments_are_those_of_python(ask, h, rule):
                 np.testing.assert_allclose(planned["renoise"], segment.renoise_scales, rtol=1e-12)
 
 
+def test_multistep_asks_the_policy_where_python_does(ask):
+    cases = [
+        segment_sigmas(src, dst, steps, shift)
+        for src, dst in ((1.0, 0.0), (1.0, 0.5), (0.4, 0.0), (0.9, 0.3))
+        for shift in (1.0, 3.2)
+        for steps in (1, 2, 3, 4, 5, 10, 27, 37, 128)
+    ]
+    answers = ask(*({"command": "evaluations", "sigmas": sigmas.tolist()} for sigmas in cases))
+    for sigmas, found in zip(cases, answers, strict=True):
+        assert found["answer"] == _evaluations(sigmas)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize(
     "spec",
@@ -141,9 +154,13 @@ def test_the_compiled_rollout_is_pythons_to_the_bit(ask, components, channels, s
     np.testing.assert_array_equal(np.float32(found["answer"]).reshape(shape), expected)
 
 
+@pytest.mark.skipif(not (WEB / "kernel.sh").exists(), reason="the sources are not here")
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="the script takes checksums with sha256sum")
 def test_the_compiled_rollout_was_made_from_the_kernels_as_they_are():
     stated = (WEB / "src" / "policies" / "rollout_wasm.ts").read_text()
-    sources = subprocess.run([WEB / "kernel.sh", "--sources"], capture_output=True, text=True, check=True)
+    sources = subprocess.run(
+        ["sh", WEB / "kernel.sh", "--sources"], capture_output=True, text=True, check=True
+    )
     assert sources.stdout.strip() in stated, "compile it again: piflow_edge/web/kernel.sh, then make web"
 
 

@@ -1,11 +1,12 @@
 """A bundle's networks in their engines: all at once, or one at a time."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import DECODER, STUDENT
-from piflow_edge.engines import Engine, EngineOptions, check_engine_options, open_engine
-from piflow_edge.runtime.graphs import view_graph
+from piflow_edge.engines import Engine, EngineOptions, Graph, check_engine_options, open_engine
+from piflow_edge.runtime.graphs import read_graph, view_graph
 
 from .turns import Turns
 
@@ -30,7 +31,7 @@ def _open_all(bundle, others, engine, precision, device, options) -> dict[str, E
     engines: dict[str, Engine] = {}
     try:
         for name in (STUDENT, *others):
-            with view_graph(bundle, name, precision) as graph:
+            with _graph_to_keep(bundle, name, precision) as graph:
                 engines[name] = open_engine(graph, engine=engine, device=device, options=options)
             if name == STUDENT:
                 engine, device = _of_others(engine, engines[name])
@@ -39,6 +40,16 @@ def _open_all(bundle, others, engine, precision, device, options) -> dict[str, E
             one.close()
         raise
     return engines
+
+
+def _graph_to_keep(bundle: Bundle, name: str, precision: str | None) -> AbstractContextManager[Graph]:
+    """Lend a graph to an engine that stays open, in its place where it is one file.
+
+    Of more files as bytes: engines keep weights beside a graph mapped, and would draw from whatever is written there.
+    """
+    if len(bundle.manifest.network_files(name, bundle.precision(precision))) == 1:
+        return view_graph(bundle, name, precision)
+    return nullcontext(read_graph(bundle, name, precision))
 
 
 def _open_in_turn(bundle, others, engine, precision, device, options) -> dict[str, Engine]:

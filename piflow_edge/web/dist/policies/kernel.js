@@ -1,4 +1,5 @@
 /** The rollout of Gaussian mixtures in WebAssembly: `piflow_edge/kernels`, with the rounding of its baseline on x86-64. */
+import { EngineError } from "../errors.js";
 const ALIGNED = 64;
 const PAGE = 65536;
 export class Kernel {
@@ -45,5 +46,8 @@ export class Kernel {
 let opened;
 /** The kernel, which all generators share. */
 export function openKernel() {
-    return (opened ??= Kernel.open());
+    return (opened ??= Kernel.open().catch((error) => {
+        opened = undefined; // what failed may work the next time, such as a connection
+        throw new EngineError(`the kernel of Gaussian mixtures cannot be opened: ${error.message}`, { cause: error });
+    }));
 }

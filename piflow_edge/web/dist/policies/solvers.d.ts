@@ -4,4 +4,6 @@ export type Solver = "euler" | "multistep";
 type Carry = (policy: Policy, state: Float32Array, sigmas: Float64Array) => Float32Array;
 /** What carries a state along noise levels, by its name. */
 export declare function readSolver(name: Solver): Carry;
+/** The levels, by their index, at which the policy is asked, and the last: the first two, then even in the root of sigma. */
+export declare function planEvaluations(sigmas: Float64Array): number[];
 export {};

@@ -40,23 +40,25 @@ function weighSlope(sigmas) {
     return x;
 }
 /** The levels, by their index, at which the policy is asked, and the last: the first two, then even in the root of sigma. */
-function planEvaluations(sigmas) {
+export function planEvaluations(sigmas) {
     const substeps = sigmas.length - 1;
     const count = Math.ceil(substeps / 4);
     const [first, end] = [Math.sqrt(sigmas[1]), Math.sqrt(sigmas[substeps])];
     const indices = [];
     for (let i = 0; i < count; i++) {
-        const root = count > 1 ? first + ((end - first) * i) / (count - 1) : first;
-        const nearest = roundHalfToEven(findIndex(sigmas, root ** 2));
+        // In NumPy's order of operations, for whole numbers are made of it.
+        const root = i < count - 1 || !i ? first + i * ((end - first) / (count - 1 || 1)) : end;
+        const nearest = roundHalfToEven(findIndex(sigmas, root * root));
         // No two the same: each at least one after the one before, and early enough to leave room for the rest.
         indices.push(i ? Math.max(nearest, indices[i - 1] + 1) : nearest);
     }
     return [0, ...indices.map((index, i) => (i === count - 1 ? substeps : Math.min(index, substeps - (count - 1 - i))))];
 }
-/** Where a level lies among falling ones, as an index with a fraction. */
+/** Where a level lies among falling ones, as an index with a fraction; as NumPy interpolates. */
 function findIndex(sigmas, sigma) {
-    const above = sigmas.findIndex((level) => level <= sigma);
-    if (above < 1)
-        return above < 0 ? sigmas.length - 1 : 0;
-    return above - (sigma - sigmas[above]) / (sigmas[above - 1] - sigmas[above]);
+    const after = sigmas.findIndex((level) => level < sigma);
+    if (after < 1)
+        return after < 0 ? sigmas.length - 1 : 0;
+    const slope = 1 / (sigmas[after - 1] - sigmas[after]);
+    return slope * (sigmas[after - 1] - sigma) + (after - 1);
 }

@@ -1,5 +1,7 @@
 /** The rollout of Gaussian mixtures in WebAssembly: `piflow_edge/kernels`, with the rounding of its baseline on x86-64. */
 
+import { EngineError } from "../errors.js";
+
 /** One image's mixture: `means` (K, C, pixels) are velocities, `logweights` (K, pixels), `xSrc` (C, pixels). */
 export interface Mixture {
   components: number;
@@ -72,5 +74,8 @@ let opened: Promise<Kernel> | undefined;
 
 /** The kernel, which all generators share. */
 export function openKernel(): Promise<Kernel> {
-  return (opened ??= Kernel.open());
+  return (opened ??= Kernel.open().catch((error) => {
+    opened = undefined; // what failed may work the next time, such as a connection
+    throw new EngineError(`the kernel of Gaussian mixtures cannot be opened: ${error.message}`, { cause: error });
+  }));
 }
