@@ -446,7 +446,7 @@ def pil(images: np.ndarray) -> list[Image.Image]:
 
 
 def table(report: dict) -> str:
-    """The rows as Markdown: means over the seeds and, where there are several, standard deviations."""
+    """The rows as Markdown: means over the seeds and, where there are several, half of their range."""
     lines = [
         "| | NFE | network runs | FID | × teacher | precision | recall | coverage | diversity × teacher "
         "| MSE to teacher | steps | minutes |",
@@ -459,7 +459,7 @@ def table(report: dict) -> str:
 
         def mean(key, digits, rows=rows):
             values = [row[key] for row in rows]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
             return f"{statistics.mean(values):.{digits}f}{spread}"
 
         times = [row["training"]["seconds"] for row in rows if row.get("training")]

@@ -32,6 +32,7 @@ def verdict(holds: bool) -> str:
 
 def conditions(found: Mapping) -> str:
     """Where the figures come from, under a table."""
+    found = found.get("conditions", found)
     versions = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
     told = [f"`{found['command']}`"] if "command" in found else []
     told += [f"{found['cpu']}, {found['cores']} cores"] if "cpu" in found else []
@@ -247,6 +248,36 @@ def browser(found: Mapping) -> str:
     return f"{table(heads, rows)}\n\n{adapter}"
 
 
+def quality(found: Mapping) -> str:
+    """A row a method and number of calls: means of the seeds, and how far these lie apart."""
+    rows_of: dict[tuple[str, int], list[dict]] = {}
+    teacher = found["rows"][0]
+    for row in found["rows"]:
+        kid_ratio = row["kid"] / teacher["kid"]
+        rows_of.setdefault((row["method"], row["nfe"]), []).append({**row, "kid_ratio": kid_ratio})
+    figures = {"fid_ratio": 2, "kid_ratio": 2, "diversity_ratio": 3, "recall": 3, "mse": 4}
+    heads = ["", "calls", "FID × teacher", "KID × teacher", "diversity × teacher", "recall", "MSE to teacher"]
+    rows = [
+        (method, str(calls), *(_mean_and_range(seeds, name, digits) for name, digits in figures.items()))
+        for (method, calls), seeds in rows_of.items()
+    ]
+    about, seeds = found["conditions"], {row["seed"] for row in found["rows"]} - {None}
+    budget = about["budget"]
+    minutes = budget["minutes_per_method"]
+    spent = f"{minutes:g} minutes" if minutes else f"{budget['iterations']} steps"
+    told = (
+        f"{about['images per row']} images a row, of one noise; {spent} a network, {about['device']}; seeds: "
+        f"{len(seeds)}, of several the mean and, after ±, half of the range. The teacher: FID {teacher['fid']:.2f}, guided with {about['teacher']['guidance']:g}."
+    )
+    return f"{table(heads, rows)}\n\n{told}"
+
+
+def _mean_and_range(rows: Sequence[Mapping], name: str, digits: int) -> str:
+    values = [row[name] for row in rows]
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.{digits}f}{spread}"
+
+
 def precision(found: Mapping) -> str:
     parts = []
     for name, heading in (("digits", "The digits student"), ("wide", "A DiT of 30 million weights")):
@@ -358,6 +389,9 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "end_to_end": end_to_end,
     "scaling": scaling,
     "quality_latency": quality_latency,
+    "quality_digits": quality,
+    "quality_emoji": quality,
+    "quality_fashion": quality,
     "noise": noise,
     "export_cost": export_cost,
     "export_cost_675m": export_cost,
