@@ -267,7 +267,8 @@ def quality(found: Mapping) -> str:
     spent = f"{minutes:g} minutes" if minutes else f"{budget['iterations']} steps"
     told = (
         f"{about['images per row']} images a row, of one noise; {spent} a network, {about['device']}; seeds: "
-        f"{len(seeds)}, of several the mean and, after ±, half of the range. The teacher: FID {teacher['fid']:.2f}, guided with {about['teacher']['guidance']:g}."
+        f"{len(seeds)}, of several the mean and, after ±, half of the range. The teacher: FID {teacher['fid']:.2f}, "
+        f"guided with {about['teacher']['guidance']:g}."
     )
     return f"{table(heads, rows)}\n\n{told}"
 
