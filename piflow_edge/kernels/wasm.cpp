@@ -1,5 +1,6 @@
-// What a web page calls: the rollout of one image, with nothing of the C or C++ library. The page owns the memory
-// and lays everything out in it, from where `__heap_base` says that it is free. Built by ../web/kernel.sh.
+// What a web page calls: the rollout of one image, with nothing of the C or C++ library. The page owns the
+// memory and lays everything out in it, from where `__heap_base` says that it is free. Built by
+// ../web/kernel.sh.
 #include "isa.h"
 
 namespace piflow {
