@@ -11,9 +11,9 @@ import pytest
 import piflow_edge as pf
 from piflow_edge import Cancelled, DXPolicy, PiFlowError, Schedule
 from piflow_edge.bench.benchmark import distilled_guidance
-from piflow_edge.bundle.folder import NetworkFiles
 from piflow_edge.bundle.sections import NetworkSpec
 from piflow_edge.conditioning import TensorSpec
+from piflow_edge.engines import Graph
 from piflow_edge.errors import EngineError, NotFiniteError, ShapeError
 from piflow_edge.kernels.normal import philox_normal
 from piflow_edge.kernels.rollout import integrate
@@ -297,7 +297,10 @@ def test_auto_chooses_for_the_decoder_too_on_the_same_device(monkeypatch, asked,
     bundle = SimpleNamespace(
         name="b",
         manifest=replace(latents, networks={**latents.networks, "decoder": "one"}),
-        view_network=lambda name, precision: nullcontext(NetworkFiles(name.encode(), {}, "b", None)),
+    )
+    monkeypatch.setattr(
+        "piflow_edge.runtime.residence.opening._graph_to_keep",
+        lambda bundle, name, precision: nullcontext(Graph(name.encode())),
     )
     monkeypatch.setattr("piflow_edge.bundle.folder.Bundle", lambda folder, trusted_keys: bundle)
     monkeypatch.setattr("piflow_edge.runtime.residence.opening.open_engine", open_engine)

@@ -114,7 +114,9 @@ def test_a_terminal_that_knows_few_letters_is_no_hindrance(encoding, command):
     surroundings = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
     call = [sys.executable, "-m", "piflow_edge.cli", *command]
     done = subprocess.run(call, capture_output=True, env=surroundings)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode(encoding)
+    # What doctor finds missing here, in a status of 1, is not this test's business.
+    assert done.returncode in ((0, 1) if command == ["doctor"] else (0,)), done.stderr.decode(encoding)
+    assert b"Traceback" not in done.stderr
     assert done.stdout.decode(encoding).strip()
 
 
