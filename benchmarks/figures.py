@@ -261,6 +261,8 @@ SENTENCES = (
              r"in ([\d.]+) ms each on two cores, text encoder included: (\d+) times as fast as 50\s+steps of "
              r"the teacher",
              lambda found: [format_number(found["ms"]["student"]), f"{found['speedup']:.0f}"]),
+    Sentence("README.md", "browser", r"in a browser it takes (\d+) ms",
+             lambda found: [f"{found['bundles']['emoji']['contenders']['WebAssembly, 1 thread']['image_ms']:.0f}"]),
     Sentence("docs/faq.md", "startup", r"to the first image it was ([\d.]+) s",
              lambda found: [f"{found['ms']['first image'] / 1000:.2f}"]),
     Sentence("docs/export.md", "precision",
