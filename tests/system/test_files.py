@@ -2,6 +2,10 @@
 
 import errno
 import os
+import random
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -67,3 +71,32 @@ def test_a_place_where_nothing_can_be_made_is_known_before(tmp_path):
         check_place(tmp_path / "file" / "inside")
     with pytest.raises(OSError, match=r"File name too long: '.*aé'$"):
         check_place(tmp_path / ("a" * 254 + "é"))
+
+
+REPLACES = """
+import sys
+from pathlib import Path
+from piflow_edge.system.files import new_folder, write_atomic
+
+print("ready", flush=True)
+for i in range(10**9):
+    with new_folder(Path(sys.argv[1])) as folder:
+        for name in ("manifest", "graph", "weights"):
+            write_atomic(folder / name, b"%d " % i * 50_000)
+"""
+
+
+def test_whatever_is_killed_while_a_folder_is_replaced_leaves_a_whole_one(tmp_path):
+    place, waits = tmp_path / "bundle", random.Random(0)
+    for _ in range(12):
+        with subprocess.Popen([sys.executable, "-c", REPLACES, str(place)], stdout=subprocess.PIPE) as child:
+            assert child.stdout.readline()
+            while not place.exists():
+                time.sleep(0.01)
+            time.sleep(waits.uniform(0, 0.1))
+            child.kill()
+        # Between its two renames the old folder stands under a name of its own: nothing is lost then either.
+        (found,) = [place] if place.exists() else tmp_path.glob(".bundle.*.old")
+        contents = {file.read_bytes() for file in found.iterdir()}
+        assert len(list(found.iterdir())) == 3 and len(contents) == 1
+        assert len(set(contents.pop().split())) == 1
