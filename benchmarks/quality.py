@@ -43,6 +43,7 @@ from benchmarks.methods import (
     seconds,
     without,
 )
+from benchmarks.tables import mean_and_range
 from piflow_edge.commands.demo import GUIDANCE_SCALE, shipped_teacher
 from piflow_edge.distill.data.datasets import ImageData, load_images
 from piflow_edge.distill.imitation import ImitationConfig
@@ -456,16 +457,16 @@ def table(report: dict) -> str:
     for row in report["rows"]:
         groups.setdefault((row["method"], row["nfe"]), []).append(row)
     for (name, nfe), rows in groups.items():
-
-        def mean(key, digits, rows=rows):
-            values = [row[key] for row in rows]
-            spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):.{digits}f}{spread}"
-
         times = [row["training"]["seconds"] for row in rows if row.get("training")]
-        cells = [name, str(nfe), str(rows[0]["network_runs"]), mean("fid", 2), mean("fid_ratio", 2)]
-        cells += [mean(key, 3) for key in ("precision", "recall", "coverage", "diversity_ratio")]
-        cells += [mean("mse", 4), str(rows[0].get("steps", ""))]
+        cells = [
+            name,
+            str(nfe),
+            str(rows[0]["network_runs"]),
+            *(mean_and_range(rows, key, 2) for key in ("fid", "fid_ratio")),
+        ]
+        names = ("precision", "recall", "coverage", "diversity_ratio")
+        cells += [mean_and_range(rows, key, 3) for key in names]
+        cells += [mean_and_range(rows, "mse", 4), str(rows[0].get("steps", ""))]
         cells.append(f"{statistics.mean(times) / 60:.1f}" if times else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

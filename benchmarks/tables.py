@@ -1,6 +1,7 @@
 """The tables of the benchmarks' page, one for each result: found as its JSON has it, text as Markdown has it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
 
 from piflow_edge.bench.tables import format_number
 
@@ -258,7 +259,7 @@ def quality(found: Mapping) -> str:
     figures = {"fid_ratio": 2, "kid_ratio": 2, "diversity_ratio": 3, "recall": 3, "mse": 4}
     heads = ["", "calls", "FID × teacher", "KID × teacher", "diversity × teacher", "recall", "MSE to teacher"]
     rows = [
-        (method, str(calls), *(_mean_and_range(seeds, name, digits) for name, digits in figures.items()))
+        (method, str(calls), *(mean_and_range(seeds, name, digits) for name, digits in figures.items()))
         for (method, calls), seeds in rows_of.items()
     ]
     about, seeds = found["conditions"], {row["seed"] for row in found["rows"]} - {None}
@@ -273,10 +274,11 @@ def quality(found: Mapping) -> str:
     return f"{table(heads, rows)}\n\n{told}"
 
 
-def _mean_and_range(rows: Sequence[Mapping], name: str, digits: int) -> str:
+def mean_and_range(rows: Sequence[Mapping], name: str, digits: int) -> str:
+    """The mean of a figure over rows and, of several, half of their range."""
     values = [row[name] for row in rows]
     spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.{digits}f}{spread}"
+    return f"{mean(values):.{digits}f}{spread}"
 
 
 def precision(found: Mapping) -> str:

@@ -152,7 +152,6 @@ interface ComponentTerms {
   volumes: Float64Array;
 }
 
-
 /** Where all variances are alike, excesses are 0, and volumes the same for all, so that they change no weight. */
 function computeTerms(variances: Float64Array, times: SubstepTime[], channels: number, eps: number): ComponentTerms {
   const size = times.length * variances.length;
