@@ -61,11 +61,13 @@ class Result:
                 image. A picture holds its recipe; see `read_recipe`.
 
         Raises:
-            UsageError: "-", which other programs take for standard output; see `write`.
+            UsageError: an open file, or "-", which other programs take for standard output; see `write`.
             ShapeError: a suffix that such images are not written as.
         """
         from .pictures import save_images  # Pillow is only needed where pictures are written
 
+        if hasattr(path, "write"):
+            raise UsageError("a Result is saved under a path; into an open file: write(file)")
         if os.fspath(path) == "-":
             raise UsageError(
                 "a Result is saved into a file or folder; for standard output: write(sys.stdout.buffer)"

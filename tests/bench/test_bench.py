@@ -6,16 +6,15 @@ import json
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 from piflow_edge.bench.comparison_of_runs import PROCESS_NOISE, compare, process_noise, read_benchmark
-from piflow_edge.cli import main
 from piflow_edge.conditioning import ClassLabels, ConditionRequest, Unconditional
 from piflow_edge.errors import DataError, PiFlowError, ScheduleError
 from piflow_edge.runtime.teacher_engine import EngineTeacher
 from piflow_edge.schedule import warp
 from piflow_edge.system.hardware import machine, memory
+from tests.commands import command_line
 from tests.conftest import HAS_TORCH
 
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="students are made with the 'train' extra")
@@ -279,9 +278,7 @@ class TestCompare:
 
 
 def bench(*arguments, code=0):
-    done = CliRunner().invoke(main, ["bench", *map(str, arguments)])
-    assert done.exit_code == code, done.stderr or done.exception
-    return done
+    return command_line.run("bench", *arguments, code=code)
 
 
 def size_of(file):
@@ -411,11 +408,9 @@ class TestCommand:
         from piflow_edge.commands.demo import shipped_teacher
 
         file = tmp_path / "teacher.onnx"
-        export = ["export", str(shipped_teacher()), "--teacher-graph", "--out", str(file), "--json"]
-        done = CliRunner().invoke(main, export)
-        assert (
-            done.exit_code == 0 and json.loads(done.stdout)["error"] < 1e-4 and file.stat().st_size > 100_000
-        )
-        assert "exists" in CliRunner().invoke(main, export).stderr
-        refused = CliRunner().invoke(main, [*export, "--precision", "fp16"])
-        assert refused.exit_code == 2 and "--precision is for a student's bundle" in refused.stderr
+        export = ["export", shipped_teacher(), "--teacher-graph", "--out", file, "--json"]
+        done = command_line.run(*export)
+        assert json.loads(done.stdout)["error"] < 1e-4 and file.stat().st_size > 100_000
+        assert "exists" in command_line.run(*export, code=2).stderr
+        refused = command_line.run(*export, "--precision", "fp16", code=2)
+        assert "--precision is for a student's bundle" in refused.stderr

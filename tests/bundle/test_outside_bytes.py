@@ -3,14 +3,13 @@
 import shutil
 
 import pytest
-from click.testing import CliRunner
 
 import piflow_edge as pf
 from piflow_edge.bundle.archive import pack
 from piflow_edge.bundle.folder import Bundle, demo_bundle
-from piflow_edge.cli import main
 from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, EngineError
+from tests.commands.command_line import run
 from tests.helpers.hostile_bundle import move_weight_out, seal
 from tests.helpers.protobuf import fields_of, message, node
 
@@ -46,8 +45,7 @@ def test_a_weight_of_the_current_folder_is_refused_by_name(leaking, engine):
 )
 def test_every_command_refuses_it(leaking, command):
     name, *options = command.split()
-    done = CliRunner().invoke(main, [name, str(leaking), *options])
-    assert done.exit_code == 2, done.output
+    done = run(name, leaking, *options, code=2)
     assert STUDENT in done.stderr and "secret.bin" in done.stderr
 
 

@@ -7,11 +7,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from click.testing import CliRunner
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.cli import main
+from tests.commands.command_line import run
 from tests.helpers.golden_cases import GOLDEN, cases
 
 pytestmark = pytest.mark.torch
@@ -22,8 +21,7 @@ def bundle(tmp_path_factory):
     """Of the recorded GM-DiT, under the name of a published student for two calls."""
     place = tmp_path_factory.mktemp("official")
     source = shutil.copytree(GOLDEN / "checkpoints" / "gmdit", place / "gmrepa_k32_imagenet_piid_2step")
-    done = CliRunner().invoke(main, ["export", str(source), "--out", str(place / "bundle")])
-    assert done.exit_code == 0, done.output
+    run("export", source, "--out", place / "bundle")
     return place / "bundle"
 
 

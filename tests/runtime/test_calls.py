@@ -112,10 +112,12 @@ def test_every_argument_of_a_call_is_known_by_name():
     assert ("self", *CALL_ARGUMENTS) == tuple(named)
 
 
-def test_a_result_is_not_saved_into_a_file_named_for_standard_output(tmp_path, monkeypatch):
+def test_a_result_is_saved_under_a_path_and_not_into_an_open_file_or_standard_output(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"write\(sys.stdout.buffer\)"):
         gaussian_generator()([1]).save(Path("-"))
+    with pytest.raises(UsageError, match=r"under a path.*write\(file\)"):
+        gaussian_generator()([1]).save(io.BytesIO())
     assert not list(tmp_path.iterdir())
 
 

@@ -8,6 +8,7 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError
 from piflow_edge.runtime.triton import write_model
+from tests.commands.command_line import run
 from tests.conftest import make_student
 
 pytestmark = pytest.mark.torch
@@ -47,31 +48,18 @@ def test_the_config_is_read_by_tritons_own_schema(latent_bundle, tmp_path):
 
 
 def test_export_writes_the_models_itself(tmp_path):
-    from click.testing import CliRunner
-
-    from piflow_edge.cli import main
     from piflow_edge.distill.loop.checkpoint import save_checkpoint
 
     save_checkpoint(tmp_path / "student", make_student(nfe=1))
     models = tmp_path / "models"
-    command = [
-        "export",
-        str(tmp_path / "student"),
-        "--target",
-        "triton",
-        "--name",
-        "mine",
-        "--out",
-        str(models),
-    ]
-    done = CliRunner().invoke(main, [*command, "--sampler-graph", "1,2"])
-    assert done.exit_code == 0, done.output
+    command = ["export", tmp_path / "student", "--target", "triton", "--name", "mine", "--out", models]
+    run(*command, "--sampler-graph", "1,2")
     written = {str(f.relative_to(models)) for f in models.rglob("*") if f.is_file()}
     assert written == {f"mine-nfe{n}/{file}" for n in (1, 2) for file in ("config.pbtxt", "1/model.onnx")}
-    again = CliRunner().invoke(main, [*command, "--sampler-graph", "2,4"])
-    assert again.exit_code == 2 and "mine-nfe2 exists" in again.output
-    refused = CliRunner().invoke(main, [*command, "--overwrite"])
-    assert refused.exit_code == 2 and "leave them out" in refused.output
+    again = run(*command, "--sampler-graph", "2,4", code=2)
+    assert "mine-nfe2 exists" in again.stderr
+    refused = run(*command, "--overwrite", code=2)
+    assert "leave them out" in refused.stderr
 
 
 def test_what_cannot_be_served_is_refused(latent_bundle, shared_bundle, tmp_path):

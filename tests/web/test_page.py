@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import piflow_edge as pf
-from piflow_edge.cli import main
+from tests.commands.command_line import run
 from tests.web.conftest import WEB
 
 RUNTIME = WEB / "node_modules" / "onnxruntime-web" / "dist"
@@ -56,8 +55,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 @contextmanager
 def serving_page(bundle: str, folder: Path):
     """The address of the page as a folder that a plain web server serves."""
-    done = CliRunner().invoke(main, ["web", bundle, "--out", str(folder), "--onnxruntime-web", str(RUNTIME)])
-    assert done.exit_code == 0, done.output
+    run("web", bundle, "--out", folder, "--onnxruntime-web", RUNTIME)
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -174,11 +172,8 @@ def test_a_server_with_a_key_is_asked_with_it_and_lets_a_browser_draw_itself(
 def test_a_folder_that_stands_is_kept_and_missing_files_are_named(tmp_path):
     (tmp_path / "site").mkdir()
     for more, reason in [([], "--overwrite"), (["--overwrite"], "npm install onnxruntime-web")]:
-        done = CliRunner().invoke(
-            main,
-            ["web", "digits", "--out", str(tmp_path / "site"), "--onnxruntime-web", str(tmp_path), *more],
-        )
-        assert done.exit_code == 2 and reason in done.output
+        done = run("web", "digits", "--out", tmp_path / "site", "--onnxruntime-web", tmp_path, *more, code=2)
+        assert reason in done.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "site"]
 
 

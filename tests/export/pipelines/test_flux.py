@@ -10,15 +10,14 @@ pytest.importorskip("transformers")
 
 import diffusers
 import torch
-from click.testing import CliRunner
 
 import piflow_edge as pf
 from piflow_edge.bundle.folder import Bundle
-from piflow_edge.cli import main
 from piflow_edge.conditioning import ConditionRequest
 from piflow_edge.errors import CheckpointError, ShapeError
 from piflow_edge.export.conversions import calibration
 from piflow_edge.export.pipelines.pipeline_parts import read_pipeline
+from tests.commands.command_line import run
 from tests.export.pipelines.fewer_bits import assert_draws_nearly_the_same
 from tests.export.pipelines.official_sampling import MixtureTransformer, draw_latents
 from tests.export.pipelines.tiny_pipelines import save_flux_pipeline, save_gm_adapter
@@ -44,8 +43,7 @@ def place(tmp_path_factory):
         # T5 fills each prompt up to 512 tokens, and 16 prompts would take most of the time.
         patch.setattr(calibration, "CALIBRATION_IMAGES", 2)
         for name, options in fewer.items():
-            done = CliRunner().invoke(main, [*command, *options, "--out", str(place / name)])
-            assert done.exit_code == 0, done.output
+            run(*command, *options, "--out", place / name)
     return place
 
 
@@ -137,8 +135,8 @@ def test_what_cannot_be_exported_is_said_before_the_work(place, tmp_path):
     with pytest.raises(CheckpointError, match=r"is a SanaPipeline; .*FluxPipeline"):
         read_pipeline(str(tmp_path), adapter)
     for options in (["--pipeline", pipeline], [pipeline, "--pipeline", pipeline, "--adapter", adapter], []):
-        refused = CliRunner().invoke(main, ["export", *options, "--out", str(tmp_path / "out")])
-        assert refused.exit_code == 2 and "--pipeline" in refused.stderr
+        refused = run("export", *options, "--out", tmp_path / "out", code=2)
+        assert "--pipeline" in refused.stderr
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])

@@ -15,25 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 
 import piflow_edge as pf
-from piflow_edge.cli import main
 from piflow_edge.errors import DataError
 from piflow_edge.runtime.bulk.bulk_job import read_job
 from piflow_edge.runtime.bulk.bulk_work import make_shard
 from piflow_edge.runtime.bulk.ray_workers import ShardWorker
 from piflow_edge.runtime.recipe import parse_recipe
+from tests.commands.command_line import run
 from tests.commands.test_docs import FENCE, ROOT, calls
 
 ASKED = ("digits", "--labels", "7,0-2", "--count", "30", "--seed", "5", "--shard-size", "25")
 
 
 def generate(out, *more, asked=ASKED, code=0):
-    done = CliRunner().invoke(main, ["generate", *asked, "--out", str(out), "--json", *more])
-    assert done.exit_code == code, done.output
-    return json.loads(done.stdout) if code == 0 else done.output
+    done = run("generate", *asked, "--out", out, "--json", *more, code=code)
+    return json.loads(done.stdout) if code == 0 else done.stderr
 
 
 def read_files(folder):
@@ -179,8 +177,7 @@ def test_the_commands_of_its_page_run(tmp_path, monkeypatch):
     commands = calls("".join(f"```sh\n{body}```\n" for language, body in blocks if language == "sh"))
     here = [words for words in commands if "--ray" not in words]
     for words in here:
-        done = CliRunner().invoke(main, words)
-        assert done.exit_code == 0, (words, done.output)
+        run(*words)
     assert [words[0] for words in here] == ["generate", "generate", "generate", "evaluate"]
     assert read_files(tmp_path / "shared") == read_files(tmp_path / "images")
 
@@ -204,13 +201,12 @@ def test_evaluate_scores_a_folder_as_the_bundle_that_made_it(tmp_path):
     pytest.importorskip("torch", reason="real images are read by the 'train' extra")
     generate(tmp_path / "images", asked=("digits", "--labels", "all", "--count", "20"))
     shipped = Path(pf.__file__).parent / "assets" / "digits"
-    asked = ["evaluate", str(shipped), str(tmp_path / "images"), "--no-teacher", "--json"]
-    done = CliRunner().invoke(main, [*asked, "--images", "200"])
-    assert done.exit_code == 0, done.output
+    asked = ["evaluate", shipped, tmp_path / "images", "--no-teacher", "--json"]
+    done = run(*asked, "--images", 200)
     drawn, found = json.loads(done.stdout)["scores"]
     assert found["name"] == "images" and found["network_calls"] == 1 and found["ms_per_image"] is None
     # Other noise, the same student: what a score of 200 images varies by (15 to 40 here), and far from 200 of one step.
     assert abs(found["fid"] - drawn["fid"]) < 25
     assert set(found["class_diversity"]) == set("0123456789")
-    too_many = CliRunner().invoke(main, [*asked, "--images", "210"])
-    assert too_many.exit_code == 2 and "holds 20 images of '0', and 21 are compared" in too_many.output
+    too_many = run(*asked, "--images", 210, code=2)
+    assert "holds 20 images of '0', and 21 are compared" in too_many.stderr
