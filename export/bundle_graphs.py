@@ -1,6 +1,7 @@
 """The networks of a bundle: exported in float32, then converted to every precision, and named as files."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -58,8 +59,8 @@ def convert_networks(
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Return the manifest with the files of every network in every precision, and those files.
 
-    What a precision leaves in float32 is recorded in the provenance. A network that it leaves as it is shares its file
-    with fp32.
+    What a precision leaves in float32, and how far single layers are off, is recorded in the provenance. A network
+    that is the same in two precisions has one file for both.
 
     Args:
         exact: the fp32 networks, but for sampler graphs.
@@ -68,7 +69,8 @@ def convert_networks(
         settings: say which network is in which precision.
     """
     files: dict[str, bytes] = {}
-    float32_nodes: dict[str, dict] = {}
+    made: dict[tuple[str, str], Graph] = {}
+    recorded: dict[str, dict[str, dict]] = {"kept_in_fp32": {}, "layer_errors": {}}
     listed: dict[str, dict[str, list[str]]] = {name: {} for name in manifest.networks}
 
     @cache  # a network may be in the same in several of the bundle's precisions
@@ -81,19 +83,29 @@ def convert_networks(
     for precision in manifest.precisions:
         inside = {name: settings.precision_of(name, precision) for name in exact}
         converted = {name: convert(name, one) for name, one in inside.items()}
-        float32_nodes[precision] = {
-            name: one.float32_nodes
-            for name, one in converted.items()
-            if one.graph is not exact[name] or one.float32_nodes
+        changed = {name: c for name, c in converted.items() if c.graph is not exact[name] or c.float32_nodes}
+        recorded["kept_in_fp32"][precision] = {name: one.float32_nodes for name, one in changed.items()}
+        recorded["layer_errors"][precision] = {
+            name: _round_errors(c.layer_errors) for name, c in changed.items() if c.layer_errors
         }
         for name in manifest.networks:
             graph, tag = _graph_of(name, converted, exact, manifest, inside.get(name, precision))
-            if f"{name}.{tag}.onnx" not in files:
+            tag = next((t for (n, t), other in made.items() if n == name and other == graph), tag)
+            if (name, tag) not in made:
+                made[name, tag] = graph
                 files |= _name_files(graph, f"{name}.{tag}.onnx", manifest.networks[name].opset)
             listed[name][precision] = [file for file in files if file.startswith(f"{name}.{tag}.onnx")]
     networks = {name: replace(spec, files=listed[name]) for name, spec in manifest.networks.items()}
-    provenance = {**manifest.provenance, "kept_in_fp32": float32_nodes}
+    provenance = {**manifest.provenance, **recorded}
     return replace(manifest, networks=networks, provenance=provenance), files
+
+
+def _round_errors(errors: dict[str, float]) -> dict[str, float | str]:
+    """Two digits are enough, and JSON has no infinity."""
+    return {
+        layer: float(f"{error:.2g}") if math.isfinite(error) else "not finite"
+        for layer, error in errors.items()
+    }
 
 
 def _tell_share(network: str, precision: str, graph: Graph, reasons: dict[str, str] | str) -> None:

@@ -33,10 +33,15 @@ ENGINE = "ort-cpu"
 
 @dataclass
 class Conversion:
-    """A graph in another precision. `float32_nodes`: nodes left in float32 -> why, or "all"."""
+    """A graph in another precision.
+
+    `float32_nodes`: nodes left in float32 -> why, or "all". `layer_errors`: of layers in fewer bits, as far as they
+    were measured; see `layer_errors.measure_layers`.
+    """
 
     graph: Graph
     float32_nodes: dict[str, str] | str = field(default_factory=dict)
+    layer_errors: dict[str, float] = field(default_factory=dict)
 
 
 def keep_fp32(network: str, graph: Graph, calibration: "Calibration | None") -> Conversion:

@@ -14,8 +14,9 @@ from onnx import TensorProto
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion, Inputs
-from piflow_edge.export.conversions.half_measures import Measures, measure_half
+from piflow_edge.export.conversions.half_twins import add_half_twins
 from piflow_edge.export.conversions.lookup_tables import halve_lookup_tables
+from piflow_edge.export.conversions.twins import Measures, measure_twins
 from piflow_edge.export.half_graph import FLOAT32_OPERATORS, convert_to_half
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of, types
@@ -86,7 +87,7 @@ def delicate_nodes(
         CheckFailedError: a node gives NaN or infinity in float32 already.
     """
     found: dict[str, str] = {}
-    for node, name, measures in measure_half(model, batches, files):
+    for node, name, measures in measure_twins(model, batches, lambda piece: add_half_twins(piece, files)):
         for one in measures if node.name not in found else ():
             if reason := _fp16_problem(name, one):
                 found[node.name] = reason

@@ -13,8 +13,10 @@ from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
 from piflow_edge.engines.ort.importing import import_part
 from piflow_edge.export.conversions.calibration import Calibration, Conversion, Inputs, split_samples
+from piflow_edge.export.conversions.layer_errors import report_layers
 from piflow_edge.export.conversions.layer_search import convert_within
-from piflow_edge.export.conversions.weights_only import convert_encoder, halve_weights, quantisable
+from piflow_edge.export.conversions.weights_of_layers import halve_weights, quantisable
+from piflow_edge.export.conversions.weights_only import convert_encoder
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, count_bytes, graph_of, load_tensor, save
 
@@ -71,21 +73,20 @@ def to_int8(
 def convert_network(
     network: str, graph: Graph, calibration: Calibration, *, static: bool = False
 ) -> Conversion:
-    """The conversion to int8 of a bundle's network; see `Precision`. Decoders stay in float32."""
+    """The conversion to int8 of a bundle's network; see `Precision`. Decoders stay in float32.
+
+    `static`: activations are scaled by calibration, else as they come. Of encoders, weights alone are quantised.
+    """
     if network in calibration.encoder_inputs:
-        return convert_encoder(graph)
+        return report_layers(convert_encoder(graph), graph, calibration.encoder_inputs[network])
     if network != STUDENT:
         return Conversion(graph, "all")
 
     def accepts(converted: Graph) -> float:
         return calibration.share(converted, PRECISIONS["int8"].tolerances) / _SHARE
 
-    return to_int8(graph, calibration.batches, static=static, accepts=accepts)
-
-
-def convert_network_qdq(network: str, graph: Graph, calibration: Calibration) -> Conversion:
-    """As `convert_network`, with activations scaled by calibration."""
-    return convert_network(network, graph, calibration, static=True)
+    converted = to_int8(graph, calibration.batches, static=static, accepts=accepts)
+    return report_layers(converted, graph, calibration.batches)
 
 
 def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded: Sequence[str] = ()) -> Graph:

@@ -1,22 +1,45 @@
-"""Weights of matrix products in eight bits, activations in float32: for text encoders.
+"""Weights of matrix products in eight bits, activations in float32, by ONNX's own operators.
 
-A few features of a text encoder are many times as large as all others, so that one scale for the activations of a layer
-loses the rest: of MiniLM, dynamic int8 was off by 0.19 of a prompt's hidden states, weights alone by 0.09 (root mean
-squares, the worst of seven prompts). The operators are ONNX's own.
+For text encoders: a few of their features are many times as large as all others, so that one scale for the activations
+of a layer loses the rest: of MiniLM, dynamic int8 was off by 0.19 of a prompt's hidden states, weights alone by 0.09
+(root mean squares, the worst of seven prompts). And for students that are to be nearly what they were.
 """
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import onnx
-from onnx import TensorProto, helper, numpy_helper
 
+from piflow_edge.bundle.manifest import STUDENT
+from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
-from piflow_edge.export.conversions.calibration import Conversion
+from piflow_edge.export.conversions.calibration import Calibration, Conversion
+from piflow_edge.export.conversions.layer_errors import report_layers
+from piflow_edge.export.conversions.layer_search import convert_within
 from piflow_edge.export.conversions.lookup_tables import quantise_lookup_tables
-from piflow_edge.export.conversions.narrow_tensors import halve, is_worth_it, round_to_int8
+from piflow_edge.export.conversions.weights_of_layers import halve_weights, quantisable, quantise_weights
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of, model_of
-from piflow_edge.export.onnx_graphs.value_names import ValueNames
+
+# Share of the tolerances that may be used on the calibration images; see `int8`.
+_SHARE = 0.5
+
+
+def convert_network(network: str, graph: Graph, calibration: Calibration) -> Conversion:
+    """The conversion to int8-weights of a bundle's network; see `Precision`. Decoders stay in float32."""
+    if network in calibration.encoder_inputs:
+        return report_layers(convert_encoder(graph), graph, calibration.encoder_inputs[network])
+    if network != STUDENT:
+        return Conversion(graph, "all")
+    layers = quantisable(onnx.load_from_string(graph.model))
+    tolerances = PRECISIONS["int8-weights"].tolerances
+
+    def convert(excluded: Sequence[str]) -> Graph:
+        return _quantise(graph, excluded)
+
+    def accepts(converted: Graph) -> float:
+        return calibration.share(converted, tolerances) / _SHARE
+
+    return report_layers(convert_within("int8-weights", layers, convert, accepts), graph, calibration.batches)
 
 
 def convert_encoder(graph: Graph) -> Conversion:
@@ -31,42 +54,12 @@ def convert_encoder(graph: Graph) -> Conversion:
     return Conversion(result)
 
 
-def quantisable(model: onnx.ModelProto) -> list[str]:
-    """Names of the matrix products with a constant weight."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [
-        node.name
-        for node in model.graph.node
-        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights
-    ]
-
-
-def quantise_weights(model: onnx.ModelProto, layers: Collection[str]) -> None:
-    """Keep the constant weights of these products (`MatMul`, `Gemm`) as int8, with one scale per output feature."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    axes = {n.input[1]: _output_axis(n) for n in model.graph.node if n.name in layers}
-    for name, axis in axes.items():
-        rounded, scale = round_to_int8(numpy_helper.to_array(tensors[name]), 1 - axis)
-        tensors[name].CopyFrom(numpy_helper.from_array(rounded, f"{name}.int8"))
-        model.graph.initializer.append(numpy_helper.from_array(scale.squeeze(1 - axis), f"{name}.scale"))
-    widen = [
-        helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [name], axis=axis)
-        for name, axis in axes.items()
-    ]
-    # They read nothing but weights, and so may stand before all others.
-    for node in reversed(widen):
-        model.graph.node.insert(0, node)
-
-
-def halve_weights(model: onnx.ModelProto) -> None:
-    """Keep float32 weights as fp16 in the file. Sums stay in float32: engines widen them on opening."""
-    graph, names = model.graph, ValueNames(model.graph)
-    for tensor in graph.initializer:
-        if is_worth_it(tensor) and halve(tensor):
-            wide, tensor.name = tensor.name, names.add(f"{tensor.name}.half")
-            graph.node.insert(0, helper.make_node("Cast", [tensor.name], [wide], to=TensorProto.FLOAT))
-
-
-def _output_axis(node: onnx.NodeProto) -> int:
-    """The axis of a product's weight (inputs, outputs), or transposed, that counts outputs."""
-    return 0 if any(one.name == "transB" and one.i for one in node.attribute) else 1
+def _quantise(graph: Graph, excluded: Sequence[str]) -> Graph:
+    model = model_of(graph)
+    known = {name for node in model.graph.node for name in node.output}
+    quantise_weights(model, set(quantisable(model)) - set(excluded))
+    halve_weights(model)
+    compact(model, known)
+    result = graph_of(model)
+    check(result)
+    return result

@@ -1,10 +1,13 @@
 """PyTorch network -> ONNX graph. The policy and its integration stay outside."""
 
+import ast
 import contextlib
 import gc
 import io
 import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +35,12 @@ _TRACED_UNITS = 13
 
 # What steers a class-conditional network.
 LABELS = (TensorSpec("labels", "int64", ("batch",)),)
+
+
+# Where torch's exporter says which modules a node comes from, as a list, the outermost first.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+# What is around a network here, and says nothing to its author.
+_WRAPPERS = re.compile(r"^(network\.)?(module\.)?")
 
 
 class _Positional(nn.Module):
@@ -209,9 +218,24 @@ def _dim_name(name: str, axis: AxisSpec) -> str:
     return name if axis.multiple_of == 1 else f"{axis.multiple_of}*{name}_units"
 
 
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Name each node by the module that it comes from and its operator: "blocks.3.mlp.2/MatMul"."""
+    numbers: Counter[str] = Counter()
+    for node in graph.node:
+        said = {prop.key: prop.value for prop in node.metadata_props}.get(_SCOPES, "[]")
+        modules = [
+            scope for scope in ast.literal_eval(said)[:-1] if scope
+        ]  # the last one is the operation's own
+        module = _WRAPPERS.sub("", f"{modules[-1]}." if modules else "").rstrip(".")
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        numbers[name] += 1
+        node.name = name if numbers[name] == 1 else f"{name}_{numbers[name] - 1}"
+
+
 def _clean_graph(model: onnx.ModelProto, names: Mapping[str, str]) -> Graph:
     """Return a traced model without what it says of this machine, its axes renamed by `names`, checked."""
     compact(model, [name for node in model.graph.node for name in node.output])
+    _name_nodes(model.graph)
     for node in model.graph.node:  # stack traces with this machine's paths
         del node.metadata_props[:]
         node.doc_string = ""

@@ -1,5 +1,10 @@
 """A manifest in words, for people."""
 
+import math
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
 from rich.filesize import decimal
 
 from piflow_edge.bundle.manifest import Manifest
@@ -10,6 +15,8 @@ from piflow_edge.runtime.drawing.recorded_memory import MOST_GRAPHS, estimate_re
 def describe_manifest(manifest: Manifest) -> dict[str, str]:
     """Return what a bundle is, topic by topic."""
     schedule, latent = manifest.schedule, manifest.latent
+    # Provenance is free text, and a bundle may be anybody's.
+    parameters, versions = map(manifest.provenance.get, ("parameters", "versions"))
     policy = {key: value for key, value in vars(manifest.policy).items() if key != "kind"}
     scaled = f", scale {latent.scale}, shift {latent.shift}" if latent.kind == "latents" else ""
     scaled += f", packed {latent.packing} x {latent.packing}" if latent.packing > 1 else ""
@@ -25,12 +32,12 @@ def describe_manifest(manifest: Manifest) -> dict[str, str]:
         "axes": "\n".join(f"{name}: {axis}" for name, axis in manifest.axes.items()),
         "assets": "\n".join(f"{name}: {file}" for name, file in manifest.assets.items()) or "none",
         "precisions": ", ".join(manifest.precisions),
-        "kept in fp32": "\n".join(_describe_float32_nodes(manifest.provenance.get("kept_in_fp32", {})))
-        or "nothing",
-        "parameters": f"{manifest.provenance.get('parameters', 0):,}",
+        "kept in fp32": "\n".join(_describe_float32_nodes(manifest)) or "nothing",
+        "error of single layers": "\n".join(_describe_layers(manifest)) or "not measured",
+        "parameters": f"{parameters:,}" if type(parameters) is int else "not said",
         "files": "\n".join(f"{name}  {spec.size:,} bytes" for name, spec in manifest.files.items()),
         "licence": manifest.license,
-        "made with": ", ".join(f"{k} {v}" for k, v in manifest.provenance.get("versions", {}).items()),
+        "made with": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
     }
 
 
@@ -66,15 +73,33 @@ def _shape(sizes: list[int]) -> str:
     return " x ".join(map(str, sizes))
 
 
-def _describe_float32_nodes(by_precision: dict) -> list[str]:
+def _describe_layers(manifest: Manifest) -> Iterator[str]:
+    """One line for each graph with layers in fewer bits; the manifest has the error of every layer."""
+    for precision, graph, layers in _by_graph(manifest, "layer_errors"):
+        said = layers.items() if isinstance(layers, dict) else ()
+        errors = {n: math.inf if e == "not finite" else e for n, e in said}
+        if errors and all(type(error) is float for error in errors.values()):
+            worst = max(errors, key=errors.__getitem__)
+            yield (
+                f"{precision}, {graph}: {median(errors.values()):.2g} of the output in the middle, "
+                f"{errors[worst]:.2g} at most ({worst})"
+            )
+
+
+def _describe_float32_nodes(manifest: Manifest) -> Iterator[str]:
     """One line for each graph of which nodes stay in float32; the manifest names them all."""
-    lines = []
-    for precision, graphs in by_precision.items():
-        for graph, nodes in graphs.items():
-            if nodes == "all":
-                lines.append(f"{precision}, {graph}: everything")
-            elif nodes:
-                node, reason = next(iter(nodes.items()))
-                count = f"{len(nodes)} nodes, such as" if len(nodes) > 1 else "one node:"
-                lines.append(f"{precision}, {graph}: {count} {node} ({reason})")
-    return lines
+    for precision, graph, nodes in _by_graph(manifest, "kept_in_fp32"):
+        if nodes == "all":
+            yield f"{precision}, {graph}: everything"
+        elif nodes and isinstance(nodes, dict):
+            node, reason = next(iter(nodes.items()))
+            count = f"{len(nodes)} nodes, such as" if len(nodes) > 1 else "one node:"
+            yield f"{precision}, {graph}: {count} {node} ({reason})"
+
+
+def _by_graph(manifest: Manifest, name: str) -> Iterator[tuple[str, str, Any]]:
+    """What the provenance says under `name`, by precision and graph, as far as it says that."""
+    said = manifest.provenance.get(name)
+    for precision, graphs in said.items() if isinstance(said, dict) else ():
+        for graph, value in graphs.items() if isinstance(graphs, dict) else ():
+            yield precision, graph, value

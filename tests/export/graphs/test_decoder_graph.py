@@ -177,7 +177,7 @@ def test_a_decoder_that_gives_nan_is_told_and_the_layer(latent_bundle, tmp_path)
     with pf.load(altered) as generator:
         with pytest.raises(NotFiniteError, match=r"decoder .*'latent' .*fp32 .*ort-cpu .*NaN"):
             generator([1])
-        with pytest.raises(CheckFailedError, match=r"NaN .*decoder; .*: \w+ \(Conv with "):
+        with pytest.raises(CheckFailedError, match=r"NaN .*decoder; .*: \S+ \(Conv with "):
             verify(generator)
 
 

@@ -6,8 +6,9 @@ import pytest
 from piflow_edge.distill.sources import network_of
 from piflow_edge.engines import Graph
 from piflow_edge.export.conversions import pieces
-from piflow_edge.export.conversions.half_measures import measure_half
+from piflow_edge.export.conversions.half_twins import add_half_twins
 from piflow_edge.export.conversions.pieces import cut_into_pieces
+from piflow_edge.export.conversions.twins import measure_twins
 from piflow_edge.export.onnx_graphs.large import model_of
 from piflow_edge.export.onnx_graphs.to_onnx import export_network
 from tests.conftest import make_student
@@ -50,7 +51,8 @@ def test_figures_are_the_same_however_the_graph_is_cut(monkeypatch):
     model = model_of_depth(1)
 
     def measure():
-        return {name: measures for _, name, measures in measure_half(model, [BATCH, BATCH], {})}
+        measured = measure_twins(model, [BATCH, BATCH], lambda piece: add_half_twins(piece, {}))
+        return {name: measures for _, name, measures in measured}
 
     whole = measure()
     assert all(len(measures) == 2 and measures[0] == measures[1] for measures in whole.values())

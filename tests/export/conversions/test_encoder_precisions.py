@@ -28,7 +28,7 @@ pytestmark = pytest.mark.torch
 CONVERSIONS = {
     "fp16": lambda graph, inputs: to_fp16(graph, inputs).graph,
     "int8": lambda graph, inputs: convert_encoder(graph).graph,
-    "int4": lambda graph, inputs: quantise_blocks(graph),
+    "int4": lambda graph, inputs: quantise_blocks(graph, [], 32),
 }
 # Which operator shows that the weights are in fewer bits.
 OPERATORS = {"fp16": "Cast", "int8": "DequantizeLinear", "int4": "MatMulNBits"}

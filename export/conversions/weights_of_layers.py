@@ -1,0 +1,50 @@
+"""Constant weights of matrix products: which there are, and how they are kept in fewer bits."""
+
+from collections.abc import Collection
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from piflow_edge.export.conversions.narrow_tensors import halve, is_worth_it, round_to_int8
+from piflow_edge.export.onnx_graphs.value_names import ValueNames
+
+
+def quantisable(model: onnx.ModelProto) -> list[str]:
+    """Names of the matrix products with a constant weight."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in weights
+    ]
+
+
+def quantise_weights(model: onnx.ModelProto, layers: Collection[str]) -> None:
+    """Keep the constant weights of these products (`MatMul`, `Gemm`) as int8, with one scale per output feature."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    axes = {n.input[1]: _output_axis(n) for n in model.graph.node if n.name in layers}
+    for name, axis in axes.items():
+        rounded, scale = round_to_int8(numpy_helper.to_array(tensors[name]), 1 - axis)
+        tensors[name].CopyFrom(numpy_helper.from_array(rounded, f"{name}.int8"))
+        model.graph.initializer.append(numpy_helper.from_array(scale.squeeze(1 - axis), f"{name}.scale"))
+    widen = [
+        helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [name], axis=axis)
+        for name, axis in axes.items()
+    ]
+    # They read nothing but weights, and so may stand before all others.
+    for node in reversed(widen):
+        model.graph.node.insert(0, node)
+
+
+def halve_weights(model: onnx.ModelProto) -> None:
+    """Keep float32 weights as fp16 in the file. Sums stay in float32: engines widen them on opening."""
+    graph, names = model.graph, ValueNames(model.graph)
+    for tensor in graph.initializer:
+        if is_worth_it(tensor) and halve(tensor):
+            wide, tensor.name = tensor.name, names.add(f"{tensor.name}.half")
+            graph.node.insert(0, helper.make_node("Cast", [tensor.name], [wide], to=TensorProto.FLOAT))
+
+
+def _output_axis(node: onnx.NodeProto) -> int:
+    """The axis of a product's weight (inputs, outputs), or transposed, that counts outputs."""
+    return 0 if any(one.name == "transB" and one.i for one in node.attribute) else 1
