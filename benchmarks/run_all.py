@@ -32,6 +32,7 @@ def commands(demo: str) -> dict[str, list[str]]:
         ],
         "precision": ["precision.py", "--student", f"{demo}/students/nfe1"],
         "export_cost": ["export_cost.py"],
+        "memory_needs": ["memory_needs.py", "digits", "emoji", "--size", "39M", "130M"],
         "training_step": ["training_step.py"],
         "noise": ["noise.py", "--demo", demo],
         "prompts": ["prompts.py", "--text-encoder", "runs/emoji/minilm"],

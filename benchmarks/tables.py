@@ -298,6 +298,16 @@ def precision(found: Mapping) -> str:
     return "\n\n".join(parts)
 
 
+def memory_needs(result: Mapping) -> str:
+    """Peaks in MB, measured and estimated."""
+    rows = [
+        (f"{row['bundle']}, {row['precision']}", row["file_mb"], row["measured_all"], row["estimated_all"],
+         row["measured_one"], row["estimated_one"])
+        for row in result["rows"]
+    ]  # fmt: skip
+    return table(["", "files, MB", "peak", "estimated", "peak with keep='one'", "estimated"], rows)
+
+
 def export_cost(found: Mapping) -> str:
     rows = []
     for line in found["lines"]:
@@ -398,6 +408,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "noise": noise,
     "export_cost": export_cost,
     "export_cost_675m": export_cost,
+    "memory_needs": memory_needs,
     "overhead": overhead,
     "precision": precision,
     "soak": soak,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
+import onnx
+
 from piflow_edge.bundle.manifest import DECODER, STUDENT, Manifest, sampler_calls
 from piflow_edge.bundle.precisions import EXACT, PRECISIONS
 from piflow_edge.distill.data.autoencoder import Autoencoder
@@ -18,6 +20,7 @@ from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
 from piflow_edge.export.onnx_graphs.encoder_graph import export_encoder
 from piflow_edge.export.onnx_graphs.large import measure_lowered_share, name_files
+from piflow_edge.export.onnx_graphs.live_values import count_live_bytes
 from piflow_edge.export.onnx_graphs.opset import lower_opset
 from piflow_edge.export.onnx_graphs.sampler_graph import export_sampler
 from piflow_edge.export.onnx_graphs.to_onnx import OPSET, network_graph
@@ -52,6 +55,20 @@ def export_networks(
     for encoder in encoders:
         graphs[encoder.spec.network] = export_encoder(encoder)
     return graphs
+
+
+def count_live(graphs: Graphs, manifest: Manifest) -> dict[str, int]:
+    """Return the bytes that one image of the usual size takes in each network while it runs, weights aside.
+
+    Axes without a usual length are as long as they may be, or as short as they may be where they have no end.
+    """
+    lengths = {name: axis.longest or axis.shortest for name, axis in manifest.axes.items()}
+    lengths |= {**manifest.usual_sides, "batch": 1}
+    found = {}
+    for name, graph in graphs.items():
+        shapes = {spec.name: spec.size(lengths) for spec in manifest.networks[name].inputs}
+        found[name] = count_live_bytes(onnx.load_from_string(graph.model), shapes)
+    return found
 
 
 def convert_networks(

@@ -30,7 +30,7 @@ from piflow_edge.engines import Graph
 from piflow_edge.engines.layers import first_non_finite
 from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, CheckFailedError
-from piflow_edge.export.bundle_graphs import convert_networks, export_networks
+from piflow_edge.export.bundle_graphs import convert_networks, count_live, export_networks
 from piflow_edge.export.conversions.calibration import ENGINE, Calibration
 from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.manifest_draft import draft_manifest
@@ -93,6 +93,7 @@ def export_bundle(
     manifest = draft_manifest(model, settings.name or folder.name, settings, autoencoder, encoders)
     manifest.provenance["versions"] = _read_versions()
     exact = export_networks(model, manifest, autoencoder, encoders)
+    manifest.provenance["live_bytes"] = count_live(exact, manifest)
     golden = golden_samples(model.network, manifest, model.conditioner)
     _check_golden(golden, exact["student"], manifest)
     calibration = None

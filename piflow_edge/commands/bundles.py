@@ -53,7 +53,8 @@ from .options import size as image_size
 @click.option("--sampler-graph", "samplers", callback=calls, metavar="NFE,...",
               help="Also write the whole sampler as one graph, for each of these calls per image: 1,2,4.")  # fmt: skip
 @click.option("--precision", "precisions", callback=precisions, default="fp32", metavar="NAME,...",
-              help="Of the graphs: fp32, fp16, int8, int8-qdq, int4; the first is the bundle's default.")  # fmt: skip
+              help="Of the graphs: fp32, fp16, int8, int8-qdq, int8-weights, int4, int4-64, int4-128; the first is the "
+              "bundle's default.")  # fmt: skip
 @click.option("--network-precision", "network_precisions", callback=network_precisions, multiple=True,
               metavar="NETWORK=NAME",
               help="One precision for some networks, whatever --precision says, such as encoder=int8, decoder=fp32 or "
@@ -331,8 +332,9 @@ def inspect(bundle, as_json):
     from piflow_edge.bundle.compatibility import compatibility, gpu_names
     from piflow_edge.bundle.folder import Bundle
     from piflow_edge.runtime.drawing.recorded_memory import estimate_recorded_memory
+    from piflow_edge.runtime.residence.memory_needs import estimate_memory
 
-    from .description import describe_manifest, describe_networks, describe_recorded_memory
+    from .description import describe_manifest, describe_memory, describe_networks, describe_recorded_memory
 
     opened = Bundle(bundle)
     opened.check_graphs()
@@ -341,14 +343,16 @@ def inspect(bundle, as_json):
     if as_json:
         signed = vars(signature) if signature else None
         recorded = estimate_recorded_memory(manifest)
+        needs = {precision: vars(estimate_memory(opened, precision)) for precision in manifest.precisions}
         emit({**asdict(manifest), "signature": signed, "compatibility": [vars(row) for row in answers],
-              "recorded_image_bytes": recorded and recorded._asdict()})  # fmt: skip
+              "recorded_image_bytes": recorded and recorded._asdict(), "memory_bytes": needs})  # fmt: skip
         return
     from rich.table import Table
 
     table = Table(title=f"bundle {manifest.name}", show_header=False)
     for key, value in describe_manifest(manifest).items():
         table.add_row(key, value)
+    table.add_row("memory on a CPU", describe_memory(opened))
     table.add_row("recorded on a GPU", describe_recorded_memory(manifest))
     table.add_row("signed by", str(signature or "nobody"))
     show(table)

@@ -7,9 +7,12 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.runtime.drawing.recorded_memory import MOST_GRAPHS, estimate_recorded_memory
+from piflow_edge.runtime.residence.memory_needs import estimate_memory
+from piflow_edge.system.hardware import host_memory
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, str]:
@@ -39,6 +42,18 @@ def describe_manifest(manifest: Manifest) -> dict[str, str]:
         "licence": manifest.license,
         "made with": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
     }
+
+
+def describe_memory(bundle: Bundle) -> str:
+    """Return what drawing takes in each precision, and what is free here."""
+    lines = []
+    for precision in bundle.manifest.precisions:
+        needs = estimate_memory(bundle, precision)
+        alone = f", {decimal(needs.one)} with keep='one'" if needs.one < 0.9 * needs.all else ""
+        least = "" if needs.is_whole else "at least "
+        lines.append(f"{precision}: {least}about {decimal(needs.all)}{alone}")
+    free, _ = host_memory()
+    return "\n".join([*lines, *([f"{decimal(free)} are free here"] if free is not None else [])])
 
 
 def describe_recorded_memory(manifest: Manifest) -> str:

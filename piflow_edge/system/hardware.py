@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -103,11 +103,15 @@ def power_state() -> dict:
 
 
 def host_memory() -> tuple[int | None, int | None]:
-    """Bytes: that programs here can still have, and that this one holds; None where the system does not tell."""
+    """Bytes: that programs here can still have, and that this one holds; None where the system does not tell.
+
+    In a container, what its limit leaves, if that is less.
+    """
     available = re.search(r"MemAvailable:\s+(\d+) kB", read_text(Path("/proc/meminfo")) or "")
     resident = re.search(r"VmRSS:\s+(\d+) kB", read_text(Path("/proc/self/status")) or "")
     free, held = (int(found[1]) * 1024 if found else None for found in (available, resident))
-    return free, held
+    left = min(map(_memory_left, _control_groups("memory")), default=math.inf)
+    return free if free is None or free <= left else int(left), held
 
 
 def nvidia_gpus() -> list[dict[str, str]] | None:
@@ -154,22 +158,23 @@ def read_text(path: Path) -> str | None:
 @cache
 def _quota() -> float:
     """Cores' worth of time that this process's control group may use; infinity without a limit."""
-    group = read_text(Path("/proc/self/cgroup")) or ""
-    quotas = []
-    for line in group.splitlines():
+    return min(map(_quota_of, _control_groups("cpu")), default=math.inf)
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Folders of the groups that limit this process, the innermost first: a limit on a parent holds too."""
+    for line in (read_text(Path("/proc/self/cgroup")) or "").splitlines():
         _, controllers, name = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        # Version 2 has one tree, version 1 one for each controller; a limit on a parent holds too. In a container the
-        # name may be one that exists outside only: its root is then the group's own.
-        top = _CGROUPS / "cpu" if controllers else _CGROUPS
+        # Version 2 has one tree, version 1 one for each controller. In a container the name may be one that exists
+        # outside only: its root is then the group's own.
+        top = _CGROUPS / controller if controllers else _CGROUPS
         folder = top / name.lstrip("/")
-        while True:
-            quotas.append(_quota_of(folder))
-            if folder == top:
-                break
+        yield folder
+        while folder != top:
             folder = folder.parent
-    return min(quotas, default=math.inf)
+            yield folder
 
 
 def _quota_of(folder: Path) -> float:
@@ -179,6 +184,21 @@ def _quota_of(folder: Path) -> float:
         limit, period = (read_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
     try:
         return int(limit) / int(period) if int(limit) > 0 else math.inf
+    except ValueError:  # no such file, or "max"
+        return math.inf
+
+
+def _memory_left(folder: Path) -> float:
+    """Bytes that a control group may still have; infinity without a limit. What it has cached of files can go."""
+    version2 = (folder / "memory.max").exists()
+    names = (
+        ("memory.max", "memory.current") if version2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
+    limit, used = (read_text(folder / name) or "" for name in names)
+    said = read_text(folder / "memory.stat") or ""
+    cached = re.search(r"^(?:total_)?inactive_file (\d+)", said, re.MULTILINE)
+    try:
+        return max(int(limit) - int(used) + (int(cached[1]) if cached else 0), 0)
     except ValueError:  # no such file, or "max"
         return math.inf
 

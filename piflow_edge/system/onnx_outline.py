@@ -6,6 +6,7 @@ operator one of a known kind.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -58,7 +59,8 @@ class Outline:
     """What a model reaches for, takes and gives.
 
     `operators`: (domain, name). `functions`: those that the file defines itself. `inputs`, `outputs`: of the main
-    graph; old files list weights among the inputs, which are left out here.
+    graph; old files list weights among the inputs, which are left out here. `weight_bytes`: of the main graph's
+    weights, wherever they lie, by the bits of one value.
     """
 
     inputs: list[GraphTensor] = field(default_factory=list)
@@ -66,6 +68,7 @@ class Outline:
     places: list[Place] = field(default_factory=list)
     operators: set[tuple[str, str]] = field(default_factory=set)
     functions: set[tuple[str, str]] = field(default_factory=set)
+    weight_bytes: Counter[int] = field(default_factory=Counter)
 
 
 def read_outline(model: bytes | memoryview) -> Outline:
@@ -229,6 +232,8 @@ class _Walk:
                 entries.append(value)
             elif name.endswith("_data"):
                 has_values = True
+        if is_weight and (bits := onnx.BITS.get(code)):
+            self.outline.weight_bytes[bits] += math.prod(dims) * bits // 8
         if where == _IN_THE_FILE and not entries:
             return tensor
         if where != _EXTERNAL or not entries or has_values:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from piflow_edge.bundle.precisions import PRECISIONS
 from tests.commands.command_line import run, run_process
 
 COMMANDS = [
@@ -21,6 +22,13 @@ def test_every_command_explains_itself(command):
     out = run(command, "--help").stdout
     assert "Example:" in out
     assert "piflow-edge" in out
+
+
+def test_the_help_of_export_names_every_precision():
+    words = " ".join(
+        run("export", "--help").stdout.split()
+    )  # written out: to look them up would bring in NumPy
+    assert f"Of the graphs: {', '.join(PRECISIONS)};" in words
 
 
 def loaded_by(code, *, after):
