@@ -13,10 +13,12 @@ log = logging.getLogger(__name__)
 
 # What ONNX Runtime 1.32 on a CPU takes for a weight while a network is opened, and from then on, as multiples of its
 # size in the file, by the bits of one value. float32 is laid out anew for its products, half precision is widened to
-# float32. Fitted to DiTs of 33 and 130 million weights in five precisions (Linux x86-64, `benchmarks/memory_needs.py`).
+# float32. Fitted to DiTs of 39 to 675 million weights in five precisions (Linux x86-64, `benchmarks/memory_needs.py`).
 _OPENING = {16: 3.5, 8: 2.6}
 _OPEN = {16: 2.2, 8: 2.2}
 _OPENING_WIDE, _OPEN_WIDE = 1.45, 1.25
+# Weights in float32 that lie in a file beside the model: one copy. With all networks open, that file is held besides.
+_BESIDE = 1.1
 # Of a bundle's size: it takes no more than that.
 _MOST_TIMES = 4
 # Python with NumPy and ONNX Runtime.
@@ -55,12 +57,15 @@ def estimate_memory(bundle: Bundle, precision: str | None = None) -> MemoryNeeds
     for name in bundle.manifest.networks:
         if sampler_calls(name) is None:
             with bundle.view_network(name, precision) as files:
-                weights = files.outline.weight_bytes
-            opening = sum(_OPENING.get(bits, _OPENING_WIDE) * size for bits, size in weights.items())
-            stays = sum(_OPEN.get(bits, _OPEN_WIDE) * size for bits, size in weights.items())
-            highest = max(highest, opened + opening)
+                weights, lent = files.outline.weight_bytes, sum(map(len, files.weights.values()))
+            wide = (_BESIDE, _BESIDE) if lent else (_OPENING_WIDE, _OPEN_WIDE)
+            opening, stays = (
+                sum(times.get(bits, other) * size for bits, size in weights.items())
+                for times, other in zip((_OPENING, _OPEN), wide, strict=True)
+            )
+            highest = max(highest, opened + lent + opening)
             highest_alone = max(highest_alone, _PROCESS + max(opening, stays + _values(alive.get(name, 0))))
-            opened += stays
+            opened += lent + stays
     highest = max(highest, opened + _values(max(alive.values())))
     return MemoryNeeds(round(highest), round(highest_alone), bool(said))
 
