@@ -267,7 +267,7 @@ SENTENCES = (
              lambda found: [f"{found['ms']['first image'] / 1000:.2f}"]),
     Sentence("docs/export.md", "precision",
              r"A bundle of the digits is ([\d.]+) or ([\d.]+) of fp32's[^.]*\. The ([\d.]+) M weights took (\d+) s to "
-             r"export in fp32\s+and (\d+) s in all four", export_times),
+             r"export in fp32\s+and (\d+) s in all eight", export_times),
     Sentence("docs/export.md", "precision",
              r"its profile: (\d+) % of an int8 call is DynamicQuantizeMatMul, (\d+) % of an fp32", tell_profile),
 )  # fmt: skip
