@@ -2,7 +2,8 @@
 # Builds the wheel and runs, away from the source and without torch, the tests that need none: make test-runtime
 #   tests/without_torch.sh [PYTHON ...]
 # Without arguments: on the oldest and the newest Python of this machine that the project supports, pyenv's included; the
-# oldest with the oldest packages that pyproject.toml allows, the newest with the newest. The pictures of both are compared.
+# oldest with the oldest packages that pyproject.toml allows, the newest with those that were the newest when its
+# environment was made. The pictures of both are compared.
 # TESTS="tests/kernels tests/bundle" runs those alone. Says at the end what ran where.
 set -eu
 cd "$(dirname "$0")/.."
@@ -17,6 +18,10 @@ find_python() { # VERSION -> an interpreter that starts
 }
 
 if [ $# -eq 0 ]; then
+    if [ -n "${VENV:-}" ]; then
+        echo "VENV is one environment: give the one PYTHON that it is of" >&2
+        exit 2
+    fi
     for version in 3.10 3.11 3.12 3.13; do
         python=$(find_python $version)
         [ -z "$python" ] || newest=$python

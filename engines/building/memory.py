@@ -8,7 +8,7 @@ from typing import Any
 
 from piflow_edge.errors import EngineError
 from piflow_edge.kernels import nvidia
-from piflow_edge.system.hardware import host_memory
+from piflow_edge.system.hardware import held_memory
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Watch:
             self._sample()
 
     def _sample(self) -> None:
-        if (resident := host_memory()[1]) is not None:
+        if (resident := held_memory()) is not None:
             self._host.append(resident)
         with contextlib.suppress(EngineError):
             free, total = nvidia.memory(self._ordinal)

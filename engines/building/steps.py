@@ -18,7 +18,7 @@ from piflow_edge.engines.trt import versions as trt_versions
 from piflow_edge.errors import EngineError, PiFlowError
 from piflow_edge.kernels import nvidia
 from piflow_edge.option import check_options, option
-from piflow_edge.system.hardware import host_memory
+from piflow_edge.system.hardware import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def plan(target: Target, settings: BuildSettings) -> Plan:
         memory = replace(memory, device_free=free, is_shared=shared)
     except PiFlowError as error:
         obstacle = error
-    memory = replace(memory, host_free=host_memory()[0])
+    memory = replace(memory, host_free=free_memory())
     return Plan(target, target.profile(settings.batch), options, memory, key, obstacle)
 
 

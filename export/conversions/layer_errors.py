@@ -22,8 +22,10 @@ _TWIN = ".converted"
 
 
 def report_layers(conversion: Conversion, exact: Graph, batches: Sequence[Inputs]) -> Conversion:
-    """The conversion with `layer_errors` filled in; see `measure_layers`."""
-    return replace(conversion, layer_errors=measure_layers(exact, conversion.graph, batches))
+    """The conversion with `layer_errors` of what it does not leave in float32; see `measure_layers`."""
+    found = measure_layers(exact, conversion.graph, batches)
+    errors = {name: error for name, error in found.items() if name not in conversion.float32_nodes}
+    return replace(conversion, layer_errors=errors)
 
 
 def measure_layers(exact: Graph, converted: Graph, batches: Sequence[Inputs]) -> dict[str, float]:

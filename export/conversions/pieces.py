@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from piflow_edge.export.onnx_graphs.large import count_bytes, infer_values
+from piflow_edge.export.onnx_graphs.value_names import read_names
 
 # Bytes of weights and values that a piece may have. A node larger than that is a piece of its own.
 PIECE_BYTES = 128 << 20
@@ -51,7 +52,7 @@ def cut_into_pieces(
     nodes = list(model.graph.node)
     given = {value.name for value in model.graph.input} - weights.keys()
     known = given.union(*(node.output for node in nodes)) - {""}  # bodies have names of their own
-    last_read = {name: i for i, node in enumerate(nodes) for name in _read_names(node) if name in known}
+    last_read = {name: i for i, node in enumerate(nodes) for name in read_names(node) if name in known}
     unknown = max(sizes.values(), default=0)
     start, cost, alive = 0, 0, set(given)
     for i, node in enumerate(nodes):
@@ -72,7 +73,7 @@ def _make_piece(
     types: Mapping[str, int],
 ) -> Piece:
     outputs = {name for node in nodes for name in node.output}
-    read = dict.fromkeys(name for node in nodes for name in _read_names(node))
+    read = dict.fromkeys(name for node in nodes for name in read_names(node))
     inputs = {name: types[name] for name in read if name in known and name not in outputs}
     return Piece(
         nodes,
@@ -82,12 +83,3 @@ def _make_piece(
         {name for name in (*read, *outputs) if types.get(name) == onnx.TensorProto.FLOAT},
         [weights[name] for name in read if name in weights],
     )
-
-
-def _read_names(node: onnx.NodeProto) -> Iterator[str]:
-    """Values that a node reads, its bodies included."""
-    yield from node.input
-    for attribute in node.attribute:
-        for body in (attribute.g, *attribute.graphs):
-            for inner in body.node:
-                yield from _read_names(inner)

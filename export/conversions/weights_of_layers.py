@@ -10,8 +10,12 @@ from piflow_edge.export.onnx_graphs.value_names import ValueNames
 
 
 def quantisable(model: onnx.ModelProto) -> list[str]:
-    """Names of the matrix products with a constant weight."""
-    weights = {tensor.name for tensor in model.graph.initializer}
+    """Names of the matrix products with a constant weight of two axes, in float32."""
+    weights = {
+        tensor.name
+        for tensor in model.graph.initializer
+        if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
+    }
     return [
         node.name
         for node in model.graph.node

@@ -1,5 +1,9 @@
 """Weights of matrix products in eight bits, activations in float32, by ONNX's own operators.
 
+So says the graph. ONNX Runtime on a CPU joins such a product and its weights into one operator that rounds activations
+to eight bits too, in blocks of 32 which each have a scale (`session.qdq_matmulnbits_accuracy_level`, 4 by default). In
+float32 MiniLM would take seven times as long, and be off by 0.032 instead of 0.044 (root mean square of one prompt).
+
 For text encoders: a few of their features are many times as large as all others, so that one scale for the activations
 of a layer loses the rest: of MiniLM, dynamic int8 was off by 0.19 of a prompt's hidden states, weights alone by 0.09
 (root mean squares, the worst of seven prompts). And for students that are to be nearly what they were.

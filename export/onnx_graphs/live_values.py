@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 
 from piflow_edge.export.onnx_graphs.large import infer_values
+from piflow_edge.export.onnx_graphs.value_names import read_names
 
 
 def count_live_bytes(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> int:
@@ -20,7 +21,7 @@ def count_live_bytes(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]
     weights = {tensor.name for tensor in model.graph.initializer}
     values = {name for node in model.graph.node for name in node.output if name} | shapes.keys() - weights
     unknown = max((size for name, size in sizes.items() if name in values), default=0)
-    last_read = {name: i for i, node in enumerate(model.graph.node) for name in node.input}
+    last_read = {name: i for i, node in enumerate(model.graph.node) for name in read_names(node)}
     last_read |= {output.name: len(model.graph.node) for output in model.graph.output}
     alive = {name: sizes.get(name, unknown) for name in shapes.keys() - weights}
     most = sum(alive.values())

@@ -1,6 +1,7 @@
-"""Names for what a conversion adds to a graph: ONNX wants each value of a graph to have a name of its own."""
+"""Names of a graph's values: which a node reads, and new ones, for ONNX wants each to have a name of its own."""
 
 import itertools
+from collections.abc import Iterator
 
 import onnx
 
@@ -18,3 +19,12 @@ class ValueNames:
         name = next(name for name in itertools.chain([wanted], numbered) if name not in self._taken)
         self._taken.add(name)
         return name
+
+
+def read_names(node: onnx.NodeProto) -> Iterator[str]:
+    """Values that a node reads, its bodies included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            for inner in body.node:
+                yield from read_names(inner)

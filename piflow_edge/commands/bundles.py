@@ -1,5 +1,6 @@
 """Commands about bundles: `export`, `verify`, `inspect`."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -347,22 +348,27 @@ def inspect(bundle, as_json):
         emit({**asdict(manifest), "signature": signed, "compatibility": [vars(row) for row in answers],
               "recorded_image_bytes": recorded and recorded._asdict(), "memory_bytes": needs})  # fmt: skip
         return
-    from rich.table import Table
+    described = describe_manifest(manifest) | {
+        "memory on a CPU": describe_memory(opened),
+        "recorded on a GPU": describe_recorded_memory(manifest),
+        "signed by": str(signature or "nobody"),
+    }
+    rows = [
+        (row.precision, row.runtime, ", ".join(row.jetpacks), gpu_names(row.gpus), row.answer, row.reason)
+        for row in answers
+    ]
+    show_rows(f"bundle {manifest.name}", [], described.items())
+    show_rows("networks", ["network", "inputs", "outputs", "opset", "files"], describe_networks(manifest))
+    heads = ["precision", "runtime", "JetPack", "GPU, compute capability", "loads", "why"]
+    show_rows("where it runs, by the makers' documents", heads, rows)
 
-    table = Table(title=f"bundle {manifest.name}", show_header=False)
-    for key, value in describe_manifest(manifest).items():
-        table.add_row(key, value)
-    table.add_row("memory on a CPU", describe_memory(opened))
-    table.add_row("recorded on a GPU", describe_recorded_memory(manifest))
-    table.add_row("signed by", str(signature or "nobody"))
-    show(table)
-    table = Table("network", "inputs", "outputs", "opset", "files", title="networks")
-    for row in describe_networks(manifest):
-        table.add_row(*row)
-    show(table)
-    table = Table("precision", "runtime", "JetPack", "GPU, compute capability", "loads", "why",
-                  title="where it runs, by the makers' documents")  # fmt: skip
-    for row in answers:
-        jetpacks, gpus = ", ".join(row.jetpacks), gpu_names(row.gpus)
-        table.add_row(row.precision, row.runtime, jetpacks, gpus, row.answer, row.reason)
+
+def show_rows(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table of texts; what a bundle says may hold brackets, which rich would read as markup elsewhere."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*heads, title=Text(title), show_header=bool(heads))
+    for row in rows:
+        table.add_row(*map(Text, row))
     show(table)

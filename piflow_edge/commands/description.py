@@ -12,7 +12,7 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.runtime.drawing.recorded_memory import MOST_GRAPHS, estimate_recorded_memory
 from piflow_edge.runtime.residence.memory_needs import estimate_memory
-from piflow_edge.system.hardware import host_memory
+from piflow_edge.system.hardware import free_memory
 
 
 def describe_manifest(manifest: Manifest) -> dict[str, str]:
@@ -52,7 +52,7 @@ def describe_memory(bundle: Bundle) -> str:
         alone = f", {decimal(needs.one)} with keep='one'" if needs.one < 0.9 * needs.all else ""
         least = "" if needs.is_whole else "at least "
         lines.append(f"{precision}: {least}about {decimal(needs.all)}{alone}")
-    free, _ = host_memory()
+    free = free_memory()
     return "\n".join([*lines, *([f"{decimal(free)} are free here"] if free is not None else [])])
 
 

@@ -16,17 +16,17 @@ import numpy as np
 from rich.filesize import decimal
 
 from piflow_edge.bundle.folder import Bundle, demo_bundle
-from piflow_edge.engines import DEFAULT_OPTIONS, placement
+from piflow_edge.engines import DEFAULT_OPTIONS, EngineOptions, placement
 from piflow_edge.engines.ort import importing as ort_package
 from piflow_edge.engines.ort import sessions as ort
 from piflow_edge.engines.ort.messages import plain_reason
 from piflow_edge.errors import BundleError, EngineError, MissingExtraError, PiFlowError
 from piflow_edge.policies import POLICIES, PolicySpec
 from piflow_edge.runtime.drawing.acceleration import integrate, isas, missing
-from piflow_edge.runtime.residence.memory_needs import estimate_memory
+from piflow_edge.runtime.residence.memory_needs import advise, estimate_memory, is_short_of_memory
 from piflow_edge.system.cache_folder import cache_folder
 from piflow_edge.system.hardware import (
-    host_memory,
+    free_memory,
     jetson_release,
     nvidia_gpus,
     power_state,
@@ -83,7 +83,7 @@ def diagnose(bundle: os.PathLike | str | None = None, **engine: Any) -> list[Fin
         rollout_finding(),
     ]
     bundle = demo_bundle() if bundle is None else bundle
-    room = memory_finding(bundle, engine.get("options", DEFAULT_OPTIONS).keep)
+    room = memory_finding(bundle, **engine)
     # What does not fit is not tried: the system would end this process, or others.
     tried = [bundle_finding(bundle, **engine)] if room is None or room.status != PROBLEM else []
     return [*findings, *([room] if room else []), *tried]
@@ -301,9 +301,14 @@ def _rollout_error(spec: PolicySpec) -> float:
     return float(np.abs(end(np.float32, "auto") - end(np.float64, "reference")).max())
 
 
-def memory_finding(bundle: os.PathLike | str, keep: str = "all") -> Finding | None:
-    """Whether a bundle fits into what is free, on a CPU; None where nobody tells. `keep`: as in `EngineOptions`."""
-    free, _ = host_memory()
+def memory_finding(
+    bundle: os.PathLike | str,
+    engine: str = "auto",
+    device: str | None = None,
+    options: EngineOptions = DEFAULT_OPTIONS,
+) -> Finding | None:
+    """Whether a bundle fits into what is free on a CPU; None where nobody tells. Arguments as of `load`."""
+    free = free_memory()
     try:
         opened = Bundle(bundle)
         needs = estimate_memory(opened)
@@ -311,19 +316,17 @@ def memory_finding(bundle: os.PathLike | str, keep: str = "all") -> Finding | No
         return None
     if free is None:
         return None
-    needed = needs.one if keep == "one" else needs.all
+    needed = needs.one if options.keep == "one" else needs.all
     detail = f"{opened.name!r} needs about {decimal(needed)} on a CPU, {decimal(free)} are free"
-    if needed <= free:
+    if not is_short_of_memory(engine, device, needed, free):
         return Finding("memory", OK, detail)
-    if needs.one <= free:
-        return Finding("memory", PROBLEM, detail, f"--keep one, which needs {decimal(needs.one)}")
-    others = {name: estimate_memory(opened, name).one for name in opened.manifest.precisions}
-    least = min(others, key=others.__getitem__)
-    fix = f"--precision {least} --keep one, which needs {decimal(others[least])}"
-    fits = others[least] <= free
-    return Finding(
-        "memory", PROBLEM, detail, fix if fits else "close other programs, or export in fewer bits"
+    advice = advise(opened, free)
+    fix = (
+        f"piflow-edge sample {bundle} {advice} ..."
+        if advice
+        else "close other programs, or export in fewer bits"
     )
+    return Finding("memory", PROBLEM, detail, fix)
 
 
 def bundle_finding(bundle: os.PathLike | str, **engine: Any) -> Finding:

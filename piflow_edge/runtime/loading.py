@@ -55,8 +55,7 @@ def load(
     from .residence.opening import open_networks
 
     opened = Bundle(find_bundle(bundle), trusted_keys=trusted_keys)
-    if engine in ("auto", "ort-cpu"):
-        warn_of_little_memory(opened, precision, options.keep)
+    warn_of_little_memory(opened, precision, options.keep, engine, device)
     engines = open_networks(opened, engine, precision, device, options)
     try:
         generator = Generator(opened, engines, precision, options)

@@ -102,16 +102,22 @@ def power_state() -> dict:
     }
 
 
-def host_memory() -> tuple[int | None, int | None]:
-    """Bytes: that programs here can still have, and that this one holds; None where the system does not tell.
+def free_memory() -> int | None:
+    """Bytes that programs here can still have; None where the system does not tell.
 
     In a container, what its limit leaves, if that is less.
     """
     available = re.search(r"MemAvailable:\s+(\d+) kB", read_text(Path("/proc/meminfo")) or "")
-    resident = re.search(r"VmRSS:\s+(\d+) kB", read_text(Path("/proc/self/status")) or "")
-    free, held = (int(found[1]) * 1024 if found else None for found in (available, resident))
+    if available is None:
+        return None
     left = min(map(_memory_left, _control_groups("memory")), default=math.inf)
-    return free if free is None or free <= left else int(left), held
+    return int(min(int(available[1]) * 1024, left))
+
+
+def held_memory() -> int | None:
+    """Bytes that this process holds; None where the system does not tell."""
+    resident = re.search(r"VmRSS:\s+(\d+) kB", read_text(Path("/proc/self/status")) or "")
+    return int(resident[1]) * 1024 if resident else None
 
 
 def nvidia_gpus() -> list[dict[str, str]] | None:
@@ -196,7 +202,8 @@ def _memory_left(folder: Path) -> float:
     )
     limit, used = (read_text(folder / name) or "" for name in names)
     said = read_text(folder / "memory.stat") or ""
-    cached = re.search(r"^(?:total_)?inactive_file (\d+)", said, re.MULTILINE)
+    # Of version 1 with that of the groups inside, as its usage is.
+    cached = re.search(rf"^{'' if version2 else 'total_'}inactive_file (\d+)", said, re.MULTILINE)
     try:
         return max(int(limit) - int(used) + (int(cached[1]) if cached else 0), 0)
     except ValueError:  # no such file, or "max"

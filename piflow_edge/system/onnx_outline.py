@@ -232,15 +232,22 @@ class _Walk:
                 entries.append(value)
             elif name.endswith("_data"):
                 has_values = True
-        if is_weight and (bits := onnx.BITS.get(code)):
-            self.outline.weight_bytes[bits] += math.prod(dims) * bits // 8
+        # Before their product, which takes long of many.
+        if len(dims) > _MOST_AXES or min(dims, default=0) < 0:
+            raise damage_error(f"weight {tensor!r} has {len(dims)} axes, the shape {dims[:_MOST_AXES]}")
         if where == _IN_THE_FILE and not entries:
+            if is_weight and (bits := onnx.BITS.get(code)):
+                # No more than can be there: a number of eight bytes may take one in the file.
+                self.outline.weight_bytes[bits] += min(math.prod(dims) * bits // 8, 8 * len(data))
             return tensor
         if where != _EXTERNAL or not entries or has_values:
             raise damage_error(
                 f"weight {tensor!r} says both that its values are in the file and that they are not"
             )
-        self.outline.places.append(self._place(tensor, code, dims, entries, is_weight))
+        place = self._place(tensor, code, dims, entries, is_weight)
+        self.outline.places.append(place)
+        if is_weight:
+            self.outline.weight_bytes[onnx.BITS[code]] += place.size
         return tensor
 
     def _place(self, tensor: str, code: int, dims: list[int], entries: list, is_weight: bool) -> Place:
@@ -251,8 +258,8 @@ class _Walk:
             if key in found or key not in _PLACE_KEYS:
                 raise damage_error(f"the place of weight {tensor!r} has {key!r} twice, or is not to have it")
             found[key] = value
-        if code not in onnx.BITS or len(dims) > _MOST_AXES or any(size < 0 for size in dims):
-            raise damage_error(f"weight {tensor!r} has the type {code} and the shape {dims}")
+        if code not in onnx.BITS:
+            raise damage_error(f"weight {tensor!r} has the type {code}, of which no size is known")
         size = -(-math.prod(dims) * onnx.BITS[code] // 8)
         offset, length = (
             _read_count(tensor, key, found[key]) if key in found else None for key in ("offset", "length")

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from piflow_edge.bundle.precisions import PRECISIONS
+from tests.bundle.test_bundle import edit
 from tests.commands.command_line import run, run_process
 
 COMMANDS = [
@@ -80,6 +81,12 @@ class TestOnABundle:
         text = run("inspect", shared_bundle).stdout
         assert "network calls per image" in text and "TensorRT 8.6" in text and "nobody" in text
         assert json.loads(run("inspect", "--schema").stdout)["additionalProperties"] is False
+
+    def test_inspect_shows_brackets_as_they_are(self, bundle):
+        errors = {"int8": {"student": {"[/b]x[red]": 0.5}}}
+        edit(bundle, lambda body: body["provenance"].update(layer_errors=errors, versions={"[/i]": "1"}))
+        text = run("inspect", bundle).stdout
+        assert "[/b]x[red]" in text and "[/i] 1" in text
 
     def test_signed_packed_sent_and_used(self, bundle, tmp_path):
         from tests.bundle.test_signature import write_keys

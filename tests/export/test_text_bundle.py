@@ -19,6 +19,7 @@ import piflow_edge as pf
 from piflow_edge.bench.benchmark import bench
 from piflow_edge.bench.cold_start import build_example
 from piflow_edge.bench.config import BenchConfig, TeacherConfig
+from piflow_edge.bundle.folder import Bundle
 from piflow_edge.conditioning import ConditionRequest
 from piflow_edge.distill.networks.flow_network import attach_policy_head
 from piflow_edge.distill.networks.text_dit import TextDiTConfig, TextDiTNetwork
@@ -68,6 +69,16 @@ def test_a_prompt_gives_the_picture_that_pytorch_gives(folder):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
+def test_networks_that_are_equal_in_two_precisions_have_one_file(tmp_path):
+    """Of a text encoder int8 and int8-weights are the same."""
+    export_bundle(make_text_student(), tmp_path / "bundle", encoders=[tiny_text_encoder("bert")],
+                  precisions=("fp32", "int8", "int8-weights"))  # fmt: skip
+    files = Bundle(tmp_path / "bundle").manifest.networks["encoder.bert"].files
+    assert files["int8"] == files["int8-weights"] == ["encoder.bert.int8.onnx"] != files["fp32"]
+    assert len(list((tmp_path / "bundle").glob("encoder.*.onnx"))) == 2
+    assert len(list((tmp_path / "bundle").glob("student.*.onnx"))) == 3
+
+
 def test_prompts_steer_and_do_not_depend_on_each_other(folder):
     with pf.load(folder) as generator:
         both = generator(["a cat", "eine Katze, die lacht 🐈"], seed=0, output="latent")
@@ -88,7 +99,6 @@ def test_prompts_drawn_together_are_what_they_are_alone_to_the_bit(folder):
 
 
 def test_a_sampler_graph_takes_encodings_in_triton_too(folder, tmp_path):
-    from piflow_edge.bundle.folder import Bundle
     from piflow_edge.runtime.triton import write_model
 
     model = write_model(Bundle(folder), tmp_path)

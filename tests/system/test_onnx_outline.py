@@ -332,3 +332,35 @@ def test_inputs_and_outputs_are_read_and_weights_are_not_among_them():
 def test_those_of_subgraphs_are_not_the_graphs_own():
     found = read_outline(model(WEIGHT, choice((11, value("inner", 4)), (12, value("inner", 4)))))
     assert [tensor.name for tensor in (*found.inputs, *found.outputs)] == ["x", "y"]
+
+
+# --- what weights take
+
+
+def test_weights_are_counted_by_their_bits_wherever_they_lie():
+    bytes_of_int8 = message((1, 6), (2, 3), (8, "b"), (9, bytes(6)))
+    data = model(
+        WEIGHT, (5, outside("weights", length=16, name="v")), (5, bytes_of_int8), constant((5, INSIDE))
+    )
+    assert read_outline(data).weight_bytes == {32: 16 + 16, 8: 6}  # a node's own is none
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        message(*[(1, 2**62)] * 18),
+        message((1, bytes(10 * [1])), (1, bytes(10 * [1]))),  # packed, ten and ten
+        message(*[(1, 2**64 - 2**62)] * 3),
+    ],
+)
+def test_axes_are_few_and_no_length_is_below_zero(dims):
+    refuse(model((5, dims + message((2, FLOAT), (8, "w")))), r"weight 'w' has \d+ axes, the shape \[")
+
+
+def test_what_a_weight_says_it_takes_is_no_more_than_can_be_there():
+    huge = message(*[(1, 2**62)] * 4, (2, FLOAT), (8, "w"), (9, bytes(16)))
+    assert read_outline(model((5, huge))).weight_bytes[32] < 1000
+
+
+def test_a_million_axes_are_refused_at_once():
+    refuse(model((5, message(*[(1, 2**62)] * 200_000))), "200000 axes")  # the product of all takes minutes

@@ -2,12 +2,11 @@
 
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.manifest import STUDENT, sampler_calls
-from piflow_edge.system.hardware import host_memory
+from piflow_edge.system.hardware import free_memory, nvidia_gpus
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ _OPEN = {16: 2.2, 8: 2.2}
 _OPENING_WIDE, _OPEN_WIDE = 1.45, 1.25
 # Weights in float32 that lie in a file beside the model: one copy. With all networks open, that file is held besides.
 _BESIDE = 1.1
-# Of a bundle's size: it takes no more than that.
+# Of a bundle's size: its weights take no more than that.
 _MOST_TIMES = 4
 # Python with NumPy and ONNX Runtime.
 _PROCESS = 80e6
@@ -50,9 +49,7 @@ def estimate_memory(bundle: Bundle, precision: str | None = None) -> MemoryNeeds
     Raises:
         BundleError: the bundle has no such precision, or a file was altered.
     """
-    said = dict(_live_bytes(bundle))
-    given = sum(map(math.prod, bundle.manifest.policy.output_shapes(tuple(bundle.manifest.latent.shape))))
-    alive = said or {STUDENT: 4 * given}
+    alive, is_whole = _live_bytes(bundle)
     opened, highest, highest_alone = _PROCESS, _PROCESS, _PROCESS
     for name in bundle.manifest.networks:
         if sampler_calls(name) is None:
@@ -67,26 +64,42 @@ def estimate_memory(bundle: Bundle, precision: str | None = None) -> MemoryNeeds
             highest_alone = max(highest_alone, _PROCESS + max(opening, stays + _values(alive.get(name, 0))))
             opened += lent + stays
     highest = max(highest, opened + _values(max(alive.values())))
-    return MemoryNeeds(round(highest), round(highest_alone), bool(said))
+    return MemoryNeeds(round(highest), round(highest_alone), is_whole)
 
 
-def warn_of_little_memory(bundle: Bundle, precision: str | None, keep: str) -> None:
-    """Log a warning where opening a bundle takes more than is free. `keep`: as in `EngineOptions`."""
-    free, _ = host_memory()
-    size = sum(spec.size for spec in bundle.manifest.files.values())
-    if (
-        free is None or _MOST_TIMES * size + 2 * (_PROCESS + _MOST_LOOSE) < free
-    ):  # not worth a look at the files
-        return
+def advise(bundle: Bundle, free: int) -> str | None:
+    """Return the options of a command with which a bundle fits into so many bytes: the least change that will do."""
+    precisions = bundle.manifest.precisions
+    for name in precisions:
+        needs, chosen = estimate_memory(bundle, name), f" --precision {name}" if name != precisions[0] else ""
+        for needed, keep in ((needs.all, ""), (needs.one, " --keep one")):
+            if needed <= free:
+                return f"{chosen}{keep}".strip()
+    return None
+
+
+def is_short_of_memory(engine: str, device: str | None, needed: int, free: int) -> bool:
+    """Whether an engine is on the CPU, as far as is known before it is chosen, and does not fit."""
+    on_cpu = engine == "ort-cpu" or (engine == "auto" and device in (None, "cpu"))
+    return on_cpu and needed > free and (engine != "auto" or device == "cpu" or not nvidia_gpus())
+
+
+def warn_of_little_memory(
+    bundle: Bundle, precision: str | None, keep: str, engine: str, device: str | None
+) -> None:
+    """Log a warning where opening a bundle takes more than is free; arguments as of `load`."""
+    free, size = free_memory(), sum(spec.size for spec in bundle.manifest.files.values())
+    values = max(_live_bytes(bundle)[0].values(), default=0)
+    if free is None or _MOST_TIMES * size + values + 2 * (_PROCESS + _MOST_LOOSE) < free:
+        return  # without a look at the files
     needs = estimate_memory(bundle, precision)
-    if (needed := needs.one if keep == "one" else needs.all) <= free:
-        return
-    fits = keep != "one" and needs.one <= free
-    log.warning(
-        "bundle %r takes about %.1f GB on a CPU, and %.1f GB are free here: %s",
-        bundle.name, needed / 1e9, free / 1e9,
-        f"with keep='one' it takes {needs.one / 1e9:.1f} GB" if fits else "take a precision of fewer bits",
-    )  # fmt: skip
+    needed = needs.one if keep == "one" else needs.all
+    if is_short_of_memory(engine, device, needed, free):
+        advice = advise(bundle, free)
+        log.warning(
+            "bundle %r takes about %.1f GB on a CPU, and %.1f GB are free here%s",
+            bundle.name, needed / 1e9, free / 1e9, f"; it fits with {advice}" if advice else "",
+        )  # fmt: skip
 
 
 def _values(live: int) -> float:
@@ -94,9 +107,17 @@ def _values(live: int) -> float:
     return live + min(_LOOSE * live, _MOST_LOOSE)
 
 
-def _live_bytes(bundle: Bundle) -> Iterator[tuple[str, int]]:
-    """What the export counted, by network. Provenance is free text to the runtime, and a bundle may be anybody's."""
-    said = bundle.manifest.provenance.get("live_bytes")
-    for name, size in said.items() if isinstance(said, dict) else ():
-        if type(size) is int and 0 <= size < 1 << 48:
-            yield name, size
+def _live_bytes(bundle: Bundle) -> tuple[dict[str, int], bool]:
+    """What the values of each network take, and whether the export counted that; else what the student gives.
+
+    Provenance is free text to the runtime, and a bundle may be anybody's.
+    """
+    manifest, said = bundle.manifest, bundle.manifest.provenance.get("live_bytes")
+    names = [name for name in manifest.networks if sampler_calls(name) is None]
+    if isinstance(said, dict) and all(
+        type(n := said.get(name)) is int and 0 <= n < 1 << 48 for name in names
+    ):
+        return {name: said[name] for name in names}, True
+    return {
+        STUDENT: 4 * sum(map(math.prod, manifest.policy.output_shapes(tuple(manifest.latent.shape))))
+    }, False
