@@ -409,6 +409,7 @@ TABLES: dict[str, Callable[[Mapping], str]] = {
     "export_cost": export_cost,
     "export_cost_675m": export_cost,
     "memory_needs": memory_needs,
+    "memory_needs_675m": memory_needs,
     "overhead": overhead,
     "precision": precision,
     "soak": soak,
