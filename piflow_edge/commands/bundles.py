@@ -234,7 +234,9 @@ def _export_to_web(student, out: Path, settings: dict) -> tuple[list, list[Path]
     from piflow_edge.export.to_bundle import export_bundle
     from piflow_edge.runtime.serve.page_folder import find_runtime, write_folder
 
-    find_runtime(RUNTIME_OF_BROWSERS)  # before the work, not after it
+    find_runtime(RUNTIME_OF_BROWSERS)  # before the work, not after it; and so with what stands there
+    if out.exists():
+        raise click.UsageError(f"{out} exists; give another name")
     with TemporaryDirectory() as place:
         folder = Path(place) / "bundle"
         rows = export_bundle(student, folder, **settings)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import piflow_edge as pf
+from piflow_edge.commands import bundles
 from tests.commands.command_line import run
 from tests.web.conftest import WEB
 
@@ -54,8 +55,15 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def serving_page(bundle: str, folder: Path):
-    """The address of the page as a folder that a plain web server serves."""
+    """The address of the page of a bundle as a folder that a plain web server serves."""
     run("web", bundle, "--out", folder, "--onnxruntime-web", RUNTIME)
+    with serving_folder(folder) as address:
+        yield address
+
+
+@contextmanager
+def serving_folder(folder: Path):
+    """The address of a folder that a plain web server serves."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -175,6 +183,37 @@ def test_a_folder_that_stands_is_kept_and_missing_files_are_named(tmp_path):
         done = run("web", "digits", "--out", tmp_path / "site", "--onnxruntime-web", tmp_path, *more, code=2)
         assert reason in done.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "site"]
+
+
+@pytest.mark.torch
+def test_export_writes_the_page_of_a_student_itself(browse, tmp_path, monkeypatch):
+    from piflow_edge.distill.loop.checkpoint import save_checkpoint
+    from tests.conftest import make_student
+
+    monkeypatch.setattr(bundles, "RUNTIME_OF_BROWSERS", RUNTIME)
+    save_checkpoint(tmp_path / "student", make_student(nfe=1))
+    command = [
+        "export",
+        tmp_path / "student",
+        "--target",
+        "web",
+        "--name",
+        "mine",
+        "--out",
+        tmp_path / "site",
+    ]
+    run(*command)
+    steps = [{"step": "open"}, READY, {"step": "choose", "id": "subject", "title": "7"},
+             {"step": "click", "id": "draw"}, DONE, {"step": "read"}]  # fmt: skip
+    with serving_folder(tmp_path / "site") as address:
+        (seen,) = browse(address, *steps)["saw"]
+    run("export", tmp_path / "student", "--out", tmp_path / "bundle")
+    with pf.load(tmp_path / "bundle") as generator:
+        check_picture(seen, generator, 7, seed=0)
+    monkeypatch.setattr(
+        "piflow_edge.export.to_bundle.export_bundle", lambda *_, **__: pytest.fail("it was exported")
+    )
+    assert "site exists" in run(*command, code=2).stderr
 
 
 @pytest.mark.torch
