@@ -16,14 +16,16 @@ log = logging.getLogger(__name__)
 _OPENING = {16: 3.5, 8: 2.6}
 _OPEN = {16: 2.2, 8: 2.2}
 _OPENING_WIDE, _OPEN_WIDE = 1.45, 1.25
-# Weights in float32 that lie in a file beside the model: one copy. With all networks open, that file is held besides.
-_BESIDE = 1.1
+# Of weights that lie in a file beside the model, at both times: it is mapped, and nothing of it is read twice. With all
+# networks open that file is held as bytes besides.
+_BESIDE, _BESIDE_WIDE = {16: 2.7, 8: 2.0}, 1.15
 # Of a bundle's size: its weights take no more than that.
 _MOST_TIMES = 4
 # Python with NumPy and ONNX Runtime.
 _PROCESS = 80e6
 # What the C library's allocator has for values that come and go, beside what they take: so many times that, up to
-# this. (Values of 32 MB and more have pages of their own.)
+# this. (Values of 32 MB and more have pages of their own, and all that are not small, until it freed a large one: a
+# model with its weights inside.)
 _LOOSE, _MOST_LOOSE = 20, 100e6
 
 
@@ -50,20 +52,24 @@ def estimate_memory(bundle: Bundle, precision: str | None = None) -> MemoryNeeds
         BundleError: the bundle has no such precision, or a file was altered.
     """
     alive, is_whole = _live_bytes(bundle)
-    opened, highest, highest_alone = _PROCESS, _PROCESS, _PROCESS
+    opened, highest, highest_alone, values = _PROCESS, _PROCESS, _PROCESS, [0.0]
     for name in bundle.manifest.networks:
         if sampler_calls(name) is None:
             with bundle.view_network(name, precision) as files:
                 weights, lent = files.outline.weight_bytes, sum(map(len, files.weights.values()))
-            wide = (_BESIDE, _BESIDE) if lent else (_OPENING_WIDE, _OPEN_WIDE)
-            opening, stays = (
-                sum(times.get(bits, other) * size for bits, size in weights.items())
-                for times, other in zip((_OPENING, _OPEN), wide, strict=True)
+            times = (
+                [(_BESIDE, _BESIDE_WIDE)] * 2 if lent else [(_OPENING, _OPENING_WIDE), (_OPEN, _OPEN_WIDE)]
             )
+            opening, stays = (
+                sum(by_bits.get(bits, other) * size for bits, size in weights.items())
+                for by_bits, other in times
+            )
+            live = alive.get(name, 0)
+            values.append(live if lent else live + min(_LOOSE * live, _MOST_LOOSE))
             highest = max(highest, opened + lent + opening)
-            highest_alone = max(highest_alone, _PROCESS + max(opening, stays + _values(alive.get(name, 0))))
+            highest_alone = max(highest_alone, _PROCESS + max(opening, stays + values[-1]))
             opened += lent + stays
-    highest = max(highest, opened + _values(max(alive.values())))
+    highest = max(highest, opened + max(values))
     return MemoryNeeds(round(highest), round(highest_alone), is_whole)
 
 
@@ -100,11 +106,6 @@ def warn_of_little_memory(
             "bundle %r takes about %.1f GB on a CPU, and %.1f GB are free here%s",
             bundle.name, needed / 1e9, free / 1e9, f"; it fits with {advice}" if advice else "",
         )  # fmt: skip
-
-
-def _values(live: int) -> float:
-    """What the values of a network take while it runs, where `live` bytes of them are there at a time."""
-    return live + min(_LOOSE * live, _MOST_LOOSE)
 
 
 def _live_bytes(bundle: Bundle) -> tuple[dict[str, int], bool]:
