@@ -51,11 +51,9 @@ def load(
     from piflow_edge.bundle.folder import Bundle, find_bundle
 
     from .generator import Generator
-    from .residence.memory_needs import warn_of_little_memory
     from .residence.opening import open_networks
 
     opened = Bundle(find_bundle(bundle), trusted_keys=trusted_keys)
-    warn_of_little_memory(opened, precision, options.keep, engine, device)
     engines = open_networks(opened, engine, precision, device, options)
     try:
         generator = Generator(opened, engines, precision, options)

@@ -234,7 +234,7 @@ class _Walk:
                 has_values = True
         # Before their product, which takes long of many.
         if len(dims) > _MOST_AXES or min(dims, default=0) < 0:
-            raise damage_error(f"weight {tensor!r} has {len(dims)} axes, the shape {dims[:_MOST_AXES]}")
+            raise damage_error(f"weight {tensor!r} has the shape {dims[:_MOST_AXES]}, and {len(dims)} axes")
         if where == _IN_THE_FILE and not entries:
             if is_weight and (bits := onnx.BITS.get(code)):
                 # No more than can be there: a number of eight bytes may take one in the file.

@@ -8,6 +8,7 @@ from piflow_edge.bundle.manifest import DECODER, STUDENT
 from piflow_edge.engines import Engine, EngineOptions, Graph, check_engine_options, open_engine
 from piflow_edge.runtime.graphs import read_graph, view_graph
 
+from .memory_needs import warn_of_little_memory
 from .turns import Turns
 
 # Name of a network -> it, in an engine.
@@ -22,6 +23,7 @@ def open_networks(
     "auto" chooses for each of them, all on the student's device: an engine may be built for the student alone.
     """
     check_engine_options(options)
+    warn_of_little_memory(bundle, precision, options.keep, engine, device)
     names = [*bundle.manifest.conditioner.networks, DECODER]
     others = [name for name in names if name in bundle.manifest.networks]
     return _KEEPING[options.keep](bundle, others, engine, precision, device, options)
