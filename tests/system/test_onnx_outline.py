@@ -104,6 +104,8 @@ def test_onnx_runtime_would_read_a_file_of_the_current_folder(tmp_path, monkeypa
     secret = np.arange(4, dtype=np.float32) + 7
     (tmp_path / "secret.bin").write_bytes(secret.tobytes())
     options = ort.SessionOptions()
+    if not hasattr(options, "add_external_initializers_from_files_in_memory"):
+        pytest.skip(f"onnxruntime {ort.__version__} takes no weights from memory")
     # In memory, with other numbers: for a subgraph the library takes the file on the disk all the same.
     options.add_external_initializers_from_files_in_memory(["secret.bin"], [bytes(16)], [16])
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
