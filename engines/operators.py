@@ -303,6 +303,10 @@ def _along(axis: int, values: Array, x: Array) -> Array:
     )
 
 
+def _round(x: Array) -> Array:
+    return np.rint(x)  # which itself has no signature to check arguments by, before NumPy 2
+
+
 def _saturate(x: Array, dtype) -> Array:
     return np.clip(x, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
 
@@ -369,7 +373,7 @@ OPERATORS: dict[str, Callable] = {
     "Relu": lambda x: np.maximum(x, 0),
     "Reshape": _reshape,
     "Resize": _resize,
-    "Round": np.rint,
+    "Round": _round,
     "Shape": _shape,
     "Sigmoid": _unary(_sigmoid),
     "Sin": _unary(np.sin),

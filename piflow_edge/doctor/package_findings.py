@@ -12,6 +12,8 @@ from .findings import OK, PROBLEM, WARNING, Finding
 
 # Versions that pyproject.toml promises and CI runs.
 _PYTHON = ((3, 10), (3, 13))
+# Extras of those who work on piflow-edge itself: what they ask for is nobody else's concern.
+_OF_DEVELOPERS = ("test", "docs")
 # What nothing works without, and the modules that it brings.
 _NEEDED = {"numpy": "numpy", "pillow": "PIL", "rich": "rich", "array-api-compat": "array_api_compat",
            "packaging": "packaging"}  # fmt: skip
@@ -57,7 +59,8 @@ def package_findings(installed: dict[str, str]) -> list[Finding]:
     # Late: without it, `obstacles` still says so.
     from packaging.requirements import Requirement
 
-    findings = [finding for line in wanted for finding in _requirement_findings(Requirement(line))]
+    asked = [one for one in map(Requirement, wanted) if not _is_of_developers(one)]
+    findings = [finding for requirement in asked for finding in _requirement_findings(requirement)]
     listed = Finding("packages", OK, ", ".join(f"{name} {number}" for name, number in installed.items()))
     return [listed, *dict.fromkeys(findings)]
 
@@ -75,6 +78,11 @@ def prompts_finding(installed: dict[str, str]) -> Finding:
         command = "pip install --force-reinstall tokenizers"
         return Finding("prompts", PROBLEM, f"tokenizers does not load: {error}", command)
     return Finding("prompts", OK, f"tokenizers {installed['tokenizers']}")
+
+
+def _is_of_developers(requirement) -> bool:
+    """Whether an extra of developers asks for it; one that users have too asks for itself in a line of its own."""
+    return any(f'extra == "{extra}"' in str(requirement.marker or "") for extra in _OF_DEVELOPERS)
 
 
 def _requirement_findings(requirement) -> list[Finding]:

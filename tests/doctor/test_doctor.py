@@ -156,8 +156,10 @@ def test_packages_are_held_to_what_piflow_edge_asks_for(monkeypatch):
         "rich>=13",
         "torch<=2.13.0,>=2.9; extra == 'train'",
         "onnx>=1.17; extra == 'train'",
+        "starlette>=0.40; extra == 'serve'",
+        "starlette>=1.10; extra == 'test'",  # of developers, who learn it from their tests
     ]
-    here = {"numpy": "1.9.5", "click": "8.10.0", "torch": "2.14.0+cpu"}
+    here = {"numpy": "1.9.5", "click": "8.10.0", "torch": "2.14.0+cpu", "starlette": "1.7.0"}
     monkeypatch.setattr(package_findings, "requires", lambda name: asked)
     monkeypatch.setattr(package_findings, "versions", lambda names: {n: here[n] for n in names if n in here})
     listed, *others = package_findings.package_findings({"numpy": "1.9.5"})

@@ -167,9 +167,10 @@ def on_cpu(request, monkeypatch):
 def test_a_provider_that_takes_nothing_is_an_error(on_cpu, monkeypatch, has_compiler, tmp_path):
     """The real library compiles a graph whose weights lie beside it, and no node of it becomes an engine."""
     onnxruntime = ort_package.import_onnxruntime()
-
+    if not hasattr(onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory"):
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} takes no weights from memory")
     if not has_compiler:  # before 1.23
-        monkeypatch.delattr(onnxruntime, "ModelCompiler")
+        monkeypatch.delattr(onnxruntime, "ModelCompiler", raising=False)
     graph = Graph(model((5, outside("w"))), {"w": np.ones(4, np.float32).tobytes()})
     with pytest.raises(EngineError, match=r"took no part of the graph|cannot build"):
         ort_compile.compile_graph(on_cpu, graph, "float16", PROFILE, device="cuda:1", workspace=GIB,

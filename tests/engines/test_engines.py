@@ -242,7 +242,9 @@ def test_work_that_a_provider_leaves_to_the_cpu_is_described(nodes, rest):
 
 def test_an_engine_that_leaves_products_to_the_cpu_warns_with_the_share(monkeypatch, small_graph, caplog):
     """On the real library, of whose nodes some pass for another provider's."""
-    pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} says it in a profile")
     counted = placement._read_placement
 
     def tell(session):

@@ -144,7 +144,13 @@ def one_node(operator, inputs, attributes):
 def test_each_operator_computes_what_onnx_runtime_does(operator, inputs, attributes):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, feeds = one_node(operator, inputs, attributes)
-    expected = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, feeds)
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    try:
+        expected = session.run(None, feeds)
+    except Exception:
+        if tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 20):
+            raise
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} cannot do it")
     found = list(open_engine(Graph(model), engine="reference").run(feeds).values())
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
@@ -250,7 +256,9 @@ def test_a_bundle_is_verified_without_onnx_and_onnx_runtime(latent_bundle):
 
 
 def test_weights_may_lie_in_files_beside_the_model(tmp_path):
-    onnx = pytest.importorskip("onnx")
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    if not hasattr(onnxruntime.SessionOptions, "add_external_initializers_from_files_in_memory"):
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} takes no weights from memory")
     model, feeds = one_node("Add", [X, normal(4)], {})
     model = onnx.load_from_string(model)
     weights = [
