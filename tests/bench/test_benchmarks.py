@@ -168,7 +168,7 @@ def test_every_result_says_how_it_was_made(file):
         assert len(found["conditions"]["source"]) > 20 and found["conditions"]["commit"]
         return
     # The commands of earlier commits are those of then.
-    assert command.startswith(("python -m benchmarks.", "python benchmarks/"))
+    assert command.startswith(("python -m benchmarks.", "python benchmarks/", "piflow-edge evaluate "))
     assert "/tmp" not in command and "/home" not in command  # but what a reader has too
 
 
