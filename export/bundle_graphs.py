@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -19,7 +21,7 @@ from piflow_edge.export.conversions.calibration import Calibration, Conversion
 from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
 from piflow_edge.export.onnx_graphs.encoder_graph import export_encoder
-from piflow_edge.export.onnx_graphs.large import measure_lowered_share, name_files
+from piflow_edge.export.onnx_graphs.large import Workpiece, is_on_demand, measure_lowered_share, name_files
 from piflow_edge.export.onnx_graphs.live_values import count_live_bytes
 from piflow_edge.export.onnx_graphs.opset import lower_opset
 from piflow_edge.export.onnx_graphs.sampler_graph import export_sampler
@@ -51,7 +53,7 @@ def export_networks(
             "a sampler graph is one file of less than 2 GiB, and the network alone is larger; leave --sampler-graph out"
         )
     if autoencoder is not None:
-        graphs[DECODER] = Graph(export_decoder(autoencoder, manifest.latent.restored_shape, manifest.axes))
+        graphs[DECODER] = export_decoder(autoencoder, manifest.latent.restored_shape, manifest.axes)
     for encoder in encoders:
         graphs[encoder.spec.network] = export_encoder(encoder)
     return graphs
@@ -72,8 +74,8 @@ def count_live(graphs: Graphs, manifest: Manifest) -> dict[str, int]:
 
 
 def convert_networks(
-    exact: Graphs, manifest: Manifest, calibration: Calibration | None, settings: ExportSettings
-) -> tuple[Manifest, dict[str, bytes]]:
+    exact: Graphs, manifest: Manifest, calibration: Calibration | None, settings: ExportSettings, room: Path
+) -> tuple[Manifest, dict[str, Any]]:
     """Return the manifest with the files of every network in every precision, and those files.
 
     What a precision leaves in float32, and how far single layers are off, is recorded in the provenance. A network
@@ -84,8 +86,9 @@ def convert_networks(
         manifest: a draft, whose `networks` have no files.
         calibration: what converters measure with; None where there is fp32 only.
         settings: say which network is in which precision.
+        room: folder for files of weights that memory may not hold; they stand among the files as `WeightFile`.
     """
-    files: dict[str, bytes] = {}
+    files: dict[str, Any] = {}
     made: dict[tuple[str, str], Graph] = {}
     recorded: dict[str, dict[str, dict]] = {"kept_in_fp32": {}, "layer_errors": {}}
     listed: dict[str, dict[str, list[str]]] = {name: {} for name in manifest.networks}
@@ -110,6 +113,8 @@ def convert_networks(
             tag = next((t for (n, t), other in made.items() if n == name and other == graph), tag)
             if (name, tag) not in made:
                 made[name, tag] = graph
+                if is_on_demand(graph):
+                    graph = Workpiece.open(graph, room).finish()
                 files |= _name_files(graph, f"{name}.{tag}.onnx", manifest.networks[name].opset)
             listed[name][precision] = [file for file in files if file.startswith(f"{name}.{tag}.onnx")]
     networks = {name: replace(spec, files=listed[name]) for name, spec in manifest.networks.items()}
@@ -146,6 +151,6 @@ def _graph_of(
     return Graph(export_sampler(converted[STUDENT].graph.model, manifest, calls, decoder)), precision
 
 
-def _name_files(graph: Graph, file: str, opset: int) -> dict[str, bytes]:
+def _name_files(graph: Graph, file: str, opset: int) -> dict[str, Any]:
     files = name_files(graph, file)
     return files if opset == OPSET else files | {file: lower_opset(files[file])}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,17 @@ from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.loop.checkpoint import Checkpoint
 from piflow_edge.distill.networks.text_encoders import TextEncoder
 from piflow_edge.distill.sources import StudentModel, student_from_checkpoint
-from piflow_edge.engines import Graph
+from piflow_edge.engines import EngineOptions, Graph
 from piflow_edge.engines.layers import first_non_finite
 from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, CheckFailedError
-from piflow_edge.export.bundle_graphs import convert_networks, count_live, export_networks
+from piflow_edge.export.bundle_graphs import Graphs, convert_networks, count_live, export_networks
 from piflow_edge.export.conversions.calibration import ENGINE, Calibration
 from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.manifest_draft import draft_manifest
 from piflow_edge.export.onnx_graphs.encoder_graph import example_inputs, join_encoders
+from piflow_edge.export.onnx_graphs.large import is_on_demand
+from piflow_edge.export.onnx_graphs.weight_files import WeightFile
 from piflow_edge.export.parity import golden_file, golden_images, golden_samples
 from piflow_edge.runtime.loading import load
 from piflow_edge.runtime.pictures import png_bytes
@@ -96,21 +99,47 @@ def export_bundle(
     manifest.provenance["live_bytes"] = count_live(exact, manifest)
     golden = golden_samples(model.network, manifest, model.conditioner)
     _check_golden(golden, exact["student"], manifest)
-    calibration = None
-    if {*settings.precisions, *settings.network_precisions.values()} != {EXACT}:
-        calibration = Calibration(
-            exact["student"], manifest, model.nfes, exact.get("decoder"), conditioner=model.conditioner
-        )
-        calibration.encoder_inputs = {e.spec.network: example_inputs(e, model.conditioner) for e in encoders}
-    manifest, files = convert_networks(exact, manifest, calibration, settings)
     if manifest.makes_images:
         golden["images"] = golden_images(golden["latents"], manifest, autoencoder)
-        files[PREVIEW] = png_bytes(image_grid([as_pil(golden["images"])]))
-    files |= {encoder.spec.tokenizer_asset: encoder.tokenizer for encoder in encoders}
-    files |= {GOLDEN: golden_file(golden), LICENSE: settings.license_text.encode()}
-    listed = {file: FileSpec(sha256(data), len(data)) for file, data in files.items()}
-    del exact, calibration  # whose weights the check of the files, which loads them again, needs no more
-    return _write(folder, replace(manifest, files=listed), files, signing_key)
+    # Beside the bundle, into which files are moved from there.
+    with TemporaryDirectory(prefix=f".{folder.name[:40]}.", dir=folder.resolve().parent) as room:
+        calibration = None
+        if {*settings.precisions, *settings.network_precisions.values()} != {EXACT}:
+            calibration = _calibrate(model, manifest, exact, encoders, golden, Path(room))
+        manifest, files = convert_networks(exact, manifest, calibration, settings, Path(room))
+        files |= {encoder.spec.tokenizer_asset: encoder.tokenizer for encoder in encoders}
+        files |= {GOLDEN: golden_file(golden), LICENSE: settings.license_text.encode()}
+        if manifest.makes_images:
+            files[PREVIEW] = png_bytes(image_grid([as_pil(golden["images"])]))
+        listed = {file: FileSpec(_hash(data), len(data)) for file, data in files.items()}
+        options = EngineOptions(keep="one" if any(map(is_on_demand, exact.values())) else "all")
+        del exact, calibration  # whose weights the check of the files, which loads them again, needs no more
+        return _write(folder, replace(manifest, files=listed), files, signing_key, options)
+
+
+def _calibrate(
+    model: StudentModel,
+    manifest: Manifest,
+    exact: Graphs,
+    encoders,
+    golden: dict[str, np.ndarray],
+    room: Path,
+) -> Calibration:
+    calibration = Calibration(
+        exact["student"],
+        manifest,
+        model.nfes,
+        exact.get("decoder"),
+        conditioner=model.conditioner,
+        golden=golden if is_on_demand(exact["student"]) else None,
+        room=room,
+    )
+    calibration.encoder_inputs = {e.spec.network: example_inputs(e, model.conditioner) for e in encoders}
+    return calibration
+
+
+def _hash(data: bytes | WeightFile) -> str:
+    return data.sha256() if isinstance(data, WeightFile) else sha256(data)
 
 
 def _read_versions() -> dict[str, str]:
@@ -140,6 +169,8 @@ def _check_golden(golden: dict[str, np.ndarray], student: Graph, manifest: Manif
 
 def _first_non_finite(student: Graph, golden: dict[str, np.ndarray], manifest: Manifest) -> str:
     conditioning = manifest.example(len(golden["noise"]))
+    if is_on_demand(student):
+        return "not looked for, since the network is too large"
     for i, segment in enumerate(manifest.schedule.schedule().segments):
         inputs = manifest.network_inputs(golden[f"x_t.{i}"], segment.sigma_src, conditioning)
         if layer := first_non_finite(student, inputs):
@@ -148,20 +179,27 @@ def _first_non_finite(student: Graph, golden: dict[str, np.ndarray], manifest: M
 
 
 def _write(
-    folder: Path, manifest: Manifest, files: dict[str, bytes], signing_key: SigningKey | None
+    folder: Path,
+    manifest: Manifest,
+    files: dict[str, Any],
+    signing_key: SigningKey | None,
+    options: EngineOptions,
 ) -> list[Row]:
     """Write and verify a bundle at a temporary place, and move it to `folder`. It empties `files`."""
     with new_folder(folder) as work:
         write_atomic(work / MANIFEST, manifest_bytes(manifest))
         while files:
             file, data = files.popitem()
-            write_atomic(work / file, data)
+            if isinstance(data, WeightFile):
+                data.move(work / file)
+            else:
+                write_atomic(work / file, data)
             del data
         if signing_key is not None:
             write_atomic(work / SIGNATURE, signing_key.sign(manifest_bytes(manifest)))
         rows = []
         for precision in manifest.precisions:
-            with load(work, ENGINE, precision) as generator:
+            with load(work, ENGINE, precision, options=options) as generator:
                 rows += verify(generator)
         check(rows, manifest.name)
     return rows

@@ -1,8 +1,9 @@
 """The student on its own trajectories: what a converted graph is fitted to, and how far off it then is."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class Calibration:
     """An fp32 student and what it makes of up to `CALIBRATION_IMAGES` seeds; see `count_images`.
 
     `batches`: what the network is fed, one batch per call of each trajectory. `encoder_inputs`: what each text encoder
-    is fed for some prompts, by its network's name.
+    is fed for some prompts, by its network's name. `room`: folder for files that a conversion needs.
 
     Args:
         student: the fp32 network.
@@ -66,6 +67,8 @@ class Calibration:
         nfes: calls per image; a trajectory is run for each.
         decoder: makes images of latents.
         conditioner: the student's, opened; None is what the manifest says.
+        golden: golden samples of a network that memory may not hold, which is then not run: its batches are theirs.
+        room: see above; None is the system's.
     """
 
     def __init__(
@@ -75,17 +78,22 @@ class Calibration:
         nfes: Iterable[int],
         decoder: Graph | None = None,
         conditioner: Conditioner | None = None,
+        golden: Inputs | None = None,
+        room: Path | None = None,
     ):
-        self.manifest = manifest
+        self.manifest, self.room = manifest, room
+        self.batches: list[Inputs] = []
+        self.encoder_inputs: dict[str, list[Inputs]] = {}
+        self._encodings: dict[str, list[dict[str, np.ndarray]]] = {}
+        self._outputs: list[dict[str, np.ndarray]] = []
+        if golden is not None:
+            self.batches = golden_calls(manifest, golden)
+            return
         self._count = count_images(CALIBRATION_IMAGES, student.size // 4)
         self._conditioning = manifest.example(self._count, conditioner=conditioner)
         self._noise = self._draw_noise(0)
         self._decoder = open_engine(decoder, engine=ENGINE) if decoder else None
         engine = open_engine(student, engine=ENGINE)
-        self.batches: list[Inputs] = []
-        self.encoder_inputs: dict[str, list[Inputs]] = {}
-        self._encodings: dict[str, list[dict[str, np.ndarray]]] = {}
-        self._outputs: list[dict[str, np.ndarray]] = []
         drawn = {nfe: self._latents(engine, nfe, record=True) for nfe in nfes}
         if (nfe := manifest.schedule.nfe) not in drawn:
             drawn[nfe] = self._latents(engine, nfe)
@@ -178,6 +186,15 @@ class Calibration:
         # One at a time: large images would not fit otherwise.
         parts = [next(iter(self._decoder.run({name: one[None]}).values())) for one in unscaled]
         return decode(np.concatenate(parts))
+
+
+def golden_calls(manifest: Manifest, golden: Mapping[str, np.ndarray]) -> list[Inputs]:
+    """What a student was fed for golden samples, one batch per call."""
+    conditioning = {spec.name: golden[f"conditioning.{spec.name}"] for spec in manifest.conditioner.inputs}
+    return [
+        manifest.network_inputs(golden[f"x_t.{i}"], segment.sigma_src, conditioning)
+        for i, segment in enumerate(manifest.schedule.schedule().segments)
+    ]
 
 
 def _run(engine: Engine, inputs: Inputs) -> dict[str, np.ndarray]:

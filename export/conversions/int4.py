@@ -4,27 +4,22 @@ Activations stay float32. That is for size: a network that does not fit in eight
 bits spoil are in eight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 
 import onnx
 
 from piflow_edge.bundle.manifest import STUDENT
-from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
 from piflow_edge.engines.ort.importing import import_part
 from piflow_edge.errors import MissingExtraError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion
 from piflow_edge.export.conversions.int8 import quiet_tools
-from piflow_edge.export.conversions.layer_errors import report_layers
-from piflow_edge.export.conversions.layer_search import convert_within
+from piflow_edge.export.conversions.layer_search import convert_layers
 from piflow_edge.export.conversions.lookup_tables import quantise_lookup_tables
-from piflow_edge.export.conversions.weights_of_layers import quantisable, quantise_weights
-from piflow_edge.export.onnx_graphs.compact import compact
-from piflow_edge.export.onnx_graphs.large import check, graph_of, model_of
-
-# Share of the tolerances that int4 may use on the calibration images; see `int8`.
-_SHARE = 0.5
+from piflow_edge.export.conversions.weights_of_layers import make_part, quantisable, quantise_weights
+from piflow_edge.export.onnx_graphs.large import Workpiece
 
 
 def convert_network(
@@ -39,40 +34,50 @@ def convert_network(
     """
     if network != STUDENT and network not in calibration.encoder_inputs:
         return Conversion(graph, "all")
-    layers = quantisable(onnx.load_from_string(graph.model))
-    tolerances = PRECISIONS[name].tolerances
 
-    def accepts(converted: Graph) -> float:
-        return calibration.share(converted, tolerances, network, graph) / _SHARE
+    def convert(excluded: Sequence[str]) -> Graph:
+        return quantise_blocks(graph, excluded, block, calibration.room)
 
-    converted = convert_within(
-        name, layers, lambda excluded: quantise_blocks(graph, excluded, block), accepts
-    )
-    return report_layers(converted, graph, calibration.inputs_of(network))
+    return convert_layers(name, network, graph, calibration, convert)
 
 
-def quantise_blocks(graph: Graph, excluded: Sequence[str], block: int) -> Graph:
+def quantise_blocks(graph: Graph, excluded: Sequence[str], block: int, room: Path | None = None) -> Graph:
     """The graph with its matrix products in blocks of 4 bits, the `excluded` and lookup tables in int8.
 
-    `block`: 16 or a larger power of two.
+    `block`: 16 or a larger power of two. `room`: as of `Workpiece`.
     """
-    model = model_of(graph)
-    known = {name for node in model.graph.node for name in node.output}
-    quantise_weights(model, excluded)
+    work = Workpiece.open(graph, room)
+    layers = set(quantisable(work.model)) - set(excluded)
+    quantise_weights(work, excluded)
     with quiet_tools():
-        tools = _import_tools()
-        whole = import_part("quantization.onnx_model").ONNXModel(model)
-        whole.replace_gemm_with_matmul()
-        # A product of a Gemm has its name with this at the end.
-        left_out = [name for layer in excluded for name in (layer, f"{layer}_MatMul")]
-        tool = tools.MatMulNBitsQuantizer(whole.model, block_size=block, nodes_to_exclude=left_out)
+        nodes = list(_quantise_layers(work, layers, block))
+    del work.model.graph.node[:]
+    work.model.graph.node.extend(nodes)
+    quantise_lookup_tables(work)
+    return work.finish()
+
+
+def _quantise_layers(work: Workpiece, layers: Collection[str], block: int) -> Iterator[onnx.NodeProto]:
+    """The model's nodes, with those that make up each of the `layers` in its place. The tool is given one at a time."""
+    tools, model_class = _import_tools(), import_part("quantization.onnx_model").ONNXModel
+    graph = work.model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        if node.name not in layers:
+            yield node
+            continue
+        given = [work.load(tensors[name]) for name in node.input if name in tensors]
+        part = model_class(make_part(work.model, [node], given))
+        part.replace_gemm_with_matmul()
+        tool = tools.MatMulNBitsQuantizer(part.model, block_size=block)
         tool.process()
-    quantised = tool.model.model
-    quantise_lookup_tables(quantised)
-    compact(quantised, known)
-    result = graph_of(quantised)
-    check(result)
-    return result
+        yield from tool.model.model.graph.node
+        for tensor in tool.model.model.graph.initializer:
+            if tensor.name not in tensors:  # of weights that several layers share, once
+                work.add(tensor)
+                tensors[tensor.name] = graph.initializer[-1]
+        known = {opset.domain for opset in work.model.opset_import}
+        work.model.opset_import.extend(o for o in tool.model.model.opset_import if o.domain not in known)
 
 
 def _import_tools() -> ModuleType:

@@ -2,28 +2,22 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
 
 from piflow_edge.bundle.manifest import STUDENT
-from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
 from piflow_edge.engines.ort.importing import import_part
 from piflow_edge.export.conversions.calibration import Calibration, Conversion, Inputs, split_samples
-from piflow_edge.export.conversions.layer_errors import report_layers
-from piflow_edge.export.conversions.layer_search import convert_within
-from piflow_edge.export.conversions.weights_of_layers import halve_weights, quantisable
+from piflow_edge.export.conversions.layer_search import convert_layers
+from piflow_edge.export.conversions.weights_of_layers import halve_weights, make_part, quantisable
 from piflow_edge.export.conversions.weights_only import convert_encoder
-from piflow_edge.export.onnx_graphs.compact import compact
-from piflow_edge.export.onnx_graphs.large import check, count_bytes, graph_of, load_tensor, save
+from piflow_edge.export.onnx_graphs.large import Workpiece, count_bytes, load_tensor, save
 
 quantization = import_part("quantization")
-# Share of the tolerances that int8 may use on the calibration images. The largest error of the golden images, which
-# are others, was up to 1.6 times as large on the digits.
-_SHARE = 0.5
 # Bytes of weights that the dynamic tool is given together.
 _AT_A_TIME = 2**26
 _SETTINGS = dict(
@@ -45,59 +39,38 @@ class _Samples(quantization.CalibrationDataReader):
         return next(self._left, None)
 
 
-def to_int8(
-    graph: Graph, batches: Sequence[Inputs], *, static: bool, accepts: Callable[[Graph], float]
-) -> Conversion:
-    """Weights of matrix products in int8, one scale per output feature, for the CPU.
-
-    Activations are scaled as they come (`static=False`), or by what calibration saw, as quantise-dequantise pairs.
-    Should the result be too far off, the layers that cost most are left in float32, as few as will do.
-
-    Args:
-        graph: an fp32 ONNX model.
-        batches: calibration inputs.
-        static: QDQ with calibrated activations; else dynamic.
-        accepts: how far a graph is off, in units of what is allowed: 1 or less will do.
-
-    Raises:
-        CheckFailedError: even one quantised layer is too much.
-    """
-    layers = quantisable(onnx.load_from_string(graph.model))
-
-    def convert(excluded: Sequence[str]) -> Graph:
-        return quantise(graph, batches, static=static, excluded=excluded)
-
-    return convert_within("int8", layers, convert, accepts)
-
-
 def convert_network(
     network: str, graph: Graph, calibration: Calibration, *, static: bool = False
 ) -> Conversion:
     """The conversion to int8 of a bundle's network; see `Precision`. Decoders stay in float32.
 
-    `static`: activations are scaled by calibration, else as they come. Of encoders, weights alone are quantised.
+    Weights of matrix products in int8, one scale per output feature, for the CPU. Of encoders, weights alone are
+    quantised.
+
+    Args:
+        network, graph, calibration: as of every conversion.
+        static: activations are scaled by what calibration saw, as quantise-dequantise pairs; else as they come.
     """
     if network in calibration.encoder_inputs:
-        return report_layers(convert_encoder(graph), graph, calibration.encoder_inputs[network])
+        return convert_encoder(network, graph, calibration)
     if network != STUDENT:
         return Conversion(graph, "all")
-
-    def accepts(converted: Graph) -> float:
-        return calibration.share(converted, PRECISIONS["int8"].tolerances) / _SHARE
-
-    converted = to_int8(graph, calibration.batches, static=static, accepts=accepts)
-    return report_layers(converted, graph, calibration.batches)
+    return convert_layers(
+        "int8",
+        network,
+        graph,
+        calibration,
+        lambda excluded: quantise(graph, calibration.batches, static=static, excluded=excluded),
+    )
 
 
 def quantise(graph: Graph, batches: Sequence[Inputs], *, static: bool, excluded: Sequence[str] = ()) -> Graph:
-    """The graph with all but the `excluded` matrix products in int8; see `to_int8`."""
+    """The graph with all but the `excluded` matrix products in int8; see `convert_network`."""
     model = _quantise_statically(graph, batches, excluded) if static else _quantise_layers(graph, excluded)
     _unname_pairs(model)
-    halve_weights(model)
-    compact(model, _values(onnx.load_from_string(graph.model)))
-    result = graph_of(model)
-    check(result)
-    return result
+    work = Workpiece(model, _values(onnx.load_from_string(graph.model)))
+    halve_weights(work)
+    return work.finish()
 
 
 def _quantise_statically(graph: Graph, batches: Sequence[Inputs], excluded: Sequence[str]) -> onnx.ModelProto:
@@ -136,7 +109,7 @@ def _quantise_layers(graph: Graph, excluded: Sequence[str]) -> onnx.ModelProto:
     made: dict[str, onnx.TensorProto] = {}
     for group in _group_layers(layers, weights):
         used = {name for node in group for name in node.input if name in weights}
-        part = _make_part(model, group, [load_tensor(weights[name], graph.weights) for name in sorted(used)])
+        part = make_part(model, group, [load_tensor(weights[name], graph.weights) for name in sorted(used)])
         with TemporaryDirectory() as folder, quiet_tools():
             source, out = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
             onnx.save(part, source)
@@ -169,21 +142,6 @@ def _group_layers(
         groups[-1].append(layer)
         room -= size
     return groups
-
-
-def _make_part(
-    model: onnx.ModelProto, layers: Sequence[onnx.NodeProto], weights: Sequence[onnx.TensorProto]
-) -> onnx.ModelProto:
-    """A model of some layers alone, which reads what they read and gives what each of them gives."""
-    made = [name for layer in layers for name in layer.output]
-    known = {*made, *(tensor.name for tensor in weights)}
-    read = dict.fromkeys(name for layer in layers for name in layer.input if name and name not in known)
-    inputs, outputs = (
-        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names]
-        for names in (read, made)
-    )
-    body = onnx.helper.make_graph(layers, "layers", inputs, outputs, weights)
-    return onnx.helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _unname_pairs(model: onnx.ModelProto) -> None:

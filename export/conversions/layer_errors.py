@@ -14,9 +14,10 @@ from piflow_edge.export.conversions.calibration import Conversion, Inputs, split
 from piflow_edge.export.conversions.pieces import Piece
 from piflow_edge.export.conversions.twins import Twins, measure_twins
 from piflow_edge.export.conversions.weights_of_layers import quantisable
-from piflow_edge.export.onnx_graphs.large import load_tensor
+from piflow_edge.export.onnx_graphs.large import is_on_demand, load_tensor
 
-# Inputs that a layer is measured on: some of every call, or some prompts.
+# Inputs that a layer is measured on: some of every call, or some prompts; of a network that runs for minutes the first
+# and the last.
 _MOST_BATCHES = 8
 _TWIN = ".converted"
 
@@ -51,7 +52,8 @@ def measure_layers(exact: Graph, converted: Graph, batches: Sequence[Inputs]) ->
                 other.add_twin(node, twins)
         return twins
 
-    samples = [next(split_samples([batch])) for batch in batches[:_MOST_BATCHES]]
+    chosen = [batches[0], batches[-1]] if is_on_demand(exact) else batches[:_MOST_BATCHES]
+    samples = [next(split_samples([batch])) for batch in chosen]
     found = {
         node.name: _relative(measures)
         for node, _, measures in measure_twins(model, samples, add_twins, other.model.opset_import)

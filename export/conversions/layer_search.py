@@ -3,11 +3,74 @@
 import logging
 from collections.abc import Callable, Sequence
 
+import onnx
+
+from piflow_edge.bundle.manifest import STUDENT
+from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.export.conversions.calibration import Conversion
+from piflow_edge.export.conversions.calibration import Calibration, Conversion
+from piflow_edge.export.conversions.layer_errors import measure_layers, report_layers
+from piflow_edge.export.conversions.weights_of_layers import quantisable
+from piflow_edge.export.onnx_graphs.large import drop_weights, is_on_demand
 
 log = logging.getLogger(__name__)
+
+# Share of the tolerances that may be used on the calibration images. The largest error of the golden images, which are
+# others, was up to 1.6 times as large on the digits.
+_SHARE = 0.5
+
+
+def convert_layers(
+    name: str,
+    network: str,
+    graph: Graph,
+    calibration: Calibration,
+    convert: Callable[[Sequence[str]], Graph],
+) -> Conversion:
+    """Convert the matrix products of a network, but for those that cost too much, and report each layer's error.
+
+    Args:
+        name: of the precision.
+        network, graph, calibration: as of every conversion.
+        convert: the layers to leave out -> the graph with the others converted.
+
+    Raises:
+        CheckFailedError: even one converted layer is too much.
+    """
+    layers, batches = quantisable(onnx.load_from_string(graph.model)), calibration.inputs_of(network)
+    tolerances = PRECISIONS[name].tolerances
+    if is_on_demand(graph):
+        allowed = tolerances.outputs if network == STUDENT else tolerances.encodings
+        return _convert_by_layer(name, graph, convert, batches, allowed * _SHARE)
+
+    def accepts(converted: Graph) -> float:
+        return calibration.share(converted, tolerances, network, graph) / _SHARE
+
+    return report_layers(convert_within(name, layers, convert, accepts), graph, batches)
+
+
+def _convert_by_layer(name, graph, convert, batches, allowed: float) -> Conversion:
+    """The conversion of a network that memory may not hold, and that is too slow to be tried without each of its layers.
+
+    Those that are off by more than `allowed` by themselves are left out; `verify` looks at the whole.
+    """
+    converted = convert([])
+    errors = measure_layers(graph, converted, batches)
+    left_out = {
+        layer: f"off by {error:.2g} by itself" for layer, error in errors.items() if not error <= allowed
+    }
+    log.info("%s: %d of %d layers are off by more than %.2g", name, len(left_out), len(errors), allowed)
+    if left_out:
+        if len(left_out) == len(errors):
+            raise CheckFailedError(
+                f"no layer of the network can be quantised within tolerance: by itself each is off by more than "
+                f"{allowed:.2g} of its output; export without {name}"
+            )
+        drop_weights(converted)
+        converted = convert(list(left_out))
+    kept = {layer: error for layer, error in errors.items() if layer not in left_out}
+    return Conversion(converted, left_out, kept)
 
 
 def convert_within(

@@ -6,6 +6,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from piflow_edge.export.conversions.narrow_tensors import halve, is_worth_it, round_to_int8
+from piflow_edge.export.onnx_graphs.large import Workpiece
 from piflow_edge.export.onnx_graphs.value_names import ValueNames
 
 
@@ -21,21 +22,26 @@ def halve_lookup_tables(model: onnx.ModelProto, only: Container[str] | None = No
     """
     graph = model.graph
     tables = _find_tables(graph, lambda lookup: only is None or lookup.name in only)
-    lookups = _find_lookups(graph, {tensor.name for tensor in tables if halve(tensor)})
+    halved = set()
+    for table in tables:
+        if (half := halve(table)) is not None:
+            table.CopyFrom(half)
+            halved.add(table.name)
+    lookups = _find_lookups(graph, halved)
     names = ValueNames(graph)
     for lookup in lookups:
         _widen_output(graph, lookup, names)
     return [lookup.name for lookup in lookups]
 
 
-def quantise_lookup_tables(model: onnx.ModelProto) -> None:
+def quantise_lookup_tables(work: Workpiece) -> None:
     """Keep float32 tables whose rows alone are looked up as int8, with one scale per row, and scale what is found."""
-    graph = model.graph
+    graph = work.model.graph
     tables = _find_tables(graph, _finds_rows)
     for table in tables:
-        rounded, scales = round_to_int8(numpy_helper.to_array(table), 1)
-        table.CopyFrom(numpy_helper.from_array(rounded, table.name))
-        graph.initializer.append(numpy_helper.from_array(scales, _scales_of(table.name)))
+        rounded, scales = round_to_int8(numpy_helper.to_array(work.load(table)), 1)
+        work.replace(table, numpy_helper.from_array(rounded, table.name))
+        work.add(numpy_helper.from_array(scales, _scales_of(table.name)))
     names = ValueNames(graph)
     for lookup in _find_lookups(graph, {table.name for table in tables}):
         _scale_output(graph, lookup, names)

@@ -15,13 +15,12 @@ def is_worth_it(tensor: TensorProto) -> bool:
     return tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1 and math.prod(tensor.dims) >= _LEAST
 
 
-def halve(tensor: TensorProto) -> bool:
-    """Make a tensor fp16; return False where its values do not fit."""
+def halve(tensor: TensorProto) -> TensorProto | None:
+    """Return a tensor in fp16; None where its values do not fit."""
     values = numpy_helper.to_array(tensor)
     if not np.abs(values).max() <= _FP16_LARGEST:
-        return False
-    tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
-    return True
+        return None
+    return numpy_helper.from_array(values.astype(np.float16), tensor.name)
 
 
 def round_to_int8(values: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,61 +9,51 @@ of a layer loses the rest: of MiniLM, dynamic int8 was off by 0.19 of a prompt's
 (root mean squares, the worst of seven prompts). And for students that are to be nearly what they were.
 """
 
-from collections.abc import Sequence
-
-import onnx
+from collections.abc import Collection
+from pathlib import Path
 
 from piflow_edge.bundle.manifest import STUDENT
-from piflow_edge.bundle.precisions import PRECISIONS
 from piflow_edge.engines import Graph
 from piflow_edge.export.conversions.calibration import Calibration, Conversion
 from piflow_edge.export.conversions.layer_errors import report_layers
-from piflow_edge.export.conversions.layer_search import convert_within
+from piflow_edge.export.conversions.layer_search import convert_layers
 from piflow_edge.export.conversions.lookup_tables import quantise_lookup_tables
 from piflow_edge.export.conversions.weights_of_layers import halve_weights, quantisable, quantise_weights
-from piflow_edge.export.onnx_graphs.compact import compact
-from piflow_edge.export.onnx_graphs.large import check, graph_of, model_of
-
-# Share of the tolerances that may be used on the calibration images; see `int8`.
-_SHARE = 0.5
+from piflow_edge.export.onnx_graphs.large import Workpiece
 
 
 def convert_network(network: str, graph: Graph, calibration: Calibration) -> Conversion:
     """The conversion to int8-weights of a bundle's network; see `Precision`. Decoders stay in float32."""
     if network in calibration.encoder_inputs:
-        return report_layers(convert_encoder(graph), graph, calibration.encoder_inputs[network])
+        return convert_encoder(network, graph, calibration)
     if network != STUDENT:
         return Conversion(graph, "all")
-    layers = quantisable(onnx.load_from_string(graph.model))
-    tolerances = PRECISIONS["int8-weights"].tolerances
-
-    def convert(excluded: Sequence[str]) -> Graph:
-        return _quantise(graph, excluded)
-
-    def accepts(converted: Graph) -> float:
-        return calibration.share(converted, tolerances) / _SHARE
-
-    return report_layers(convert_within("int8-weights", layers, convert, accepts), graph, calibration.batches)
+    return convert_layers(
+        "int8-weights",
+        network,
+        graph,
+        calibration,
+        lambda out: quantise_student(graph, out, calibration.room),
+    )
 
 
-def convert_encoder(graph: Graph) -> Conversion:
-    """A text encoder with its weights and lookup tables in eight bits."""
-    model = model_of(graph)
-    known = {name for node in model.graph.node for name in node.output}
-    quantise_weights(model, quantisable(model))
-    quantise_lookup_tables(model)
-    compact(model, known)
-    result = graph_of(model)
-    check(result)
-    return Conversion(result)
+def convert_encoder(network: str, graph: Graph, calibration: Calibration) -> Conversion:
+    """The conversion of a text encoder, of which weights and lookup tables are in eight bits."""
+    converted = Conversion(quantise_encoder(graph, calibration.room))
+    return report_layers(converted, graph, calibration.encoder_inputs[network])
 
 
-def _quantise(graph: Graph, excluded: Sequence[str]) -> Graph:
-    model = model_of(graph)
-    known = {name for node in model.graph.node for name in node.output}
-    quantise_weights(model, set(quantisable(model)) - set(excluded))
-    halve_weights(model)
-    compact(model, known)
-    result = graph_of(model)
-    check(result)
-    return result
+def quantise_encoder(graph: Graph, room: Path | None = None) -> Graph:
+    """The graph with its matrix products and lookup tables in int8. `room`: as of `Workpiece`."""
+    work = Workpiece.open(graph, room)
+    quantise_weights(work, quantisable(work.model))
+    quantise_lookup_tables(work)
+    return work.finish()
+
+
+def quantise_student(graph: Graph, excluded: Collection[str], room: Path | None = None) -> Graph:
+    """The graph with all but the `excluded` matrix products in int8, other weights in fp16. `room`: as above."""
+    work = Workpiece.open(graph, room)
+    quantise_weights(work, set(quantisable(work.model)) - set(excluded))
+    halve_weights(work)
+    return work.finish()

@@ -35,7 +35,8 @@ def _merge_equal_weights(graph: onnx.GraphProto) -> None:
     first: dict[tuple, str] = {}
     renamed: dict[str, str] = {}
     for tensor in graph.initializer:
-        if tensor.name in used and len(tensor.dims) < 2:
+        inside = tensor.data_location != onnx.TensorProto.EXTERNAL
+        if tensor.name in used and inside and len(tensor.dims) < 2:
             values = numpy_helper.to_array(tensor)
             content = (tensor.data_type, values.shape, values.tobytes())
             original = first.setdefault(content, tensor.name)

@@ -9,6 +9,7 @@ from piflow_edge.bundle.sections import AxisSpec, NetworkSpec
 from piflow_edge.bundle.sizes import HEIGHT, IMAGE_HEIGHT, IMAGE_WIDTH, WIDTH
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.data.autoencoder import KINDS, Autoencoder
+from piflow_edge.engines import Graph
 from piflow_edge.export.onnx_graphs.to_onnx import (
     build_dims,
     name_dims,
@@ -34,8 +35,8 @@ class _Decoder(nn.Module):
 
 def export_decoder(
     autoencoder: Autoencoder, shape: list[int], axes: Mapping[str, AxisSpec] | None = None
-) -> bytes:
-    """The decoder as an ONNX model in float32 with a dynamic batch, its weights inside.
+) -> Graph:
+    """The decoder as an ONNX model in float32 with a dynamic batch.
 
     Input: `latents` float32 (batch, C, H, W), not scaled. Output: `images` float32 (batch, C, H, W), -1 black to 1
     white.
@@ -53,7 +54,7 @@ def export_decoder(
     dims = build_dims(named)
     shapes = ({0: dims["batch"], **{place: dims[name] for place, name in sides.items()}},)
     module, example = _Decoder(autoencoder).eval(), (torch.zeros(2, *traced),)
-    return trace_graph(module, example, DECODER_INPUTS, DECODER_OUTPUTS, shapes, name_dims(named)).model
+    return trace_graph(module, example, DECODER_INPUTS, DECODER_OUTPUTS, shapes, name_dims(named))
 
 
 def measure_scale(autoencoder: Autoencoder, shape: Sequence[int]) -> tuple[int, int]:

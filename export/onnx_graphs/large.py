@@ -1,37 +1,134 @@
 """Models above 2 GiB, where a protobuf message ends: their weights lie in a file beside them.
 
-A model in memory may be of any size; as a `Graph` it is bytes, of the model and of that file.
+A model in memory may be of any size; as a `Graph` it is bytes, of the model and of that file. Of a network that memory
+may not hold, the file is one of `weight_files`.
 """
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import gettempdir
+from types import MappingProxyType
+from typing import Any
 
 import onnx
 from onnx.external_data_helper import ExternalDataInfo, set_external_data
 
 from piflow_edge.engines import Graph
+from piflow_edge.export.onnx_graphs.compact import compact
+from piflow_edge.export.onnx_graphs.weight_files import STORED, WEIGHTS, WeightFile, WeightsOnDemand
 
 # Bytes of weights above which they move out; what else a model holds counts towards protobuf's limit too.
 LARGEST_MODEL = 2**31 - 2**26
 # Smaller tensors stay: whoever infers shapes reads axes and sizes from them.
 _STAYS = 1024
-# Name of the file until the bundle gives it one.
-_FILE = "weights"
 
 
-def graph_of(model: onnx.ModelProto) -> Graph:
-    """The model as bytes, its weights in a file of their own if they are too many. The model is used up."""
+def graph_of(model: onnx.ModelProto, weights: WeightsOnDemand | WeightFile | None = None) -> Graph:
+    """The model as bytes, its weights in a file of their own if they are too many. The model is used up.
+
+    `weights`: where some of its weights are already; they move back into a model that is small enough.
+    """
+    name = STORED if isinstance(weights, WeightsOnDemand) else WEIGHTS
     if sum(map(count_bytes, model.graph.initializer)) <= LARGEST_MODEL:
+        if weights is not None:
+            _load_weights(model, {name: weights})
+        if isinstance(weights, WeightFile):
+            weights.drop()
         return Graph(model.SerializeToString())
     file = io.BytesIO()
     for tensor in model.graph.initializer:
-        if len(tensor.raw_data) >= _STAYS:
-            start = file.tell()
-            set_external_data(tensor, _FILE, offset=start, length=file.write(tensor.raw_data))
-            tensor.ClearField("raw_data")  # at once: memory holds one copy, not two
-    return Graph(model.SerializeToString(), {_FILE: file.getvalue()})
+        if weights is not None:
+            move_out(tensor, weights)
+        elif len(tensor.raw_data) >= _STAYS:
+            _set_place(tensor, name, file.tell(), file.write(tensor.raw_data))
+    return Graph(model.SerializeToString(), {name: file.getvalue() if weights is None else weights})
+
+
+def move_out(tensor: onnx.TensorProto, weights: WeightsOnDemand | WeightFile) -> None:
+    """Put a tensor's content into a file, unless it is there or so small that it may stay."""
+    data = tensor.raw_data
+    if len(data) < _STAYS:
+        return
+    if isinstance(weights, WeightFile):
+        _set_place(tensor, WEIGHTS, weights.append(data), len(data))
+    else:
+        _set_place(tensor, STORED, weights.append(len(data), lambda: data), len(data))
+
+
+def _set_place(tensor: onnx.TensorProto, file: str, start: int, length: int) -> None:
+    set_external_data(tensor, file, offset=start, length=length)
+    tensor.ClearField("raw_data")  # at once: memory holds one copy, not two
+
+
+def is_on_demand(graph: Graph) -> bool:
+    """Whether weights of the graph are made when they are read, because memory may not hold them."""
+    return STORED in graph.weights
+
+
+def drop_weights(graph: Graph) -> None:
+    """Delete the file that a graph's weights were written to, if they were."""
+    for content in graph.weights.values():
+        if isinstance(content, WeightFile):
+            content.drop()
+
+
+class Workpiece:
+    """A model in conversion, whose weights are changed one by one: no more than one has to be in memory.
+
+    Args:
+        model: it is changed.
+        known: values that keep their names, see `compact`; None are all that its nodes make.
+        files: contents of the files that its weights lie in, if they do.
+        done: takes the weights that it will have, where memory may not hold them.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        known: Iterable[str] | None = None,
+        files: Mapping[str, Any] = MappingProxyType({}),
+        done: WeightFile | None = None,
+    ):
+        self.model, self._files, self._done = model, files, done
+        self._known = {name for node in model.graph.node for name in node.output} if known is None else known
+
+    @classmethod
+    def open(cls, graph: Graph, room: Path | None = None) -> "Workpiece":
+        """A graph's model; `room` is a folder for a file that its weights may need, None the system's."""
+        if is_on_demand(graph):
+            done = WeightFile(room or Path(gettempdir()))
+            return cls(onnx.load_from_string(graph.model), files=graph.weights, done=done)
+        return cls(model_of(graph))
+
+    def load(self, tensor: onnx.TensorProto) -> onnx.TensorProto:
+        """An initializer with its content inside."""
+        return load_tensor(tensor, self._files)
+
+    def replace(self, tensor: onnx.TensorProto, new: onnx.TensorProto) -> None:
+        """Take `new` in the place of an initializer."""
+        if self._done is not None:
+            move_out(new, self._done)
+        tensor.CopyFrom(new)
+
+    def add(self, tensor: onnx.TensorProto) -> None:
+        """Add an initializer."""
+        self.replace(self.model.graph.initializer.add(), tensor)
+
+    def finish(self) -> Graph:
+        """The graph that it has become, compacted and checked."""
+        compact(self.model, self._known)
+        for tensor in self.model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL and _file_of(tensor) in self._files:
+                self.replace(tensor, self.load(tensor))
+        graph = graph_of(self.model, self._done)
+        check(graph)
+        return graph
+
+
+def _file_of(tensor: onnx.TensorProto) -> str:
+    return ExternalDataInfo(tensor).location
 
 
 def count_bytes(tensor: onnx.TensorProto) -> int:
@@ -46,13 +143,15 @@ def measure_lowered_share(graph: Graph) -> float:
     return sum(math.prod(t.dims) for t in lowered) / max(sum(math.prod(t.dims) for t in tensors), 1)
 
 
-def load_tensor(tensor: onnx.TensorProto, files: Mapping[str, bytes]) -> onnx.TensorProto:
+def load_tensor(tensor: onnx.TensorProto, files: Mapping[str, Any]) -> onnx.TensorProto:
     """The tensor with its content inside: itself, or a copy where the content lies in one of the `files`."""
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return tensor
     info = ExternalDataInfo(tensor)
     start, length = int(info.offset or 0), int(info.length or 0)
-    content = memoryview(files[info.location])[start : start + length]
+    file = files[info.location]
+    is_made = isinstance(file, WeightsOnDemand | WeightFile)
+    content = file.read(start, length) if is_made else memoryview(file)[start : start + length]
     return onnx.TensorProto(
         name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=bytes(content)
     )
@@ -61,10 +160,14 @@ def load_tensor(tensor: onnx.TensorProto, files: Mapping[str, bytes]) -> onnx.Te
 def model_of(graph: Graph) -> onnx.ModelProto:
     """The model with all its weights inside, to be looked at or changed."""
     model = onnx.load_from_string(graph.model)
+    _load_weights(model, graph.weights)
+    return model
+
+
+def _load_weights(model: onnx.ModelProto, files: Mapping[str, Any]) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            tensor.CopyFrom(load_tensor(tensor, graph.weights))
-    return model
+            tensor.CopyFrom(load_tensor(tensor, files))
 
 
 def check(graph: Graph) -> None:
@@ -77,8 +180,8 @@ def check(graph: Graph) -> None:
         onnx.checker.check_model(graph.model, full_check=True)
 
 
-def name_files(graph: Graph, name: str) -> dict[str, bytes]:
-    """Files of a graph in a bundle: `name`, and `name`.data for the weights if they are apart."""
+def name_files(graph: Graph, name: str) -> dict[str, Any]:
+    """Files of a graph in a bundle: `name`, and `name`.data for the weights if they are apart, bytes or a file."""
     if not graph.weights:
         return {name: graph.model}
     model = onnx.load_from_string(graph.model)

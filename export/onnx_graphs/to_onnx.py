@@ -19,11 +19,14 @@ from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.bundle.sizes import HEIGHT, WIDTH
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.networks.flow_network import FlowNetwork
+from piflow_edge.distill.networks.stored_weights import find_stored
 from piflow_edge.distill.sources import describe_failure
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError, CheckpointError
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.large import check, graph_of
+from piflow_edge.export.onnx_graphs.stored_initializers import take_out_weights
+from piflow_edge.export.onnx_graphs.weight_files import WeightsOnDemand
 
 # TensorRT 8.6 (JetPack 6.0) reads up to 17 in full and most of 18; torch's exporter writes 18 or newer.
 OPSET = 18
@@ -128,6 +131,7 @@ def trace_graph(
         CheckpointError: torch cannot make a graph of the module's code.
         CheckFailedError: the exported graph is not valid ONNX.
     """
+    in_files = any(map(find_stored, module.parameters()))
     with quiet(), _rare_collections(), torch.no_grad(), _name_the_line():
         program = torch.onnx.export(
             module,
@@ -138,9 +142,14 @@ def trace_graph(
             output_names=list(outputs),
             dynamic_shapes=dynamic_shapes,
             verbose=False,
+            optimize=not in_files,  # which would turn weights around that are not to be read yet
         )
-    assert program is not None, "asked for, it is returned"
-    return _clean_graph(program.model_proto, axes or {})
+        assert program is not None, "asked for, it is returned"
+        weights = None
+        if in_files:
+            weights = take_out_weights(program.model, module)
+            program.optimize()
+    return _clean_graph(program.model_proto, axes or {}, weights)
 
 
 @contextlib.contextmanager
@@ -232,8 +241,11 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         node.name = name if numbers[name] == 1 else f"{name}_{numbers[name] - 1}"
 
 
-def _clean_graph(model: onnx.ModelProto, names: Mapping[str, str]) -> Graph:
-    """Return a traced model without what it says of this machine, its axes renamed by `names`, checked."""
+def _clean_graph(model: onnx.ModelProto, names: Mapping[str, str], weights: WeightsOnDemand | None) -> Graph:
+    """Return a traced model without what it says of this machine, its axes renamed by `names`, checked.
+
+    `weights`: those that are not inside.
+    """
     compact(model, [name for node in model.graph.node for name in node.output])
     _name_nodes(model.graph)
     for node in model.graph.node:  # stack traces with this machine's paths
@@ -245,7 +257,7 @@ def _clean_graph(model: onnx.ModelProto, names: Mapping[str, str]) -> Graph:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
-    graph = graph_of(model)
+    graph = graph_of(model, weights)
     try:
         check(graph)
     except onnx.checker.ValidationError as error:

@@ -136,7 +136,7 @@ def _load_encoder(folder: Path, place: EncoderPlace) -> TextEncoder:
     words = folder / place.tokenizer
     chat = {} if place.system is None else {"template": read_chat_template(words, place.system)}
     return load_text_encoder(
-        folder / place.folder, tokenizer=words, name=place.name, **{**place.settings, **chat}
+        folder / place.folder, tokenizer=words, name=place.name, in_files=True, **{**place.settings, **chat}
     )
 
 

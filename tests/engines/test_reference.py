@@ -236,7 +236,7 @@ def test_decoders(kind, tmp_path):
     from piflow_edge.export.conversions.fp16 import to_fp16
     from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
 
-    decoder = export_decoder(load_autoencoder(make_autoencoder(kind, tmp_path)), [4, 8, 8])
+    decoder = export_decoder(load_autoencoder(make_autoencoder(kind, tmp_path)), [4, 8, 8]).model
     assert_alike(*both(Graph(decoder)), "fp32")
     half = to_fp16(Graph(decoder), [{"latents": normal(2, 4, 8, 8)}]).graph
     assert_alike(*both(half), "fp16")

@@ -83,10 +83,11 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, trained_o
             own[name].copy_(tensor)
 
 
-def state_dict(source: Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights in float32 from a `.pt`, `.pth` or `.safetensors` file; of a training checkpoint the averaged ones.
+def state_dict(source: Path | Mapping[str, Tensor], *, widen: bool = True) -> dict[str, Tensor]:
+    """Weights from a `.pt`, `.pth` or `.safetensors` file; of a training checkpoint the averaged ones.
 
-    A leading "module." of a wrapped network is taken off the names.
+    A leading "module." of a wrapped network is taken off the names. They are in float32, or with `widen=False` of the
+    type that they are stored in.
 
     Raises:
         CheckpointError: the file cannot be read, or holds something else.
@@ -119,7 +120,9 @@ def state_dict(source: Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"a state dict is names and tensors, alone or under 'ema', 'state_dict' or 'model'; {what} holds something "
             "else; save the module's state_dict() alone"
         )
-    return {name.removeprefix("module."): tensor.float() for name, tensor in weights.items()}
+    return {
+        name.removeprefix("module."): tensor.float() if widen else tensor for name, tensor in weights.items()
+    }
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ from piflow_edge.errors import CheckpointError, MissingExtraError, ShapeError
 
 from .flow_network import Convention, FlowNetwork
 from .rotations import count_places, use_real_rotations
+from .stored_weights import find_stored_type, leave_in_files
 
 # Side of the patches that FLUX and Qwen-Image are given as tokens.
 _PACKED = 2
@@ -277,8 +278,8 @@ def load_diffusers(
     return wrap_diffusers(module, sample_shape=sample_shape, convention=convention).requires_grad_(False)
 
 
-def load_module(folder: Path, class_name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A transformer of a certain class from its folder.
+def load_module(folder: Path, class_name: str) -> nn.Module:
+    """A transformer of a certain class from its folder, its large weights left there; see `stored_weights`.
 
     Raises:
         CheckpointError: nothing there that diffusers can read as one.
@@ -286,9 +287,11 @@ def load_module(folder: Path, class_name: str, dtype: torch.dtype = torch.float3
     """
     kind = getattr(_diffusers(), class_name)
     try:
-        return kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+        module = kind.from_pretrained(folder, torch_dtype=find_stored_type(folder), local_files_only=True)
     except Exception as error:  # diffusers raises many kinds
         raise CheckpointError(f"diffusers cannot load a {class_name} from {folder}: {error}") from error
+    leave_in_files(module)
+    return module
 
 
 def build_diffusers(description: Mapping[str, Any]) -> DiffusersNetwork:

@@ -22,6 +22,7 @@ from piflow_edge.policies import PolicySpec
 from .dit import DiT, DiTConfig
 from .heads import PolicyProjection, widen_layer
 from .lora import LoRAConfig, adapters_off, inject_lora
+from .stored_weights import read_weights
 
 # Floors where a prediction is divided by the noise level, or by 1 minus it: a network that predicts noise says
 # nothing about x_0 at pure noise.
@@ -204,7 +205,7 @@ class FlowNetwork(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the weights: the same network has the same, wherever its files are."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in read_weights(self):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

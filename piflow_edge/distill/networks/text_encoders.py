@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec, TextEncoderSpec, TextPrompts
+from piflow_edge.distill.networks.stored_weights import find_stored_type, leave_in_files
 from piflow_edge.distill.official.hub import check_on_hub, check_there, explain_failure
 from piflow_edge.errors import CheckpointError, MissingExtraError
 
@@ -151,14 +152,20 @@ def open_encoders(spec: TextPrompts, encoders: Sequence[TextEncoder]) -> OpenedT
 
 
 def load_text_encoder(
-    source: str | Path, *, tokenizer: str | Path | None = None, name: str | None = None, **settings: Any
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    name: str | None = None,
+    in_files: bool = False,
+    **settings: Any,
 ) -> TextEncoder:
-    """Load a text encoder of `transformers`, in float32 and ready to encode.
+    """Load a text encoder of `transformers`, which encodes in float32.
 
     Args:
         source: its folder, or a hub id, which is downloaded.
         tokenizer: folder or hub id of the tokenizer; None is `source`.
         name: for the bundle; None is the architecture's.
+        in_files: leave large weights of a local folder there, see `stored_weights`: less memory, and slower.
         settings: fields of `TextEncoderSpec` that are not what the architecture's pipelines do.
 
     Raises:
@@ -179,8 +186,12 @@ def load_text_encoder(
             )
         # Eager attention: the fused one of T5 does not go into a graph.
         model = getattr(transformers, family.model_class).from_pretrained(
-            source, dtype=torch.float32, attn_implementation="eager"
+            source,
+            dtype=find_stored_type(Path(source)) if in_files else torch.float32,
+            attn_implementation="eager",
         )
+        if in_files:
+            leave_in_files(model)
         words = transformers.AutoTokenizer.from_pretrained(tokenizer or source)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):

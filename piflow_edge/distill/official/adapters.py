@@ -16,6 +16,7 @@ from piflow_edge.distill.networks.diffusers_networks import (
     FluxDiffusersNetwork,
     QwenImageDiffusersNetwork,
 )
+from piflow_edge.distill.networks.stored_weights import find_stored
 from piflow_edge.errors import CheckpointError
 
 from .checkpoint_files import OfficialFiles
@@ -137,7 +138,10 @@ def merge_lora(module: nn.Module, weights: Mapping[str, Tensor], strength: float
             raise CheckpointError(
                 f"the adapter has a LoRA for {layer!r}, and the base has {found} there; is it of another base?"
             )
-        weight.add_((up.float() @ down.float()).to(weight), alpha=strength)
+        if stored := find_stored(weight):
+            stored.add_product(up, down, strength)
+        else:
+            weight.add_((up.float() @ down.float()).to(weight), alpha=strength)
 
 
 def _replace_layers(base: nn.Module, files: OfficialFiles, names: list[str]) -> None:
@@ -157,4 +161,7 @@ def _replace_layers(base: nn.Module, files: OfficialFiles, names: list[str]) -> 
             raise CheckpointError(
                 f"the adapter replaces {name!r}, which the base has not, or in another shape"
             )
-        own[name].data.copy_(files.weights[name])
+        if stored := find_stored(own[name]):
+            stored.replace(files.weights[name])
+        else:
+            own[name].data.copy_(files.weights[name])

@@ -24,7 +24,7 @@ class OfficialFiles:
     Args:
         class_name: the authors' class; "" where no configuration says it.
         config: its constructor's arguments.
-        weights: float32, by the authors' names; of a training checkpoint the averaged ones.
+        weights: as they are stored, by the authors' names; of a training checkpoint the averaged ones.
         policy: the policy's JSON, as the authors' exporter records it; {} where no file says it.
     """
 
@@ -34,10 +34,10 @@ class OfficialFiles:
     policy: Mapping[str, Any] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
-        """The weights of that name; CheckpointError where there are none."""
+        """The weights of that name, in float32; CheckpointError where there are none."""
         if name not in self.weights:
             raise CheckpointError(f"this is no {self.class_name or 'student'} of pi-Flow: it lacks {name!r}")
-        return self.weights[name]
+        return self.weights[name].float()
 
 
 def read_official_files(path: Path, config: Path | None = None) -> OfficialFiles:
@@ -57,7 +57,7 @@ def read_official_files(path: Path, config: Path | None = None) -> OfficialFiles
     settings = _read_config(beside) if config is not None or beside.is_file() else {}
     weights: dict[str, Tensor] = {}
     for file in files:
-        weights |= state_dict(file)
+        weights |= state_dict(file, widen=False)
     class_name = str(settings.pop("_class_name", ""))
     policy = settings.pop("policy_config", None) or _read_policy(files[0])
     return OfficialFiles(class_name, settings, _name_plainly(weights), policy)

@@ -53,7 +53,7 @@ def build_class_student(files: OfficialFiles, num_timesteps: float) -> DiTNetwor
     places = side**2
     head = read_policy_spec(files, places * channels, "proj_out_2")
     is_mixture = "proj_out_means.weight" in files.weights
-    plain = {name: v for name, v in files.weights.items() if not name.startswith(_HEAD)}
+    plain = {name: v.float() for name, v in files.weights.items() if not name.startswith(_HEAD)}
     if is_mixture:
         rows = {
             kind: join_mixture_rows(files, kind, places, places_last=False) for kind in ("weight", "bias")

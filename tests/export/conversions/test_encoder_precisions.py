@@ -13,7 +13,7 @@ from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError
 from piflow_edge.export.conversions.fp16 import to_fp16
 from piflow_edge.export.conversions.int4 import quantise_blocks
-from piflow_edge.export.conversions.weights_only import convert_encoder
+from piflow_edge.export.conversions.weights_only import quantise_encoder
 from piflow_edge.export.half_graph import convert_to_half
 from piflow_edge.export.onnx_graphs.encoder_graph import example_inputs, export_encoder
 from piflow_edge.export.onnx_graphs.large import types
@@ -27,7 +27,7 @@ from tests.helpers.text_encoders import tiny_text_encoder
 pytestmark = pytest.mark.torch
 CONVERSIONS = {
     "fp16": lambda graph, inputs: to_fp16(graph, inputs).graph,
-    "int8": lambda graph, inputs: convert_encoder(graph).graph,
+    "int8": lambda graph, inputs: quantise_encoder(graph),
     "int4": lambda graph, inputs: quantise_blocks(graph, [], 32),
 }
 # Which operator shows that the weights are in fewer bits.

@@ -19,7 +19,7 @@ from piflow_edge.export.conversions.int4 import quantise_blocks
 from piflow_edge.export.conversions.int8 import quantise
 from piflow_edge.export.conversions.layer_errors import measure_layers, report_layers
 from piflow_edge.export.conversions.weights_of_layers import quantisable
-from piflow_edge.export.conversions.weights_only import convert_encoder
+from piflow_edge.export.conversions.weights_only import quantise_encoder
 from piflow_edge.export.onnx_graphs.large import model_of
 from piflow_edge.export.onnx_graphs.to_onnx import export_network
 from piflow_edge.export.to_bundle import export_bundle
@@ -38,7 +38,7 @@ FIRST = {name: array[:1] for name, array in BATCH.items()}
 CONVERSIONS = {
     "int8": lambda graph: quantise(graph, [BATCH], static=False),
     "int8-qdq": lambda graph: quantise(graph, [BATCH], static=True),
-    "int8-weights": lambda graph: convert_encoder(graph).graph,
+    "int8-weights": lambda graph: quantise_encoder(graph),
     "int4": lambda graph: quantise_blocks(graph, [], 32),
 }
 LAYER = "blocks.1.mlp.2/MatMul"
@@ -151,7 +151,7 @@ def test_weights_of_three_axes_are_left_as_they_are():
     )
     assert quantisable(model_of(graph)) == []
     given = {"x": np.ones((2, 4, 3, 8), np.float32)}
-    for convert in (lambda graph: convert_encoder(graph).graph, CONVERSIONS["int4"]):
+    for convert in (lambda graph: quantise_encoder(graph), CONVERSIONS["int4"]):
         (made,) = open_engine(convert(graph), engine="ort-cpu").run(given).values()
         np.testing.assert_allclose(made, given["x"] @ weights, rtol=1e-5)
 

@@ -26,7 +26,9 @@ from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export.conversions import int8
 from piflow_edge.export.conversions.calibration import Calibration
 from piflow_edge.export.conversions.fp16 import delicate_nodes
-from piflow_edge.export.conversions.int8 import quantisable, quantise, to_int8
+from piflow_edge.export.conversions.int8 import quantise
+from piflow_edge.export.conversions.layer_search import convert_within
+from piflow_edge.export.conversions.weights_of_layers import quantisable
 from piflow_edge.export.onnx_graphs.compact import compact
 from piflow_edge.export.onnx_graphs.to_onnx import export_network, network_graph
 from piflow_edge.export.to_bundle import export_bundle
@@ -173,6 +175,16 @@ def holds(graph, matrix):
     )
 
 
+def convert_to_int8(student, accepts, *, static):
+    layers = quantisable(onnx.load_from_string(student))
+    return convert_within(
+        "int8",
+        layers,
+        lambda excluded: quantise(Graph(student), [BATCH], static=static, excluded=excluded),
+        accepts,
+    )
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "qdq"])
 @pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
 def test_a_layer_that_is_left_out_stays_in_float32(student, kind, static):
@@ -188,7 +200,7 @@ def test_a_layer_that_is_left_out_stays_in_float32(student, kind, static):
     def accepts(graph):  # a made-up cost: this one layer may not be quantised
         return 0.5 if holds(graph.model, matrix) else 2.0
 
-    assert list(to_int8(Graph(student), [BATCH], static=static, accepts=accepts).float32_nodes) == [name]
+    assert list(convert_to_int8(student, accepts, static=static).float32_nodes) == [name]
 
 
 def test_layers_quantised_one_at_a_time_are_those_quantised_together(student, monkeypatch):
@@ -206,7 +218,7 @@ def test_layers_quantised_one_at_a_time_are_those_quantised_together(student, mo
 
 def test_a_student_that_cannot_be_quantised_is_refused(student):
     with pytest.raises(CheckFailedError, match=r"no layer .*quantised"):
-        to_int8(Graph(student), [BATCH], static=False, accepts=lambda graph: 2.0)
+        convert_to_int8(student, lambda graph: 2.0, static=False)
 
 
 def test_the_layer_that_int8_spoils_is_found_by_what_verify_checks(tmp_path):

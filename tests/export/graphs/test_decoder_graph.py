@@ -50,7 +50,9 @@ def kl(autoencoder_folder):
 def other_decoder(tmp_path_factory):
     """The graph of a decoder of other weights."""
     folder = tmp_path_factory.mktemp("autoencoders") / "other"
-    return export_decoder(load_autoencoder(make_autoencoder("AutoencoderKL", folder, seed=1)), [4, 8, 8])
+    return export_decoder(
+        load_autoencoder(make_autoencoder("AutoencoderKL", folder, seed=1)), [4, 8, 8]
+    ).model
 
 
 def images_in_torch(autoencoder, latents):
