@@ -10,11 +10,13 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import Conditioner, ConditionRequest
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
+from piflow_edge.distill.stored_weights import find_stored
 from piflow_edge.export.conversions.calibration import count_images
 from piflow_edge.integrator import rollout_sigmas, take_euler_steps
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.images import decode
 from piflow_edge.runtime.verification import GOLDEN_SEED, PROMPTS
+from piflow_edge.system.progress import announce
 
 # Golden images per bundle, of a large network or of large policies fewer: enough to see, few enough to keep a bundle
 # small.
@@ -40,7 +42,10 @@ def golden_samples(
     x_t = philox_normal(GOLDEN_SEED, indices, shape)
     golden = {"noise": x_t, **{f"conditioning.{name}": array for name, array in conditioning.items()}}
     golden |= _trace_prompts(conditioner, count)
+    is_long = any(map(find_stored, network.parameters()))
     for i, segment in enumerate(schedule.segments):
+        if is_long:
+            announce(f"golden samples: call {i + 1} of {schedule.nfe}")
         sigma = torch.full((len(x_t),), segment.sigma_src)
         parts = network(torch.from_numpy(x_t), sigma, **given)
         outputs = {name: part.numpy() for name, part in zip(manifest.policy.outputs, parts, strict=True)}

@@ -4,7 +4,7 @@ Activations stay float32. That is for size: a network that does not fit in eight
 bits spoil are in eight.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +19,8 @@ from piflow_edge.export.conversions.int8 import quiet_tools
 from piflow_edge.export.conversions.layer_search import convert_layers
 from piflow_edge.export.conversions.lookup_tables import quantise_lookup_tables
 from piflow_edge.export.conversions.weights_of_layers import make_part, quantisable, quantise_weights
-from piflow_edge.export.onnx_graphs.large import Workpiece
+from piflow_edge.export.onnx_graphs.large import Workpiece, is_on_demand
+from piflow_edge.system.progress import progress
 
 
 def convert_network(
@@ -49,16 +50,21 @@ def quantise_blocks(graph: Graph, excluded: Sequence[str], block: int, room: Pat
     work = Workpiece.open(graph, room)
     layers = set(quantisable(work.model)) - set(excluded)
     quantise_weights(work, excluded)
-    with quiet_tools():
-        nodes = list(_quantise_layers(work, layers, block))
+    with quiet_tools(), progress("weights to 4 bits", len(layers), is_long=is_on_demand(graph)) as step:
+        nodes = list(_quantise_layers(work, layers, block, step))
     del work.model.graph.node[:]
     work.model.graph.node.extend(nodes)
     quantise_lookup_tables(work)
     return work.finish()
 
 
-def _quantise_layers(work: Workpiece, layers: Collection[str], block: int) -> Iterator[onnx.NodeProto]:
-    """The model's nodes, with those that make up each of the `layers` in its place. The tool is given one at a time."""
+def _quantise_layers(
+    work: Workpiece, layers: Collection[str], block: int, step: Callable[[str], None]
+) -> Iterator[onnx.NodeProto]:
+    """The model's nodes, with those that make up each of the `layers` in its place. The tool is given one at a time.
+
+    `step`: is called after each layer, with its name.
+    """
     tools, model_class = _import_tools(), import_part("quantization.onnx_model").ONNXModel
     graph = work.model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -68,16 +74,23 @@ def _quantise_layers(work: Workpiece, layers: Collection[str], block: int) -> It
             continue
         given = [work.load(tensors[name]) for name in node.input if name in tensors]
         part = model_class(make_part(work.model, [node], given))
+        del given
         part.replace_gemm_with_matmul()
         tool = tools.MatMulNBitsQuantizer(part.model, block_size=block)
         tool.process()
-        yield from tool.model.model.graph.node
-        for tensor in tool.model.model.graph.initializer:
+        made = onnx.ModelProto()
+        made.CopyFrom(tool.model.model)
+        # The tool is garbage in a circle, which Python may collect much later: it must not hold the weights until then.
+        for model in (part.model, tool.model.model):
+            model.Clear()
+        for tensor in made.graph.initializer:
             if tensor.name not in tensors:  # of weights that several layers share, once
                 work.add(tensor)
                 tensors[tensor.name] = graph.initializer[-1]
         known = {opset.domain for opset in work.model.opset_import}
-        work.model.opset_import.extend(o for o in tool.model.model.opset_import if o.domain not in known)
+        work.model.opset_import.extend(o for o in made.opset_import if o.domain not in known)
+        yield from made.graph.node
+        step(node.name)
 
 
 def _import_tools() -> ModuleType:

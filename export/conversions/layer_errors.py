@@ -15,6 +15,7 @@ from piflow_edge.export.conversions.pieces import Piece
 from piflow_edge.export.conversions.twins import Twins, measure_twins
 from piflow_edge.export.conversions.weights_of_layers import quantisable
 from piflow_edge.export.onnx_graphs.large import is_on_demand, load_tensor
+from piflow_edge.system.progress import progress
 
 # Inputs that a layer is measured on: some of every call, or some prompts; of a network that runs for minutes the first
 # and the last.
@@ -54,10 +55,11 @@ def measure_layers(exact: Graph, converted: Graph, batches: Sequence[Inputs]) ->
 
     chosen = [batches[0], batches[-1]] if is_on_demand(exact) else batches[:_MOST_BATCHES]
     samples = [next(split_samples([batch])) for batch in chosen]
-    found = {
-        node.name: _relative(measures)
-        for node, _, measures in measure_twins(model, samples, add_twins, other.model.opset_import)
-    }
+    found = {}
+    with progress("measuring layers", len(layers), is_long=is_on_demand(exact)) as step:
+        for node, _, measures in measure_twins(model, samples, add_twins, other.model.opset_import):
+            found[node.name] = _relative(measures)
+            step(node.name)
     return {name: found[name] for name in quantisable(model) if name in found}
 
 

@@ -1,6 +1,8 @@
 """Which layers a conversion must leave in float32, found by trying: as few as will do."""
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import onnx
@@ -12,13 +14,15 @@ from piflow_edge.errors import CheckFailedError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion
 from piflow_edge.export.conversions.layer_errors import measure_layers, report_layers
 from piflow_edge.export.conversions.weights_of_layers import quantisable
-from piflow_edge.export.onnx_graphs.large import drop_weights, is_on_demand
+from piflow_edge.export.onnx_graphs.large import count_bytes, drop_weights, is_on_demand
 
 log = logging.getLogger(__name__)
 
 # Share of the tolerances that may be used on the calibration images. The largest error of the golden images, which are
 # others, was up to 1.6 times as large on the digits.
 _SHARE = 0.5
+# Blocks that are alike, at least, in a network of blocks; and the share of the weights that may lie outside of them.
+_FEWEST_BLOCKS, _MOST_SINGLE = 4, 0.1
 
 
 def convert_layers(
@@ -42,7 +46,7 @@ def convert_layers(
     tolerances = PRECISIONS[name].tolerances
     if is_on_demand(graph):
         allowed = tolerances.outputs if network == STUDENT else tolerances.encodings
-        return _convert_by_layer(name, graph, convert, batches, allowed * _SHARE)
+        return _convert_by_layer(name, graph, layers, convert, batches, allowed * _SHARE)
 
     def accepts(converted: Graph) -> float:
         return calibration.share(converted, tolerances, network, graph) / _SHARE
@@ -50,27 +54,43 @@ def convert_layers(
     return report_layers(convert_within(name, layers, convert, accepts), graph, batches)
 
 
-def _convert_by_layer(name, graph, convert, batches, allowed: float) -> Conversion:
-    """The conversion of a network that memory may not hold, and that is too slow to be tried without each of its layers.
+def _convert_by_layer(name, graph, layers, convert, batches, allowed: float) -> Conversion:
+    """The conversion of a network that memory may not hold, and that takes too long to be tried without each layer.
 
-    Those that are off by more than `allowed` by themselves are left out; `verify` looks at the whole.
+    Left out are those that stand alone, such as embeddings and output layers, whose errors no others make up for,
+    and those that are off by more than `allowed` by themselves. `verify` looks at the whole.
     """
-    converted = convert([])
-    errors = measure_layers(graph, converted, batches)
-    left_out = {
+    left_out = dict.fromkeys(_find_single(graph, layers), "it stands alone")
+    converted = convert(list(left_out))
+    errors = {
+        layer: e for layer, e in measure_layers(graph, converted, batches).items() if layer not in left_out
+    }
+    far_off = {
         layer: f"off by {error:.2g} by itself" for layer, error in errors.items() if not error <= allowed
     }
-    log.info("%s: %d of %d layers are off by more than %.2g", name, len(left_out), len(errors), allowed)
-    if left_out:
-        if len(left_out) == len(errors):
-            raise CheckFailedError(
-                f"no layer of the network can be quantised within tolerance: by itself each is off by more than "
-                f"{allowed:.2g} of its output; export without {name}"
-            )
+    log.info("%s: %d of %d layers are off by more than %.2g", name, len(far_off), len(errors), allowed)
+    if errors.keys() == far_off.keys():
+        raise CheckFailedError(
+            "no layer of the network can be quantised within tolerance: by itself each is off by more than "
+            f"{allowed:.2g} of its output; export without {name}"
+        )
+    if far_off:
         drop_weights(converted)
+        left_out |= far_off
         converted = convert(list(left_out))
-    kept = {layer: error for layer, error in errors.items() if layer not in left_out}
-    return Conversion(converted, left_out, kept)
+    return Conversion(converted, left_out, {layer: e for layer, e in errors.items() if layer not in far_off})
+
+
+def _find_single(graph: Graph, layers: Sequence[str]) -> list[str]:
+    """Layers that are not one of several in blocks alike, by their names; none where these hold many of the weights."""
+    kinds = {layer: re.sub(r"\d+", "*", layer) for layer in layers}
+    counts = Counter(kinds.values())
+    single = [layer for layer, kind in kinds.items() if counts[kind] < _FEWEST_BLOCKS]
+    model = onnx.load_from_string(graph.model)
+    sizes = {tensor.name: count_bytes(tensor) for tensor in model.graph.initializer}
+    held = {node.name: sizes[node.input[1]] for node in model.graph.node if node.name in kinds}
+    share = sum(held[layer] for layer in single) / sum(held.values())
+    return single if share <= _MOST_SINGLE else []
 
 
 def convert_within(

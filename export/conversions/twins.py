@@ -84,12 +84,7 @@ def measure_twins(
     samples = [(i, sample) for i, batch in enumerate(batches) for sample in split_samples([batch])]
     for piece in cut_into_pieces(model, samples[0][1]):
         twins = add_twins(piece)
-        body = helper.make_model(
-            _build_graph(piece, twins),
-            opset_imports=opsets or model.opset_import,
-            ir_version=model.ir_version,
-        )
-        session = _open(body)
+        session = _open(_build_model(piece, twins, opsets or model.opset_import, model.ir_version))
         found = {name: [Measures() for _ in batches] for name in twins.measured}
         wanted = [*piece.outputs, *(name + figure for name in found for figure in _FIGURES)]
         for i, values in samples:
@@ -104,14 +99,19 @@ def measure_twins(
             yield twins.measured[name][0], name, measures
 
 
-def _build_graph(piece: Piece, twins: Twins) -> onnx.GraphProto:
-    """A graph that gives a piece's outputs, and the `_FIGURES` of what is measured."""
+def _build_model(piece: Piece, twins: Twins, opsets, ir_version: int) -> bytes:
+    """A model that gives a piece's outputs, and the `_FIGURES` of what is measured. `twins` gives its weights away."""
     measuring = [node for name, (_, twin) in twins.measured.items() for node in _measuring_nodes(name, twin)]
-    graph = onnx.GraphProto(name="piece", node=[*twins.nodes, *measuring], initializer=twins.weights)
+    model = onnx.ModelProto(ir_version=ir_version, opset_import=opsets)
+    graph = model.graph
+    graph.name = "piece"
+    graph.node.extend([*twins.nodes, *measuring])
+    while twins.weights:
+        graph.initializer.append(twins.weights.pop())
     graph.input.extend(helper.make_tensor_value_info(name, kind, None) for name, kind in piece.inputs.items())
     figures = [name + figure for name in twins.measured for figure in _FIGURES]
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in [*piece.outputs, *figures])
-    return graph
+    return model.SerializeToString()
 
 
 def _measuring_nodes(name: str, twin: str) -> list[onnx.NodeProto]:
@@ -129,14 +129,14 @@ def _measuring_nodes(name: str, twin: str) -> list[onnx.NodeProto]:
     ]
 
 
-def _open(model: onnx.ModelProto):
+def _open(model: bytes):
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors reach the caller as exceptions
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # they keep what was needed once
     try:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a dozen unrelated classes
         raise EngineError(f"onnxruntime {ort.__version__} cannot open the network: {error}") from error
 

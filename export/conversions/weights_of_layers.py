@@ -63,8 +63,13 @@ def make_part(
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
         for names in (read, made)
     )
-    body = helper.make_graph(layers, "layers", inputs, outputs, weights)
-    return helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
+    part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    part.graph.name = "layers"
+    part.graph.node.extend(layers)
+    part.graph.input.extend(inputs)
+    part.graph.output.extend(outputs)
+    part.graph.initializer.extend(weights)  # the one copy: helpers of onnx make more
+    return part
 
 
 def _output_axis(node: onnx.NodeProto) -> int:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from piflow_edge.distill.networks.stored_weights import StoredWeight, find_stored
+from piflow_edge.distill.stored_weights import StoredWeight, find_stored
 from piflow_edge.export.onnx_graphs.weight_files import STORED, WeightsOnDemand
 
 _FLOAT_BYTES = 4

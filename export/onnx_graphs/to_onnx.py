@@ -19,8 +19,8 @@ from piflow_edge.bundle.sections import AxisSpec
 from piflow_edge.bundle.sizes import HEIGHT, WIDTH
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.networks.flow_network import FlowNetwork
-from piflow_edge.distill.networks.stored_weights import find_stored
 from piflow_edge.distill.sources import describe_failure
+from piflow_edge.distill.stored_weights import find_stored
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError, CheckpointError
 from piflow_edge.export.onnx_graphs.compact import compact

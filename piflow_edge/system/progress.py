@@ -33,14 +33,19 @@ def shows_bars() -> bool:
 
 
 @contextmanager
-def progress(title: str, total: int, *, start: int = 0) -> Iterator[Callable[[str], None]]:
-    """Tell how far a job of `total` steps is; the yielded function takes one step, with a remark beside it."""
-    if shows_bars():
+def progress(
+    title: str, total: int, *, start: int = 0, is_long: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Tell how far a job of `total` steps is; the yielded function takes one step, with a remark beside it.
+
+    `is_long`: False where nobody has to wait for this one, of which nothing is told.
+    """
+    if is_long and shows_bars():
         with _bar(title, total, start) as advance:
             yield advance
         return
     lines = _Lines(title, total, start, as_json=_mode == "json")
-    if _mode == "quiet":
+    if _mode == "quiet" or not is_long:
         yield lines.count
         return
     yield lines.advance

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.distill.official.hub import check_on_hub, check_there, explain_failure, find_local
+from piflow_edge.distill.stored_weights import find_stored_type, leave_in_files
 from piflow_edge.errors import CheckpointError, MissingExtraError, ShapeError
 
 from .flow_network import Convention, FlowNetwork
 from .rotations import count_places, use_real_rotations
-from .stored_weights import find_stored_type, leave_in_files
 
 # Side of the patches that FLUX and Qwen-Image are given as tokens.
 _PACKED = 2

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.conditioning import Conditioner
+from piflow_edge.distill.stored_weights import read_weights
 from piflow_edge.errors import ScheduleError, ShapeError
 from piflow_edge.policies import PolicySpec
 
 from .dit import DiT, DiTConfig
 from .heads import PolicyProjection, widen_layer
 from .lora import LoRAConfig, adapters_off, inject_lora
-from .stored_weights import read_weights
 
 # Floors where a prediction is divided by the noise level, or by 1 minus it: a network that predicts noise says
 # nothing about x_0 at pure noise.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec, TextEncoderSpec, TextPrompts
-from piflow_edge.distill.networks.stored_weights import find_stored_type, leave_in_files
 from piflow_edge.distill.official.hub import check_on_hub, check_there, explain_failure
+from piflow_edge.distill.stored_weights import find_stored_type, leave_in_files
 from piflow_edge.errors import CheckpointError, MissingExtraError
 
 # Longest prompt where neither the caller nor the model says less.
@@ -122,10 +122,14 @@ class TextEncoder:
         return digest.hexdigest()
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What it feeds a network, found by encoding a prompt."""
-        found = self.spec.encode(
-            self.spec.build_tokenizer(self.tokenizer).encode("a"), lambda _, inputs: self.run(inputs)
-        )
+        """What it feeds a network, found by encoding a token: in a large encoder those of a whole prompt take long."""
+
+        def run(_, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            found = self.run({name: np.ones_like(ids[:, :1]) for name, ids in inputs.items()})
+            tokens = inputs["input_ids"].shape[1]
+            return found | {"hidden_states": np.repeat(found["hidden_states"], tokens, axis=1)}
+
+        found = self.spec.encode(self.spec.build_tokenizer(self.tokenizer).encode("a"), run)
         return tuple(
             TensorSpec(name, str(array.dtype), _shape_of(array, name == self.spec.pooled_input, self.spec))
             for name, array in found.items()

@@ -16,7 +16,7 @@ from piflow_edge.distill.networks.diffusers_networks import (
     FluxDiffusersNetwork,
     QwenImageDiffusersNetwork,
 )
-from piflow_edge.distill.networks.stored_weights import find_stored
+from piflow_edge.distill.stored_weights import find_stored
 from piflow_edge.errors import CheckpointError
 
 from .checkpoint_files import OfficialFiles

@@ -25,7 +25,7 @@ from piflow_edge.distill.networks.dit import DiTConfig
 from piflow_edge.distill.sources import teacher_from_checkpoint
 from piflow_edge.distill.student import distill
 from piflow_edge.distill.teacher import FlowMatchingConfig, GuidanceConfig, train_teacher
-from piflow_edge.engines import open_engine
+from piflow_edge.engines import Graph, open_engine
 from piflow_edge.errors import BundleError, CheckFailedError, DataError, NotFiniteError
 from piflow_edge.export import bundle_graphs
 from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
@@ -206,7 +206,9 @@ def assert_alike_within(result, autoencoder, levels):
 
 
 def test_a_decoder_that_differs_from_pytorch_is_not_exported(tmp_path, kl, other_decoder, monkeypatch):
-    monkeypatch.setattr(bundle_graphs, "export_decoder", lambda autoencoder, shape, axes=None: other_decoder)
+    monkeypatch.setattr(
+        bundle_graphs, "export_decoder", lambda autoencoder, shape, axes=None: Graph(other_decoder)
+    )
     student = make_student(latent=vars(kl.latent), in_channels=4)
     with pytest.raises(CheckFailedError, match="images differ by"):
         export_bundle(student, tmp_path / "out" / "bundle", autoencoder=kl)
