@@ -1,0 +1,166 @@
+"""Networks that memory may not hold: their weights go one by one from their files into the bundle's."""
+
+import hashlib
+import os
+
+import numpy as np
+import onnx
+import pytest
+
+pytest.importorskip("diffusers", reason="needs the 'diffusers' extra")
+pytest.importorskip("transformers")
+
+import diffusers
+
+import piflow_edge as pf
+from piflow_edge.bundle.folder import Bundle
+from piflow_edge.distill import stored_weights
+from piflow_edge.engines import Graph
+from piflow_edge.errors import CheckFailedError
+from piflow_edge.export.conversions import calibration, layer_search
+from piflow_edge.export.conversions.weights_of_layers import quantisable
+from piflow_edge.export.onnx_graphs import large
+from piflow_edge.export.onnx_graphs.to_onnx import network_graph
+from piflow_edge.export.onnx_graphs.weight_files import WeightFile, WeightsOnDemand
+from piflow_edge.export.pipelines.pipeline_parts import read_pipeline
+from piflow_edge.export.to_bundle import export_bundle
+from tests.export.pipelines.test_flux import LORA
+from tests.export.pipelines.tiny_pipelines import save_flux_pipeline, save_gm_adapter
+
+pytestmark = pytest.mark.torch
+PRECISIONS = ("fp32", "fp16", "int8", "int8-weights", "int4")
+# The exporter looks into weights of fewer values.
+LEAST = 2000
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a pipeline and an adapter, and a bundle of both made in the usual way, and one from the files."""
+    place = tmp_path_factory.mktemp("flux")
+    pipeline = save_flux_pipeline(place / "pipeline")
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained(pipeline / "transformer")
+    save_gm_adapter(place / "gmflux_k8_piid_4step", transformer, "GMFluxTransformer2DModel", LORA)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "CALIBRATION_IMAGES", 2)
+        export(place, "usual")
+        patch.setattr(stored_weights, "LARGE", LEAST)
+        patch.setattr(large, "LARGEST_MODEL", 60_000)
+        export(place, "stored")
+    return place
+
+
+def read(place):
+    return read_pipeline(str(place / "pipeline"), str(place / "gmflux_k8_piid_4step"), size=(16, 24))
+
+
+def export(place, name, precisions=PRECISIONS):
+    parts = read(place)
+    given = {"autoencoder": parts.autoencoder, "encoders": parts.encoders, "precisions": precisions}
+    return export_bundle(parts.student, place / name, **given)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_bundle_made_of_files_draws_what_the_usual_one_does(place, precision):
+    files = {name: Bundle(place / name).manifest.network_files("student", precision) for name in ("usual", "stored")}
+    assert len(files["usual"]) == 1 and len(files["stored"]) == (1 if precision == "int4" else 2)
+    with (
+        pf.load(place / "usual", precision=precision) as one,
+        pf.load(place / "stored", precision=precision) as two,
+    ):
+        images = [generator("a cat", seed=0, output="numpy").images.astype(int) for generator in (one, two)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_nothing_is_left_beside_the_bundle(place, monkeypatch):
+    known = {"pipeline", "gmflux_k8_piid_4step", "usual", "stored"}
+    assert {file.name for file in place.iterdir()} == known
+    monkeypatch.setattr(stored_weights, "LARGE", LEAST)
+    monkeypatch.setattr(large, "LARGEST_MODEL", 60_000)
+    monkeypatch.setattr(
+        layer_search, "measure_layers", lambda graph, *_: dict.fromkeys(_layers(graph), np.inf)
+    )
+    with pytest.raises(CheckFailedError, match=r"no layer .* quantised .*export without int4"):
+        export(place, "other", ["int4"])
+    assert {file.name for file in place.iterdir()} == known
+
+
+def _layers(graph):
+    return quantisable(onnx.load_from_string(graph.model))
+
+
+def test_the_graph_is_the_one_that_memory_would_hold(place, monkeypatch):
+    student = read(place).student
+    usual = network_graph(student.network, student.conditioner.inputs)
+    monkeypatch.setattr(stored_weights, "LARGE", LEAST)
+    monkeypatch.setattr(large, "LARGEST_MODEL", 60_000)
+    student = read(place).student
+    stored = network_graph(student.network, student.conditioner.inputs)
+    assert large.is_on_demand(stored) and not large.is_on_demand(usual)
+    assert len(stored.model) < 0.3 * len(usual.model) and stored.size >= usual.size
+    one, two = large.model_of(usual).graph, large.model_of(stored).graph
+    assert one.node == two.node
+    weights = [{t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} for graph in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        np.testing.assert_array_equal(weight, weights[1][name])
+    # Of a model that turns out small, nothing is left in a file.
+    monkeypatch.setattr(large, "LARGEST_MODEL", 2**31)
+    assert not network_graph(student.network, student.conditioner.inputs).weights
+
+
+def test_layers_that_are_off_or_stand_alone_are_left_out(place, monkeypatch):
+    """Of eight blocks alike one is spoilt; what is before and after them stands alone."""
+    names = [f"blocks.{i}.mlp/MatMul" for i in range(8)] + ["embed/MatMul", "out/Gemm"]
+    sizes = [64] * 8 + [4, 4]
+    graph = onnx.GraphProto(name="g")
+    for name, size in zip(names, sizes, strict=True):
+        weight = onnx.numpy_helper.from_array(np.ones((size, size), np.float32), f"{name}.weight")
+        graph.initializer.append(weight)
+        graph.node.append(
+            onnx.helper.make_node(name.rpartition("/")[2], ["x", weight.name], [f"{name}.y"], name)
+        )
+    exact = Graph(onnx.ModelProto(graph=graph).SerializeToString())
+    tried = []
+
+    def convert(excluded):
+        tried.append(list(excluded))
+        return Graph(b"converted")
+
+    monkeypatch.setattr(
+        layer_search, "measure_layers", lambda *_: {n: 0.4 if "3" in n else 0.1 for n in names[:8]}
+    )
+    found = layer_search._convert_by_layer("int4", exact, names, convert, [], 0.15)
+    assert tried == [names[8:], [*names[8:], names[3]]]
+    assert found.float32_nodes == {
+        names[8]: "it stands alone", names[9]: "it stands alone", names[3]: "off by 0.4 by itself",
+    }  # fmt: skip
+    assert found.layer_errors == {name: 0.1 for name in names[:8] if name != names[3]}
+
+
+def test_a_file_of_weights_is_aligned_and_says_its_checksum(tmp_path):
+    file, other = WeightFile(tmp_path), WeightFile(tmp_path)
+    places = [file.append(bytes([i]) * size) for i, size in enumerate((3, 64, 100))]
+    assert places == [0, 64, 128] and file.read(64, 64) == b"\x01" * 64
+    for i, size in enumerate((3, 64, 100)):
+        other.append(bytes([i]) * size)
+    assert file == other and len(file) == 228
+    other.append(b"more")
+    assert file != other
+    other.drop()
+    file.move(tmp_path / "weights")
+    data = (tmp_path / "weights").read_bytes()
+    assert os.listdir(tmp_path) == ["weights"] and hashlib.sha256(data).hexdigest() == file.sha256()
+    assert len(data) == 228 and data[3:64] == bytes(61)
+
+
+def test_a_weight_on_demand_is_made_each_time_it_is_read():
+    weights, made = WeightsOnDemand(), []
+    start = weights.append(8, lambda: made.append(1) or np.arange(2, dtype=np.float32))
+    assert start == 0 and weights.append(4, lambda: b"abcd") == 8 and len(weights) == 12
+    assert made == []
+    assert (
+        bytes(weights.read(0, 8)) == np.arange(2, dtype=np.float32).tobytes()
+        and weights.read(8, 4) == b"abcd"
+    )
+    weights.read(0, 8)
+    assert made == [1, 1]
