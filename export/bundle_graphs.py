@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -19,6 +18,7 @@ from piflow_edge.engines import Graph
 from piflow_edge.errors import BundleError
 from piflow_edge.export.conversions.calibration import Calibration, Conversion
 from piflow_edge.export.export_settings import ExportSettings
+from piflow_edge.export.kept_work import KeptWork
 from piflow_edge.export.onnx_graphs.decoder_graph import export_decoder
 from piflow_edge.export.onnx_graphs.encoder_graph import export_encoder
 from piflow_edge.export.onnx_graphs.large import Workpiece, is_on_demand, measure_lowered_share, name_files
@@ -74,7 +74,11 @@ def count_live(graphs: Graphs, manifest: Manifest) -> dict[str, int]:
 
 
 def convert_networks(
-    exact: Graphs, manifest: Manifest, calibration: Calibration | None, settings: ExportSettings, room: Path
+    exact: Graphs,
+    manifest: Manifest,
+    calibration: Calibration | None,
+    settings: ExportSettings,
+    work: KeptWork,
 ) -> tuple[Manifest, dict[str, Any]]:
     """Return the manifest with the files of every network in every precision, and those files.
 
@@ -86,7 +90,8 @@ def convert_networks(
         manifest: a draft, whose `networks` have no files.
         calibration: what converters measure with; None where there is fp32 only.
         settings: say which network is in which precision.
-        room: folder for files of weights that memory may not hold; they stand among the files as `WeightFile`.
+        work: of this export. Weights that memory may not hold are in its folder, and stand among the files as
+            `WeightFile`.
     """
     files: dict[str, Any] = {}
     made: dict[tuple[str, str], Graph] = {}
@@ -95,7 +100,9 @@ def convert_networks(
 
     @cache  # a network may be in the same in several of the bundle's precisions
     def convert(name: str, precision: str) -> Conversion:
-        converted = PRECISIONS[precision].load_converter("piflow_edge.export")(name, exact[name], calibration)
+        converter = PRECISIONS[precision].load_converter("piflow_edge.export")
+
+        converted = work.conversion(f"{name}.{precision}", lambda: converter(name, exact[name], calibration))
         if converted.graph is not exact[name] or converted.float32_nodes:
             _tell_share(name, precision, converted.graph, converted.float32_nodes)
         return converted
@@ -114,7 +121,7 @@ def convert_networks(
             if (name, tag) not in made:
                 made[name, tag] = graph
                 if is_on_demand(graph):
-                    graph = Workpiece.open(graph, room).finish()
+                    graph = Workpiece.open(graph, work.folder).finish()
                 files |= _name_files(graph, f"{name}.{tag}.onnx", manifest.networks[name].opset)
             listed[name][precision] = [file for file in files if file.startswith(f"{name}.{tag}.onnx")]
     networks = {name: replace(spec, files=listed[name]) for name, spec in manifest.networks.items()}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export.bundle_graphs import Graphs, convert_networks, count_live, export_networks
 from piflow_edge.export.conversions.calibration import ENGINE, Calibration
 from piflow_edge.export.export_settings import ExportSettings
+from piflow_edge.export.kept_work import keep_work
 from piflow_edge.export.manifest_draft import draft_manifest
 from piflow_edge.export.onnx_graphs.encoder_graph import example_inputs, join_encoders
 from piflow_edge.export.onnx_graphs.large import is_on_demand
@@ -97,24 +97,31 @@ def export_bundle(
     manifest.provenance["versions"] = _read_versions()
     exact = export_networks(model, manifest, autoencoder, encoders)
     manifest.provenance["live_bytes"] = count_live(exact, manifest)
-    golden = golden_samples(model.network, manifest, model.conditioner)
-    _check_golden(golden, exact["student"], manifest)
-    if manifest.makes_images:
-        golden["images"] = golden_images(golden["latents"], manifest, autoencoder)
-    # Beside the bundle, into which files are moved from there.
-    with TemporaryDirectory(prefix=f".{folder.name[:40]}.", dir=folder.resolve().parent) as room:
+    is_large = any(map(is_on_demand, exact.values()))
+    with keep_work(folder, _name_export(manifest, settings, encoders) if is_large else None) as work:
+        golden = work.arrays(
+            "golden samples", lambda: golden_samples(model.network, manifest, model.conditioner)
+        )
+        _check_golden(golden, exact["student"], manifest)
+        if manifest.makes_images:
+            golden["images"] = golden_images(golden["latents"], manifest, autoencoder)
         calibration = None
         if {*settings.precisions, *settings.network_precisions.values()} != {EXACT}:
-            calibration = _calibrate(model, manifest, exact, encoders, golden, Path(room))
-        manifest, files = convert_networks(exact, manifest, calibration, settings, Path(room))
+            calibration = _calibrate(model, manifest, exact, encoders, golden, work.folder)
+        manifest, files = convert_networks(exact, manifest, calibration, settings, work)
         files |= {encoder.spec.tokenizer_asset: encoder.tokenizer for encoder in encoders}
         files |= {GOLDEN: golden_file(golden), LICENSE: settings.license_text.encode()}
         if manifest.makes_images:
             files[PREVIEW] = png_bytes(image_grid([as_pil(golden["images"])]))
         listed = {file: FileSpec(_hash(data), len(data)) for file, data in files.items()}
-        options = EngineOptions(keep="one" if any(map(is_on_demand, exact.values())) else "all")
+        options = EngineOptions(keep="one" if is_large else "all")
         del exact, calibration  # whose weights the check of the files, which loads them again, needs no more
         return _write(folder, replace(manifest, files=listed), files, signing_key, options)
+
+
+def _name_export(manifest: Manifest, settings: ExportSettings, encoders: Sequence[TextEncoder]) -> str:
+    """What an export is of: another with the same name would make the same bundle."""
+    return repr((manifest_bytes(manifest), settings, [encoder.fingerprint() for encoder in encoders]))
 
 
 def _calibrate(

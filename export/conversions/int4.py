@@ -78,18 +78,17 @@ def _quantise_layers(
         part.replace_gemm_with_matmul()
         tool = tools.MatMulNBitsQuantizer(part.model, block_size=block)
         tool.process()
-        made = onnx.ModelProto()
-        made.CopyFrom(tool.model.model)
-        # The tool is garbage in a circle, which Python may collect much later: it must not hold the weights until then.
-        for model in (part.model, tool.model.model):
-            model.Clear()
+        made = tool.model.model
         for tensor in made.graph.initializer:
             if tensor.name not in tensors:  # of weights that several layers share, once
                 work.add(tensor)
                 tensors[tensor.name] = graph.initializer[-1]
         known = {opset.domain for opset in work.model.opset_import}
         work.model.opset_import.extend(o for o in made.opset_import if o.domain not in known)
-        yield from made.graph.node
+        for one in made.graph.node:
+            kept = onnx.NodeProto()
+            kept.CopyFrom(one)  # a part of a message holds all of it in memory, weights included
+            yield kept
         step(node.name)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 WEIGHTS, STORED = "weights", "stored"
 # Where a weight begins, in bytes: engines map the file, and read numbers there.
 _ALIGNMENT = 64
+_READ_TOGETHER = 1 << 24
 
 
 class WeightsOnDemand:
@@ -48,8 +49,18 @@ class WeightFile:
 
     def __init__(self, folder: Path):
         self.path = folder / f"{os.urandom(4).hex()}.weights"
-        self._file = self.path.open("xb+")
+        self.path.open("xb").close()
         self._size, self._digest = 0, hashlib.sha256()
+
+    @classmethod
+    def read_again(cls, path: Path) -> "WeightFile":
+        """A file that was written before, with the checksum of what is in it now."""
+        found = cls.__new__(cls)
+        found.path, found._digest, found._size = path, hashlib.sha256(), path.stat().st_size
+        with path.open("rb") as file:
+            while part := file.read(_READ_TOGETHER):
+                found._digest.update(part)
+        return found
 
     def __len__(self) -> int:
         return self._size
@@ -63,16 +74,18 @@ class WeightFile:
     def append(self, data: bytes | memoryview) -> int:
         """Write a weight; return where it begins."""
         start = -(-self._size // _ALIGNMENT) * _ALIGNMENT
-        for part in (bytes(start - self._size), data):
-            self._file.write(part)
-            self._digest.update(part)
+        with self.path.open("ab") as file:
+            for part in (bytes(start - self._size), data):
+                file.write(part)
+                self._digest.update(part)
         self._size = start + len(data)
         return start
 
     def read(self, start: int, length: int) -> bytes:
         """Bytes that were written."""
-        self._file.flush()
-        return os.pread(self._file.fileno(), length, start)
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
 
     def sha256(self) -> str:
         """Of all that was written, in hexadecimal."""
@@ -80,12 +93,11 @@ class WeightFile:
 
     def move(self, path: Path) -> None:
         """Put the file, which is written to no more, at `path`."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self.path.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(self.path, path)
+        self.path = path
 
     def drop(self) -> None:
         """Delete the file."""
-        self._file.close()
         self.path.unlink()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 
 import numpy as np
 import onnx
@@ -17,7 +18,8 @@ from piflow_edge.bundle.folder import Bundle
 from piflow_edge.distill import stored_weights
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError
-from piflow_edge.export.conversions import calibration, layer_search
+from piflow_edge.export import to_bundle
+from piflow_edge.export.conversions import calibration, int4, layer_search
 from piflow_edge.export.conversions.weights_of_layers import quantisable
 from piflow_edge.export.onnx_graphs import large
 from piflow_edge.export.onnx_graphs.to_onnx import network_graph
@@ -61,7 +63,10 @@ def export(place, name, precisions=PRECISIONS):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_bundle_made_of_files_draws_what_the_usual_one_does(place, precision):
-    files = {name: Bundle(place / name).manifest.network_files("student", precision) for name in ("usual", "stored")}
+    files = {
+        name: Bundle(place / name).manifest.network_files("student", precision)
+        for name in ("usual", "stored")
+    }
     assert len(files["usual"]) == 1 and len(files["stored"]) == (1 if precision == "int4" else 2)
     with (
         pf.load(place / "usual", precision=precision) as one,
@@ -82,6 +87,45 @@ def test_nothing_is_left_beside_the_bundle(place, monkeypatch):
     with pytest.raises(CheckFailedError, match=r"no layer .* quantised .*export without int4"):
         export(place, "other", ["int4"])
     assert {file.name for file in place.iterdir()} == known
+
+
+@pytest.mark.parametrize("is_altered", [False, True], ids=["whole", "altered"])
+def test_an_export_that_was_killed_goes_on_where_it_was(place, monkeypatch, is_altered):
+    monkeypatch.setattr(stored_weights, "LARGE", LEAST)
+    monkeypatch.setattr(large, "LARGEST_MODEL", 25_000)
+    draw, quantise, drawn, quantised = to_bundle.golden_samples, int4.quantise_blocks, [], []
+
+    def stop_at_the_second(*given):
+        if quantised:
+            raise KeyboardInterrupt
+        quantised.append(1)
+        return quantise(*given)
+
+    monkeypatch.setattr(int4, "quantise_blocks", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        export(place, "again", ["int4"])
+    (kept,) = place.glob(".again.*.partial")
+    done = {"golden samples.npz", "student.int4.json", "student.int4.onnx", "student.int4.weights"}
+    assert {file.name for file in kept.iterdir()} == done
+    (kept / "12345678.weights").write_bytes(b"half of a file")
+    if is_altered:
+        data = bytearray((kept / "student.int4.weights").read_bytes())
+        data[1000] ^= 1
+        (kept / "student.int4.weights").write_bytes(data)
+    quantised.clear()
+    monkeypatch.setattr(to_bundle, "golden_samples", lambda *given: drawn.append(1) or draw(*given))
+    monkeypatch.setattr(int4, "quantise_blocks", lambda *given: quantised.append(1) or quantise(*given))
+    export(place, "again", ["int4"])
+    assert drawn == [] and len(quantised) == (3 if is_altered else 2)  # with both text encoders
+    assert not list(place.glob(".again*"))
+    files = {file.name for file in (place / "again").glob("student*")}
+    assert files == {"student.int4.onnx", "student.int4.onnx.data"}
+    again, stored = (Bundle(place / name) for name in ("again", "stored"))
+    assert np.array_equal(*(np.load(b.folder / "golden.npz")["latents"] for b in (again, stored)))
+    with pf.load(again.folder) as one, pf.load(stored.folder, precision="int4") as two:
+        images = [generator("a cat", seed=0, output="numpy").images.astype(int) for generator in (one, two)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    shutil.rmtree(again.folder)
 
 
 def _layers(graph):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from piflow_edge.conditioning import Conditioner, OpenedTextPrompts, TensorSpec, TextEncoderSpec, TextPrompts
 from piflow_edge.distill.official.hub import check_on_hub, check_there, explain_failure
-from piflow_edge.distill.stored_weights import find_stored_type, leave_in_files
+from piflow_edge.distill.stored_weights import find_stored_type, leave_in_files, read_weights
 from piflow_edge.errors import CheckpointError, MissingExtraError
 
 # Longest prompt where neither the caller nor the model says less.
@@ -116,7 +116,7 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """SHA-256 of weights and tokenizer."""
         digest = hashlib.sha256(self.tokenizer)
-        for name, tensor in self.module.state_dict().items():
+        for name, tensor in read_weights(self.module):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
