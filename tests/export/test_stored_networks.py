@@ -20,10 +20,12 @@ from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError
 from piflow_edge.export import to_bundle
 from piflow_edge.export.conversions import calibration, int4, layer_search
+from piflow_edge.export.conversions.calibration import Conversion
 from piflow_edge.export.conversions.weights_of_layers import quantisable
+from piflow_edge.export.kept_work import keep_work
 from piflow_edge.export.onnx_graphs import large
 from piflow_edge.export.onnx_graphs.to_onnx import network_graph
-from piflow_edge.export.onnx_graphs.weight_files import WeightFile, WeightsOnDemand
+from piflow_edge.export.onnx_graphs.weight_files import WEIGHTS, WeightFile, WeightsOnDemand
 from piflow_edge.export.pipelines.pipeline_parts import read_pipeline
 from piflow_edge.export.to_bundle import export_bundle
 from tests.export.pipelines.test_flux import LORA
@@ -89,8 +91,7 @@ def test_nothing_is_left_beside_the_bundle(place, monkeypatch):
     assert {file.name for file in place.iterdir()} == known
 
 
-@pytest.mark.parametrize("is_altered", [False, True], ids=["whole", "altered"])
-def test_an_export_that_was_killed_goes_on_where_it_was(place, monkeypatch, is_altered):
+def test_an_export_that_was_killed_goes_on_where_it_was(place, monkeypatch):
     monkeypatch.setattr(stored_weights, "LARGE", LEAST)
     monkeypatch.setattr(large, "LARGEST_MODEL", 25_000)
     draw, quantise, drawn, quantised = to_bundle.golden_samples, int4.quantise_blocks, [], []
@@ -108,15 +109,11 @@ def test_an_export_that_was_killed_goes_on_where_it_was(place, monkeypatch, is_a
     done = {"golden samples.npz", "student.int4.json", "student.int4.onnx", "student.int4.weights"}
     assert {file.name for file in kept.iterdir()} == done
     (kept / "12345678.weights").write_bytes(b"half of a file")
-    if is_altered:
-        data = bytearray((kept / "student.int4.weights").read_bytes())
-        data[1000] ^= 1
-        (kept / "student.int4.weights").write_bytes(data)
     quantised.clear()
     monkeypatch.setattr(to_bundle, "golden_samples", lambda *given: drawn.append(1) or draw(*given))
     monkeypatch.setattr(int4, "quantise_blocks", lambda *given: quantised.append(1) or quantise(*given))
     export(place, "again", ["int4"])
-    assert drawn == [] and len(quantised) == (3 if is_altered else 2)  # with both text encoders
+    assert drawn == [] and len(quantised) == 2  # with both text encoders
     assert not list(place.glob(".again*"))
     files = {file.name for file in (place / "again").glob("student*")}
     assert files == {"student.int4.onnx", "student.int4.onnx.data"}
@@ -126,6 +123,39 @@ def test_an_export_that_was_killed_goes_on_where_it_was(place, monkeypatch, is_a
         images = [generator("a cat", seed=0, output="numpy").images.astype(int) for generator in (one, two)]
     assert np.abs(images[0] - images[1]).max() <= 1
     shutil.rmtree(again.folder)
+
+
+@pytest.mark.parametrize("altered", ["", "student.int4.onnx", "student.int4.weights", "student.int4.json"])
+def test_work_is_taken_up_again_only_as_it_was_left(tmp_path, altered):
+    file, made = WeightFile(tmp_path), []
+    file.append(bytes(100))
+    first = Conversion(Graph(b"model", {WEIGHTS: file}), {"layer": "why"}, {"other": 0.1})
+    with pytest.raises(KeyboardInterrupt), keep_work(tmp_path / "bundle", "key") as work:
+        assert work.conversion("student.int4", lambda: first) is first
+        raise KeyboardInterrupt
+    (folder,) = tmp_path.glob(".bundle.*.partial")
+    if altered:
+        data = bytearray((folder / altered).read_bytes())
+        data[-2] ^= 1
+        (folder / altered).write_bytes(data)
+    with keep_work(tmp_path / "bundle", "key") as work:
+        again = work.conversion("student.int4", lambda: made.append(1) or Conversion(Graph(b"new")))
+    assert (again.graph.model, len(made)) == ((b"new", 1) if altered else (b"model", 0))
+    if not altered:
+        assert (again.float32_nodes, again.layer_errors) == (first.float32_nodes, first.layer_errors)
+    assert not list(tmp_path.glob(".bundle.*"))
+
+
+def test_what_is_kept_of_another_export_to_the_same_place_is_removed(tmp_path):
+    for key in ("one", "two"):
+        with pytest.raises(KeyboardInterrupt), keep_work(tmp_path / "bundle", key) as work:
+            assert work.arrays("golden samples", lambda key=key: {"key": np.array(key)})["key"] == key
+            raise KeyboardInterrupt
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="not fit"), keep_work(tmp_path / "bundle", "two") as work:
+        assert work.arrays("golden samples", dict)["key"] == "two"
+        raise ValueError("not fit")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _layers(graph):
@@ -152,7 +182,7 @@ def test_the_graph_is_the_one_that_memory_would_hold(place, monkeypatch):
     assert not network_graph(student.network, student.conditioner.inputs).weights
 
 
-def test_layers_that_are_off_or_stand_alone_are_left_out(place, monkeypatch):
+def test_layers_that_are_off_or_stand_alone_are_left_out(monkeypatch):
     """Of eight blocks alike one is spoilt; what is before and after them stands alone."""
     names = [f"blocks.{i}.mlp/MatMul" for i in range(8)] + ["embed/MatMul", "out/Gemm"]
     sizes = [64] * 8 + [4, 4]
