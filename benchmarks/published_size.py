@@ -278,19 +278,9 @@ def measure(folder: Path, options) -> dict:
     )  # fmt: skip
     files = {file.name: file.stat().st_size for file in sorted(bundle.iterdir())}
     drawn = run(
-        [
-            *piflow,
-            "sample",
-            str(bundle),
-            "--prompt",
-            PROMPT,
-            "--keep",
-            "one",
-            "--out",
-            str(folder / "image.png"),
-        ],
+        [*piflow, "sample", str(bundle), "--prompt", PROMPT, "--keep", "one", "--out", str(folder / "image.png")],
         None,
-    )
+    )  # fmt: skip
     manifest = json.loads((bundle / "bundle.json").read_text())
     errors = {
         network: sorted(found.values())

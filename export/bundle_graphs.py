@@ -101,7 +101,6 @@ def convert_networks(
     @cache  # a network may be in the same in several of the bundle's precisions
     def convert(name: str, precision: str) -> Conversion:
         converter = PRECISIONS[precision].load_converter("piflow_edge.export")
-
         converted = work.conversion(f"{name}.{precision}", lambda: converter(name, exact[name], calibration))
         if converted.graph is not exact[name] or converted.float32_nodes:
             _tell_share(name, precision, converted.graph, converted.float32_nodes)

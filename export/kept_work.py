@@ -4,10 +4,8 @@ Golden samples and converted networks take minutes to hours of one whose weights
 are whole or absent, and are held to their checksums when they are taken up again.
 """
 
-import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ import numpy as np
 from piflow_edge.engines import Graph
 from piflow_edge.export.conversions.calibration import Conversion
 from piflow_edge.export.onnx_graphs.weight_files import WEIGHTS, WeightFile
+from piflow_edge.export.parity import golden_file
 from piflow_edge.system.files import sha256, write_atomic
 
 log = logging.getLogger(__name__)
@@ -44,9 +43,7 @@ class KeptWork:
                 return {key: loaded[key] for key in loaded.files}
         arrays = make()
         if self.is_kept:
-            data = io.BytesIO()
-            np.savez(data, allow_pickle=False, **arrays)
-            write_atomic(file, data.getvalue())
+            write_atomic(file, golden_file(arrays))
         return arrays
 
     def conversion(self, name: str, make: Callable[[], Conversion]) -> Conversion:
@@ -86,9 +83,8 @@ class KeptWork:
             "float32_nodes": made.float32_nodes,
             "layer_errors": made.layer_errors,
         }
-        write_atomic(
-            self.folder / f"{name}.json", json.dumps(said).encode()
-        )  # last: with it, the rest counts
+        # Last: with it, the rest counts.
+        write_atomic(self.folder / f"{name}.json", json.dumps(said).encode())
 
 
 @contextmanager
@@ -100,15 +96,16 @@ def keep_work(folder: Path, key: str | None) -> Iterator[KeptWork]:
         key: what the export is of. The folder of one that was killed is taken up again by another of the same key;
             that of other keys is removed. None keeps nothing.
     """
-    stem = f".{folder.name[:40]}."
+    # The hash of the name, since others may begin with it: what is kept of their exports is left alone.
+    stem = f".{folder.name[:40]}.{_hash(folder.name)[:8]}."
     parent = folder.resolve().parent
     if key is None:
         with TemporaryDirectory(prefix=stem, dir=parent) as room:
             yield KeptWork(Path(room), is_kept=False)
         return
-    room = parent / f"{stem}{sha256(key.encode())[:16]}{_ENDING}"
-    for other in parent.glob(f"{stem}*{_ENDING}"):
-        if other != room:
+    room = parent / f"{stem}{_hash(key)[:16]}{_ENDING}"
+    for other in parent.iterdir():
+        if other.name.startswith(stem) and other.name.endswith(_ENDING) and other != room:
             shutil.rmtree(other)
     room.mkdir(exist_ok=True)
     for half in room.glob("*.weights"):
@@ -120,6 +117,10 @@ def keep_work(folder: Path, key: str | None) -> Iterator[KeptWork]:
         shutil.rmtree(room)
         raise
     except BaseException:  # Ctrl-C
-        log.warning("what was done is kept in %s; the same command goes on there", os.path.relpath(room))
+        log.warning("what was done is kept in %s; the same command goes on there", room)
         raise
     shutil.rmtree(room)
+
+
+def _hash(text: str) -> str:
+    return sha256(text.encode())

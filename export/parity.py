@@ -10,7 +10,7 @@ from piflow_edge.bundle.manifest import Manifest
 from piflow_edge.conditioning import Conditioner, ConditionRequest
 from piflow_edge.distill.data.autoencoder import Autoencoder
 from piflow_edge.distill.networks.flow_network import FlowNetwork
-from piflow_edge.distill.stored_weights import find_stored
+from piflow_edge.distill.stored_weights import has_stored
 from piflow_edge.export.conversions.calibration import count_images
 from piflow_edge.integrator import rollout_sigmas, take_euler_steps
 from piflow_edge.noise import philox_normal
@@ -42,7 +42,7 @@ def golden_samples(
     x_t = philox_normal(GOLDEN_SEED, indices, shape)
     golden = {"noise": x_t, **{f"conditioning.{name}": array for name, array in conditioning.items()}}
     golden |= _trace_prompts(conditioner, count)
-    is_long = any(map(find_stored, network.parameters()))
+    is_long = has_stored(network)
     for i, segment in enumerate(schedule.segments):
         if is_long:
             announce(f"golden samples: call {i + 1} of {schedule.nfe}")

@@ -31,7 +31,7 @@ from piflow_edge.engines.layers import first_non_finite
 from piflow_edge.engines.ort.importing import import_onnxruntime
 from piflow_edge.errors import BundleError, CheckFailedError
 from piflow_edge.export.bundle_graphs import Graphs, convert_networks, count_live, export_networks
-from piflow_edge.export.conversions.calibration import ENGINE, Calibration
+from piflow_edge.export.conversions.calibration import ENGINE, Calibration, golden_calls
 from piflow_edge.export.export_settings import ExportSettings
 from piflow_edge.export.kept_work import keep_work
 from piflow_edge.export.manifest_draft import draft_manifest
@@ -175,11 +175,9 @@ def _check_golden(golden: dict[str, np.ndarray], student: Graph, manifest: Manif
 
 
 def _first_non_finite(student: Graph, golden: dict[str, np.ndarray], manifest: Manifest) -> str:
-    conditioning = manifest.example(len(golden["noise"]))
     if is_on_demand(student):
         return "not looked for, since the network is too large"
-    for i, segment in enumerate(manifest.schedule.schedule().segments):
-        inputs = manifest.network_inputs(golden[f"x_t.{i}"], segment.sigma_src, conditioning)
+    for inputs in golden_calls(manifest, golden):
         if layer := first_non_finite(student, inputs):
             return layer
     return "none in ONNX Runtime, only in PyTorch or its policy"

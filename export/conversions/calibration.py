@@ -14,7 +14,13 @@ from piflow_edge.engines import Engine, Graph, open_engine
 from piflow_edge.noise import philox_normal
 from piflow_edge.runtime.drawing.acceleration import integrate
 from piflow_edge.runtime.images import decode
-from piflow_edge.runtime.verification import peak_error, relative_error, rms_levels, rms_of_psnr
+from piflow_edge.runtime.verification import (
+    golden_conditioning,
+    peak_error,
+    relative_error,
+    rms_levels,
+    rms_of_psnr,
+)
 from piflow_edge.sampling import Hooks, sample
 from piflow_edge.sampling_settings import SamplingSettings
 
@@ -190,7 +196,7 @@ class Calibration:
 
 def golden_calls(manifest: Manifest, golden: Mapping[str, np.ndarray]) -> list[Inputs]:
     """What a student was fed for golden samples, one batch per call."""
-    conditioning = {spec.name: golden[f"conditioning.{spec.name}"] for spec in manifest.conditioner.inputs}
+    conditioning = golden_conditioning(manifest, golden)
     return [
         manifest.network_inputs(golden[f"x_t.{i}"], segment.sigma_src, conditioning)
         for i, segment in enumerate(manifest.schedule.schedule().segments)

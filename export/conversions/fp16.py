@@ -18,8 +18,7 @@ from piflow_edge.export.conversions.half_twins import add_half_twins
 from piflow_edge.export.conversions.lookup_tables import halve_lookup_tables
 from piflow_edge.export.conversions.twins import Measures, measure_twins
 from piflow_edge.export.half_graph import FLOAT32_OPERATORS, convert_to_half
-from piflow_edge.export.onnx_graphs.compact import compact
-from piflow_edge.export.onnx_graphs.large import check, graph_of, types
+from piflow_edge.export.onnx_graphs.large import Workpiece, types
 
 # Calibration cannot see every input: half of fp16's range is left as headroom.
 _FP16_LARGEST = float(np.finfo(np.float16).max) / 2
@@ -60,10 +59,7 @@ def to_fp16(graph: Graph, batches: Sequence[Inputs], *, exact_outputs: bool = Tr
     tame = {name for name, reason in float32_nodes.items() if reason.startswith(_LEADS)}
     for node in halve_lookup_tables(half, tame):
         del float32_nodes[node]
-    compact(half, known)
-    converted = graph_of(half)
-    check(converted)
-    return Conversion(converted, float32_nodes)
+    return Conversion(Workpiece(half, known).finish(), float32_nodes)
 
 
 def convert_network(network: str, graph: Graph, calibration: Calibration) -> Conversion:

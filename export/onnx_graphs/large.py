@@ -120,15 +120,12 @@ class Workpiece:
         """The graph that it has become, compacted and checked."""
         compact(self.model, self._known)
         for tensor in self.model.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL and _file_of(tensor) in self._files:
+            outside = tensor.data_location == onnx.TensorProto.EXTERNAL
+            if outside and ExternalDataInfo(tensor).location in self._files:
                 self.replace(tensor, self.load(tensor))
         graph = graph_of(self.model, self._done)
         check(graph)
         return graph
-
-
-def _file_of(tensor: onnx.TensorProto) -> str:
-    return ExternalDataInfo(tensor).location
 
 
 def count_bytes(tensor: onnx.TensorProto) -> int:

@@ -1,5 +1,6 @@
 """Weights that a module leaves in its files, taken out of the graph that torch makes of it."""
 
+import onnx_ir as ir
 from torch import nn
 
 from piflow_edge.distill.stored_weights import StoredWeight, find_stored
@@ -38,8 +39,6 @@ def _is_transposing(node) -> bool:
 
 
 def _replace_node(graph, node, initializer) -> None:
-    import onnx_ir as ir
-
     (old,) = node.outputs
     ir.convenience.replace_all_uses_with(old, initializer)
     old.name = None
@@ -48,15 +47,11 @@ def _replace_node(graph, node, initializer) -> None:
 
 
 def _make_initializer(name: str, stored: StoredWeight, weights: WeightsOnDemand, *, turned: bool):
-    import onnx_ir as ir
-
     tensor = _make_tensor(name, stored, weights, turned=turned)
     return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _make_tensor(name: str, stored: StoredWeight, weights: WeightsOnDemand, *, turned: bool):
-    import onnx_ir as ir
-
     def make():
         wide = stored.widen()
         return (wide.T if turned else wide).contiguous().numpy()

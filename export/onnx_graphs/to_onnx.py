@@ -20,7 +20,7 @@ from piflow_edge.bundle.sizes import HEIGHT, WIDTH
 from piflow_edge.conditioning import TensorSpec
 from piflow_edge.distill.networks.flow_network import FlowNetwork
 from piflow_edge.distill.sources import describe_failure
-from piflow_edge.distill.stored_weights import find_stored
+from piflow_edge.distill.stored_weights import has_stored
 from piflow_edge.engines import Graph
 from piflow_edge.errors import CheckFailedError, CheckpointError
 from piflow_edge.export.onnx_graphs.compact import compact
@@ -131,7 +131,7 @@ def trace_graph(
         CheckpointError: torch cannot make a graph of the module's code.
         CheckFailedError: the exported graph is not valid ONNX.
     """
-    in_files = any(map(find_stored, module.parameters()))
+    in_files = has_stored(module)
     with quiet(), _rare_collections(), torch.no_grad(), _name_the_line():
         program = torch.onnx.export(
             module,

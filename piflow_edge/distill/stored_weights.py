@@ -79,6 +79,29 @@ def find_stored(parameter: Tensor) -> StoredWeight | None:
     return getattr(parameter, "stored", None)
 
 
+def has_stored(module: nn.Module) -> bool:
+    """Whether weights of a module stay in their files."""
+    return any(map(find_stored, module.parameters()))
+
+
+@torch.no_grad()
+def add_product(parameter: Tensor, up: Tensor, down: Tensor, scale: float) -> None:
+    """Add `scale * up down` to a parameter, wherever its values are."""
+    if stored := find_stored(parameter):
+        stored.add_product(up, down, scale)
+    else:
+        parameter.add_((up.float() @ down.float()).to(parameter), alpha=scale)
+
+
+@torch.no_grad()
+def replace_weight(parameter: Tensor, tensor: Tensor) -> None:
+    """Give a parameter other values, wherever its own are."""
+    if stored := find_stored(parameter):
+        stored.replace(tensor)
+    else:
+        parameter.copy_(tensor)
+
+
 def read_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and contents of a module's `state_dict`, sorted, stored weights in float32, one at a time."""
     parameters = dict(module.named_parameters(remove_duplicate=False))

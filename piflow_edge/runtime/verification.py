@@ -11,6 +11,7 @@ import io
 import logging
 import zipfile
 import zlib
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 
 from piflow_edge.bundle.folder import Bundle
 from piflow_edge.bundle.format4 import name_golden_as_format_5
-from piflow_edge.bundle.manifest import GOLDEN
+from piflow_edge.bundle.manifest import GOLDEN, Manifest
 from piflow_edge.bundle.sections import ToleranceSpec
 from piflow_edge.conditioning import ConditionRequest, take
 from piflow_edge.engines import Graph, open_engine
@@ -111,7 +112,7 @@ def _compare_prompts(
         generator.conditioner.encode(condition_request),
     )
     ids = [(name, traced[name], golden[name]) for name in traced]
-    theirs = golden_conditioning(generator.bundle, golden)
+    theirs = golden_conditioning(generator.bundle.manifest, golden)
     encodings = [(name, encoded[name], theirs[name]) for name in theirs]
     return [
         _worst("tokens", ids, 0.0, measure=relative_error),
@@ -127,7 +128,7 @@ def _batches(generator: Generator, golden: dict[str, np.ndarray]) -> list[int]:
 
 def _compare_calls(generator: Generator, golden: dict[str, np.ndarray]) -> list[Pair]:
     """What the network makes of the golden inputs of every call, beside what it should."""
-    manifest, conditioning = generator.bundle.manifest, golden_conditioning(generator.bundle, golden)
+    manifest, conditioning = generator.bundle.manifest, golden_conditioning(generator.bundle.manifest, golden)
     outputs = []
     segments, sizes = manifest.schedule.schedule().segments, _batches(generator, golden)
     for i, segment in enumerate(segments):
@@ -138,7 +139,7 @@ def _compare_calls(generator: Generator, golden: dict[str, np.ndarray]) -> list[
             outputs += [(f"{name}.{i}, batch {size}", ours[name], theirs[name][:size]) for name in theirs]
     if manifest.has_several_lengths:
         size = sizes[-1]
-        conditioning = take(golden_conditioning(generator.bundle, golden, "resized."), slice(size))
+        conditioning = take(golden_conditioning(generator.bundle.manifest, golden, "resized."), slice(size))
         x_t = golden["noise" if manifest.sizes is None else "resized.x_t"]
         ours = _call(generator, x_t[:size], segments[0].sigma_src, conditioning)
         outputs += [(f"{name}, resized", ours[name], golden[f"resized.{name}"][:size]) for name in ours]
@@ -182,7 +183,7 @@ def _compare_trajectory(generator: Generator, golden: dict[str, np.ndarray]) -> 
 
 def _compare_latents(generator: Generator, golden: dict[str, np.ndarray]) -> list[Pair]:
     """Latents drawn from the seed, so that the noise is compared too."""
-    conditioning, pairs = golden_conditioning(generator.bundle, golden), []
+    conditioning, pairs = golden_conditioning(generator.bundle.manifest, golden), []
     for size in _batches(generator, golden):
         wanted: dict[str, Any] = {"count": size}
         if conditioning:
@@ -262,7 +263,10 @@ def _sampler_pairs(generator: Generator, golden: dict[str, np.ndarray]):
                 engine.max_batch for engine in (generator.engine, graph) if engine.max_batch is not None
             ]
             size = min([len(golden["noise"]), *limits])
-            noise, steered = golden["noise"][:size], take(golden_conditioning(bundle, golden), slice(size))
+            noise, steered = (
+                golden["noise"][:size],
+                take(golden_conditioning(bundle.manifest, golden), slice(size)),
+            )
             found = graph.run({"noise": noise, **steered})
         if not np.isfinite(found["latents"]).all():
             raise CheckFailedError(
@@ -366,10 +370,10 @@ def read_golden(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 def golden_conditioning(
-    bundle: Bundle, golden: dict[str, np.ndarray], prefix: str = ""
+    manifest: Manifest, golden: Mapping[str, np.ndarray], prefix: str = ""
 ) -> dict[str, np.ndarray]:
     """What the golden images are steered by; `prefix`: "resized." for that of other lengths."""
-    names = [spec.name for spec in bundle.manifest.conditioner.inputs]
+    names = [spec.name for spec in manifest.conditioner.inputs]
     return {name: golden[f"{prefix}conditioning.{name}"] for name in names}
 
 

@@ -158,6 +158,18 @@ def test_what_is_kept_of_another_export_to_the_same_place_is_removed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("one", "other"), [("flux", "flux.v2"), ("x" * 45 + "a", "x" * 45 + "b")])
+def test_what_is_kept_of_a_bundle_whose_name_begins_alike_stays(tmp_path, one, other):
+    for name in (other, one):
+        with pytest.raises(KeyboardInterrupt), keep_work(tmp_path / name, "key"):
+            raise KeyboardInterrupt
+    with keep_work(tmp_path / one, "another key"):
+        pass
+    (left,) = tmp_path.iterdir()
+    with keep_work(tmp_path / other, "key") as work:
+        assert work.folder == left
+
+
 def _layers(graph):
     return quantisable(onnx.load_from_string(graph.model))
 

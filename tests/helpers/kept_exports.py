@@ -98,9 +98,8 @@ def kept_exports(folder):
     export = torch.onnx.export
 
     def kept(module, example, **settings):
-        if not settings.get(
-            "optimize", True
-        ):  # of weights that are in files, which our code takes out before
+        # Weights that are in files our code takes out of the graph before it is optimised.
+        if not settings.get("optimize", True):
             return export(module, example, **settings)
         shown = io.BytesIO()
         try:

@@ -7,7 +7,6 @@ authors' exporter names `DX...` and their loader by diffusers' own names.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from piflow_edge.distill.networks.diffusers_networks import (
@@ -16,7 +15,7 @@ from piflow_edge.distill.networks.diffusers_networks import (
     FluxDiffusersNetwork,
     QwenImageDiffusersNetwork,
 )
-from piflow_edge.distill.stored_weights import find_stored
+from piflow_edge.distill.stored_weights import add_product, replace_weight
 from piflow_edge.errors import CheckpointError
 
 from .checkpoint_files import OfficialFiles
@@ -120,7 +119,6 @@ def join_adapter(
     return network.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def merge_lora(module: nn.Module, weights: Mapping[str, Tensor], strength: float = 1.0) -> None:
     """Add `strength * B A` of every pair of low-rank matrices to the weight it adapts; alpha is the rank.
 
@@ -138,10 +136,7 @@ def merge_lora(module: nn.Module, weights: Mapping[str, Tensor], strength: float
             raise CheckpointError(
                 f"the adapter has a LoRA for {layer!r}, and the base has {found} there; is it of another base?"
             )
-        if stored := find_stored(weight):
-            stored.add_product(up, down, strength)
-        else:
-            weight.add_((up.float() @ down.float()).to(weight), alpha=strength)
+        add_product(weight, up, down, strength)
 
 
 def _replace_layers(base: nn.Module, files: OfficialFiles, names: list[str]) -> None:
@@ -161,7 +156,4 @@ def _replace_layers(base: nn.Module, files: OfficialFiles, names: list[str]) -> 
             raise CheckpointError(
                 f"the adapter replaces {name!r}, which the base has not, or in another shape"
             )
-        if stored := find_stored(own[name]):
-            stored.replace(files.weights[name])
-        else:
-            own[name].data.copy_(files.weights[name])
+        replace_weight(own[name], files.weights[name])
